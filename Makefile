@@ -1,0 +1,33 @@
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+# Train on real digits, save, load in a fresh process, draw pictures. DEMO="--steps 200" makes it short.
+demo: $(VENV)/.train
+	$(BIN)/python training/demo.py $(DEMO)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest --benchmark-disable $(TEST)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Ratios against the stock scheduler and pipeline of diffusers, on this machine.
+bench: $(VENV)/.test
+	DDIM_BENCH_ROUNDS=15 $(BIN)/python -m pytest tests/benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-warmup=on
+
+clean:
+	rm -rf $(VENV) out
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of extras, made again when the dependencies change.
+$(VENV)/.%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@

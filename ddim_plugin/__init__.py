@@ -1,0 +1,23 @@
+"""Denoising Diffusion Implicit Models (Song, Meng, Ermon, ICLR 2021) for Hugging Face diffusers."""
+
+# A saved pipeline names this package as the module of its components, and diffusers then expects to find the base
+# classes beside them: SchedulerMixin and ModelMixin are part of the file format.
+from diffusers import ModelMixin, SchedulerMixin
+
+from .pipeline import GeneralizedDDIMPipeline
+from .schedulers import GeneralizedDDIMScheduler, GeneralizedDDIMSchedulerOutput
+from .version import __version__
+
+__all__ = [
+    "GeneralizedDDIMPipeline",
+    "GeneralizedDDIMScheduler",
+    "GeneralizedDDIMSchedulerOutput",
+    "ModelMixin",
+    "SchedulerMixin",
+    "__version__",
+]
+
+# Saved files name these classes by this module, whatever file they stand in.
+for _class in (GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, GeneralizedDDIMSchedulerOutput):
+    _class.__module__ = __name__
+del _class

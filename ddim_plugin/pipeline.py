@@ -1,0 +1,232 @@
+"""The pipeline: a U-Net and a scheduler, from noise to images."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from .schedulers import GeneralizedDDIMScheduler, Randomness, check_generators
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CALLBACK_TENSORS = ("latents", "sample", "pred_original_sample", "pred_epsilon")
+
+StepEndCallback = Callable[["GeneralizedDDIMPipeline", int, Tensor, dict[str, Tensor | None]], dict[str, Any] | None]
+
+
+class GeneralizedDDIMPipeline(DiffusionPipeline):
+    """Unconditional and class-conditional images with the generalized process, or any scheduler of diffusers.
+
+    Args:
+        unet: a `UNet2DModel`, with `num_class_embeds` where it is class-conditional. Its `config.sample_size` (an
+            integer, or height and width) and `in_channels` give the shape of an image.
+        scheduler: a `GeneralizedDDIMScheduler`, or any scheduler of diffusers for ε, x0 or v prediction.
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
+        eta: float | None = None,
+        generator: Randomness = None,
+        latents: Tensor | None = None,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        guidance_scale: float = 1.0,
+        null_class_label: int | None = None,
+        use_clipped_model_output: bool | None = None,
+        callback_on_step_end: StepEndCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = CALLBACK_TENSORS,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Generate images.
+
+        Args:
+            batch_size: number of images B; 1 by default, or as many as `latents`.
+            num_inference_steps: S, the number of steps; 50 by default.
+            timesteps: τ itself: network times, distinct and descending; instead of `num_inference_steps`.
+            eta: η of Eq. 16; None is the scheduler's. Schedulers whose `step` has no η refuse a non-zero one.
+            generator: one for the batch, or a list with one for each image. With a list an image depends on its own
+                generator only, at any batch size and position.
+            latents: x_T, (B, C, H, W), instead of fresh noise.
+            class_labels: for a class-conditional network: one label for all, or one for each image.
+            guidance_scale: w of classifier-free guidance, ε̂ = ε̂(null) + w·(ε̂(class) − ε̂(null)) (Ho & Salimans 2022);
+                1 is none, and costs one evaluation a step instead of two.
+            null_class_label: the label that stands for no class; the network's last by default.
+            use_clipped_model_output: recompute ε̂ from a clipped x̂0; None is the scheduler's setting.
+            callback_on_step_end: called as `callback(pipe, i, timestep, tensors)` after each step; what it returns
+                under "latents" takes the place of x_s.
+            callback_on_step_end_tensor_inputs: which of "latents" (x_s), "sample" (x_t), "pred_original_sample" (x̂0)
+                and "pred_epsilon" (ε̂) it is given; the last two are None where the scheduler does not tell them.
+            output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent" (x_0 as it is).
+            return_dict: False returns a tuple.
+
+        Returns:
+            `ImagePipelineOutput` with `images`.
+
+        Raises:
+            ValueError: for any argument that does not fit, before the network is called.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"unknown output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(CALLBACK_TENSORS)
+        if unknown:
+            raise ValueError(f"unknown callback tensors {sorted(unknown)}: use some of {', '.join(CALLBACK_TENSORS)}")
+        shape = self._shape(batch_size, latents)
+        check_generators(generator, shape[0])
+        labels, null_labels = self._labels(class_labels, guidance_scale, null_class_label, shape[0])
+        self._set_timesteps(num_inference_steps, timesteps)
+        step_kwargs = self._step_kwargs(eta, generator, use_clipped_model_output)
+
+        device = self._execution_device
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)  # the state; the network keeps its own
+        if latents is None:
+            x = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        else:
+            x = latents.to(device=device, dtype=dtype)
+        x = x * self.scheduler.init_noise_sigma
+
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            x_t = x
+            model_input = self.scheduler.scale_model_input(x_t, t).to(self.unet.dtype)
+            output = self._predict(model_input, t, labels, null_labels, guidance_scale)
+            step = self.scheduler.step(output, t, x_t, **step_kwargs)
+            x = step.prev_sample
+            if callback_on_step_end is not None:
+                tensors = {
+                    "latents": x,
+                    "sample": x_t,
+                    "pred_original_sample": getattr(step, "pred_original_sample", None),
+                    "pred_epsilon": getattr(step, "pred_epsilon", None),
+                }
+                asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                x = (callback_on_step_end(self, i, t, asked) or {}).get("latents", x)
+
+        images = self._images(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    # ---- before the loop ---------------------------------------------------------------------------------------
+
+    def _shape(self, batch_size: int | None, latents: Tensor | None) -> tuple[int, ...]:
+        """(B, C, H, W) of the images to make."""
+        if batch_size is not None and (isinstance(batch_size, bool) or int(batch_size) != batch_size or batch_size < 1):
+            raise ValueError(f"batch_size must be a positive integer, not {batch_size!r}")
+        config = self.unet.config
+        size = config.sample_size
+        if size is None and latents is None:
+            raise ValueError("the network's config has no sample_size: pass latents of the wanted size")
+        if latents is None:
+            size = (size, size) if isinstance(size, int) else tuple(size)
+            return (batch_size or 1, config.in_channels, *size)
+        if latents.ndim != 4:
+            raise ValueError(f"latents must be (B, C, H, W), not of shape {tuple(latents.shape)}")
+        size = tuple(latents.shape[2:]) if size is None else (size, size) if isinstance(size, int) else tuple(size)
+        shape = (batch_size or latents.shape[0], config.in_channels, *size)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}; this network and batch_size need {shape}")
+        if not latents.is_floating_point() or not bool(torch.isfinite(latents).all()):
+            raise ValueError("latents must be finite numbers: they hold NaN, infinity or integers")
+        return shape
+
+    def _labels(
+        self, class_labels: Any, guidance_scale: float, null_class_label: int | None, batch_size: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The labels of the images and, where guidance is on, the null labels: (B,), on the network's device."""
+        classes = self.unet.config.num_class_embeds
+        if self.unet.class_embedding is None:
+            if class_labels is not None or guidance_scale != 1 or null_class_label is not None:
+                raise ValueError("this network is unconditional: it takes no class_labels and no guidance_scale")
+            return None, None
+        if class_labels is None:
+            raise ValueError(f"this network is class-conditional: pass class_labels (0..{(classes or 0) - 1})")
+        labels = torch.as_tensor(class_labels)
+        labels = labels.expand(batch_size) if labels.ndim == 0 else labels
+        if labels.shape[:1] != (batch_size,):
+            raise ValueError(f"{labels.shape[0]} class_labels for a batch of {batch_size}: give one, or one for each")
+        null_labels = None
+        if guidance_scale != 1:
+            if null_class_label is None and classes is None:
+                raise ValueError("pass null_class_label: this network does not say how many classes it has")
+            null_labels = torch.full_like(labels, classes - 1 if null_class_label is None else null_class_label)
+        if classes is not None:
+            for values in (labels, null_labels):
+                if values is not None and (
+                    values.is_floating_point() or not ((values >= 0) & (values < classes)).all()
+                ):
+                    raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {values.tolist()}")
+        device = self._execution_device
+        return labels.to(device), None if null_labels is None else null_labels.to(device)
+
+    def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | None) -> None:
+        device = self._execution_device
+        if timesteps is None:
+            steps = 50 if num_inference_steps is None else num_inference_steps
+            self.scheduler.set_timesteps(steps, device=device)
+            return
+        if num_inference_steps is not None and num_inference_steps != len(timesteps):
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps} and {len(timesteps)} timesteps disagree: pass one of them"
+            )
+        if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} takes no timesteps of one's own: pass num_inference_steps"
+            )
+        self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+
+    def _step_kwargs(
+        self, eta: float | None, generator: Randomness, use_clipped_model_output: bool | None
+    ) -> dict[str, Any]:
+        """What the scheduler's `step` takes of η, the generator and the switch for clipping."""
+        known = inspect.signature(self.scheduler.step).parameters
+        name = type(self.scheduler).__name__
+        if isinstance(self.scheduler, GeneralizedDDIMScheduler):
+            self.scheduler.check_eta(eta)
+        elif eta is not None and not eta >= 0:
+            raise ValueError(f"eta must be a non-negative number, not {eta!r}")
+        if eta and "eta" not in known:
+            raise ValueError(f"{name} has no η: leave eta out, or use GeneralizedDDIMScheduler")
+        if use_clipped_model_output and "use_clipped_model_output" not in known:
+            raise ValueError(f"{name} knows no use_clipped_model_output: leave it out")
+        given = {"eta": eta, "generator": generator, "use_clipped_model_output": use_clipped_model_output}
+        return {key: value for key, value in given.items() if value is not None and key in known}
+
+    # ---- the loop ----------------------------------------------------------------------------------------------
+
+    def _predict(
+        self, x: Tensor, t: Tensor, labels: Tensor | None, null_labels: Tensor | None, guidance_scale: float
+    ) -> Tensor:
+        """The network's output, guided where `null_labels` are given; learned variances are not guided."""
+        if null_labels is None:
+            output = self.unet(x, t, class_labels=labels).sample
+        else:
+            both = self.unet(torch.cat([x, x]), t, class_labels=torch.cat([labels, null_labels])).sample
+            output, null = both.chunk(2)
+            channels = x.shape[1]
+            guided = torch.lerp(null[:, :channels], output[:, :channels], guidance_scale)
+            output = torch.cat([guided, output[:, channels:]], dim=1)
+        ours = isinstance(self.scheduler, GeneralizedDDIMScheduler)
+        learned = getattr(self.scheduler.config, "variance_type", None) in ("learned", "learned_range")
+        if output.shape[1] == 2 * x.shape[1] and not (ours or learned):
+            output = output[:, : x.shape[1]]  # stock samplers that know no variance take the prediction alone
+        return output
+
+    def _images(self, x: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return x
+        images = (x / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        array = images.permute(0, 2, 3, 1).float().cpu().numpy()
+        return self.numpy_to_pil(array) if output_type == "pil" else array

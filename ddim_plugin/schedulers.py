@@ -1,0 +1,588 @@
+"""Schedulers of the generalized process for diffusers.
+
+A network's `timestep` is the paper's time minus one: 0..T−1. That shift lives in this file only.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from numbers import Integral
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Generator, Tensor
+
+from . import betas as schedules
+from . import prediction as p
+from . import process, tau
+
+OWN = "_ddim_plugin"
+"""Key of a saved config that keeps what stock schedulers have no word for; they carry it along unread."""
+
+_OWN_KEYS = ("eta", "eps_mean_square", "use_clipped_model_output")
+_STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+_STOCK_SPACINGS = ("leading", "trailing", "linspace")
+_STOCK_VARIANCES = ("fixed_large", "learned_range")  # "fixed_small" is what they take where nothing is said
+
+Randomness = Generator | list[Generator] | None
+
+
+class Step(NamedTuple):
+    """All coefficients of one step: numbers, or tensors (B, 1, 1, 1) where each sample has its own time."""
+
+    alpha_bar_t: p.Coefficient
+    x0_x: p.Coefficient
+    x0_out: p.Coefficient
+    eps_x: p.Coefficient
+    eps_out: p.Coefficient
+    x0: p.Coefficient
+    eps: p.Coefficient
+    noise: p.Coefficient
+    log_low: p.Coefficient
+    log_high: p.Coefficient
+    fold_x: p.Coefficient
+    fold_out: p.Coefficient
+
+
+def _step(move: process.Move, prediction_type: str) -> Step:
+    prediction = p.prediction(prediction_type, move.alpha_bar_t)
+    learned = move.log_variance is not None
+    log_low, log_high = move.log_variance or (0.0, 0.0)
+    noise = 1.0 if learned else move.noise  # a learned deviation is multiplied by this
+    fold = p.fold(prediction, move)
+    return Step(move.alpha_bar_t, *prediction, move.x0, move.eps, noise, log_low, log_high, *fold)
+
+
+class GeneralizedDDIMSchedulerOutput:
+    """What a step gives. All tensors are (B, C, H, W) in the sample's dtype; all but the first are made when asked for.
+
+    It reads as diffusers' outputs do: by attribute, by key, by position, `to_tuple()`. What is made later is made from
+    the step's `sample` and `model_output`: do not change those in place before.
+
+    Attributes:
+        prev_sample: x_s, the sample after the move.
+        pred_original_sample: x̂0, after clipping or thresholding (Eq. 9).
+        pred_epsilon: ε̂ as it entered the move.
+        mean: the mean of x_s given x_t (Eq. 12 without its last term).
+        std: standard deviation of x_s given x_t: a scalar tensor, (B, 1, 1, 1) with times for each sample, or
+            (B, C, H, W) where the variance is learned.
+    """
+
+    _KEYS = ("prev_sample", "pred_original_sample", "mean", "std", "pred_epsilon")
+
+    def __init__(self, prev_sample: Tensor, evaluation: "_Evaluation"):
+        self.prev_sample = prev_sample
+        self._evaluation = evaluation
+
+    @cached_property
+    def pred_original_sample(self) -> Tensor:
+        return self._evaluation.x0.to(self.prev_sample.dtype)
+
+    @cached_property
+    def pred_epsilon(self) -> Tensor:
+        return self._evaluation.eps.to(self.prev_sample.dtype)
+
+    @cached_property
+    def mean(self) -> Tensor:
+        return self._evaluation.mean().to(self.prev_sample.dtype)
+
+    @cached_property
+    def std(self) -> Tensor:
+        std = self._evaluation.std
+        if not isinstance(std, Tensor):
+            return torch.full((), std, dtype=self.prev_sample.dtype, device=self.prev_sample.device)
+        return std.to(self.prev_sample.dtype)
+
+    def keys(self) -> tuple[str, ...]:
+        return self._KEYS
+
+    def to_tuple(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, key) for key in self._KEYS)
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, slice):
+            return self.to_tuple()[key]
+        name = self._KEYS[key] if isinstance(key, int) else key
+        if name not in self._KEYS:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __len__(self) -> int:
+        return len(self._KEYS)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._KEYS
+
+
+class _Evaluation:
+    """One evaluation of the network, and what follows from it for one step."""
+
+    def __init__(
+        self,
+        step: Step,
+        sample: Tensor,
+        output: Tensor,
+        variance: Tensor | None,
+        constrain: Callable[[Tensor], Tensor] | None,
+        recompute_eps: bool,
+    ):
+        self.step, self.sample, self.output, self.variance = step, sample, output, variance
+        self.constrain, self.recompute_eps = constrain, recompute_eps and constrain is not None
+
+    @cached_property
+    def x0(self) -> Tensor:
+        x0 = p.combine(self.step.x0_x, self.sample, self.step.x0_out, self.output)
+        return x0 if self.constrain is None else self.constrain(x0)
+
+    @cached_property
+    def eps(self) -> Tensor:
+        if self.recompute_eps:
+            return p.eps_from_x0(self.sample, self.x0, self.step.alpha_bar_t)
+        if not isinstance(self.step.eps_x, Tensor) and (self.step.eps_x, self.step.eps_out) == (0.0, 1.0):
+            return self.output
+        return p.combine(self.step.eps_x, self.sample, self.step.eps_out, self.output)
+
+    def mean(self) -> Tensor:
+        if self.constrain is None:
+            return p.combine(self.step.fold_x, self.sample, self.step.fold_out, self.output)
+        return p.combine(self.step.x0, self.x0, self.step.eps, self.eps)
+
+    @cached_property
+    def std(self) -> p.Coefficient:
+        if self.variance is None:
+            return self.step.noise
+        variance = self.variance.to(torch.promote_types(self.variance.dtype, torch.float32))
+        deviation = p.learned_std(variance, (self.step.log_low, self.step.log_high))
+        return deviation * self.step.noise
+
+
+class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
+    """The generalized process of Denoising Diffusion Implicit Models, along any subsequence τ.
+
+    One step is x_s = √ᾱ_s·x̂0 + √(1 − ᾱ_s − σ²)·ε̂ + σz (Eq. 12), σ = σ(η) (Eq. 16), for the pairs (t, s) of τ.
+    Understands every key of diffusers' `DDIMScheduler`; defaults follow the paper: nothing is clipped.
+
+    Args:
+        num_train_timesteps: T, the number of times the network was trained on.
+        beta_start, beta_end: range of β for the schedules that have one.
+        beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "const", "jsd", "sigmoid", "laplace", "exp".
+        trained_betas: β_1..β_T given outright, instead of a named schedule.
+        clip_sample, clip_sample_range: clip x̂0 to ±`clip_sample_range` in each step.
+        set_alpha_to_one: ᾱ_0 = 1 (the paper). False keeps ᾱ_0 = ᾱ_1, as Stable Diffusion was configured.
+        steps_offset: added to the times of "leading" spacing.
+        prediction_type: what the network predicts: "epsilon", "sample" (x0) or "v_prediction".
+        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x̂0 (instead of clipping).
+        timestep_spacing: τ by name: "linear", "quadratic", "leading", "trailing", "linspace", "paper_linear",
+            "paper_quadratic" (see `ddim_plugin.tau`).
+        rescale_betas_zero_snr: rescale β so that ᾱ_T = 0 (Lin et al. 2023).
+        eta: η of Eq. 16 where a step is not given one: 0 is DDIM, 1 is DDPM. Not used by "fixed_large" and
+            "learned_range", which stand at η = 1.
+        variance_type: "fixed_small" (σ = η·√β̃, Eq. 16), "fixed_large" (σ̂, Appendix D.3: noise only, ε̂ keeps σ(1)),
+            "learned_range" (a network with twice the channels, between β̃ and β), "optimal" (Analytic-DPM).
+        eps_mean_square: E‖ε̂(x_t, t)‖²/d for t = 1..T, for "optimal".
+        use_clipped_model_output: where x̂0 is clipped, recompute ε̂ from it so that the two agree on x_t, as Ho's
+            sampler does; False (the authors' code and diffusers' DDIM) keeps the network's ε̂.
+
+    Raises:
+        ValueError: for any value that is unknown, out of range, or impossible together with another.
+    """
+
+    _compatibles: ClassVar = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        clip_sample: bool = False,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "linear",
+        rescale_betas_zero_snr: bool = False,
+        eta: float = 0.0,
+        variance_type: str = "fixed_small",
+        eps_mean_square: list[float] | None = None,
+        use_clipped_model_output: bool = False,
+    ):
+        T = num_train_timesteps
+        if trained_betas is not None:
+            betas = schedules.check(trained_betas, T)
+        else:
+            betas = schedules.betas(beta_schedule, T, beta_start, beta_end)
+            if schedules.made_for_1000(beta_schedule, T, beta_start, beta_end):
+                message = (
+                    f"beta_start={beta_start:g} and beta_end={beta_end:g} were made for 1000 steps; at "
+                    f"num_train_timesteps={T} they leave ᾱ_T = {np.prod(1 - betas):.3g}. Scale them by 1000/{T}."
+                )
+                warnings.warn(message, stacklevel=3)
+        p.check_prediction(prediction_type)
+        tau.check_spacing(timestep_spacing)
+        tau.check_offset(steps_offset)
+        process.effective_eta(variance_type, None, eta)
+        if variance_type in process.ETA_FREE and eta not in (0, 1):
+            raise ValueError(f"variance_type={variance_type!r} stands at η = 1: eta={eta!r} has no meaning with it")
+        if clip_sample and not clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range must be positive, not {clip_sample_range!r}")
+        if thresholding and not (0 <= dynamic_thresholding_ratio <= 1 and sample_max_value >= 1):
+            raise ValueError(
+                "thresholding needs dynamic_thresholding_ratio in [0, 1] and sample_max_value ≥ 1, not "
+                f"{dynamic_thresholding_ratio!r} and {sample_max_value!r}"
+            )
+        self._eps_mean_square = _eps_table(variance_type, eps_mean_square, T)
+
+        alpha_bar = schedules.alpha_bar(betas)
+        if rescale_betas_zero_snr:
+            alpha_bar = schedules.rescale_zero_terminal_snr(alpha_bar)
+        if not set_alpha_to_one:
+            alpha_bar[0] = alpha_bar[1]
+        self._alpha_bar = alpha_bar
+        if trained_betas is None and beta_schedule not in _STOCK_SCHEDULES:
+            self.register_to_config(trained_betas=betas.tolist())  # a schedule stock schedulers know only as numbers
+
+        # Attributes that pipelines of diffusers read.
+        alphas_cumprod = alpha_bar[1:]
+        alphas = alphas_cumprod / np.concatenate([[1.0], alphas_cumprod[:-1]])
+        self.alphas_cumprod = torch.tensor(alphas_cumprod, dtype=torch.float32)
+        self.alphas = torch.tensor(alphas, dtype=torch.float32)
+        self.betas = torch.tensor(1 - alphas, dtype=torch.float32)
+        self.final_alpha_cumprod = torch.tensor(alpha_bar[0], dtype=torch.float32)
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps: int | None = None
+        self.timesteps = self._planned = torch.arange(T - 1, -1, -1)
+
+        self._tau = np.empty(0, dtype=np.int64)
+        self._plans: dict[tuple[str, float], list[Step]] = {}
+        self._off_plan: dict[tuple[str, float, int], Step] = {}
+        self._tables: dict[Any, Tensor] = {}
+        self._next = 0
+
+    # ---- configuration -----------------------------------------------------------------------------------------
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Record `kwargs` in the config, and keep it readable for stock schedulers.
+
+        What they have no word for is listed in `_use_default_values`, which diffusers drops when it converts a config,
+        and kept under an underscored key, which it carries along. All else is said outright, since defaults
+        (`clip_sample`) differ from class to class. In memory `_class_name` names the stock scheduler whose keys these
+        are: diffusers looks there which of them another class may drop in silence.
+        """
+        super().register_to_config(**kwargs)
+        own = self._own_settings()
+        hints = {"_use_default_values": list(own), "_class_name": DDIMScheduler.__name__}
+        super().register_to_config(**{OWN: own} | hints)
+
+    def _own_settings(self) -> dict[str, Any]:
+        own = {key: self.config[key] for key in _OWN_KEYS}
+        if self.config.timestep_spacing not in _STOCK_SPACINGS:
+            own["timestep_spacing"] = self.config.timestep_spacing
+        if self.config.variance_type not in _STOCK_VARIANCES:
+            own["variance_type"] = self.config.variance_type
+        return own
+
+    @classmethod
+    def from_config(cls, config: FrozenDict | dict[str, Any] | None = None, return_unused_kwargs=False, **kwargs):
+        """A scheduler from the config of this or any compatible scheduler; `kwargs` override its entries.
+
+        Our own settings survive a stay in a stock scheduler; an entry that was set explicitly there wins. From a
+        scheduler that never was ours "fixed_small" and "fixed_large" are not taken over: they belong to its sampler,
+        and the deterministic process is the default here. "learned_range" is a property of the network, and is.
+        """
+        if isinstance(config, dict):
+            config = dict(config)
+            own = config.pop(OWN, None)
+            if own is None:
+                carried = config.get("variance_type")
+                if carried is None or carried.startswith("fixed_"):
+                    config.pop("variance_type", None)
+            else:
+                said = config.keys() - set(config.get("_use_default_values", []))
+                kwargs = {key: value for key, value in own.items() if key not in said} | kwargs
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The config as JSON, in words that stock schedulers read without a warning; ours are under `_ddim_plugin`."""
+        live = self._internal_dict
+        try:
+            self._internal_dict = FrozenDict({k: v for k, v in live.items() if k not in live[OWN]})
+            return super().to_json_string()
+        finally:
+            self._internal_dict = live
+
+    # ---- planning ----------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | Tensor | np.ndarray | None = None,
+    ) -> None:
+        """Plan the moves over τ: `num_inference_steps` of the spacing, or an explicit list of network times.
+
+        Args:
+            num_inference_steps: S, 1 ≤ S ≤ T.
+            device: where `self.timesteps` is put.
+            timesteps: network times 0..T−1, distinct, descending; instead of `num_inference_steps`.
+
+        Raises:
+            ValueError: for a step count or times out of range or order, η too large for a move, or ε prediction on a
+                move from ᾱ_t = 0.
+        """
+        T = self.config.num_train_timesteps
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("set_timesteps takes either num_inference_steps or timesteps=[...], not both or neither")
+        if timesteps is not None:
+            values = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else timesteps
+            times = tau.explicit(values, T, lowest=0, descending=True)
+        else:
+            times = tau.tau(self.config.timestep_spacing, num_inference_steps, T, self.config.steps_offset)
+        kind = process.effective_eta(self.config.variance_type, None, self.config.eta)
+        plan = self._make_plan(times, *kind)
+
+        self._tau, self._plans, self._off_plan, self._next = times, {kind: plan}, {}, 0
+        self._tables = {key: value for key, value in self._tables.items() if key[0] == "marginals"}
+        self.num_inference_steps = len(times)
+        self.timesteps = self._planned = torch.tensor(times[::-1] - 1, dtype=torch.int64).to(device)
+
+    def check_eta(self, eta: float | None) -> None:
+        """Raise ValueError where a step of the current plan could not be made at this η (None: the scheduler's)."""
+        self._plan(self._kind(eta))
+
+    def _make_plan(self, times: np.ndarray, kind: str, eta: float) -> list[Step]:
+        return [self._make_step(t, s, kind, eta) for t, s in process.downwards(times)]
+
+    def _make_step(self, t: int, s: int, kind: str, eta: float) -> Step:
+        move = process.move(self._alpha_bar, t, s, eta, kind, self._eps_mean_square)
+        return _step(move, self.config.prediction_type)
+
+    def _kind(self, eta: float | None) -> tuple[str, float]:
+        return process.effective_eta(self.config.variance_type, eta, self.config.eta)
+
+    def _plan(self, kind: tuple[str, float]) -> list[Step]:
+        if kind not in self._plans:
+            self._plans[kind] = self._make_plan(self._tau, *kind)
+        return self._plans[kind]
+
+    def _step_at(self, timestep: int, kind: tuple[str, float]) -> Step:
+        """The step from any network time, to the nearest time of the plan below it."""
+        T = self.config.num_train_timesteps
+        if not 0 <= timestep < T:
+            raise ValueError(f"timestep {timestep} is outside 0..{T - 1}")
+        t, last = timestep + 1, len(self._tau) - 1
+        expected = last - self._next
+        if expected >= 0 and self._tau[expected] == t:  # tells repeated times apart
+            self._next += 1
+            return self._plan(kind)[last - expected]
+        below = int(np.searchsorted(self._tau, t))
+        if below <= last and self._tau[below] == t:
+            above = int(np.searchsorted(self._tau, t, side="right"))
+            self._next = last - above + 2
+            return self._plan(kind)[last - above + 1]
+        key = (*kind, t)
+        if key not in self._off_plan:
+            s = int(self._tau[below - 1]) if below else 0
+            self._off_plan[key] = self._make_step(t, s, *kind)
+        return self._off_plan[key]
+
+    def _find(self, timestep: int | Tensor, kind: tuple[str, float], sample: Tensor) -> Step:
+        """The step for `timestep`: one for all, or one for each sample. Never reads a tensor of a device."""
+        if not isinstance(timestep, Tensor):
+            return self._step_at(_integer(timestep), kind)
+        if timestep.is_floating_point() or timestep.is_complex() or timestep.dtype == torch.bool:
+            raise ValueError(f"timestep must be an integer, not a tensor of {timestep.dtype}")
+        if timestep.numel() == 1:
+            planned = self._planned.untyped_storage().data_ptr()
+            if (
+                timestep.untyped_storage().data_ptr() == planned
+            ):  # an element of our timesteps: its place tells the step
+                self._next = timestep.storage_offset() + 1
+                return self._plan(kind)[timestep.storage_offset()]
+            return self._step_at(int(timestep), kind)
+        if timestep.shape != sample.shape[:1]:
+            raise ValueError(
+                f"timestep has shape {tuple(timestep.shape)}: give one, or one for each of {sample.shape[0]} samples"
+            )
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        if timestep.device.type == "cpu":
+            steps = [self._step_at(t, kind) for t in timestep.tolist()]
+            rows = torch.tensor(steps, dtype=torch.float64).to(dtype).to(sample.device)
+        else:
+            rows = self._all_steps(kind, dtype, sample.device)[timestep.to(sample.device)]
+        return Step(*(column.view(-1, *[1] * (sample.ndim - 1)) for column in rows.unbind(1)))
+
+    def _all_steps(self, kind: tuple[str, float], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The steps from every network time, (T, 12), kept on the device; NaN where there is none."""
+        key = ("steps", kind, dtype, device)
+        if key not in self._tables:
+            rows = np.full((self.config.num_train_timesteps, len(Step._fields)), np.nan)
+            for timestep in range(len(rows)):
+                try:
+                    rows[timestep] = self._step_at(timestep, kind)
+                except ValueError:
+                    continue
+            self._tables[key] = torch.tensor(rows).to(dtype).to(device)
+        return self._tables[key]
+
+    # ---- stepping ----------------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """The network's input: `sample` as it is."""
+        return sample
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float | None = None,
+        use_clipped_model_output: bool | None = None,
+        generator: Randomness = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> GeneralizedDDIMSchedulerOutput | tuple[Tensor, Tensor]:
+        """One move from `timestep` to the next time of the plan below it (Eq. 12).
+
+        Args:
+            model_output: the network's output, (B, C, H, W), or (B, 2C, H, W) with "learned_range".
+            timestep: a network time 0..T−1, or an integer tensor (B,) with one for each sample. A time that is not in
+                the plan moves to the nearest one below it. Elements of `self.timesteps` are told by their place in
+                it, so that no device is ever waited for.
+            sample: x_t, (B, C, H, W). Half precision is computed in float32 and cast once at the end.
+            eta: η of Eq. 16 for this step; None is the scheduler's process. With "fixed_large" and "learned_range" 0
+                (deterministic) and 1 (their own noise) exist.
+            use_clipped_model_output: whether ε̂ is recomputed from a clipped x̂0; None is the scheduler's setting.
+            generator: source of z: a generator, or one for each sample.
+            variance_noise: z itself, (B, C, H, W), instead of a generator.
+            return_dict: False returns the tuple (x_s, x̂0).
+
+        Raises:
+            ValueError: before `set_timesteps`; for shapes, times, η or generators that do not fit.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step: there is no plan of moves yet")
+        output, variance = self._split(model_output, sample)
+        kind = self._kind(eta)
+        step = self._find(timestep, kind, sample)
+        if use_clipped_model_output is None:
+            use_clipped_model_output = self.config.use_clipped_model_output
+        if kind[0] != "learned_range":
+            variance = None
+        evaluation = _Evaluation(step, sample, output, variance, self._constraint(), use_clipped_model_output)
+        x = evaluation.mean()
+        if isinstance(step.noise, Tensor) or step.noise > 0:
+            z = _noise(sample, x.dtype, generator, variance_noise)
+            std = evaluation.std
+            x = x.addcmul_(std, z) if isinstance(std, Tensor) else x.add_(z, alpha=std)
+        result = GeneralizedDDIMSchedulerOutput(x.to(sample.dtype), evaluation)
+        return result if return_dict else (result.prev_sample, result.pred_original_sample)
+
+    def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.config.variance_type != "learned_range":
+            if model_output.shape != sample.shape:
+                hint = ""
+                if model_output.shape[:1] + model_output.shape[2:] == sample.shape[:1] + sample.shape[2:]:
+                    hint = "; a network with twice the channels needs variance_type='learned_range'"
+                raise ValueError(
+                    f"model_output has shape {tuple(model_output.shape)}, the sample {tuple(sample.shape)}: "
+                    f"they must agree{hint}"
+                )
+            return model_output, None
+        B, C, *size = sample.shape
+        if model_output.shape != (B, 2 * C, *size):
+            raise ValueError(
+                f"variance_type='learned_range' needs a model_output of shape {(B, 2 * C, *size)} (prediction and "
+                f"variance), not {tuple(model_output.shape)}"
+            )
+        return p.split_variance(model_output, C)
+
+    def _constraint(self) -> Callable[[Tensor], Tensor] | None:
+        config = self.config
+        if config.thresholding:
+            return lambda x0: p.threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
+        if config.clip_sample:
+            return lambda x0: p.clip(x0, config.clip_sample_range)
+        return None
+
+    # ---- marginals ---------------------------------------------------------------------------------------------
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
+        """x_t = √ᾱ_t·x_0 + √(1 − ᾱ_t)·ε (Eq. 4) at network times `timesteps`, an integer or (B,)."""
+        signal, deviation = self._marginals(original_samples, timesteps)
+        return p.combine(signal, original_samples, deviation, noise).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
+        """v = √ᾱ_t·ε − √(1 − ᾱ_t)·x_0 at network times `timesteps`, an integer or (B,); `sample` is x_0."""
+        signal, deviation = self._marginals(sample, timesteps)
+        return p.combine(-deviation, sample, signal, noise).to(sample.dtype)
+
+    def _marginals(self, like: Tensor, timesteps: Tensor | int) -> tuple[Tensor, Tensor]:
+        """(√ᾱ_t, √(1 − ᾱ_t)) for each sample, broadcasting over `like`."""
+        times = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps)
+        if times.is_floating_point() or times.is_complex() or times.dtype == torch.bool:
+            raise ValueError(f"timesteps must be integers, not {times.dtype}")
+        times = times.flatten()
+        if len(times) not in (1, like.shape[0]):
+            raise ValueError(f"{len(times)} timesteps for {like.shape[0]} samples: give one, or one for each")
+        T = self.config.num_train_timesteps
+        if times.device.type == "cpu" and not 0 <= int(times.min()) <= int(times.max()) < T:
+            raise ValueError(f"timesteps must lie in 0..{T - 1}, not {times.tolist()}")
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        key = ("marginals", dtype, like.device)
+        if key not in self._tables:
+            table = np.stack([np.sqrt(self._alpha_bar[1:]), np.sqrt(1 - self._alpha_bar[1:])])
+            self._tables[key] = torch.tensor(table).to(dtype).to(like.device)
+        signal, deviation = self._tables[key][:, times.to(like.device)]
+        shape = (-1, *[1] * (like.ndim - 1))
+        return signal.view(shape), deviation.view(shape)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+
+def _eps_table(variance_type: str, eps_mean_square: Sequence[float] | None, T: int) -> np.ndarray | None:
+    """E‖ε̂‖²/d with one entry for each time 0..T, checked."""
+    if eps_mean_square is None:
+        if variance_type == "optimal":
+            raise ValueError(f"variance_type='optimal' needs eps_mean_square: E‖ε̂‖²/d, one for each of the {T} times")
+        return None
+    table = np.asarray(eps_mean_square, dtype=np.float64)
+    if table.shape != (T,) or not (np.isfinite(table) & (table >= 0)).all():
+        raise ValueError(f"eps_mean_square must be {T} finite non-negative numbers, one for each time")
+    return np.concatenate([[0.0], table])
+
+
+def _integer(timestep: object) -> int:
+    if not isinstance(timestep, Integral) or isinstance(timestep, bool):
+        raise ValueError(f"timestep must be an integer, not {timestep!r}")
+    return int(timestep)
+
+
+def check_generators(generator: Randomness, batch_size: int) -> None:
+    """Raise ValueError unless `generator` is one, none, or a list with one for each image."""
+    if isinstance(generator, list | tuple) and len(generator) != batch_size:
+        raise ValueError(f"{len(generator)} generators for a batch of {batch_size}: give one, or one for each image")
+
+
+def _noise(sample: Tensor, dtype: torch.dtype, generator: Randomness, variance_noise: Tensor | None) -> Tensor:
+    """z ~ N(0, I) of the sample's shape, drawn in float32 at least, or `variance_noise` as given."""
+    if variance_noise is None:
+        check_generators(generator, sample.shape[0])
+        return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
+    if generator is not None:
+        raise ValueError("give either generator or variance_noise, not both")
+    if variance_noise.shape != sample.shape:
+        raise ValueError(f"variance_noise has shape {tuple(variance_noise.shape)}, the sample {tuple(sample.shape)}")
+    return variance_noise.to(dtype)

@@ -1,0 +1,59 @@
+"""Shared pieces: small networks that need no training, and settings that make failures repeatable."""
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture
+def network():
+    """A smooth function of (x_t, t) that stands in for a trained network."""
+
+    def call(x, t):
+        return torch.tanh(0.9 * x + 0.1) + 0.05 * torch.sin(3 * x.flip(-1)) + 0.0001 * t
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def make_unet():
+    """A builder of tiny U-Nets with random weights that are not zero anywhere."""
+
+    def build(channels=1, size=8, out_channels=None, seed=0, **config):
+        torch.manual_seed(seed)
+        unet = UNet2DModel(
+            sample_size=size,
+            in_channels=channels,
+            out_channels=out_channels or channels,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            norm_num_groups=4,
+            attention_head_dim=8,
+            **config,
+        )
+        return unet.eval()
+
+    return build
+
+
+@pytest.fixture
+def quiet_diffusers():
+    """Collect what diffusers logs at the level of warnings: its conversions warn there, not through `warnings`."""
+    import logging
+
+    records = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            records.append(record.getMessage())
+
+    logger, handler = logging.getLogger("diffusers"), Handler(logging.WARNING)
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)

@@ -1,0 +1,165 @@
+"""The scheduler's config: to and from every compatible scheduler, and to disk, without a warning or a loss."""
+
+import json
+
+import diffusers
+import pytest
+import torch
+
+from ddim_plugin import GeneralizedDDIMScheduler
+
+OWN = {
+    "timestep_spacing": "quadratic",
+    "eta": 0.3,
+    "clip_sample": False,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.001,
+    "beta_end": 0.013,
+    "prediction_type": "epsilon",
+}
+COMPATIBLE = sorted(cls.__name__ for cls in diffusers.DDIMScheduler().compatibles if "dummy" not in cls.__module__)
+
+
+def settings(scheduler):
+    return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+
+
+def trajectory(scheduler, S=7):
+    scheduler.set_timesteps(S)
+    x = torch.linspace(-2, 2, 12, dtype=torch.float64).view(1, 3, 2, 2)
+    z = x.flip(1)
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.tanh(x), t, x, variance_noise=z if scheduler.config.eta else None).prev_sample
+    return x
+
+
+def test_there_are_schedulers_to_convert():
+    assert len(COMPATIBLE) >= 12
+
+
+@pytest.mark.parametrize("name", COMPATIBLE)
+def test_there_and_back_without_a_warning(name, quiet_diffusers, recwarn, tmp_path):
+    cls = getattr(diffusers, name)
+    ours = GeneralizedDDIMScheduler(**OWN)
+    stock = cls.from_config(ours.config)
+    assert stock.config.prediction_type == "epsilon"
+    if "beta_end" in stock.config:
+        assert stock.config.beta_end == 0.013
+    if "clip_sample" in stock.config:
+        assert stock.config.clip_sample is False  # not left to the other class's default
+    back = GeneralizedDDIMScheduler.from_config(stock.config)
+    assert settings(back) == settings(ours)
+    assert torch.equal(trajectory(back), trajectory(ours))
+
+    assert quiet_diffusers == []
+
+    ours.save_pretrained(tmp_path)
+    loaded = cls.from_pretrained(tmp_path)
+    if name != "EDMEulerScheduler":  # it takes no β and names no class it is compatible with: on disk it warns
+        assert quiet_diffusers == []
+    loaded.set_timesteps(10)
+    assert [str(w.message) for w in recwarn if "ddim" in str(w.message).lower()] == []
+
+
+@pytest.mark.parametrize("name", COMPATIBLE)
+def test_from_a_stock_default(name, quiet_diffusers):
+    stock = getattr(diffusers, name)()
+    ours = GeneralizedDDIMScheduler.from_config(stock.config)
+    assert ours.config.eta == 0
+    assert torch.isfinite(trajectory(ours)).all()
+    assert quiet_diffusers == []
+
+
+def test_an_entry_set_in_between_wins():
+    stock = diffusers.DDIMScheduler.from_config(GeneralizedDDIMScheduler(**OWN).config, timestep_spacing="trailing")
+    back = GeneralizedDDIMScheduler.from_config(stock.config)
+    assert back.config.timestep_spacing == "trailing"
+    assert back.config.eta == 0.3
+    assert GeneralizedDDIMScheduler.from_config(stock.config, eta=0.9).config.eta == 0.9
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        OWN,
+        {"beta_schedule": "jsd", "prediction_type": "v_prediction", "timestep_spacing": "paper_quadratic"},
+        {"beta_schedule": "const", "variance_type": "fixed_large"},
+        {"variance_type": "optimal", "eps_mean_square": [0.5] * 1000, "timestep_spacing": "leading"},
+        {"trained_betas": [0.01] * 1000, "rescale_betas_zero_snr": True, "prediction_type": "sample"},
+        {"variance_type": "learned_range", "thresholding": True, "steps_offset": 1, "set_alpha_to_one": False},
+    ],
+)
+def test_disk_keeps_everything(config, tmp_path, quiet_diffusers):
+    ours = GeneralizedDDIMScheduler(**config)
+    ours.save_pretrained(tmp_path)
+    for other in (
+        GeneralizedDDIMScheduler.from_pretrained(tmp_path),
+        GeneralizedDDIMScheduler.from_config(ours.config),
+        GeneralizedDDIMScheduler.from_config(dict(ours.config)),
+    ):
+        assert settings(other) == settings(ours)
+        other.save_pretrained(tmp_path / "again")
+        assert (tmp_path / "again" / "scheduler_config.json").read_text() == (
+            tmp_path / "scheduler_config.json"
+        ).read_text()
+    assert quiet_diffusers == []
+
+
+def test_stock_schedulers_get_schedules_they_have_no_name_for_as_numbers(tmp_path, quiet_diffusers):
+    ours = GeneralizedDDIMScheduler(beta_schedule="const")
+    ours.save_pretrained(tmp_path)
+    for stock in (diffusers.DDIMScheduler.from_config(ours.config), diffusers.DDPMScheduler.from_pretrained(tmp_path)):
+        assert torch.allclose(stock.alphas_cumprod, ours.alphas_cumprod, rtol=1e-4)
+    assert quiet_diffusers == []
+
+
+def test_settings_changed_later_are_saved(tmp_path):
+    """`register_to_config` is how users of diffusers change a setting in place."""
+    ours = GeneralizedDDIMScheduler()
+    ours.register_to_config(eta=0.7, timestep_spacing="quadratic", clip_sample=True)
+    ours.save_pretrained(tmp_path)
+    for other in (
+        GeneralizedDDIMScheduler.from_pretrained(tmp_path),
+        GeneralizedDDIMScheduler.from_config(ours.config),
+    ):
+        assert settings(other) == settings(ours)
+        assert other.config.eta == 0.7
+
+
+def test_noise_of_a_ddpm_config_is_not_taken_over(tmp_path):
+    """A DDPM checkpoint opens as DDIM, as it does in the stock scheduler; asked for, its noise is there."""
+    stock = diffusers.DDPMScheduler(variance_type="fixed_large", clip_sample=True)
+    stock.save_pretrained(tmp_path)
+    for ours in (
+        GeneralizedDDIMScheduler.from_config(stock.config),
+        GeneralizedDDIMScheduler.from_pretrained(tmp_path),
+    ):
+        assert ours.config.variance_type == "fixed_small"
+        assert ours.config.clip_sample is True
+    assert (
+        GeneralizedDDIMScheduler.from_config(stock.config, variance_type="fixed_large").config.variance_type
+        == "fixed_large"
+    )
+    learned = GeneralizedDDIMScheduler.from_config(diffusers.DDPMScheduler(variance_type="learned_range").config)
+    assert learned.config.variance_type == "learned_range"
+
+
+def test_every_key_of_the_stock_scheduler_is_understood():
+    stock = {key for key in diffusers.DDIMScheduler().config if not key.startswith("_")}
+    assert stock <= set(GeneralizedDDIMScheduler().config)
+
+
+def test_config_on_disk_is_readable(tmp_path):
+    GeneralizedDDIMScheduler(**OWN).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert saved["_class_name"] == "GeneralizedDDIMScheduler"
+    assert saved["_ddim_plugin"] == {
+        "eta": 0.3,
+        "eps_mean_square": None,
+        "use_clipped_model_output": False,
+        "timestep_spacing": "quadratic",
+        "variance_type": "fixed_small",
+    }
+    assert "eta" not in saved
+    assert "timestep_spacing" not in saved

@@ -1,0 +1,379 @@
+"""The pipeline's call, and its life on disk."""
+
+import itertools
+import json
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ddim_plugin
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+
+
+@pytest.fixture
+def make_pipe(make_unet):
+    def build(scheduler=None, unet=None, **config):
+        pipe = GeneralizedDDIMPipeline(unet or make_unet(**config), scheduler or GeneralizedDDIMScheduler())
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return build
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+# ---- what comes out --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 8), (1, (8, 12)), (3, (12, 8))])
+def test_output_types_and_shapes(make_pipe, channels, size):
+    pipe = make_pipe(channels=channels, size=size)
+    height, width = (size, size) if isinstance(size, int) else size
+    call = {"batch_size": 2, "num_inference_steps": 3, "generator": None}
+    outputs = {
+        kind: pipe(**call | {"generator": generators(1, 2)}, output_type=kind).images
+        for kind in ("pil", "np", "pt", "latent")
+    }
+    assert outputs["latent"].shape == outputs["pt"].shape == (2, channels, height, width)
+    assert torch.equal(outputs["pt"], (outputs["latent"] / 2 + 0.5).clamp(0, 1))
+    assert outputs["np"].shape == (2, height, width, channels)
+    assert np.array_equal(outputs["np"], outputs["pt"].permute(0, 2, 3, 1).numpy())
+    assert all(isinstance(image, Image.Image) for image in outputs["pil"])
+    assert outputs["pil"][0].mode == ("L" if channels == 1 else "RGB")
+    assert outputs["pil"][0].size == (width, height)
+    pixels = np.asarray(outputs["pil"][1]).reshape(height, width, channels)
+    assert np.array_equal(pixels, (outputs["np"][1] * 255).round().astype("uint8"))
+
+
+def test_the_loop_is_the_plain_loop(make_pipe):
+    pipe = make_pipe()
+    images = pipe(batch_size=2, num_inference_steps=7, generator=generators(3, 4), output_type="latent").images
+    x = torch.cat([torch.randn(1, 1, 8, 8, generator=g) for g in generators(3, 4)])
+    scheduler = GeneralizedDDIMScheduler()
+    scheduler.set_timesteps(7)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(pipe.unet(x, t).sample, t, x).prev_sample
+    assert torch.equal(images, x)
+    assert torch.equal(
+        pipe(batch_size=2, num_inference_steps=7, generator=generators(3, 4), return_dict=False, output_type="latent")[
+            0
+        ],
+        x,
+    )
+
+
+def test_explicit_times_are_those_of_the_name(make_pipe):
+    pipe = make_pipe()
+    by_name = pipe(num_inference_steps=4, generator=generators(1), output_type="latent").images
+    for times in ([999, 749, 499, 249], torch.tensor([999, 749, 499, 249])):
+        assert torch.equal(pipe(timesteps=times, generator=generators(1), output_type="latent").images, by_name)
+
+
+def test_default_steps_are_fifty(make_pipe):
+    pipe = make_pipe()
+    pipe()
+    assert pipe.scheduler.num_inference_steps == 50
+
+
+def test_eta_none_is_the_schedulers(make_pipe):
+    pipe = make_pipe(GeneralizedDDIMScheduler(eta=1.0))
+    call = {"num_inference_steps": 5, "output_type": "latent"}
+    own = pipe(generator=generators(1), **call).images
+    assert torch.equal(pipe(generator=generators(1), eta=1.0, **call).images, own)
+    quiet = pipe(generator=generators(1), eta=0.0, **call).images
+    assert not torch.equal(quiet, own)
+    assert torch.equal(make_pipe()(generator=generators(1), **call).images, quiet)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [{"eta": 0.7}, {"variance_type": "fixed_large"}, {"eta": 1.0, "clip_sample": True}]
+)
+def test_the_same_generator_gives_the_same_image_in_any_batch(make_pipe, scheduler):
+    pipe = make_pipe(GeneralizedDDIMScheduler(**scheduler))
+
+    def run(*seeds):
+        return pipe(
+            batch_size=len(seeds), num_inference_steps=5, generator=generators(*seeds), output_type="latent"
+        ).images
+
+    together = run(1, 2, 3)
+    assert torch.allclose(run(3, 1), together[[2, 0]], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(run(2), together[[1]], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[0], together[1], atol=0.1)
+
+
+def test_latents(make_pipe):
+    pipe = make_pipe()
+    x_T = torch.randn(3, 1, 8, 8)
+    kept = x_T.clone()
+    first = pipe(latents=x_T, num_inference_steps=5, output_type="latent").images
+    assert torch.equal(x_T, kept)
+    assert torch.equal(pipe(3, latents=x_T, num_inference_steps=5, output_type="latent").images, first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scheduler", [{}, {"eta": 1.0}, {"timestep_spacing": "quadratic", "clip_sample": True}])
+def test_half_precision(make_pipe, dtype, scheduler):
+    pipe = make_pipe(GeneralizedDDIMScheduler(**scheduler))
+    call = {"batch_size": 2, "num_inference_steps": 20}
+    full = pipe(generator=generators(1, 2), output_type="np", **call).images
+    pipe.to(dtype=dtype)
+    assert pipe.unet.dtype == dtype
+    half = pipe(generator=generators(1, 2), output_type="np", **call).images
+    assert np.isfinite(half).all()
+    others = pipe(generator=generators(3, 4), output_type="np", **call).images
+    assert np.abs(half - full).mean() < 0.5 * np.abs(others - full).mean()
+    assert pipe(output_type="pil", **call).images[0].mode == "L"
+
+
+# ---- labels and guidance ---------------------------------------------------------------------------------------
+
+
+def test_class_labels(make_pipe):
+    pipe = make_pipe(num_class_embeds=4)
+    call = {"num_inference_steps": 4, "output_type": "latent"}
+    one = pipe(batch_size=2, class_labels=1, generator=generators(1, 2), **call).images
+    for labels in ([1, 1], torch.tensor([1, 1]), np.array([1, 1])):
+        assert torch.equal(pipe(batch_size=2, class_labels=labels, generator=generators(1, 2), **call).images, one)
+    mixed = pipe(batch_size=2, class_labels=[1, 2], generator=generators(1, 2), **call).images
+    assert torch.allclose(mixed[0], one[0], atol=1e-4)
+    assert not torch.allclose(mixed[1], one[1], atol=1e-3)
+
+
+def test_guidance_mixes_class_and_null(make_pipe):
+    pipe = make_pipe(num_class_embeds=4)
+    x_T = torch.randn(2, 1, 8, 8)
+    call = {"latents": x_T, "timesteps": [500], "output_type": "latent"}
+    scheduler = GeneralizedDDIMScheduler()
+    scheduler.set_timesteps(timesteps=[500])
+    with torch.no_grad():
+        labels, null = torch.tensor([1, 2]), torch.tensor([3, 3])
+        cond, free = (pipe.unet(x_T, 500, class_labels=c).sample for c in (labels, null))
+    expected = scheduler.step(free + 2.5 * (cond - free), 500, x_T).prev_sample
+    guided = pipe(class_labels=[1, 2], guidance_scale=2.5, **call).images
+    assert torch.allclose(guided, expected, atol=1e-3)
+    assert torch.allclose(pipe(class_labels=[1, 2], guidance_scale=2.5, null_class_label=3, **call).images, guided)
+    plain = pipe(class_labels=[1, 2], **call).images
+    assert torch.allclose(plain, scheduler.step(cond, 500, x_T).prev_sample, atol=1e-3)
+
+
+def test_learned_variance_with_guidance(make_pipe):
+    pipe = make_pipe(GeneralizedDDIMScheduler(variance_type="learned_range"), num_class_embeds=3, out_channels=2)
+    images = pipe(2, 5, class_labels=[0, 1], guidance_scale=2.0, generator=generators(1, 2), output_type="pt").images
+    assert images.shape == (2, 1, 8, 8)
+    assert torch.isfinite(images).all()
+
+
+# ---- callbacks and progress ------------------------------------------------------------------------------------
+
+
+def test_callback_sees_x_t_x0_and_eps(make_pipe):
+    pipe = make_pipe()
+    seen = []
+
+    def callback(pipe_, i, t, tensors):
+        seen.append((i, int(t), {key: value.clone() for key, value in tensors.items()}))
+        return {}
+
+    final = pipe(num_inference_steps=4, generator=generators(1), callback_on_step_end=callback, output_type="latent")
+    assert [(i, t) for i, t, _ in seen] == [(0, 999), (1, 749), (2, 499), (3, 249)]
+    assert torch.equal(seen[-1][2]["latents"], final.images)
+    for (_, t, now), (_, _, then) in itertools.pairwise(seen):
+        assert torch.equal(now["latents"], then["sample"])
+        a = pipe.scheduler.alphas_cumprod[t]
+        x = a.sqrt() * now["pred_original_sample"] + (1 - a).sqrt() * now["pred_epsilon"]
+        assert torch.allclose(x, now["sample"], atol=1e-3)
+
+
+def test_callback_may_change_the_sample(make_pipe):
+    pipe = make_pipe()
+    zeros = torch.zeros(1, 1, 8, 8)
+
+    def callback(pipe_, i, t, tensors):
+        assert set(tensors) == {"latents"}
+        return {"latents": zeros} if i == 3 else None
+
+    call = {"num_inference_steps": 4, "callback_on_step_end_tensor_inputs": ["latents"], "output_type": "latent"}
+    assert torch.equal(pipe(callback_on_step_end=callback, **call).images, zeros)
+
+
+def test_progress_bar(make_pipe, capfd):
+    pipe = make_pipe()
+    pipe.set_progress_bar_config(disable=False)
+    pipe(num_inference_steps=6)
+    assert "6/6" in capfd.readouterr().err
+
+
+# ---- other schedulers ------------------------------------------------------------------------------------------
+
+STOCK = [
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "PNDMScheduler",
+    "LMSDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "KDPM2DiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "IPNDMScheduler",
+    "SASolverScheduler",
+]
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_any_scheduler_of_diffusers(make_pipe, name):
+    cls = getattr(diffusers, name)
+    pipe = make_pipe(cls())
+    images = pipe(2, 8, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert images.shape == (2, 1, 8, 8)
+    assert torch.isfinite(images).all()
+
+
+def test_the_stock_ddim_scheduler_gives_the_stock_pipelines_images(make_pipe):
+    pipe = make_pipe(diffusers.DDIMScheduler())
+    stock = diffusers.DDIMPipeline(pipe.unet, diffusers.DDIMScheduler())
+    stock.set_progress_bar_config(disable=True)
+    for eta in (0.0, 0.5):
+        ours = pipe(2, 5, eta=eta, generator=torch.Generator().manual_seed(5), output_type="np").images
+        theirs = stock(2, torch.Generator().manual_seed(5), eta, 5, output_type="np").images
+        assert np.array_equal(ours, theirs)
+
+
+def test_a_learned_variance_is_dropped_for_samplers_that_know_none(make_pipe):
+    pipe = make_pipe(diffusers.DDIMScheduler(), out_channels=2)
+    assert pipe(2, 3, output_type="pt").images.shape == (2, 1, 8, 8)
+    pipe = make_pipe(diffusers.DDPMScheduler(variance_type="learned_range"), out_channels=2)
+    assert pipe(2, 3, output_type="pt").images.shape == (2, 1, 8, 8)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_inference_steps": 0}, "from 1 to 1000"),
+        ({"num_inference_steps": 1001}, "not 1001"),
+        ({"timesteps": [1, 2]}, "descending order"),
+        ({"timesteps": [3, 2], "num_inference_steps": 3}, "num_inference_steps=3 and 2 timesteps disagree"),
+        ({"eta": -0.5}, "eta must be a non-negative number, not -0.5"),
+        ({"eta": 7.0}, "eta=7 is too large for the move from time 1000"),
+        ({"batch_size": 0}, "batch_size must be a positive integer, not 0"),
+        ({"batch_size": 1.5}, "not 1.5"),
+        ({"output_type": "jpg"}, "unknown output_type 'jpg': use one of pil, np, pt, latent"),
+        ({"generator": generators(1, 2), "batch_size": 3}, "2 generators for a batch of 3"),
+        ({"latents": torch.zeros(2, 3, 8, 8)}, r"latents have shape \(2, 3, 8, 8\); .* need \(2, 1, 8, 8\)"),
+        ({"latents": torch.zeros(2, 1, 8, 9)}, r"need \(2, 1, 8, 8\)"),
+        ({"latents": torch.zeros(2, 1, 8, 8), "batch_size": 3}, r"need \(3, 1, 8, 8\)"),
+        ({"latents": torch.zeros(1, 8, 8)}, r"must be \(B, C, H, W\)"),
+        ({"latents": torch.full((1, 1, 8, 8), float("nan"))}, "latents must be finite"),
+        ({"latents": torch.full((1, 1, 8, 8), float("inf"))}, "latents must be finite"),
+        ({"latents": torch.zeros(1, 1, 8, 8, dtype=torch.int64)}, "latents must be finite numbers"),
+        ({"class_labels": 1}, "this network is unconditional"),
+        ({"guidance_scale": 2.0}, "this network is unconditional"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"unknown callback tensors \['noise'\]"),
+    ],
+)
+def test_bad_calls_fail_before_the_network_runs(make_pipe, arguments, message):
+    pipe = make_pipe()
+    pipe.unet.forward = None  # calling the network would be a TypeError
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, r"class-conditional: pass class_labels \(0\.\.3\)"),
+        ({"class_labels": 4}, r"integers in 0\.\.3, not \[4\]"),
+        ({"class_labels": -1}, r"integers in 0\.\.3"),
+        ({"class_labels": 0.5}, r"integers in 0\.\.3"),
+        ({"class_labels": [0, 1, 2]}, "3 class_labels for a batch of 1"),
+        ({"class_labels": 0, "guidance_scale": 2.0, "null_class_label": 9}, r"integers in 0\.\.3, not \[9\]"),
+    ],
+)
+def test_bad_labels(make_pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_pipe(num_class_embeds=4)(**arguments)
+
+
+def test_what_other_schedulers_do_not_know(make_pipe):
+    pipe = make_pipe(diffusers.EulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler has no η"):
+        pipe(eta=0.5)
+    with pytest.raises(ValueError, match="knows no use_clipped_model_output"):
+        pipe(use_clipped_model_output=True)
+    with pytest.raises(ValueError, match="PNDMScheduler takes no timesteps of one's own"):
+        make_pipe(diffusers.PNDMScheduler())(timesteps=[3, 1])
+
+
+def test_a_network_without_a_size_needs_latents(make_pipe, make_unet):
+    pipe = make_pipe(unet=make_unet(size=None))
+    with pytest.raises(ValueError, match="no sample_size: pass latents"):
+        pipe()
+    assert pipe(latents=torch.randn(1, 1, 8, 16), num_inference_steps=2, output_type="pt").images.shape == (1, 1, 8, 16)
+
+
+# ---- on disk ---------------------------------------------------------------------------------------------------
+
+LOAD = """
+import sys, numpy, torch
+from ddim_plugin import GeneralizedDDIMPipeline
+pipe = GeneralizedDDIMPipeline.from_pretrained(sys.argv[1])
+pipe.set_progress_bar_config(disable=True)
+images = pipe(2, 7, generator=torch.Generator().manual_seed(3), output_type="np").images
+numpy.save(sys.argv[2], images)
+"""
+
+
+def test_a_fresh_process_makes_the_same_images(make_pipe, tmp_path):
+    pipe = make_pipe(GeneralizedDDIMScheduler(eta=0.4, timestep_spacing="quadratic"), channels=3)
+    pipe.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    subprocess.run([sys.executable, "-c", LOAD, tmp_path / "model", tmp_path / "images.npy"], check=True)
+    images = pipe(2, 7, generator=torch.Generator().manual_seed(3), output_type="np").images
+    assert np.array_equal(np.load(tmp_path / "images.npy"), images)
+
+
+def test_the_file_format_names_the_package_root(make_pipe, tmp_path):
+    """Module paths are written into model_index.json: they are frozen here."""
+    make_pipe().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "GeneralizedDDIMPipeline"
+    assert index["scheduler"] == ["ddim_plugin", "GeneralizedDDIMScheduler"]
+    assert index["unet"] == ["diffusers", "UNet2DModel"]
+    for name in ("GeneralizedDDIMPipeline", "GeneralizedDDIMScheduler"):
+        assert getattr(ddim_plugin, name).__module__ == "ddim_plugin"
+    assert ddim_plugin.SchedulerMixin is diffusers.SchedulerMixin
+    assert ddim_plugin.ModelMixin is diffusers.ModelMixin
+
+
+def test_any_scheduler_survives_saving(make_pipe, tmp_path):
+    make_pipe(diffusers.UniPCMultistepScheduler()).save_pretrained(tmp_path)
+    pipe = GeneralizedDDIMPipeline.from_pretrained(tmp_path)
+    assert isinstance(pipe.scheduler, diffusers.UniPCMultistepScheduler)
+    replaced = GeneralizedDDIMPipeline.from_pretrained(tmp_path, scheduler=GeneralizedDDIMScheduler(eta=0.1))
+    assert replaced.scheduler.config.eta == 0.1
+
+
+def test_offload_hooks(make_pipe):
+    """The hooks are run through: after a call the network is where the pipeline's offloading puts it."""
+    pipe = make_pipe()
+    assert pipe.model_cpu_offload_seq == "unet"
+    freed = []
+    pipe.maybe_free_model_hooks = lambda: freed.append(True)
+    pipe(num_inference_steps=2)
+    assert freed == [True]

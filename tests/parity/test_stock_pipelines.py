@@ -1,0 +1,151 @@
+"""Our scheduler inside the stock pipelines, where a user's checkpoint already lives."""
+
+import json
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ddim_plugin import GeneralizedDDIMScheduler
+
+
+def seeded():
+    return torch.Generator().manual_seed(11)
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_ddpm_pipeline(make_unet):
+    """With η = 1 on the full chain ours is Ho's sampler with its smaller variance: the stock DDPM scheduler's.
+
+    Ho's mean is a mixture of the clipped x̂0 and x_t, which is to recompute ε̂ after clipping.
+    """
+    unet = make_unet()
+    stock = diffusers.DDPMScheduler(num_train_timesteps=60, beta_end=0.3, clip_sample=True)
+    ours = GeneralizedDDIMScheduler.from_config(stock.config, eta=1.0, clip_sample=True, use_clipped_model_output=True)
+    expected = quiet(diffusers.DDPMPipeline(unet, stock))(2, seeded(), 60, output_type="np").images
+    images = quiet(diffusers.DDPMPipeline(unet, ours))(2, seeded(), 60, output_type="np").images
+    assert np.abs(images - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_ddim_pipeline(make_unet, eta):
+    """The stock pipeline replaces any scheduler it is built with: ours is assigned afterwards."""
+    unet, stock = make_unet(channels=3), DDIMScheduler()
+    expected = quiet(diffusers.DDIMPipeline(unet, stock))(2, seeded(), eta, 10, output_type="np").images
+    pipe = quiet(diffusers.DDIMPipeline(unet, stock))
+    pipe.scheduler = GeneralizedDDIMScheduler.from_config(stock.config, timestep_spacing="leading", clip_sample=True)
+    images = pipe(2, seeded(), eta, 10, output_type="np").images
+    assert np.abs(images - expected).max() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    """The parts of Stable Diffusion, tiny and randomly initialised."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    words = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1,
+        pad_token_id=len(words) - 1,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": CLIPTextModel(text).eval(),
+        "unet": unet.eval(),
+        "vae": vae.eval(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+SD = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_text_to_image(stable_diffusion, eta, prediction_type, quiet_diffusers, recwarn):
+    stock = DDIMScheduler(**SD, prediction_type=prediction_type)
+    ours = GeneralizedDDIMScheduler.from_config(stock.config, timestep_spacing="leading")
+    call = {"num_inference_steps": 7, "guidance_scale": 4.0, "eta": eta, "height": 16, "width": 16, "output_type": "np"}
+    pipe = quiet(diffusers.StableDiffusionPipeline(scheduler=stock, **stable_diffusion))
+    expected = pipe("a cat", generator=seeded(), **call).images
+    quiet_diffusers.clear()
+    pipe.scheduler = ours
+    assert np.abs(pipe("a cat", generator=seeded(), **call).images - expected).max() < 2e-3
+    built = quiet(diffusers.StableDiffusionPipeline(scheduler=ours, **stable_diffusion))
+    assert np.abs(built("a cat", generator=seeded(), **call).images - expected).max() < 2e-3
+    assert [message for message in quiet_diffusers if "scheduler" in message.lower()] == []
+    assert [str(w.message) for w in recwarn if "scheduler" in str(w.message).lower()] == []
+
+
+def test_text_to_image_with_times_of_ones_own(stable_diffusion):
+    ours = GeneralizedDDIMScheduler.from_config(DDIMScheduler(**SD).config, eta=0.0, timestep_spacing="quadratic")
+    pipe = quiet(diffusers.StableDiffusionPipeline(scheduler=ours, **stable_diffusion))
+    images = pipe("a dog", timesteps=[901, 400, 33], height=16, width=16, output_type="np").images
+    assert images.shape == (1, 16, 16, 3)
+    assert np.isfinite(images).all()
+    assert pipe.scheduler.timesteps.tolist() == [901, 400, 33]
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
+def test_image_to_image(stable_diffusion, strength):
+    stock = DDIMScheduler(**SD)
+    ours = GeneralizedDDIMScheduler.from_config(stock.config, timestep_spacing="leading")
+    image = torch.rand(1, 3, 16, 16, generator=seeded())
+    call = {"image": image, "strength": strength, "num_inference_steps": 10, "guidance_scale": 3.0, "output_type": "np"}
+    pipe = quiet(diffusers.StableDiffusionImg2ImgPipeline(scheduler=stock, **stable_diffusion))
+    expected = pipe("a cat", generator=seeded(), **call).images
+    pipe.scheduler = ours
+    assert np.abs(pipe("a cat", generator=seeded(), **call).images - expected).max() < 2e-3
+
+
+def test_stable_diffusion_keeps_our_scheduler_on_disk(stable_diffusion, tmp_path):
+    ours = GeneralizedDDIMScheduler.from_config(DDIMScheduler(**SD).config, eta=0.2, timestep_spacing="quadratic")
+    diffusers.StableDiffusionPipeline(scheduler=ours, **stable_diffusion).save_pretrained(tmp_path)
+    loaded = quiet(diffusers.StableDiffusionPipeline.from_pretrained(tmp_path))
+    assert isinstance(loaded.scheduler, GeneralizedDDIMScheduler)
+    assert loaded.scheduler.config.eta == 0.2
+    assert loaded.scheduler.config.timestep_spacing == "quadratic"

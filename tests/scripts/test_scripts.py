@@ -1,0 +1,208 @@
+"""The scripts, run as a user runs them: in processes of their own, on real digits."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train
+from config import build, parse, read_toml
+from data import load, to_model
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "training" / "configs" / "digits.toml"
+QUICK = ["--steps", "6", "--warmup_steps", "2", "--batch_size", "8"]
+
+
+def run(*command, ok=True, **env):
+    command = [sys.executable, *map(str, command)]
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | env, cwd=ROOT)
+    assert (process.returncode == 0) is ok, process.stdout + process.stderr
+    return process.stdout + process.stderr
+
+
+def launch(*arguments, ok=True):
+    flags = ["--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    flags += ["--num_cpu_threads_per_process=1"]
+    return run("-m", "accelerate.commands.launch", *flags, "training/train.py", "--config", CONFIG, *arguments, ok=ok)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    output = launch("--output", folder, *QUICK)
+    assert "trained 6 steps" in output
+    return folder
+
+
+def test_training_writes_a_whole_pipeline(trained):
+    record = json.loads((trained / "training.json").read_text())
+    assert record["config"]["steps"] == 6
+    assert record["config"]["seed"] == 0
+    assert record["parameters"] == sum(
+        value.numel() for value in load_file(trained / "unet" / "diffusion_pytorch_model.safetensors").values()
+    )
+    assert 0 < record["loss"] < 3
+    assert set(record) >= {"revision", "versions", "seconds", "images_per_second"}
+    assert not trained.with_name("model.part").exists()
+
+
+def test_pictures_from_a_fresh_process(trained, tmp_path):
+    output = run(
+        "training/sample.py",
+        "--model",
+        trained,
+        "--output",
+        tmp_path,
+        "--columns",
+        3,
+        "--steps",
+        1,
+        7,
+        "--eta_steps",
+        3,
+    )
+    assert "samples_by_steps.png" in output
+    by_steps, by_eta = (Image.open(tmp_path / f"samples_by_{name}.png") for name in ("steps", "eta"))
+    assert by_eta.height > by_steps.height > 2 * 64
+    assert np.asarray(by_eta).std() > 10
+    assert json.loads((tmp_path / "sample.json").read_text())["config"]["steps"] == [1, 7]
+
+
+def test_training_is_repeatable(trained, tmp_path):
+    launch("--output", tmp_path / "again", *QUICK)
+    name = Path("unet") / "diffusion_pytorch_model.safetensors"
+    first, again = load_file(trained / name), load_file(tmp_path / "again" / name)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+def test_two_processes_train_one_model(tmp_path):
+    distributed = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "training/train.py"]
+    arguments = ["--config", CONFIG, "--output", tmp_path / "model", *QUICK]
+    run(*distributed, *arguments, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    record = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert record["processes"] == 2
+    assert np.isfinite(record["loss"])
+
+
+def test_an_existing_output_is_kept(trained):
+    before = sorted(path.stat().st_mtime_ns for path in trained.rglob("*"))
+    output = launch("--output", trained, *QUICK, ok=False)
+    assert f"the output {trained} exists: choose another folder, or pass --overwrite" in output
+    assert sorted(path.stat().st_mtime_ns for path in trained.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"steps": 0}, "steps and batch_size must be positive, not 0"),
+        ({"data": "faces"}, "unknown data set 'faces': use one of digits"),
+        ({"lr_schedule": "steps"}, "unknown lr_schedule 'steps'"),
+        ({"ema_decay": 1.0}, "ema_decay must be in"),
+        ({"scheduler": {"variance_type": "learned_range"}}, "needs the hybrid loss"),
+        ({"scheduler": {"beta_schedule": "cubic"}}, "unknown beta_schedule 'cubic'"),
+    ],
+)
+def test_bad_settings_end_training_before_it_begins(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        train.main(build(train.TrainConfig, {"output": str(tmp_path / "model")} | values))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('output = "x"\nlerning_rate = 0.1\n', "unknown settings: lerning_rate"),
+        ("steps = = 3\n", "is not valid TOML"),
+        ("steps = 3\n", "missing settings: output"),
+        (None, "No such file"),
+    ],
+)
+def test_bad_files(tmp_path, text, message, capsys):
+    file = tmp_path / "settings.toml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        parse(train.TrainConfig, ["--config", str(file)])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_empty_folder_is_no_model(tmp_path):
+    output = run("training/sample.py", "--model", tmp_path, "--output", tmp_path / "pictures", ok=False)
+    assert "model_index.json" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_digits():
+    images, labels = load("digits")
+    assert sorted(set(labels.tolist())) == list(range(10))
+    held_out, _ = load("digits", "test")
+    assert images.shape == (1500, 1, 8, 8)
+    assert held_out.shape == (297, 1, 8, 8)
+    assert images.dtype == torch.uint8
+    assert (images.min(), images.max()) == (0, 255)
+    assert (to_model(images).min(), to_model(images).max()) == (-1, 1)
+
+
+def test_batches_see_every_image_once_an_epoch():
+    stream = train.batches(10, 4, torch.Generator().manual_seed(0))
+    seen = torch.cat([next(stream) for _ in range(5)])
+    assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
+    assert seen[:10].tolist() != seen[10:].tolist()
+    assert len(next(train.batches(3, 8, torch.Generator()))) == 8
+
+
+def test_antithetic_times():
+    times = train.antithetic_times(7, 1000, torch.Generator().manual_seed(0))
+    assert times.shape == (7,)
+    assert (times[:3] + times[4:]).tolist() == [999, 999, 999]
+    many = train.antithetic_times(20000, 1000, torch.Generator().manual_seed(0))
+    assert 0 <= many.min() <= many.max() < 1000
+    assert many.float().mean().item() == pytest.approx(499.5, abs=1e-3)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a test."""
+
+    name: str = field(metadata={"help": "a name"})
+    count: int = 3
+    rate: float = 0.5
+    flag: bool = False
+    sizes: tuple[int, ...] = (1, 2)
+    device: str | None = None
+    table: dict = field(default_factory=dict)
+
+
+def test_settings_come_from_flags_then_file_then_defaults(tmp_path):
+    file = tmp_path / "s.toml"
+    file.write_text('name = "file"\ncount = 5\nrate = 2\nsizes = [7, 8]\n[table]\nkey = 1\n')
+    settings = parse(Settings, ["--config", str(file), "--count", "9", "--flag", "--device", "cpu"])
+    assert settings == Settings("file", 9, 2.0, True, (7, 8), "cpu", {"key": 1})
+    assert parse(Settings, ["--name", "x", "--sizes", "4", "5"]) == Settings("x", sizes=(4, 5))
+    assert read_toml(file)["table"] == {"key": 1}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "missing settings: name"),
+        ({"name": "x", "cuont": 1}, "unknown settings: cuont. Known: name, count"),
+        ({"name": 3}, "name must be of type str, not 3"),
+        ({"name": "x", "count": 1.5}, "count must be of type int, not 1.5"),
+        ({"name": "x", "count": True}, "count must be of type int, not True"),
+        ({"name": "x", "sizes": 3}, "sizes must be of type tuple, not 3"),
+    ],
+)
+def test_bad_values(values, message):
+    with pytest.raises(ValueError, match=message):
+        build(Settings, values)

@@ -1,0 +1,65 @@
+"""The main job from end to end: train on real digits, save, load in a fresh process, draw pictures.
+
+python training/demo.py [--output out/demo] [--steps 2400]
+"""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from config import parse, record, write_json
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Train a small U-Net on handwritten digits, save it as a pipeline, load it in a fresh process, draw pictures."""
+
+    output: str = field(default="out/demo", metadata={"help": "folder for the model and the pictures"})
+    steps: int | None = field(default=None, metadata={"help": "optimiser steps; by default those of digits.toml"})
+
+
+def main(config: DemoConfig) -> dict[str, Any]:
+    """Run the two scripts as a user would, each in a process of its own."""
+    output = Path(config.output)
+    model, pictures = output / "digits", output / "pictures"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", f"--num_cpu_threads_per_process={os.cpu_count()}"]
+    train = [*launch, str(HERE / "train.py"), "--config", str(HERE / "configs" / "digits.toml"), "--overwrite"]
+    train += ["--output", str(model)] + ([] if config.steps is None else ["--steps", str(config.steps)])
+    sample = [sys.executable, str(HERE / "sample.py"), "--model", str(model), "--output", str(pictures)]
+
+    output.mkdir(parents=True, exist_ok=True)
+    seconds = {"training": run(train), "sampling": run(sample)}
+    made = {
+        "model": str(model),
+        "by steps": str(pictures / "samples_by_steps.png"),
+        "by eta": str(pictures / "samples_by_eta.png"),
+    }
+    result = record(config) | {"made": made, "seconds": seconds}
+    write_json(output / "demo.json", result)
+    return result
+
+
+def run(command: list[str]) -> float:
+    """Seconds of a command, which must succeed."""
+    start = time.perf_counter()
+    subprocess.run(command, check=True)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    try:
+        done = main(parse(DemoConfig))
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"demo.py: {Path(error.cmd[-1]).name or error.cmd[0]} failed, see above")
+    print()
+    print(f"the model, a GeneralizedDDIMPipeline  {done['made']['model']}  ({done['seconds']['training']:.0f} s)")
+    print(f"samples for S = 5, 10, 20, 50, 100    {done['made']['by steps']}")
+    print(f"samples for η = 0 … 1 and σ̂           {done['made']['by eta']}")
+    print(f"loading and drawing both              {done['seconds']['sampling']:.0f} s")

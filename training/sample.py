@@ -1,0 +1,91 @@
+"""Load a saved pipeline and draw two grids: samples by the number of steps (the paper's Fig. 5), and by η.
+
+python training/sample.py --model out/digits --output out/digits-pictures
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from config import parse, record, write_json
+from pictures import grid
+from torch import Generator, Tensor
+
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Draw grids of samples from a saved pipeline: by the number of steps S, and by η at few and many steps."""
+
+    model: str = field(metadata={"help": "a folder written by save_pretrained, or a Hub id"})
+    output: str = field(default="pictures", metadata={"help": "folder for the pictures"})
+    steps: tuple[int, ...] = field(default=(5, 10, 20, 50, 100), metadata={"help": "rows of the first grid"})
+    etas: tuple[float, ...] = field(default=(0.0, 0.2, 0.5, 1.0), metadata={"help": "η in the second grid, then σ̂"})
+    eta_steps: tuple[int, ...] = field(default=(10, 100), metadata={"help": "S in the second grid"})
+    columns: int = field(default=16, metadata={"help": "pictures in a row"})
+    seed: int = field(default=0, metadata={"help": "picture i starts from seed + i"})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, …; by default an accelerator if any"})
+
+
+def main(config: SampleConfig) -> dict[str, Any]:
+    """Write `samples_by_steps.png`, `samples_by_eta.png` and `sample.json`; return what the latter holds."""
+    if config.columns < 1:
+        raise ValueError(f"columns must be positive, not {config.columns}")
+    start = time.perf_counter()
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = GeneralizedDDIMPipeline.from_pretrained(config.model).to(device)
+    pipe.set_progress_bar_config(desc="sampling", leave=False)
+    stock = pipe.scheduler.config
+    larger = GeneralizedDDIMScheduler.from_config(stock, variance_type="fixed_large", eta=0.0)
+    smaller = GeneralizedDDIMScheduler.from_config(stock, variance_type="fixed_small", eta=0.0)
+    unet = pipe.unet.config
+    size = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else tuple(unet.sample_size)
+    x_T = torch.stack([torch.randn(unet.in_channels, *size, generator=g) for g in _generators(config)])
+
+    def draw(S: int, eta: float | None, scheduler: GeneralizedDDIMScheduler) -> Any:
+        pipe.scheduler = scheduler
+        latents: Tensor = x_T.clone()
+        images = pipe(num_inference_steps=S, eta=eta, latents=latents, generator=_generators(config), output_type="np")
+        return images.images
+
+    Path(config.output).mkdir(parents=True, exist_ok=True)
+    written, seconds = [], {"load": time.perf_counter() - start}
+
+    def write(name: str, rows: list[tuple[str, Any]], title: str) -> None:
+        path = Path(config.output) / name
+        grid([row for _, row in rows], [label for label, _ in rows], title).save(path)
+        written.append(str(path))
+
+    start = time.perf_counter()
+    rows = [(f"S = {S}", draw(S, 0.0, smaller)) for S in config.steps]
+    write("samples_by_steps.png", rows, "eta = 0, the same x_T in each column")
+    seconds["samples_by_steps"] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    rows = []
+    for S in config.eta_steps:
+        rows += [(f"S = {S}  eta = {eta:g}", draw(S, eta, smaller)) for eta in config.etas]
+        rows += [(f"S = {S}  sigma-hat", draw(S, None, larger))]
+    write("samples_by_eta.png", rows, "noise by eta, and Ho's larger variance; the same x_T in each column")
+    seconds["samples_by_eta"] = time.perf_counter() - start
+
+    result = record(config) | {"pictures": written, "seconds": seconds, "device": device}
+    write_json(Path(config.output) / "sample.json", result)
+    return result
+
+
+def _generators(config: SampleConfig) -> list[Generator]:
+    """One source of noise for each column."""
+    return [Generator().manual_seed(config.seed + i) for i in range(config.columns)]
+
+
+if __name__ == "__main__":
+    try:
+        done = main(parse(SampleConfig))
+    except (ValueError, OSError) as error:
+        sys.exit(f"sample.py: {error}")
+    print("\n".join(done["pictures"]))

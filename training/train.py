@@ -1,0 +1,170 @@
+"""Train a UNet2DModel on images and save it as a GeneralizedDDIMPipeline.
+
+accelerate launch training/train.py --config training/configs/digits.toml --output out/digits
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from config import parse, record, write_json
+from data import load, to_model
+from diffusers import UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a UNet2DModel on images with the paper's L_simple (γ = 1) and save it as a GeneralizedDDIMPipeline.
+
+    Start it with `accelerate launch`; settings come from flags, then from --config FILE.toml, then from the defaults.
+    """
+
+    output: str = field(metadata={"help": "folder for the pipeline; it must not exist, or use --overwrite"})
+    data: str = field(default="digits", metadata={"help": "data set"})
+    unet: dict = field(default_factory=dict)
+    scheduler: dict = field(default_factory=dict)
+    steps: int = field(default=2000, metadata={"help": "optimiser steps"})
+    batch_size: int = field(default=64, metadata={"help": "images a step, over all processes"})
+    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate of AdamW"})
+    lr_schedule: str = field(default="cosine", metadata={"help": "constant, cosine or linear, after the warm-up"})
+    warmup_steps: int = field(default=100, metadata={"help": "steps of linear warm-up"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping"})
+    ema_decay: float = field(default=0.9999, metadata={"help": "largest decay of the averaged weights"})
+    seed: int = field(default=0, metadata={"help": "seed of the weights, the data order and the noise"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the output folder"})
+
+
+def check(config: TrainConfig, processes: int) -> None:
+    """Raise ValueError for settings that cannot work, before anything is built."""
+    if config.steps < 1 or config.batch_size < 1:
+        raise ValueError(f"steps and batch_size must be positive, not {config.steps} and {config.batch_size}")
+    if config.batch_size % processes:
+        raise ValueError(f"batch_size={config.batch_size} cannot be shared by {processes} processes")
+    if config.lr_schedule not in ("constant", "cosine", "linear"):
+        raise ValueError(f"unknown lr_schedule {config.lr_schedule!r}: use constant, cosine or linear")
+    if config.scheduler.get("variance_type", "fixed_small") == "learned_range":
+        raise ValueError("variance_type='learned_range' needs the hybrid loss, which this script does not have")
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(f"ema_decay must be in [0, 1), not {config.ema_decay}")
+    if Path(config.output).exists() and not config.overwrite:
+        raise ValueError(f"the output {config.output} exists: choose another folder, or pass --overwrite")
+
+
+def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Endless batches of indices, each image once an epoch, in a fresh order each epoch."""
+    order = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(order) < batch_size:
+            order = torch.cat([order, torch.randperm(count, generator=generator)])
+        yield order[:batch_size]
+        order = order[batch_size:]
+
+
+def antithetic_times(batch_size: int, T: int, generator: torch.Generator) -> Tensor:
+    """Network times in 0..T−1, in pairs t and T − 1 − t (the authors' code): uniform, with less variance."""
+    half = torch.randint(0, T, ((batch_size + 1) // 2,), generator=generator)
+    return torch.cat([half, T - 1 - half])[:batch_size]
+
+
+def main(config: TrainConfig) -> dict[str, Any]:
+    """Train, save the pipeline and `training.json` into `config.output`, and return what the latter holds."""
+    accelerator = Accelerator()
+    check(config, accelerator.num_processes)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    images, _ = load(config.data)
+    scheduler = GeneralizedDDIMScheduler(**config.scheduler)
+    set_seed(config.seed)  # the same weights on every process
+    unet = UNet2DModel(
+        **{"sample_size": images.shape[-1], "in_channels": images.shape[1], "out_channels": images.shape[1]}
+        | config.unet
+    )
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate)
+    schedule = get_scheduler(  # not prepared: it counts optimiser steps, at any number of processes
+        config.lr_schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
+    )
+    network, optimizer = accelerator.prepare(unet, optimizer)
+    unet = accelerator.unwrap_model(network)
+    ema = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+
+    set_seed(config.seed + 1 + rank)  # dropout differs between processes
+    order = batches(len(images), config.batch_size, torch.Generator().manual_seed(config.seed))
+    generator = torch.Generator().manual_seed(config.seed + 1 + rank)
+    share = config.batch_size // processes
+    images = images.to(accelerator.device)
+    losses = torch.zeros(config.steps, device=accelerator.device)
+    start = time.perf_counter()
+    bar = tqdm(range(config.steps), desc="training", unit="step", disable=not accelerator.is_main_process)
+    network.train()
+    for step in bar:
+        mine = next(order)[rank * share : (rank + 1) * share].to(images.device)
+        x0 = to_model(images[mine])
+        times = antithetic_times(share, scheduler.config.num_train_timesteps, generator).to(images.device)
+        noise = torch.randn(x0.shape, generator=generator).to(images.device)
+        with accelerator.autocast():
+            output = network(scheduler.add_noise(x0, noise, times), times).sample
+        target = {"epsilon": noise, "sample": x0, "v_prediction": scheduler.get_velocity(x0, noise, times)}
+        loss = torch.nn.functional.mse_loss(output.float(), target[scheduler.config.prediction_type])
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        ema.step(unet.parameters())
+        losses[step] = loss.detach()
+        if (step + 1) % 50 == 0:
+            mean = losses[step - 49 : step + 1].mean().item()
+            bar.set_postfix(loss=f"{mean:.4f}")
+            if not mean < float("inf"):
+                raise FloatingPointError(f"the loss is not finite within the 50 steps up to {step + 1}")
+    seconds = time.perf_counter() - start
+
+    ema.copy_to(unet.parameters())
+    last = losses[-max(1, config.steps // 10) :].mean()
+    result = record(config) | {
+        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        "loss": accelerator.reduce(last, "mean").item(),
+        "seconds": seconds,
+        "images_per_second": config.steps * config.batch_size / seconds,
+        "processes": processes,
+        "device": str(accelerator.device),
+    }
+    if accelerator.is_main_process:
+        save(GeneralizedDDIMPipeline(unet.eval(), scheduler), result, config)
+    accelerator.end_training()
+    return result
+
+
+def save(pipeline: GeneralizedDDIMPipeline, result: dict[str, Any], config: TrainConfig) -> None:
+    """Write the folder aside and rename it, so that a killed process never leaves half a model."""
+    output = Path(config.output)
+    aside = output.with_name(output.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    pipeline.save_pretrained(aside)
+    write_json(aside / "training.json", result)
+    if output.exists():
+        shutil.rmtree(output)
+    aside.rename(output)
+
+
+if __name__ == "__main__":
+    arguments = parse(TrainConfig)
+    try:
+        done = main(arguments)
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
+    if Accelerator().is_main_process:
+        speed = f"{done['images_per_second']:.0f} images/s"
+        print(f"trained {arguments.steps} steps in {done['seconds']:.0f} s ({speed}), loss {done['loss']:.4f}")
