@@ -86,6 +86,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         shape = self._shape(batch_size, latents)
         check_generators(generator, shape[0])
         labels, null_labels = self._labels(class_labels, guidance_scale, null_class_label, shape[0])
+        self._check_channels()
         self._set_timesteps(num_inference_steps, timesteps)
         step_kwargs = self._step_kwargs(eta, generator, use_clipped_model_output)
 
@@ -168,6 +169,19 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
                     raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {values.tolist()}")
         device = self._execution_device
         return labels.to(device), None if null_labels is None else null_labels.to(device)
+
+    def _check_channels(self) -> None:
+        """Raise ValueError where the network's channels are not those our scheduler's variance type needs."""
+        made, channels = self.unet.config.out_channels, self.unet.config.in_channels
+        if not isinstance(self.scheduler, GeneralizedDDIMScheduler):
+            return
+        learned = self.scheduler.config.variance_type == "learned_range"
+        if made != (2 if learned else 1) * channels:
+            remedy = "needs twice the channels" if learned else "needs as many; with twice use 'learned_range'"
+            raise ValueError(
+                f"the network makes {made} channels from {channels}: "
+                f"variance_type={self.scheduler.config.variance_type!r} {remedy}"
+            )
 
     def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | None) -> None:
         device = self._execution_device

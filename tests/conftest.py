@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from hypothesis import settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 settings.load_profile("repeatable")
@@ -57,3 +58,21 @@ def quiet_diffusers():
     logger.addHandler(handler)
     yield records
     logger.removeHandler(handler)
+
+
+class RefuseHostReads(TorchDispatchMode):
+    """Fails on any operation that would make the host wait for a device: reading a value, or asking where one is."""
+
+    BANNED = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "masked_select", "_to_cpu", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").split(".")[0]
+        if name in self.BANNED:
+            raise AssertionError(f"{name} reads a tensor on the host")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def refuse_host_reads():
+    """A context in which no tensor's value may be read on the host."""
+    return RefuseHostReads()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from config import parse, record, write_json
 from data import load, to_model
@@ -143,7 +143,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
     }
     if accelerator.is_main_process:
         save(GeneralizedDDIMPipeline(unet.eval(), scheduler), result, config)
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
     return result
 
 
@@ -165,6 +165,7 @@ if __name__ == "__main__":
         done = main(arguments)
     except ValueError as error:
         sys.exit(f"train.py: {error}")
-    if Accelerator().is_main_process:
+    if PartialState().is_main_process:
         speed = f"{done['images_per_second']:.0f} images/s"
         print(f"trained {arguments.steps} steps in {done['seconds']:.0f} s ({speed}), loss {done['loss']:.4f}")
+    PartialState().destroy_process_group()  # only here, where nothing that communicates is left

@@ -134,6 +134,13 @@ def test_half_precision(make_pipe, dtype, scheduler):
     assert pipe(output_type="pil", **call).images[0].mode == "L"
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_loop_reads_nothing_on_the_host(make_pipe, refuse_host_reads, eta):
+    pipe = make_pipe()
+    with refuse_host_reads:
+        assert pipe(2, 5, eta=eta, output_type="pt").images.shape == (2, 1, 8, 8)
+
+
 # ---- labels and guidance ---------------------------------------------------------------------------------------
 
 
@@ -308,6 +315,14 @@ def test_bad_calls_fail_before_the_network_runs(make_pipe, arguments, message):
 def test_bad_labels(make_pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         make_pipe(num_class_embeds=4)(**arguments)
+
+
+@pytest.mark.parametrize(("variance_type", "out_channels"), [("fixed_small", 2), ("learned_range", 1)])
+def test_a_network_that_does_not_fit_the_variance_type(make_pipe, variance_type, out_channels):
+    pipe = make_pipe(GeneralizedDDIMScheduler(variance_type=variance_type), out_channels=out_channels)
+    pipe.unet.forward = None
+    with pytest.raises(ValueError, match=rf"makes {out_channels} channels from 1: variance_type='{variance_type}'"):
+        pipe()
 
 
 def test_what_other_schedulers_do_not_know(make_pipe):

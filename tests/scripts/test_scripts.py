@@ -23,7 +23,7 @@ QUICK = ["--steps", "6", "--warmup_steps", "2", "--batch_size", "8"]
 
 def run(*command, ok=True, **env):
     command = [sys.executable, *map(str, command)]
-    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | env, cwd=ROOT)
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | env, cwd=ROOT, timeout=300)
     assert (process.returncode == 0) is ok, process.stdout + process.stderr
     return process.stdout + process.stderr
 
@@ -84,7 +84,7 @@ def test_training_is_repeatable(trained, tmp_path):
 
 
 def test_two_processes_train_one_model(tmp_path):
-    distributed = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "training/train.py"]
+    distributed = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "training/train.py"]
     arguments = ["--config", CONFIG, "--output", tmp_path / "model", *QUICK]
     run(*distributed, *arguments, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     record = json.loads((tmp_path / "model" / "training.json").read_text())

@@ -1,0 +1,42 @@
+"""The README's Python runs as it stands, with tiny networks in place of the checkpoints it names."""
+
+import re
+from pathlib import Path
+
+import diffusers
+import pytest
+
+from ddim_plugin import GeneralizedDDIMScheduler
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_examples_run(monkeypatch, make_unet, tmp_path):
+    example, saving = BLOCKS
+    stock = diffusers.DDPMScheduler(clip_sample=True, variance_type="fixed_large")
+    ddpm = diffusers.DDPMPipeline(make_unet(channels=3), stock)
+    monkeypatch.setattr(diffusers.DDPMPipeline, "from_pretrained", lambda name: ddpm)
+
+    class StableDiffusion:  # the real one is in parity/test_stock_pipelines.py
+        scheduler = diffusers.PNDMScheduler(steps_offset=1, skip_prk_steps=True)
+
+        def __call__(self, prompt, timesteps):
+            self.scheduler.set_timesteps(timesteps=timesteps)
+            return diffusers.ImagePipelineOutput(images=[prompt])
+
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_pretrained", lambda name: StableDiffusion())
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example, names)
+    assert [image.size for image in names["images"]] == [(8, 8)] * 16
+    assert isinstance(names["sd"].scheduler, GeneralizedDDIMScheduler)
+    assert names["scheduler"].config.variance_type == "fixed_small"
+    exec(saving, names)
+    assert names["pipe"].scheduler.config.timestep_spacing == "quadratic"
+    assert (tmp_path / "my-model" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)]+)\)", README))
+def test_linked_files_exist(path):
+    assert (Path(__file__).parents[2] / path).exists()
