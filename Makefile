@@ -19,7 +19,7 @@ lint: $(VENV)/.lint
 
 # Ratios against the stock scheduler and pipeline of diffusers, on this machine.
 bench: $(VENV)/.test
-	DDIM_BENCH_ROUNDS=15 $(BIN)/python -m pytest tests/benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-warmup=on
+	DDIM_BENCH_ROUNDS=15 $(BIN)/python -m pytest tests/benchmarks -q --benchmark-columns=median,iqr,rounds
 
 clean:
 	rm -rf $(VENV) out

@@ -85,13 +85,13 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             raise ValueError(f"unknown callback tensors {sorted(unknown)}: use some of {', '.join(CALLBACK_TENSORS)}")
         shape = self._shape(batch_size, latents)
         check_generators(generator, shape[0])
-        labels, null_labels = self._labels(class_labels, guidance_scale, null_class_label, shape[0])
+        device, network_dtype = self._execution_device, self.unet.dtype  # slow to ask for: once
+        labels, null_labels = self._labels(class_labels, guidance_scale, null_class_label, shape[0], device)
         self._check_channels()
-        self._set_timesteps(num_inference_steps, timesteps)
+        self._set_timesteps(num_inference_steps, timesteps, device)
         step_kwargs = self._step_kwargs(eta, generator, use_clipped_model_output)
 
-        device = self._execution_device
-        dtype = torch.promote_types(self.unet.dtype, torch.float32)  # the state; the network keeps its own
+        dtype = torch.promote_types(network_dtype, torch.float32)  # of the state
         if latents is None:
             x = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         else:
@@ -100,7 +100,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
 
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             x_t = x
-            model_input = self.scheduler.scale_model_input(x_t, t).to(self.unet.dtype)
+            model_input = self.scheduler.scale_model_input(x_t, t).to(network_dtype)
             output = self._predict(model_input, t, labels, null_labels, guidance_scale)
             step = self.scheduler.step(output, t, x_t, **step_kwargs)
             x = step.prev_sample
@@ -142,7 +142,12 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         return shape
 
     def _labels(
-        self, class_labels: Any, guidance_scale: float, null_class_label: int | None, batch_size: int
+        self,
+        class_labels: Any,
+        guidance_scale: float,
+        null_class_label: int | None,
+        batch_size: int,
+        device: torch.device,
     ) -> tuple[Tensor | None, Tensor | None]:
         """The labels of the images and, where guidance is on, the null labels: (B,), on the network's device."""
         classes = self.unet.config.num_class_embeds
@@ -167,7 +172,6 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
                     values.is_floating_point() or not ((values >= 0) & (values < classes)).all()
                 ):
                     raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {values.tolist()}")
-        device = self._execution_device
         return labels.to(device), None if null_labels is None else null_labels.to(device)
 
     def _check_channels(self) -> None:
@@ -183,8 +187,9 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
                 f"variance_type={self.scheduler.config.variance_type!r} {remedy}"
             )
 
-    def _set_timesteps(self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | None) -> None:
-        device = self._execution_device
+    def _set_timesteps(
+        self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | None, device: torch.device
+    ) -> None:
         if timesteps is None:
             steps = 50 if num_inference_steps is None else num_inference_steps
             self.scheduler.set_timesteps(steps, device=device)

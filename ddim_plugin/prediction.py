@@ -67,11 +67,6 @@ def learned_std(variance: Tensor, log_variance: tuple[Coefficient, Coefficient])
     return torch.exp(0.5 * (low + (variance + 1) * (0.5 * (high - low))))
 
 
-def clip(x0: Tensor, limit: float) -> Tensor:
-    """x̂0 clipped to [−`limit`, `limit`]."""
-    return x0.clamp(-limit, limit)
-
-
 def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
     """Dynamic thresholding (Saharia et al. 2022, Section 2.3): clip to [−s, s] and divide by s, per image.
 
@@ -100,10 +95,30 @@ def eps_from_x0(x: Tensor, x0: Tensor, alpha_bar_t: Coefficient) -> Tensor:
 
 def combine(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
     """a·x + b·y, in float32 at least: two passes over memory, one new tensor."""
-    x = x if x.dtype == torch.float64 else x.float()
+    return accumulate(torch.mul(at_least_float32(x), a), b, y)
+
+
+def accumulate(x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
+    """x + b·y, in place."""
     if isinstance(b, Tensor):
-        return torch.mul(x, a).addcmul_(b, y.to(x.dtype))
-    return torch.mul(x, a).add_(y, alpha=b)
+        return x.addcmul_(b, y.to(x.dtype))
+    return x.add_(y, alpha=b) if b else x
+
+
+def rescale(x: Tensor, a: float, b: float, y: Tensor) -> Tensor:
+    """a·x + b·y, in place; on the CPU in one pass, as a·x + b·(y ⊗ 1), which torch has as one kernel."""
+    if b and x.device.type == "cpu" and x.dtype == y.dtype and x.is_contiguous() and y.is_contiguous():
+        x.view(-1, 1).addr_(y.view(-1), _ONE if x.dtype == torch.float32 else x.new_ones(1), beta=a, alpha=b)
+        return x
+    return accumulate(x.mul_(a), b, y)
+
+
+_ONE = torch.ones(1)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x`, in float32 where it is of half precision."""
+    return x if x.dtype == torch.float32 or x.dtype == torch.float64 else x.float()
 
 
 def fold(prediction: Prediction, move: Move) -> tuple[float, float]:

@@ -4,7 +4,7 @@ A network's `timestep` is the paper's time minus one: 0..T−1. That shift lives
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
@@ -81,11 +81,11 @@ class GeneralizedDDIMSchedulerOutput:
 
     @cached_property
     def pred_original_sample(self) -> Tensor:
-        return self._evaluation.x0.to(self.prev_sample.dtype)
+        return self._evaluation.x0().to(self.prev_sample.dtype)
 
     @cached_property
     def pred_epsilon(self) -> Tensor:
-        return self._evaluation.eps.to(self.prev_sample.dtype)
+        return self._evaluation.eps().to(self.prev_sample.dtype)
 
     @cached_property
     def mean(self) -> Tensor:
@@ -93,7 +93,7 @@ class GeneralizedDDIMSchedulerOutput:
 
     @cached_property
     def std(self) -> Tensor:
-        std = self._evaluation.std
+        std = self._evaluation.std()
         if not isinstance(std, Tensor):
             return torch.full((), std, dtype=self.prev_sample.dtype, device=self.prev_sample.device)
         return std.to(self.prev_sample.dtype)
@@ -119,46 +119,52 @@ class GeneralizedDDIMSchedulerOutput:
         return key in self._KEYS
 
 
-class _Evaluation:
+class _Evaluation(NamedTuple):
     """One evaluation of the network, and what follows from it for one step."""
 
-    def __init__(
-        self,
-        step: Step,
-        sample: Tensor,
-        output: Tensor,
-        variance: Tensor | None,
-        constrain: Callable[[Tensor], Tensor] | None,
-        recompute_eps: bool,
-    ):
-        self.step, self.sample, self.output, self.variance = step, sample, output, variance
-        self.constrain, self.recompute_eps = constrain, recompute_eps and constrain is not None
+    step: Step
+    sample: Tensor
+    output: Tensor
+    variance: Tensor | None  # the network's choice between β̃ and β
+    limit: float | None  # x̂0 is clipped to ± this
+    thresholding: tuple[float, float] | None  # ratio and largest value of dynamic thresholding
+    recompute_eps: bool
 
-    @cached_property
     def x0(self) -> Tensor:
         x0 = p.combine(self.step.x0_x, self.sample, self.step.x0_out, self.output)
-        return x0 if self.constrain is None else self.constrain(x0)
+        if self.thresholding is not None:
+            return p.threshold(x0, *self.thresholding)
+        return x0 if self.limit is None else x0.clamp_(-self.limit, self.limit)
 
-    @cached_property
     def eps(self) -> Tensor:
         if self.recompute_eps:
-            return p.eps_from_x0(self.sample, self.x0, self.step.alpha_bar_t)
-        if not isinstance(self.step.eps_x, Tensor) and (self.step.eps_x, self.step.eps_out) == (0.0, 1.0):
-            return self.output
+            return p.eps_from_x0(self.sample, self.x0(), self.step.alpha_bar_t)
         return p.combine(self.step.eps_x, self.sample, self.step.eps_out, self.output)
 
     def mean(self) -> Tensor:
-        if self.constrain is None:
-            return p.combine(self.step.fold_x, self.sample, self.step.fold_out, self.output)
-        return p.combine(self.step.x0, self.x0, self.step.eps, self.eps)
+        step = self.step
+        if self.limit is None and self.thresholding is None:
+            return p.combine(step.fold_x, self.sample, step.fold_out, self.output)
+        # x0·x̂0 + eps·ε̂ as w·x̂0 + u·x_t + v·output
+        if self.recompute_eps:
+            u, v = step.eps / (1 - step.alpha_bar_t) ** 0.5, 0.0
+            w = step.x0 - u * step.alpha_bar_t**0.5
+        else:
+            w, u, v = step.x0, step.eps * step.eps_x, step.eps * step.eps_out
+        a, b = w * step.x0_x, w * step.x0_out
+        if self.thresholding is not None or isinstance(a, Tensor) or a == 0:
+            mean = p.accumulate(w * self.x0(), v, self.output)
+        else:  # w·clip(x̂0) = a·clip(x_t + b/a·output, ± limit·w/a), in one new tensor
+            bound = abs(w / a) * self.limit
+            x = p.at_least_float32(self.sample)
+            mean = p.rescale(torch.add(x, self.output, alpha=b / a).clamp_(-bound, bound), a, v, self.output)
+        return p.accumulate(mean, u, self.sample)
 
-    @cached_property
     def std(self) -> p.Coefficient:
         if self.variance is None:
             return self.step.noise
         variance = self.variance.to(torch.promote_types(self.variance.dtype, torch.float32))
-        deviation = p.learned_std(variance, (self.step.log_low, self.step.log_high))
-        return deviation * self.step.noise
+        return p.learned_std(variance, (self.step.log_low, self.step.log_high)) * self.step.noise
 
 
 class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
@@ -476,17 +482,17 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         output, variance = self._split(model_output, sample)
         kind = self._kind(eta)
         step = self._find(timestep, kind, sample)
-        if use_clipped_model_output is None:
-            use_clipped_model_output = self.config.use_clipped_model_output
-        if kind[0] != "learned_range":
-            variance = None
-        evaluation = _Evaluation(step, sample, output, variance, self._constraint(), use_clipped_model_output)
+        evaluation = self._evaluate(
+            step, sample, output, variance if kind[0] == "learned_range" else None, use_clipped_model_output
+        )
         x = evaluation.mean()
         if isinstance(step.noise, Tensor) or step.noise > 0:
             z = _noise(sample, x.dtype, generator, variance_noise)
-            std = evaluation.std
-            x = x.addcmul_(std, z) if isinstance(std, Tensor) else x.add_(z, alpha=std)
-        result = GeneralizedDDIMSchedulerOutput(x.to(sample.dtype), evaluation)
+            std = evaluation.std()
+            x = p.accumulate(x, std, z)
+        if x.dtype != sample.dtype:
+            x = x.to(sample.dtype)
+        result = GeneralizedDDIMSchedulerOutput(x, evaluation)
         return result if return_dict else (result.prev_sample, result.pred_original_sample)
 
     def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -508,13 +514,19 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
             )
         return p.split_variance(model_output, C)
 
-    def _constraint(self) -> Callable[[Tensor], Tensor] | None:
+    def _evaluate(
+        self, step: Step, sample: Tensor, output: Tensor, variance: Tensor | None, recompute_eps: bool | None
+    ) -> _Evaluation:
+        """The evaluation under the constraint on x̂0 that the live config asks for."""
         config = self.config
+        limit = config.clip_sample_range if config.clip_sample and not config.thresholding else None
+        thresholding = None
         if config.thresholding:
-            return lambda x0: p.threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
-        if config.clip_sample:
-            return lambda x0: p.clip(x0, config.clip_sample_range)
-        return None
+            thresholding = (config.dynamic_thresholding_ratio, config.sample_max_value)
+        if recompute_eps is None:
+            recompute_eps = config.use_clipped_model_output
+        recompute_eps = recompute_eps and (limit is not None or thresholding is not None)
+        return _Evaluation(step, sample, output, variance, limit, thresholding, recompute_eps)
 
     # ---- marginals ---------------------------------------------------------------------------------------------
 

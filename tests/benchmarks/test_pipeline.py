@@ -1,20 +1,14 @@
 """The pipeline's wall time over S calls of the bare network, ours and the stock DDIM pipeline's, in alternating runs.
 
-Ratios are printed; nothing is asserted on time. DDIM_BENCH_ROUNDS sets how many rounds are run (default 1; `make bench`
-runs 15).
+Ratios are printed; nothing is asserted on time.
 """
-
-import os
-import time
-from statistics import median
 
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from timing import ROUNDS, ratios
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-
-ROUNDS = int(os.environ.get("DDIM_BENCH_ROUNDS", "1"))
 
 CIFAR10 = {  # the paper's network, 35.7M parameters
     "sample_size": 32,
@@ -43,12 +37,6 @@ NETWORKS = {
 }
 
 
-def seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_pipeline_over_bare_network(name, capsys):
     config, batch, steps = NETWORKS[name]
@@ -66,24 +54,35 @@ def test_pipeline_over_bare_network(name, capsys):
     @torch.no_grad()
     def bare():
         for t in times:
-            unet(x, t)
+            output = unet(x, t)
+        return output
 
-    runs = {
-        "bare": bare,
-        "ours": lambda: ours(batch, steps, output_type="pt"),
-        "stock": lambda: stock(batch, num_inference_steps=steps, output_type="pt"),
-    }
-    taken = {key: [] for key in runs}
-    for function in runs.values():
-        function()
-    for _ in range(ROUNDS):
-        for key, function in runs.items():
-            taken[key].append(seconds(function))
-    ratios = {
-        key: median(mine / other for mine, other in zip(taken[key], taken["bare"], strict=True))
-        for key in ("ours", "stock")
-    }
-    assert all(ratio > 0 for ratio in ratios.values())
+    answer, forward = bare(), unet.forward
+
+    def without_network(pipeline):
+        """The pipeline's own share: its call with a network that answers at once."""
+
+        def call():
+            unet.forward = lambda *args, **kwargs: answer
+            try:
+                pipeline()
+            finally:
+                unet.forward = forward
+
+        return call
+
+    def run_ours():
+        ours(batch, steps, output_type="pt")
+
+    def run_stock():
+        stock(batch, num_inference_steps=steps, output_type="pt")
+
+    runs = {"bare": bare, "ours": run_ours, "stock": run_stock}
+    runs |= {"ours without": without_network(run_ours), "stock without": without_network(run_stock)}
+    taken = ratios(runs, base="bare", rounds=ROUNDS)
     with capsys.disabled():
-        print(f"\n{name}, B = {batch}, S = {steps}: ", end="")
-        print(", ".join(f"{key} {ratio:.3f} of the bare network" for key, ratio in ratios.items()))
+        print(
+            f"\n{name}, B = {batch}, S = {steps}: whole calls {taken['ours']:.3f}, stock {taken['stock']:.3f}; ", end=""
+        )
+        own = f"{1 + taken['ours without']:.4f}, stock {1 + taken['stock without']:.4f}"
+        print(f"network and the pipeline's own share {own} (bare network = 1)")
