@@ -151,7 +151,8 @@ def test_optimal_variance_is_that_of_the_exact_reverse_process(chain, v):
         c = math.sqrt(b) - plain.eps * math.sqrt(a / (1 - a))
         exact = plain.noise**2 + c**2 * v * (1 - a) / total[t]
         optimal = process.move(alpha_bar, t, s, eta, "optimal", gamma)
-        assert optimal.noise**2 == pytest.approx(exact, rel=1e-6, abs=1e-15)  # 1 − Γ cancels where ᾱ is tiny
+        rounding = 1e-15 * (1 + c**2 * (1 - a) / a)  # of 1 − Γ, which cancels where ᾱ is tiny
+        assert optimal.noise**2 == pytest.approx(exact, rel=1e-8, abs=rounding)
         assert optimal.eps == plain.eps
 
 
