@@ -387,36 +387,38 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         T = self.config.num_train_timesteps
         if not 0 <= timestep < T:
             raise ValueError(f"timestep {timestep} is outside 0..{T - 1}")
-        t, last = timestep + 1, len(self._tau) - 1
-        expected = last - self._next
-        if expected >= 0 and self._tau[expected] == t:  # tells repeated times apart
-            self._next += 1
-            return self._plan(kind)[last - expected]
+        t = timestep + 1
         below = int(np.searchsorted(self._tau, t))
-        if below <= last and self._tau[below] == t:
-            above = int(np.searchsorted(self._tau, t, side="right"))
-            self._next = last - above + 2
-            return self._plan(kind)[last - above + 1]
+        if below < len(self._tau) and self._tau[below] == t:
+            return self._plan(kind)[len(self._tau) - 1 - below]
         key = (*kind, t)
         if key not in self._off_plan:
             s = int(self._tau[below - 1]) if below else 0
             self._off_plan[key] = self._make_step(t, s, *kind)
         return self._off_plan[key]
 
+    def _next_step_at(self, timestep: int, kind: tuple[str, float]) -> Step:
+        """`_step_at`, but of a time that the plan repeats, each call takes the next: all but the last stay in place."""
+        remaining = len(self._tau) - self._next
+        if remaining < 1 or self._tau[remaining - 1] != timestep + 1:  # not the next one: go to the first of its kind
+            remaining = int(np.searchsorted(self._tau, timestep + 1, side="right"))
+            if remaining < 1 or self._tau[remaining - 1] != timestep + 1:
+                return self._step_at(timestep, kind)
+        self._next = len(self._tau) - remaining + 1
+        return self._plan(kind)[self._next - 1]
+
     def _find(self, timestep: int | Tensor, kind: tuple[str, float], sample: Tensor) -> Step:
         """The step for `timestep`: one for all, or one for each sample. Never reads a tensor of a device."""
         if not isinstance(timestep, Tensor):
-            return self._step_at(_integer(timestep), kind)
+            return self._next_step_at(_integer(timestep), kind)
         if timestep.is_floating_point() or timestep.is_complex() or timestep.dtype == torch.bool:
             raise ValueError(f"timestep must be an integer, not a tensor of {timestep.dtype}")
         if timestep.numel() == 1:
-            planned = self._planned.untyped_storage().data_ptr()
-            if (
-                timestep.untyped_storage().data_ptr() == planned
-            ):  # an element of our timesteps: its place tells the step
+            # An element of our own timesteps is told by its place, not by its value: nothing waits for a device.
+            if timestep.untyped_storage().data_ptr() == self._planned.untyped_storage().data_ptr():
                 self._next = timestep.storage_offset() + 1
                 return self._plan(kind)[timestep.storage_offset()]
-            return self._step_at(int(timestep), kind)
+            return self._next_step_at(int(timestep), kind)
         if timestep.shape != sample.shape[:1]:
             raise ValueError(
                 f"timestep has shape {tuple(timestep.shape)}: give one, or one for each of {sample.shape[0]} samples"

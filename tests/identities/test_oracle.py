@@ -98,12 +98,18 @@ def test_the_authors_repeated_times_leave_x_as_it_is():
     kept = [noises[99 - times[::-1].index(t - 1)] for t in reversed(distinct)]  # of equal times, the last one moves
     expected = oracle.sample(eps, x, ALPHA, distinct, 0.3, noises=kept)
     assert np.abs(run(scheduler, x, noises) - expected).max() < 1e-11
-    scheduler.set_timesteps(100)
-    y = torch.tensor(x)
-    for t, z in zip(times, noises, strict=True):  # plain integers do not tell their place; the order does
-        out = torch.tensor(eps(y.numpy(), t + 1))
-        y = scheduler.step(out, t, y, variance_noise=torch.tensor(z)).prev_sample
-    assert np.abs(y.numpy() - expected).max() < 1e-11
+
+    for _ in range(2):  # plain integers do not tell their place; the order does, the second time round as well
+        y = torch.tensor(x)
+        for t, z in zip(times, noises, strict=True):
+            out = torch.tensor(eps(y.numpy(), t + 1))
+            y = scheduler.step(out, t, y, variance_noise=torch.tensor(z)).prev_sample
+        assert np.abs(y.numpy() - expected).max() < 1e-11
+
+    out, y = torch.randn(2, 2, 3, dtype=torch.float64)
+    twice = next(t for t in times if times.count(t) == 2)
+    moved = scheduler.step(out, torch.tensor([twice, twice]), y).mean  # for single samples a repeated time moves on
+    assert not torch.allclose(moved, y)
 
 
 def test_optimal_variance_enters_the_step():
