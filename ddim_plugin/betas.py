@@ -6,6 +6,7 @@ Tables of ᾱ have T + 1 entries: entry 0 is the data (ᾱ_0 = 1), entry t the p
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,11 +83,16 @@ def betas(schedule: str, T: int = 1000, beta_start: float = 1e-4, beta_end: floa
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown beta_schedule {schedule!r}: use one of {', '.join(SCHEDULES)}, or trained_betas")
-    if isinstance(T, bool) or int(T) != T or T < 1:
-        raise ValueError(f"num_train_timesteps must be a positive integer, not {T!r}")
+    check_length(T)
     if schedule in _RANGED and not 0 < beta_start <= beta_end < 1:
         raise ValueError(f"β must satisfy 0 < beta_start ≤ beta_end < 1, not {beta_start!r} and {beta_end!r}")
     return check(SCHEDULES[schedule](int(T), beta_start, beta_end))
+
+
+def check_length(T: int) -> None:
+    """Raise ValueError unless T is a positive integer."""
+    if not isinstance(T, Integral) or isinstance(T, bool) or T < 1:
+        raise ValueError(f"num_train_timesteps must be a positive integer, not {T!r}")
 
 
 def check(values: Sequence[float] | Array, T: int | None = None) -> Array:

@@ -1,7 +1,9 @@
 """The pipeline: a U-Net and a scheduler, from noise to images."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .schedulers import GeneralizedDDIMScheduler, Randomness, check_generators
+from .tau import is_integer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents", "sample", "pred_original_sample", "pred_epsilon")
@@ -54,7 +57,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
 
         Args:
             batch_size: number of images B; 1 by default, or as many as `latents`.
-            num_inference_steps: S, the number of steps; 50 by default.
+            num_inference_steps: S, the number of steps; 50 by default, or T where that is less.
             timesteps: τ itself: network times, distinct and descending; instead of `num_inference_steps`.
             eta: η of Eq. 16; None is the scheduler's. Schedulers whose `step` has no η refuse a non-zero one.
             generator: one for the batch, or a list with one for each image. With a list an image depends on its own
@@ -80,6 +83,8 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"unknown output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"callback_on_step_end must be a function, not {callback_on_step_end!r}")
         unknown = set(callback_on_step_end_tensor_inputs) - set(CALLBACK_TENSORS)
         if unknown:
             raise ValueError(f"unknown callback tensors {sorted(unknown)}: use some of {', '.join(CALLBACK_TENSORS)}")
@@ -105,14 +110,12 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             step = self.scheduler.step(output, t, x_t, **step_kwargs)
             x = step.prev_sample
             if callback_on_step_end is not None:
+                known = {"latents": x, "sample": x_t}
                 tensors = {
-                    "latents": x,
-                    "sample": x_t,
-                    "pred_original_sample": getattr(step, "pred_original_sample", None),
-                    "pred_epsilon": getattr(step, "pred_epsilon", None),
+                    name: known[name] if name in known else getattr(step, name, None)
+                    for name in callback_on_step_end_tensor_inputs
                 }
-                asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                x = (callback_on_step_end(self, i, t, asked) or {}).get("latents", x)
+                x = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", x)
 
         images = self._images(x, output_type)
         self.maybe_free_model_hooks()
@@ -122,7 +125,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
 
     def _shape(self, batch_size: int | None, latents: Tensor | None) -> tuple[int, ...]:
         """(B, C, H, W) of the images to make."""
-        if batch_size is not None and (isinstance(batch_size, bool) or int(batch_size) != batch_size or batch_size < 1):
+        if batch_size is not None and (not is_integer(batch_size) or batch_size < 1):
             raise ValueError(f"batch_size must be a positive integer, not {batch_size!r}")
         config = self.unet.config
         size = config.sample_size
@@ -131,8 +134,10 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         if latents is None:
             size = (size, size) if isinstance(size, int) else tuple(size)
             return (batch_size or 1, config.in_channels, *size)
-        if latents.ndim != 4:
-            raise ValueError(f"latents must be (B, C, H, W), not of shape {tuple(latents.shape)}")
+        if not isinstance(latents, Tensor):
+            raise ValueError(f"latents must be a torch tensor, not {type(latents).__name__}")
+        if latents.ndim != 4 or len(latents) == 0:
+            raise ValueError(f"latents must be (B, C, H, W) with B ≥ 1, not of shape {tuple(latents.shape)}")
         size = tuple(latents.shape[2:]) if size is None else (size, size) if isinstance(size, int) else tuple(size)
         shape = (batch_size or latents.shape[0], config.in_channels, *size)
         if tuple(latents.shape) != shape:
@@ -157,6 +162,8 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             return None, None
         if class_labels is None:
             raise ValueError(f"this network is class-conditional: pass class_labels (0..{(classes or 0) - 1})")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, not {guidance_scale!r}")
         labels = torch.as_tensor(class_labels)
         labels = labels.expand(batch_size) if labels.ndim == 0 else labels
         if labels.shape[:1] != (batch_size,):
@@ -166,12 +173,12 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             if null_class_label is None and classes is None:
                 raise ValueError("pass null_class_label: this network does not say how many classes it has")
             null_labels = torch.full_like(labels, classes - 1 if null_class_label is None else null_class_label)
-        if classes is not None:
-            for values in (labels, null_labels):
-                if values is not None and (
-                    values.is_floating_point() or not ((values >= 0) & (values < classes)).all()
-                ):
-                    raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {values.tolist()}")
+        for values in (labels, null_labels):
+            if classes is None or values is None:
+                continue  # an embedding of one's own, whose labels need not be classes
+            whole = not values.is_floating_point() and values.dtype != torch.bool and values.ndim == 1
+            if not whole or not ((values >= 0) & (values < classes)).all():
+                raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {values.tolist()}")
         return labels.to(device), None if null_labels is None else null_labels.to(device)
 
     def _check_channels(self) -> None:
@@ -191,9 +198,13 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | None, device: torch.device
     ) -> None:
         if timesteps is None:
-            steps = 50 if num_inference_steps is None else num_inference_steps
+            steps = num_inference_steps
+            if steps is None:
+                steps = min(50, getattr(self.scheduler.config, "num_train_timesteps", 50))
             self.scheduler.set_timesteps(steps, device=device)
             return
+        if not hasattr(timesteps, "__len__") or getattr(timesteps, "ndim", 1) != 1:
+            raise ValueError(f"timesteps must be a list of integers, not {timesteps!r}")
         if num_inference_steps is not None and num_inference_steps != len(timesteps):
             raise ValueError(
                 f"num_inference_steps={num_inference_steps} and {len(timesteps)} timesteps disagree: pass one of them"
@@ -212,7 +223,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         name = type(self.scheduler).__name__
         if isinstance(self.scheduler, GeneralizedDDIMScheduler):
             self.scheduler.check_eta(eta)
-        elif eta is not None and not eta >= 0:
+        elif eta is not None and not (isinstance(eta, Real) and eta >= 0):
             raise ValueError(f"eta must be a non-negative number, not {eta!r}")
         if eta and "eta" not in known:
             raise ValueError(f"{name} has no η: leave eta out, or use GeneralizedDDIMScheduler")

@@ -72,7 +72,7 @@ def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
 
     s is the `ratio` quantile of |x̂0| over the pixels of the image, kept in [1, `max_value`].
     """
-    s = _quantile(x0.detach().abs().flatten(1), ratio).clamp(1, max_value)
+    s = _quantile(x0.abs().flatten(1), ratio).clamp(1, max_value)
     s = s.view(-1, *[1] * (x0.ndim - 1))
     return torch.clamp(x0, -s, s) / s
 
@@ -88,9 +88,10 @@ def _quantile(rows: Tensor, ratio: float) -> Tensor:
     return torch.lerp(below, above, rank - low)
 
 
-def eps_from_x0(x: Tensor, x0: Tensor, alpha_bar_t: Coefficient) -> Tensor:
-    """ε̂ = (x_t − √ᾱ_t·x̂0)/√(1 − ᾱ_t): the noise consistent with a given x̂0, for instance a clipped one."""
-    return combine(1 / (1 - alpha_bar_t) ** 0.5, x, -((alpha_bar_t / (1 - alpha_bar_t)) ** 0.5), x0)
+def eps_from_x0(alpha_bar_t: float) -> tuple[float, float]:
+    """(a, b) with ε̂ = a·x_t + b·x̂0 = (x_t − √ᾱ_t·x̂0)/√(1 − ᾱ_t): the noise that agrees with a given, clipped x̂0."""
+    noise = float(np.sqrt(1 - alpha_bar_t))
+    return 1 / noise, -float(np.sqrt(alpha_bar_t)) / noise
 
 
 def combine(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ A move takes x_t to x_s = √ᾱ_s·x̂0 + √(1 − ᾱ_s − σ²)·ε̂ + noi
 """
 
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,7 +108,7 @@ def effective_eta(variance_type: str, eta: float | None, default: float) -> tupl
             return "fixed_small", 0.0
         raise ValueError(f"variance_type={variance_type!r} stands at η = 1 (or η = 0, no noise), not at eta={eta!r}")
     eta = default if eta is None else eta
-    if not 0 <= eta < float("inf"):
+    if not isinstance(eta, Real) or not 0 <= eta < float("inf"):
         raise ValueError(f"eta must be a non-negative number, not {eta!r}")
     return variance_type, float(eta)
 

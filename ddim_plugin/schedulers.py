@@ -3,12 +3,14 @@
 A network's `timestep` is the paper's time minus one: 0..T−1. That shift lives in this file only.
 """
 
+import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from numbers import Integral
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DDIMScheduler
@@ -35,7 +37,6 @@ Randomness = Generator | list[Generator] | None
 class Step(NamedTuple):
     """All coefficients of one step: numbers, or tensors (B, 1, 1, 1) where each sample has its own time."""
 
-    alpha_bar_t: p.Coefficient
     x0_x: p.Coefficient
     x0_out: p.Coefficient
     eps_x: p.Coefficient
@@ -45,8 +46,12 @@ class Step(NamedTuple):
     noise: p.Coefficient
     log_low: p.Coefficient
     log_high: p.Coefficient
-    fold_x: p.Coefficient
+    fold_x: p.Coefficient  # the whole move as fold_x·x_t + fold_out·output
     fold_out: p.Coefficient
+    eps_x_again: p.Coefficient  # ε̂ recomputed as eps_x_again·x_t + eps_x0_again·x̂0
+    eps_x0_again: p.Coefficient
+    again_x: p.Coefficient  # the move with it as again_x·x_t + again_x0·x̂0
+    again_x0: p.Coefficient
 
 
 def _step(move: process.Move, prediction_type: str) -> Step:
@@ -54,8 +59,9 @@ def _step(move: process.Move, prediction_type: str) -> Step:
     learned = move.log_variance is not None
     log_low, log_high = move.log_variance or (0.0, 0.0)
     noise = 1.0 if learned else move.noise  # a learned deviation is multiplied by this
-    fold = p.fold(prediction, move)
-    return Step(move.alpha_bar_t, *prediction, move.x0, move.eps, noise, log_low, log_high, *fold)
+    eps_x, eps_x0 = p.eps_from_x0(move.alpha_bar_t)
+    again = (eps_x, eps_x0, move.eps * eps_x, move.x0 + move.eps * eps_x0)
+    return Step(*prediction, move.x0, move.eps, noise, log_low, log_high, *p.fold(prediction, move), *again)
 
 
 class GeneralizedDDIMSchedulerOutput:
@@ -101,6 +107,15 @@ class GeneralizedDDIMSchedulerOutput:
     def keys(self) -> tuple[str, ...]:
         return self._KEYS
 
+    def items(self) -> tuple[tuple[str, Tensor], ...]:
+        return tuple(zip(self._KEYS, self.to_tuple(), strict=True))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return getattr(self, key) if key in self._KEYS else default
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._KEYS)
+
     def to_tuple(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, key) for key in self._KEYS)
 
@@ -138,7 +153,7 @@ class _Evaluation(NamedTuple):
 
     def eps(self) -> Tensor:
         if self.recompute_eps:
-            return p.eps_from_x0(self.sample, self.x0(), self.step.alpha_bar_t)
+            return p.combine(self.step.eps_x_again, self.sample, self.step.eps_x0_again, self.x0())
         return p.combine(self.step.eps_x, self.sample, self.step.eps_out, self.output)
 
     def mean(self) -> Tensor:
@@ -147,8 +162,7 @@ class _Evaluation(NamedTuple):
             return p.combine(step.fold_x, self.sample, step.fold_out, self.output)
         # x0·x̂0 + eps·ε̂ as w·x̂0 + u·x_t + v·output
         if self.recompute_eps:
-            u, v = step.eps / (1 - step.alpha_bar_t) ** 0.5, 0.0
-            w = step.x0 - u * step.alpha_bar_t**0.5
+            w, u, v = step.again_x0, step.again_x, 0.0
         else:
             w, u, v = step.x0, step.eps * step.eps_x, step.eps * step.eps_out
         a, b = w * step.x0_x, w * step.x0_out
@@ -198,6 +212,7 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         ValueError: for any value that is unknown, out of range, or impossible together with another.
     """
 
+    _derived_betas = False
     _compatibles: ClassVar = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
     order = 1
 
@@ -225,6 +240,7 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         use_clipped_model_output: bool = False,
     ):
         T = num_train_timesteps
+        schedules.check_length(T)
         if trained_betas is not None:
             betas = schedules.check(trained_betas, T)
         else:
@@ -232,7 +248,8 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
             if schedules.made_for_1000(beta_schedule, T, beta_start, beta_end):
                 message = (
                     f"beta_start={beta_start:g} and beta_end={beta_end:g} were made for 1000 steps; at "
-                    f"num_train_timesteps={T} they leave ᾱ_T = {np.prod(1 - betas):.3g}. Scale them by 1000/{T}."
+                    f"num_train_timesteps={T} they leave ᾱ_T = {np.prod(1 - betas):.3g}. Scale them by 1000/{T}, "
+                    "or take a schedule without a range, such as squaredcos_cap_v2."
                 )
                 warnings.warn(message, stacklevel=3)
         p.check_prediction(prediction_type)
@@ -241,7 +258,7 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         process.effective_eta(variance_type, None, eta)
         if variance_type in process.ETA_FREE and eta not in (0, 1):
             raise ValueError(f"variance_type={variance_type!r} stands at η = 1: eta={eta!r} has no meaning with it")
-        if clip_sample and not clip_sample_range > 0:
+        if clip_sample and not (isinstance(clip_sample_range, Real) and clip_sample_range > 0):
             raise ValueError(f"clip_sample_range must be positive, not {clip_sample_range!r}")
         if thresholding and not (0 <= dynamic_thresholding_ratio <= 1 and sample_max_value >= 1):
             raise ValueError(
@@ -257,7 +274,8 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
             alpha_bar[0] = alpha_bar[1]
         self._alpha_bar = alpha_bar
         if trained_betas is None and beta_schedule not in _STOCK_SCHEDULES:
-            self.register_to_config(trained_betas=betas.tolist())  # a schedule stock schedulers know only as numbers
+            self._derived_betas = True  # stock schedulers know this schedule only as numbers
+            self.register_to_config(trained_betas=betas.tolist())
 
         # Attributes that pipelines of diffusers read.
         alphas_cumprod = alpha_bar[1:]
@@ -288,7 +306,8 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         """
         super().register_to_config(**kwargs)
         own = self._own_settings()
-        hints = {"_use_default_values": list(own), "_class_name": DDIMScheduler.__name__}
+        hidden = [key for key in own if key != "trained_betas"]
+        hints = {"_use_default_values": hidden, "_class_name": DDIMScheduler.__name__}
         super().register_to_config(**{OWN: own} | hints)
 
     def _own_settings(self) -> dict[str, Any]:
@@ -297,6 +316,8 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
             own["timestep_spacing"] = self.config.timestep_spacing
         if self.config.variance_type not in _STOCK_VARIANCES:
             own["variance_type"] = self.config.variance_type
+        if self._derived_betas:
+            own["trained_betas"] = None
         return own
 
     @classmethod
@@ -310,12 +331,11 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(config, dict):
             config = dict(config)
             own = config.pop(OWN, None)
-            if own is None:
-                carried = config.get("variance_type")
-                if carried is None or carried.startswith("fixed_"):
-                    config.pop("variance_type", None)
-            else:
-                said = config.keys() - set(config.get("_use_default_values", []))
+            carried = config.get("variance_type")
+            if carried is None or (own is None and carried.startswith("fixed_")):
+                config.pop("variance_type", None)
+            if own is not None:
+                said = _said(config) - {"trained_betas"}
                 kwargs = {key: value for key, value in own.items() if key not in said} | kwargs
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
@@ -323,7 +343,8 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         """The config as JSON, in words that stock schedulers read without a warning; ours are under `_ddim_plugin`."""
         live = self._internal_dict
         try:
-            self._internal_dict = FrozenDict({k: v for k, v in live.items() if k not in live[OWN]})
+            hidden = live["_use_default_values"]
+            self._internal_dict = FrozenDict({k: v for k, v in live.items() if k not in hidden})
             return super().to_json_string()
         finally:
             self._internal_dict = live
@@ -410,7 +431,9 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
     def _find(self, timestep: int | Tensor, kind: tuple[str, float], sample: Tensor) -> Step:
         """The step for `timestep`: one for all, or one for each sample. Never reads a tensor of a device."""
         if not isinstance(timestep, Tensor):
-            return self._next_step_at(_integer(timestep), kind)
+            if not tau.is_integer(timestep):
+                raise ValueError(f"timestep must be an integer, not {timestep!r}")
+            return self._next_step_at(int(timestep), kind)
         if timestep.is_floating_point() or timestep.is_complex() or timestep.dtype == torch.bool:
             raise ValueError(f"timestep must be an integer, not a tensor of {timestep.dtype}")
         if timestep.numel() == 1:
@@ -467,7 +490,8 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
             model_output: the network's output, (B, C, H, W), or (B, 2C, H, W) with "learned_range".
             timestep: a network time 0..T−1, or an integer tensor (B,) with one for each sample. A time that is not in
                 the plan moves to the nearest one below it. Elements of `self.timesteps` are told by their place in
-                it, so that no device is ever waited for.
+                it, so that no device is ever waited for. Of a time that the plan repeats (the `paper_` spacings), a
+                plain integer is the next one in order.
             sample: x_t, (B, C, H, W). Half precision is computed in float32 and cast once at the end.
             eta: η of Eq. 16 for this step; None is the scheduler's process. With "fixed_large" and "learned_range" 0
                 (deterministic) and 1 (their own noise) exist.
@@ -482,16 +506,18 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step: there is no plan of moves yet")
         output, variance = self._split(model_output, sample)
+        _check_noise(sample, generator, variance_noise)
         kind = self._kind(eta)
         step = self._find(timestep, kind, sample)
         evaluation = self._evaluate(
             step, sample, output, variance if kind[0] == "learned_range" else None, use_clipped_model_output
         )
         x = evaluation.mean()
-        if isinstance(step.noise, Tensor) or step.noise > 0:
-            z = _noise(sample, x.dtype, generator, variance_noise)
-            std = evaluation.std()
-            x = p.accumulate(x, std, z)
+        if kind != ("fixed_small", 0.0) and (isinstance(step.noise, Tensor) or step.noise > 0):
+            z = variance_noise
+            if z is None:  # drawn in float32 at least
+                z = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=x.dtype)
+            x = p.accumulate(x, evaluation.std(), z)
         if x.dtype != sample.dtype:
             x = x.to(sample.dtype)
         result = GeneralizedDDIMSchedulerOutput(x, evaluation)
@@ -544,6 +570,8 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
 
     def _marginals(self, like: Tensor, timesteps: Tensor | int) -> tuple[Tensor, Tensor]:
         """(√ᾱ_t, √(1 − ᾱ_t)) for each sample, broadcasting over `like`."""
+        if not like.is_floating_point():
+            raise ValueError(f"samples must be floating point, not {like.dtype}")
         times = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps)
         if times.is_floating_point() or times.is_complex() or times.dtype == torch.bool:
             raise ValueError(f"timesteps must be integers, not {times.dtype}")
@@ -566,6 +594,20 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         return self.config.num_train_timesteps
 
 
+def _said(config: dict[str, Any]) -> set[str]:
+    """The keys of a config that were set, not left to the default of the class that wrote it.
+
+    In memory diffusers keeps a list of those left; on disk only a value equal to that class's default tells.
+    """
+    if "_use_default_values" in config:
+        return config.keys() - set(config["_use_default_values"])
+    writer = getattr(diffusers, str(config.get("_class_name")), None)
+    if writer is None:
+        return set(config)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(writer.__init__).parameters.items()}
+    return {key for key, value in config.items() if key not in defaults or defaults[key] != value}
+
+
 def _eps_table(variance_type: str, eps_mean_square: Sequence[float] | None, T: int) -> np.ndarray | None:
     """E‖ε̂‖²/d with one entry for each time 0..T, checked."""
     if eps_mean_square is None:
@@ -578,25 +620,20 @@ def _eps_table(variance_type: str, eps_mean_square: Sequence[float] | None, T: i
     return np.concatenate([[0.0], table])
 
 
-def _integer(timestep: object) -> int:
-    if not isinstance(timestep, Integral) or isinstance(timestep, bool):
-        raise ValueError(f"timestep must be an integer, not {timestep!r}")
-    return int(timestep)
-
-
 def check_generators(generator: Randomness, batch_size: int) -> None:
     """Raise ValueError unless `generator` is one, none, or a list with one for each image."""
-    if isinstance(generator, list | tuple) and len(generator) != batch_size:
+    each = generator if isinstance(generator, list) else [generator]
+    if generator is not None and not all(isinstance(one, Generator) for one in each):
+        raise ValueError(f"generator must be a torch.Generator or a list of them, not {generator!r}")
+    if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(f"{len(generator)} generators for a batch of {batch_size}: give one, or one for each image")
 
 
-def _noise(sample: Tensor, dtype: torch.dtype, generator: Randomness, variance_noise: Tensor | None) -> Tensor:
-    """z ~ N(0, I) of the sample's shape, drawn in float32 at least, or `variance_noise` as given."""
-    if variance_noise is None:
-        check_generators(generator, sample.shape[0])
-        return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=dtype)
+def _check_noise(sample: Tensor, generator: Randomness, variance_noise: Tensor | None) -> None:
+    """Raise ValueError unless z can be drawn, or was given, for this sample."""
     if generator is not None:
-        raise ValueError("give either generator or variance_noise, not both")
-    if variance_noise.shape != sample.shape:
+        check_generators(generator, sample.shape[0])
+        if variance_noise is not None:
+            raise ValueError("give either generator or variance_noise, not both")
+    if variance_noise is not None and variance_noise.shape != sample.shape:
         raise ValueError(f"variance_noise has shape {tuple(variance_noise.shape)}, the sample {tuple(sample.shape)}")
-    return variance_noise.to(dtype)

@@ -72,7 +72,7 @@ def tau(spacing: str, S: int, T: int, steps_offset: int = 0) -> Times:
     Raises ValueError for an unknown name, S outside 1..T, or a negative or fractional offset.
     """
     check_spacing(spacing)
-    if not _is_integer(S) or not 1 <= S <= T:
+    if not is_integer(S) or not 1 <= S <= T:
         raise ValueError(f"num_inference_steps must be an integer from 1 to {T} (num_train_timesteps), not {S!r}")
     times = SPACINGS[spacing](int(S), T)
     if spacing != "leading":
@@ -92,7 +92,7 @@ def check_spacing(spacing: str) -> None:
 
 def check_offset(steps_offset: int) -> int:
     """`steps_offset` as an int, or ValueError where it is negative or not an integer."""
-    if not _is_integer(steps_offset) or steps_offset < 0:
+    if not is_integer(steps_offset) or steps_offset < 0:
         raise ValueError(f"steps_offset must be a non-negative integer, not {steps_offset!r}")
     return int(steps_offset)
 
@@ -103,12 +103,14 @@ def explicit(times: Iterable[int], T: int, *, lowest: int = 1, descending: bool 
     `lowest` is what the caller calls time 1 (0 where times index the network), `descending` the order it gives.
     Raises ValueError naming the first value that is not an integer, out of range, repeated or out of order.
     """
+    if not isinstance(times, Iterable):
+        raise ValueError(f"timesteps must be a list of integers, not {times!r}")
     values = list(times)
     highest = lowest + T - 1
     if not values:
         raise ValueError("an empty list of timesteps: give at least one time")
     for value in values:
-        if not _is_integer(value):
+        if not is_integer(value):
             raise ValueError(f"timesteps must be integers, not {value!r}")
         if not lowest <= value <= highest:
             raise ValueError(f"timestep {value} is outside {lowest}..{highest}")
@@ -121,5 +123,6 @@ def explicit(times: Iterable[int], T: int, *, lowest: int = 1, descending: bool 
     return np.array(sorted(values), dtype=np.int64) - lowest + 1
 
 
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> bool:
+    """Whether `value` is an integer of Python or NumPy; a bool is not."""
     return isinstance(value, Integral) and not isinstance(value, bool)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -91,10 +92,11 @@ def _base_type(hint: Any) -> Any:
 
 
 def record(config: Any) -> dict[str, Any]:
-    """What a result is written with: the settings, the revision of the code, versions and the machine."""
+    """What a result is written with: the settings, the revision of the code, versions, and the kind of machine."""
     return {
         "config": dataclasses.asdict(config),
         "revision": revision(),
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cpus": os.cpu_count()},
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("ddim-plugin", "torch", "diffusers", "accelerate")},
     }

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 HELD_OUT = 297
-"""How many of the 1797 digits, the last ones, are the test split: other writers' hands than most of the first."""
+"""How many of the 1797 digits, the last ones, are the test split."""
 
 SETS = ("digits",)
 

@@ -30,8 +30,8 @@ def main(config: DemoConfig) -> dict[str, Any]:
     model, pictures = output / "digits", output / "pictures"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     launch += ["--mixed_precision=no", "--dynamo_backend=no", f"--num_cpu_threads_per_process={os.cpu_count()}"]
-    train = [*launch, str(HERE / "train.py"), "--config", str(HERE / "configs" / "digits.toml"), "--overwrite"]
-    train += ["--output", str(model)] + ([] if config.steps is None else ["--steps", str(config.steps)])
+    train = [*launch, str(HERE / "train.py"), "--config", str(HERE / "configs" / "digits.toml")]
+    train += ["--output", str(model), "--overwrite"] + ([] if config.steps is None else ["--steps", str(config.steps)])
     sample = [sys.executable, str(HERE / "sample.py"), "--model", str(model), "--output", str(pictures)]
 
     output.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,8 @@ if __name__ == "__main__":
     try:
         done = main(parse(DemoConfig))
     except subprocess.CalledProcessError as error:
-        sys.exit(f"demo.py: {Path(error.cmd[-1]).name or error.cmd[0]} failed, see above")
+        script = next(Path(word).name for word in error.cmd if word.endswith(".py"))
+        sys.exit(f"demo.py: {script} failed, see above")
     print()
     print(f"the model, a GeneralizedDDIMPipeline  {done['made']['model']}  ({done['seconds']['training']:.0f} s)")
     print(f"samples for S = 5, 10, 20, 50, 100    {done['made']['by steps']}")

@@ -3,6 +3,7 @@
 accelerate launch training/train.py --config training/configs/digits.toml --output out/digits
 """
 
+import inspect
 import shutil
 import sys
 import time
@@ -59,8 +60,33 @@ def check(config: TrainConfig, processes: int) -> None:
         raise ValueError("variance_type='learned_range' needs the hybrid loss, which this script does not have")
     if not 0 <= config.ema_decay < 1:
         raise ValueError(f"ema_decay must be in [0, 1), not {config.ema_decay}")
-    if Path(config.output).exists() and not config.overwrite:
+    check_table("unet", config.unet, UNet2DModel)
+    check_table("scheduler", config.scheduler, GeneralizedDDIMScheduler)
+    output = Path(config.output).resolve()
+    if output.exists() and not config.overwrite:
         raise ValueError(f"the output {config.output} exists: choose another folder, or pass --overwrite")
+    if output.exists() and not (output / "training.json").is_file():
+        raise ValueError(f"--overwrite replaces the folder of an earlier run only, and {config.output} is none")
+
+
+def check_table(name: str, table: dict[str, Any], cls: type) -> None:
+    """Raise ValueError for keys of a table that are not settings of `cls`."""
+    known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    unknown = sorted(table.keys() - known)
+    if unknown:
+        raise ValueError(f"unknown settings in [{name}]: {', '.join(unknown)}. Known: {', '.join(sorted(known))}")
+
+
+def check_fit(unet: UNet2DModel, scheduler: GeneralizedDDIMScheduler, images: Tensor) -> None:
+    """Raise ValueError where network, process and pictures do not go together."""
+    made = (unet.config.in_channels, unet.config.out_channels, unet.config.sample_size)
+    if made != (images.shape[1], images.shape[1], images.shape[-1]):
+        raise ValueError(
+            f"[unet] has in_channels, out_channels, sample_size {made}; the images need "
+            f"{(images.shape[1], images.shape[1], images.shape[-1])}"
+        )
+    if scheduler.config.prediction_type == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
+        raise ValueError('ε prediction says nothing at zero terminal SNR: use prediction_type = "v_prediction"')
 
 
 def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -91,6 +117,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
         **{"sample_size": images.shape[-1], "in_channels": images.shape[1], "out_channels": images.shape[1]}
         | config.unet
     )
+    check_fit(unet, scheduler, images)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate)
     schedule = get_scheduler(  # not prepared: it counts optimiser steps, at any number of processes
         config.lr_schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
@@ -107,6 +134,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
     losses = torch.zeros(config.steps, device=accelerator.device)
     start = time.perf_counter()
     bar = tqdm(range(config.steps), desc="training", unit="step", disable=not accelerator.is_main_process)
+    kind = scheduler.config.prediction_type
     network.train()
     for step in bar:
         mine = next(order)[rank * share : (rank + 1) * share].to(images.device)
@@ -115,8 +143,8 @@ def main(config: TrainConfig) -> dict[str, Any]:
         noise = torch.randn(x0.shape, generator=generator).to(images.device)
         with accelerator.autocast():
             output = network(scheduler.add_noise(x0, noise, times), times).sample
-        target = {"epsilon": noise, "sample": x0, "v_prediction": scheduler.get_velocity(x0, noise, times)}
-        loss = torch.nn.functional.mse_loss(output.float(), target[scheduler.config.prediction_type])
+        target = noise if kind == "epsilon" else x0 if kind == "sample" else scheduler.get_velocity(x0, noise, times)
+        loss = torch.nn.functional.mse_loss(output.float(), target)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
         optimizer.step()
@@ -149,7 +177,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
 
 def save(pipeline: GeneralizedDDIMPipeline, result: dict[str, Any], config: TrainConfig) -> None:
     """Write the folder aside and rename it, so that a killed process never leaves half a model."""
-    output = Path(config.output)
+    output = Path(config.output).resolve()
     aside = output.with_name(output.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)
     pipeline.save_pretrained(aside)

@@ -58,6 +58,10 @@ def test_there_and_back_without_a_warning(name, quiet_diffusers, recwarn, tmp_pa
     if name != "EDMEulerScheduler":  # it takes no β and names no class it is compatible with: on disk it warns
         assert quiet_diffusers == []
     loaded.set_timesteps(10)
+    loaded.save_pretrained(tmp_path)
+    for stock in (cls.from_pretrained(tmp_path).config, cls.load_config(tmp_path)):
+        back = settings(GeneralizedDDIMScheduler.from_config(stock))
+        assert {key: back[key] for key in settings(ours)} == settings(ours)  # their own keys ride along too
     assert [str(w.message) for w in recwarn if "ddim" in str(w.message).lower()] == []
 
 
@@ -112,6 +116,16 @@ def test_stock_schedulers_get_schedules_they_have_no_name_for_as_numbers(tmp_pat
     for stock in (diffusers.DDIMScheduler.from_config(ours.config), diffusers.DDPMScheduler.from_pretrained(tmp_path)):
         assert torch.allclose(stock.alphas_cumprod, ours.alphas_cumprod, rtol=1e-4)
     assert quiet_diffusers == []
+
+
+def test_a_schedule_may_be_overridden():
+    """The numbers made for stock schedulers do not stand in the way of a later word."""
+    ours = GeneralizedDDIMScheduler(beta_schedule="sigmoid")
+    for change in ({"beta_schedule": "linear"}, {"beta_end": 0.01}, {"num_train_timesteps": 500, "beta_end": 0.041}):
+        changed = GeneralizedDDIMScheduler.from_config(ours.config, **change)
+        expected = GeneralizedDDIMScheduler(**{"beta_schedule": "sigmoid"} | change)
+        assert torch.equal(changed.alphas_cumprod, expected.alphas_cumprod)
+        assert settings(changed) == settings(expected)
 
 
 def test_settings_changed_later_are_saved(tmp_path):

@@ -216,7 +216,8 @@ def test_clipped_x0_and_recomputed_eps_agree_on_x():
     x, out = torch.randn(2, 4, 3, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     m = p.prediction("epsilon", 0.3)
     x0 = p.combine(m.x0_x, x, m.x0_out, out).clamp(-0.5, 0.5)
-    eps = p.eps_from_x0(x, x0, 0.3)
+    a, b = p.eps_from_x0(0.3)
+    eps = p.combine(a, x, b, x0)
     assert torch.allclose(0.3**0.5 * x0 + 0.7**0.5 * eps, x)
 
 

@@ -1,5 +1,6 @@
 """The pipeline's call, and its life on disk."""
 
+import inspect
 import itertools
 import json
 import subprocess
@@ -77,10 +78,11 @@ def test_explicit_times_are_those_of_the_name(make_pipe):
         assert torch.equal(pipe(timesteps=times, generator=generators(1), output_type="latent").images, by_name)
 
 
-def test_default_steps_are_fifty(make_pipe):
-    pipe = make_pipe()
+@pytest.mark.parametrize(("T", "steps"), [(1000, 50), (20, 20)])
+def test_default_steps(make_pipe, T, steps):
+    pipe = make_pipe(GeneralizedDDIMScheduler(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2"))
     pipe()
-    assert pipe.scheduler.num_inference_steps == 50
+    assert pipe.scheduler.num_inference_steps == steps
 
 
 def test_eta_none_is_the_schedulers(make_pipe):
@@ -244,9 +246,17 @@ STOCK = [
 def test_any_scheduler_of_diffusers(make_pipe, name):
     cls = getattr(diffusers, name)
     pipe = make_pipe(cls())
-    images = pipe(2, 8, generator=torch.Generator().manual_seed(0), output_type="pt").images
-    assert images.shape == (2, 1, 8, 8)
-    assert torch.isfinite(images).all()
+    images = pipe(2, 8, generator=torch.Generator().manual_seed(0), output_type="latent").images
+
+    scheduler, generator = cls(), torch.Generator().manual_seed(0)
+    scheduler.set_timesteps(8)
+    noise = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    with torch.no_grad():
+        x = torch.randn(2, 1, 8, 8, generator=generator) * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            output = pipe.unet(scheduler.scale_model_input(x, t), t).sample
+            x = scheduler.step(output, t, x, **noise).prev_sample
+    assert torch.allclose(images, x, rtol=1e-4, atol=1e-4)
 
 
 def test_the_stock_ddim_scheduler_gives_the_stock_pipelines_images(make_pipe):
@@ -280,6 +290,14 @@ def test_a_learned_variance_is_dropped_for_samplers_that_know_none(make_pipe):
         ({"eta": 7.0}, "eta=7 is too large for the move from time 1000"),
         ({"batch_size": 0}, "batch_size must be a positive integer, not 0"),
         ({"batch_size": 1.5}, "not 1.5"),
+        ({"batch_size": 2.0}, "not 2.0"),
+        ({"timesteps": 5}, "must be a list of integers, not 5"),
+        ({"timesteps": torch.tensor(5)}, "must be a list of integers"),
+        ({"eta": "x"}, "eta must be a non-negative number, not 'x'"),
+        ({"generator": 3}, "must be a torch.Generator or a list of them, not 3"),
+        ({"latents": np.zeros((1, 1, 8, 8))}, "latents must be a torch tensor, not ndarray"),
+        ({"latents": torch.zeros(0, 1, 8, 8)}, "with B ≥ 1"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end must be a function, not 3"),
         ({"output_type": "jpg"}, "unknown output_type 'jpg': use one of pil, np, pt, latent"),
         ({"generator": generators(1, 2), "batch_size": 3}, "2 generators for a batch of 3"),
         ({"latents": torch.zeros(2, 3, 8, 8)}, r"latents have shape \(2, 3, 8, 8\); .* need \(2, 1, 8, 8\)"),
@@ -308,6 +326,9 @@ def test_bad_calls_fail_before_the_network_runs(make_pipe, arguments, message):
         ({"class_labels": 4}, r"integers in 0\.\.3, not \[4\]"),
         ({"class_labels": -1}, r"integers in 0\.\.3"),
         ({"class_labels": 0.5}, r"integers in 0\.\.3"),
+        ({"class_labels": True}, r"integers in 0\.\.3"),
+        ({"class_labels": [[1]]}, r"integers in 0\.\.3"),
+        ({"class_labels": 1, "guidance_scale": float("nan")}, "guidance_scale must be a finite number, not nan"),
         ({"class_labels": [0, 1, 2]}, "3 class_labels for a batch of 1"),
         ({"class_labels": 0, "guidance_scale": 2.0, "null_class_label": 9}, r"integers in 0\.\.3, not \[9\]"),
     ],

@@ -55,6 +55,8 @@ def test_set_timesteps():
         ({"timesteps": [5.5, 1]}, "must be integers, not 5.5"),
         ({"timesteps": torch.tensor([5.0, 1.0])}, "must be integers"),
         ({"timesteps": []}, "empty"),
+        ({"timesteps": 5}, "must be a list of integers, not 5"),
+        ({"timesteps": torch.tensor(5)}, "must be a list of integers, not 5"),
     ],
 )
 def test_bad_plans_leave_the_old_one(arguments, message):
@@ -117,12 +119,37 @@ def test_a_time_for_each_sample_with_constraints(config):
         assert torch.allclose(together[i : i + 1], alone, atol=1e-12)
 
 
+@pytest.mark.parametrize("config", [{}, {"clip_sample": True, "use_clipped_model_output": True}, {"eta": 1.0}])
+@pytest.mark.parametrize("timestep", [0, 1, 500, 999])
+def test_a_time_for_each_sample_is_as_exact_as_one_for_all(config, timestep):
+    """Coefficients are rounded to float32 once, after they were made in float64."""
+    scheduler = planned(1000, **config)
+    out, x, z = tensors(3, dtype=torch.float64)
+    noise = z if config.get("eta") else None
+    exact = scheduler.step(out, timestep, x, variance_noise=noise)
+    noise = None if noise is None else noise.float()
+    single = scheduler.step(out.float(), torch.full((3,), timestep), x.float(), variance_noise=noise)
+    for name in ("prev_sample", "pred_epsilon", "pred_original_sample"):
+        wanted = getattr(exact, name)
+        error = (getattr(single, name) - wanted).abs().max().item()
+        assert error < 2e-5 * max(1, wanted.abs().max().item()), name
+
+
+def test_a_silent_step_draws_nothing():
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    out, x = tensors()
+    for timestep in (599, torch.tensor([599, 3, 999])):
+        planned(10).step(out, timestep, x, generator=generator)
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_the_table_for_devices_holds_every_step():
     """On an accelerator the times of single samples are looked up in a table; here it is read on the CPU."""
     scheduler = planned(10, variance_type="learned_range")
     kind = ("learned_range", 1.0)
     table = scheduler._all_steps(kind, torch.float64, torch.device("cpu"))
-    assert table.shape == (1000, 12)
+    assert table.shape == (1000, 15)
     for t in (0, 57, 99, 512, 999):
         assert table[t].tolist() == pytest.approx(list(scheduler._step_at(t, kind)))
 
@@ -160,6 +187,9 @@ def test_output_reads_like_those_of_diffusers():
     assert result[:2][1] is result.pred_original_sample
     assert "std" in result
     assert len(result) == 5
+    assert list(result) == list(result.keys())
+    assert dict(result.items())["mean"] is result.get("mean")
+    assert result.get("logits") is None
     with pytest.raises(KeyError):
         result["logits"]
     again = scheduler.step(out, 599, x, generator=torch.Generator().manual_seed(1), return_dict=False)
@@ -244,8 +274,11 @@ def test_one_generator_an_image():
 def test_bad_randomness():
     scheduler = planned(10, eta=1.0)
     out, x, z = tensors(3)
-    with pytest.raises(ValueError, match="2 generators for a batch of 3"):
-        scheduler.step(out, 599, x, generator=[torch.Generator(), torch.Generator()])
+    for eta in (0.0, 1.0):  # whether or not this step has noise
+        with pytest.raises(ValueError, match="2 generators for a batch of 3"):
+            scheduler.step(out, 599, x, eta=eta, generator=[torch.Generator(), torch.Generator()])
+        with pytest.raises(ValueError, match="must be a torch.Generator or a list of them, not 3"):
+            scheduler.step(out, 599, x, eta=eta, generator=3)
     with pytest.raises(ValueError, match="either generator or variance_noise"):
         scheduler.step(out, 599, x, generator=torch.Generator(), variance_noise=z)
     with pytest.raises(ValueError, match=r"variance_noise has shape \(1, 1, 4, 4\)"):
@@ -319,7 +352,9 @@ def test_steps_change_no_input_and_no_table():
         assert torch.equal(value, copy_of)
 
 
-@pytest.mark.parametrize("config", [{}, {"clip_sample": True, "clip_sample_range": 3.0}, {"eta": 1.0}])
+@pytest.mark.parametrize(
+    "config", [{}, {"clip_sample": True, "clip_sample_range": 3.0}, {"eta": 1.0}, {"thresholding": True}]
+)
 def test_gradients_flow_through_a_step(config):
     scheduler = planned(10, **config)
     out, x, z = tensors(3, dtype=torch.float64)
@@ -365,6 +400,10 @@ def test_copies_and_pickles():
         ({"prediction_type": "score"}, "unknown prediction_type 'score'"),
         ({"eta": -0.1}, "eta must be a non-negative number, not -0.1"),
         ({"eta": float("nan")}, "eta must be a non-negative number, not nan"),
+        ({"eta": "x"}, "eta must be a non-negative number, not 'x'"),
+        ({"num_train_timesteps": 1000.0}, r"must be a positive integer, not 1000\.0"),
+        ({"num_train_timesteps": 10.0, "trained_betas": [0.1] * 10}, r"must be a positive integer, not 10\.0"),
+        ({"clip_sample": True, "clip_sample_range": None}, "clip_sample_range must be positive, not None"),
         ({"num_train_timesteps": 0}, "num_train_timesteps must be a positive integer, not 0"),
         ({"trained_betas": [0.1, 0.2]}, "trained_betas has 2 entries, num_train_timesteps is 1000"),
         ({"steps_offset": -1}, "steps_offset must be a non-negative integer, not -1"),
@@ -427,6 +466,8 @@ def test_bad_marginals(name):
         call(x, z, torch.tensor([0, 1, 1000]))
     with pytest.raises(ValueError, match="must be integers"):
         call(x, z, torch.tensor([0.0, 1, 2]))
+    with pytest.raises(ValueError, match=r"samples must be floating point, not torch\.uint8"):
+        call(x.to(torch.uint8), z, 5)
     with pytest.raises(ValueError, match="2 timesteps for 3 samples"):
         call(x, z, torch.tensor([1, 2]))
 

@@ -108,12 +108,33 @@ def test_an_existing_output_is_kept(trained):
         ({"ema_decay": 1.0}, "ema_decay must be in"),
         ({"scheduler": {"variance_type": "learned_range"}}, "needs the hybrid loss"),
         ({"scheduler": {"beta_schedule": "cubic"}}, "unknown beta_schedule 'cubic'"),
+        ({"scheduler": {"betas": "cubic"}}, r"unknown settings in \[scheduler\]: betas"),
+        ({"unet": {"blocks": 3}}, r"unknown settings in \[unet\]: blocks"),
+        ({"unet": {"out_channels": 2}}, r"out_channels, sample_size \(1, 2, 8\); the images need \(1, 1, 8\)"),
+        ({"scheduler": {"rescale_betas_zero_snr": True}}, "ε prediction says nothing at zero terminal SNR"),
     ],
 )
 def test_bad_settings_end_training_before_it_begins(tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         train.main(build(train.TrainConfig, {"output": str(tmp_path / "model")} | values))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "here"])
+def test_only_an_earlier_run_is_overwritten(tmp_path, kind, monkeypatch):
+    output = tmp_path / "mine"
+    if kind == "file":
+        output.write_text("a thesis")
+    else:
+        output.mkdir()
+        (output / "thesis.txt").write_text("a thesis")
+    if kind == "here":
+        monkeypatch.chdir(output)
+        output = Path(".")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="replaces the folder of an earlier run only"):
+        train.main(build(train.TrainConfig, {"output": str(output), "overwrite": True}))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
