@@ -219,17 +219,16 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         self, eta: float | None, generator: Randomness, use_clipped_model_output: bool | None
     ) -> dict[str, Any]:
         """What the scheduler's `step` takes of η, the generator and the switch for clipping."""
-        known = inspect.signature(self.scheduler.step).parameters
-        name = type(self.scheduler).__name__
+        given = {"eta": eta, "generator": generator, "use_clipped_model_output": use_clipped_model_output}
         if isinstance(self.scheduler, GeneralizedDDIMScheduler):
             self.scheduler.check_eta(eta)
-        elif eta is not None and not (isinstance(eta, Real) and eta >= 0):
+            return given
+        if eta is not None and not (isinstance(eta, Real) and eta >= 0):
             raise ValueError(f"eta must be a non-negative number, not {eta!r}")
-        if eta and "eta" not in known:
-            raise ValueError(f"{name} has no η: leave eta out, or use GeneralizedDDIMScheduler")
-        if use_clipped_model_output and "use_clipped_model_output" not in known:
-            raise ValueError(f"{name} knows no use_clipped_model_output: leave it out")
-        given = {"eta": eta, "generator": generator, "use_clipped_model_output": use_clipped_model_output}
+        known = inspect.signature(self.scheduler.step).parameters
+        for name, value in (("eta", eta), ("use_clipped_model_output", use_clipped_model_output)):
+            if value and name not in known:
+                raise ValueError(f"{type(self.scheduler).__name__} knows no {name}: leave it out")
         return {key: value for key, value in given.items() if value is not None and key in known}
 
     # ---- the loop ----------------------------------------------------------------------------------------------

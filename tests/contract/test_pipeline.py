@@ -348,7 +348,7 @@ def test_a_network_that_does_not_fit_the_variance_type(make_pipe, variance_type,
 
 def test_what_other_schedulers_do_not_know(make_pipe):
     pipe = make_pipe(diffusers.EulerDiscreteScheduler())
-    with pytest.raises(ValueError, match="EulerDiscreteScheduler has no η"):
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler knows no eta: leave it out"):
         pipe(eta=0.5)
     with pytest.raises(ValueError, match="knows no use_clipped_model_output"):
         pipe(use_clipped_model_output=True)
