@@ -33,6 +33,7 @@ def main(config: DemoConfig) -> dict[str, Any]:
     train = [*launch, str(HERE / "train.py"), "--config", str(HERE / "configs" / "digits.toml")]
     train += ["--output", str(model), "--overwrite"] + ([] if config.steps is None else ["--steps", str(config.steps)])
     sample = [sys.executable, str(HERE / "sample.py"), "--model", str(model), "--output", str(pictures)]
+    sample += ["--data", "digits"]
 
     output.mkdir(parents=True, exist_ok=True)
     seconds = {"training": run(train), "sampling": run(sample)}

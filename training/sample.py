@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from config import parse, record, write_json
+from data import load
 from pictures import grid
 from torch import Generator, Tensor
 
@@ -23,6 +24,7 @@ class SampleConfig:
 
     model: str = field(metadata={"help": "a folder written by save_pretrained, or a Hub id"})
     output: str = field(default="pictures", metadata={"help": "folder for the pictures"})
+    data: str | None = field(default=None, metadata={"help": "data set of a first row of real pictures"})
     steps: tuple[int, ...] = field(default=(5, 10, 20, 50, 100), metadata={"help": "rows of the first grid"})
     etas: tuple[float, ...] = field(default=(0.0, 0.2, 0.5, 1.0), metadata={"help": "η in the second grid, then σ̂"})
     eta_steps: tuple[int, ...] = field(default=(10, 100), metadata={"help": "S in the second grid"})
@@ -35,6 +37,10 @@ def main(config: SampleConfig) -> dict[str, Any]:
     """Write `samples_by_steps.png`, `samples_by_eta.png` and `sample.json`; return what the latter holds."""
     if config.columns < 1:
         raise ValueError(f"columns must be positive, not {config.columns}")
+    real = None
+    if config.data is not None:
+        held_out, _ = load(config.data, "test")
+        real = held_out[: config.columns].permute(0, 2, 3, 1).numpy() / 255
     start = time.perf_counter()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = GeneralizedDDIMPipeline.from_pretrained(config.model).to(device)
@@ -62,6 +68,8 @@ def main(config: SampleConfig) -> dict[str, Any]:
 
     start = time.perf_counter()
     rows = [(f"S = {S}", draw(S, 0.0, smaller)) for S in config.steps]
+    if real is not None:
+        rows.insert(0, ("real", real))
     write("samples_by_steps.png", rows, "eta = 0, the same x_T in each column")
     seconds["samples_by_steps"] = time.perf_counter() - start
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sample
 import torch
 import train
 from config import build, parse, read_toml
@@ -154,6 +155,15 @@ def test_bad_files(tmp_path, text, message, capsys):
         parse(train.TrainConfig, ["--config", str(file)])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_row_of_real_pictures(trained, tmp_path):
+    settings = {"model": str(trained), "columns": 2, "steps": (2,), "etas": (0.0,), "eta_steps": (2,)}
+    heights = []
+    for data in (None, "digits"):
+        sample.main(build(sample.SampleConfig, settings | {"output": str(tmp_path), "data": data}))
+        heights.append(Image.open(tmp_path / "samples_by_steps.png").height)
+    assert heights[1] > heights[0] + 60
 
 
 def test_an_empty_folder_is_no_model(tmp_path):
