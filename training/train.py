@@ -182,9 +182,11 @@ def save(pipeline: GeneralizedDDIMPipeline, result: dict[str, Any], config: Trai
     shutil.rmtree(aside, ignore_errors=True)
     pipeline.save_pretrained(aside)
     write_json(aside / "training.json", result)
+    earlier = output.with_name(output.name + ".old")
     if output.exists():
-        shutil.rmtree(output)
+        output.rename(earlier)
     aside.rename(output)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 if __name__ == "__main__":

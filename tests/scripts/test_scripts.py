@@ -17,6 +17,8 @@ from data import load, to_model
 from PIL import Image
 from safetensors.torch import load_file
 
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "training" / "configs" / "digits.toml"
 QUICK = ["--steps", "6", "--warmup_steps", "2", "--batch_size", "8"]
@@ -91,6 +93,15 @@ def test_two_processes_train_one_model(tmp_path):
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     assert record["processes"] == 2
     assert np.isfinite(record["loss"])
+
+
+def test_saving_replaces_an_earlier_run_whole(make_unet, tmp_path):
+    config = build(train.TrainConfig, {"output": str(tmp_path / "model")})
+    pipe = GeneralizedDDIMPipeline(make_unet(), GeneralizedDDIMScheduler())
+    for run_ in (1, 2):
+        train.save(pipe, {"run": run_}, config)
+        assert json.loads((tmp_path / "model" / "training.json").read_text()) == {"run": run_}
+        assert list(tmp_path.iterdir()) == [tmp_path / "model"]
 
 
 def test_an_existing_output_is_kept(trained):
