@@ -69,6 +69,8 @@ def build(cls: type[Config], values: dict[str, Any]) -> Config:
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     for key, value in given.items():
         kind = _base_type(hints[key])
+        if value is None and kind is not hints[key]:
+            continue
         kind = get_origin(kind) or kind
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             given[key] = float(value)

@@ -231,6 +231,7 @@ def test_settings_come_from_flags_then_file_then_defaults(tmp_path):
     settings = parse(Settings, ["--config", str(file), "--count", "9", "--flag", "--device", "cpu"])
     assert settings == Settings("file", 9, 2.0, True, (7, 8), "cpu", {"key": 1})
     assert parse(Settings, ["--name", "x", "--sizes", "4", "5"]) == Settings("x", sizes=(4, 5))
+    assert build(Settings, {"name": "x", "device": None}) == Settings("x")
     assert read_toml(file)["table"] == {"key": 1}
 
 
@@ -240,6 +241,7 @@ def test_settings_come_from_flags_then_file_then_defaults(tmp_path):
         ({}, "missing settings: name"),
         ({"name": "x", "cuont": 1}, "unknown settings: cuont. Known: name, count"),
         ({"name": 3}, "name must be of type str, not 3"),
+        ({"name": None}, "name must be of type str, not None"),
         ({"name": "x", "count": 1.5}, "count must be of type int, not 1.5"),
         ({"name": "x", "count": True}, "count must be of type int, not True"),
         ({"name": "x", "sizes": 3}, "sizes must be of type tuple, not 3"),
