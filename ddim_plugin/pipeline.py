@@ -127,19 +127,19 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         """(B, C, H, W) of the images to make."""
         if batch_size is not None and (not is_integer(batch_size) or batch_size < 1):
             raise ValueError(f"batch_size must be a positive integer, not {batch_size!r}")
-        config = self.unet.config
-        size = config.sample_size
-        if size is None and latents is None:
-            raise ValueError("the network's config has no sample_size: pass latents of the wanted size")
-        if latents is None:
-            size = (size, size) if isinstance(size, int) else tuple(size)
-            return (batch_size or 1, config.in_channels, *size)
-        if not isinstance(latents, Tensor):
+        if latents is not None and not isinstance(latents, Tensor):
             raise ValueError(f"latents must be a torch tensor, not {type(latents).__name__}")
-        if latents.ndim != 4 or len(latents) == 0:
+        if latents is not None and (latents.ndim != 4 or len(latents) == 0):
             raise ValueError(f"latents must be (B, C, H, W) with B ≥ 1, not of shape {tuple(latents.shape)}")
-        size = tuple(latents.shape[2:]) if size is None else (size, size) if isinstance(size, int) else tuple(size)
-        shape = (batch_size or latents.shape[0], config.in_channels, *size)
+        size = self.unet.config.sample_size
+        if size is None:
+            if latents is None:
+                raise ValueError("the network's config has no sample_size: pass latents of the wanted size")
+            size = latents.shape[2:]
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        shape = (batch_size or (1 if latents is None else len(latents)), self.unet.config.in_channels, *size)
+        if latents is None:
+            return shape
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}; this network and batch_size need {shape}")
         if not latents.is_floating_point() or not bool(torch.isfinite(latents).all()):

@@ -13,7 +13,7 @@ import torch
 from config import parse, record, write_json
 from data import load
 from pictures import grid
-from torch import Generator, Tensor
+from torch import Generator
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 
@@ -48,15 +48,11 @@ def main(config: SampleConfig) -> dict[str, Any]:
     stock = pipe.scheduler.config
     larger = GeneralizedDDIMScheduler.from_config(stock, variance_type="fixed_large", eta=0.0)
     smaller = GeneralizedDDIMScheduler.from_config(stock, variance_type="fixed_small", eta=0.0)
-    unet = pipe.unet.config
-    size = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else tuple(unet.sample_size)
-    x_T = torch.stack([torch.randn(unet.in_channels, *size, generator=g) for g in _generators(config)])
 
     def draw(S: int, eta: float | None, scheduler: GeneralizedDDIMScheduler) -> Any:
         pipe.scheduler = scheduler
-        latents: Tensor = x_T.clone()
-        images = pipe(num_inference_steps=S, eta=eta, latents=latents, generator=_generators(config), output_type="np")
-        return images.images
+        generators = [Generator().manual_seed(config.seed + i) for i in range(config.columns)]  # x_T, then each z
+        return pipe(config.columns, S, eta=eta, generator=generators, output_type="np").images
 
     Path(config.output).mkdir(parents=True, exist_ok=True)
     written, seconds = [], {"load": time.perf_counter() - start}
@@ -84,11 +80,6 @@ def main(config: SampleConfig) -> dict[str, Any]:
     result = record(config) | {"pictures": written, "seconds": seconds, "device": device}
     write_json(Path(config.output) / "sample.json", result)
     return result
-
-
-def _generators(config: SampleConfig) -> list[Generator]:
-    """One source of noise for each column."""
-    return [Generator().manual_seed(config.seed + i) for i in range(config.columns)]
 
 
 if __name__ == "__main__":
