@@ -5,19 +5,20 @@
 from diffusers import ModelMixin, SchedulerMixin
 
 from .pipeline import GeneralizedDDIMPipeline
-from .schedulers import GeneralizedDDIMScheduler, GeneralizedDDIMSchedulerOutput
+from .schedulers import GeneralizedDDIMScheduler, GeneralizedDDIMSchedulerOutput, InverseDDIMScheduler
 from .version import __version__
 
 __all__ = [
     "GeneralizedDDIMPipeline",
     "GeneralizedDDIMScheduler",
     "GeneralizedDDIMSchedulerOutput",
+    "InverseDDIMScheduler",
     "ModelMixin",
     "SchedulerMixin",
     "__version__",
 ]
 
 # Saved files name these classes by this module, whatever file they stand in.
-for _class in (GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, GeneralizedDDIMSchedulerOutput):
+for _class in (GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, GeneralizedDDIMSchedulerOutput, InverseDDIMScheduler):
     _class.__module__ = __name__
 del _class

@@ -1,27 +1,58 @@
-"""The pipeline: a U-Net and a scheduler, from noise to images."""
+"""The pipeline: a U-Net and a scheduler, from noise to images, and from images to latents and back."""
 
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .schedulers import GeneralizedDDIMScheduler, Randomness, check_generators
+from . import images as pictures
+from . import inversion
+from .gaussian import slerp
+from .inversion import InversionReport
+from .schedulers import (
+    GeneralizedDDIMScheduler,
+    GeneralizedDDIMSchedulerOutput,
+    InverseDDIMScheduler,
+    Randomness,
+    check_generators,
+)
 from .tau import is_integer
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents", "sample", "pred_original_sample", "pred_epsilon")
 
+TOLERANCE = 1e-5
+"""Residual of a move, in units of the network's images, at which its refinement ends."""
+
 StepEndCallback = Callable[["GeneralizedDDIMPipeline", int, Tensor, dict[str, Tensor | None]], dict[str, Any] | None]
+
+
+class Condition(NamedTuple):
+    """Class labels (B,), the labels of no class where guidance is on, and its scale."""
+
+    labels: Tensor | None
+    null_labels: Tensor | None
+    scale: float
+
+    def rows(self, rows: Tensor) -> "Condition":
+        labels, null_labels = (None if each is None else each[rows] for each in self[:2])
+        return Condition(labels, null_labels, self.scale)
 
 
 class GeneralizedDDIMPipeline(DiffusionPipeline):
     """Unconditional and class-conditional images with the generalized process, or any scheduler of diffusers.
+
+    The call draws images from noise. Where the process is deterministic (η = 0), x_T is a latent code of the image:
+    `encode`, `decode`, `reconstruct`, `interpolate` and `interpolate_grid` work with it, with the scheduler of this
+    package.
 
     Args:
         unet: a `UNet2DModel`, with `num_class_embeds` where it is class-conditional. Its `config.sample_size` (an
@@ -81,8 +112,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         Raises:
             ValueError: for any argument that does not fit, before the network is called.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"unknown output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+        _check_output_type(output_type)
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(f"callback_on_step_end must be a function, not {callback_on_step_end!r}")
         unknown = set(callback_on_step_end_tensor_inputs) - set(CALLBACK_TENSORS)
@@ -91,9 +121,9 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         shape = self._shape(batch_size, latents)
         check_generators(generator, shape[0])
         device, network_dtype = self._execution_device, self.unet.dtype  # slow to ask for: once
-        labels, null_labels = self._labels(class_labels, guidance_scale, null_class_label, shape[0], device)
+        condition = self._condition(class_labels, guidance_scale, null_class_label, shape[0], device)
         self._check_channels()
-        self._set_timesteps(num_inference_steps, timesteps, device)
+        self._set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
         step_kwargs = self._step_kwargs(eta, generator, use_clipped_model_output)
 
         dtype = torch.promote_types(network_dtype, torch.float32)  # of the state
@@ -103,23 +133,251 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             x = latents.to(device=device, dtype=dtype)
         x = x * self.scheduler.init_noise_sigma
 
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            x_t = x
-            model_input = self.scheduler.scale_model_input(x_t, t).to(network_dtype)
-            output = self._predict(model_input, t, labels, null_labels, guidance_scale)
-            step = self.scheduler.step(output, t, x_t, **step_kwargs)
-            x = step.prev_sample
-            if callback_on_step_end is not None:
-                known = {"latents": x, "sample": x_t}
-                tensors = {
-                    name: known[name] if name in known else getattr(step, name, None)
-                    for name in callback_on_step_end_tensor_inputs
-                }
-                x = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", x)
-
+        x = self._descend(
+            x,
+            self.scheduler.timesteps,
+            network_dtype,
+            condition,
+            step_kwargs,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
         images = self._images(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    # ---- latents -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: pictures.Images,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
+        strength: float = 1.0,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        guidance_scale: float = 1.0,
+        null_class_label: int | None = None,
+        refinement_steps: int = 0,
+        tolerance: float = TOLERANCE,
+        return_report: bool = False,
+    ) -> Tensor | tuple[Tensor, InversionReport]:
+        """The latents x_T that images come from in the deterministic process (Sections 4.3 and 5.4).
+
+        The naive inverse (`refinement_steps=0`) takes each move backwards with the network evaluated at its lower end:
+        decoding returns to the image only as S grows (Table 2). With `refinement_steps` each move is solved for its
+        upper end, so that decoding at the same S does: see `ddim_plugin.inversion`. Each image is encoded on its own.
+
+        Args:
+            images: PIL images, arrays (B, H, W, C), tensors (B, C, H, W), one of them or a list; bytes, or numbers in
+                [0, 1], of the network's size and channels.
+            num_inference_steps, timesteps: τ, as in the call; use the same to decode.
+            strength: the part of the moves to make, counted from the image: ⌊strength·S⌋ of S. Less than 1 gives x_t at
+                an intermediate t, for `decode` with the same `strength`.
+            class_labels, guidance_scale, null_class_label: as in the call.
+            refinement_steps: network evaluations to refine each move with, at most; the first move takes one more, for
+                its guess.
+            tolerance: residual, as a root mean square over the pixels of (x_s − f(x_t))/√ᾱ_s in units of the network's
+                images (−1..1), at which a move is solved.
+            return_report: also return an `InversionReport`.
+
+        Returns:
+            Latents (B, C, H, W), in float32 at least; with `return_report` a tuple of them and the report.
+
+        Raises:
+            ValueError: before the network is called, for images, labels, times or settings that do not fit; for a
+                scheduler that adds noise (η > 0) or constrains x̂0, whose moves have no inverse.
+        """
+        if not is_integer(refinement_steps) or refinement_steps < 0:
+            raise ValueError(f"refinement_steps must be a non-negative integer, not {refinement_steps!r}")
+        if not isinstance(tolerance, Real) or not 0 <= tolerance < math.inf:
+            raise ValueError(f"tolerance must be a non-negative number, not {tolerance!r}")
+        self._check_deterministic(invertible=True)
+        size = self._size()
+        x = pictures.read(images, self.unet.config.in_channels, size)
+        device, network_dtype = self._execution_device, self.unet.dtype
+        condition = self._condition(class_labels, guidance_scale, null_class_label, len(x), device)
+        self._check_channels()
+        self._set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
+        inverse = InverseDDIMScheduler.from_config(self.scheduler.config)
+        self._set_timesteps(inverse, num_inference_steps, timesteps, device)
+        moves = self._moves(strength)
+
+        x = image = x.to(device=device, dtype=torch.promote_types(network_dtype, torch.float32))
+        cost = 1 if condition.null_labels is None else 2
+        reports: list[inversion.MoveReport] = []
+        at_x: GeneralizedDDIMSchedulerOutput | None = None  # the sampler's step from x, where it is known
+        for i, t in enumerate(self.progress_bar(inverse.timesteps[:moves])):
+            move = inverse.move(i)
+            if move.alpha_bar_t == move.alpha_bar_s:  # the identity
+                reports.append(inversion.nothing(len(x)))
+                continue
+            if at_x is None:
+                guess = inverse.step(self._predict(x.to(network_dtype), t, condition), t, x).prev_sample
+            else:
+                signal, noise = math.sqrt(move.alpha_bar_t), math.sqrt(1 - move.alpha_bar_t)
+                guess = signal * at_x.pred_original_sample + noise * at_x.pred_epsilon
+            if refinement_steps == 0:
+                x = guess
+                reports.append(inversion.naive(len(x), cost))
+                continue
+            down = self.scheduler.timesteps[-1 - i]
+            residual = partial(self._residual, x, x is image, down, network_dtype, condition)
+            step, unit = inversion.step_size(move.alpha_bar_t, move.alpha_bar_s), math.sqrt(move.alpha_bar_s)
+            solution = inversion.solve(residual, guess, step, tolerance * unit, refinement_steps)
+            reports.append(solution.report(tolerance, unit, cost, guessed=at_x is None))
+            x = solution.x
+            at_x = self.scheduler.step(solution.output, down, x, eta=0.0)
+
+        self.maybe_free_model_hooks()
+        if not return_report:
+            return x
+        return x, inversion.report(inverse.timesteps[:moves].tolist(), reports, tolerance, x)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: Tensor,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
+        strength: float = 1.0,
+        class_labels: int | Sequence[int] | Tensor | None = None,
+        guidance_scale: float = 1.0,
+        null_class_label: int | None = None,
+        output_type: str = "pil",
+    ) -> Any:
+        """The images of latents: the call with `latents` and η = 0, bit for bit.
+
+        Args:
+            latents: x_T, or x_t from `encode` with the same `strength`; (B, C, H, W).
+            strength: the part of the moves to make, as in `encode`.
+            num_inference_steps, timesteps, class_labels, guidance_scale, null_class_label, output_type: as in the call.
+
+        Returns:
+            Images: a list of PIL images, an array or a tensor.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        _check_output_type(output_type)
+        self._check_deterministic()
+        shape = self._shape(None, latents)
+        device, network_dtype = self._execution_device, self.unet.dtype
+        condition = self._condition(class_labels, guidance_scale, null_class_label, shape[0], device)
+        self._check_channels()
+        self._set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
+        moves = self._moves(strength)
+        x = latents.to(device=device, dtype=torch.promote_types(network_dtype, torch.float32))
+        x = self._descend(x, self.scheduler.timesteps[-moves:], network_dtype, condition, {"eta": 0.0})
+        images = self._images(x, output_type)
+        self.maybe_free_model_hooks()
+        return images
+
+    def reconstruct(
+        self,
+        images: pictures.Images,
+        num_inference_steps: int | None = None,
+        refinement_steps: int = 0,
+        tolerance: float = TOLERANCE,
+        output_type: str = "pil",
+        return_report: bool = False,
+        **settings: Any,
+    ) -> Any:
+        """Encode images and decode them again (Section 5.4, Table 2).
+
+        Args:
+            images, num_inference_steps, refinement_steps, tolerance: as in `encode`.
+            output_type: as in the call.
+            return_report: also return the latents and the `InversionReport`.
+            settings: other keywords that `encode` and `decode` share.
+
+        Returns:
+            Images; with `return_report` a tuple of them, the latents, and the report.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        _check_output_type(output_type)
+        settings["num_inference_steps"] = num_inference_steps
+        z, report = self.encode(
+            images, refinement_steps=refinement_steps, tolerance=tolerance, return_report=True, **settings
+        )
+        again = self.decode(z, output_type=output_type, **settings)
+        return (again, z, report) if return_report else again
+
+    def interpolate(self, z0: Tensor, z1: Tensor, num: int = 11, batch_size: int | None = None, **decoding: Any) -> Any:
+        """Images along the path between two latents, by spherical interpolation (Section 5.3, Appendix D.5, Fig. 6).
+
+        Args:
+            z0, z1: the ends, (C, H, W), or (B, C, H, W) for B paths.
+            num: images on a path, the ends included; at least 2.
+            batch_size: images decoded together; all by default.
+            decoding: keywords of `decode`; of `class_labels` one for all, or one for each path.
+
+        Returns:
+            Images, path after path: a list of B·num PIL images, an array or a tensor.
+
+        Raises:
+            ValueError: for latents of different shapes, `num` below 2, and as `decode`.
+        """
+        _check_count("num", num)
+        z0, z1 = (z[None] if isinstance(z, Tensor) and z.ndim == 3 else z for z in (z0, z1))
+        for z in (z0, z1):
+            self._shape(None, z)
+        path = torch.stack([slerp(z0, z1.to(z0), i / (num - 1)) for i in range(num)], 1)
+        return self._decode_batches(path.flatten(0, 1), num, batch_size, decoding)
+
+    def interpolate_grid(
+        self, corners: Tensor, num: int | tuple[int, int] = 11, batch_size: int | None = None, **decoding: Any
+    ) -> Any:
+        """Images on the grid between four latents: the slerp of two slerps (Appendix D.5, Fig. 6).
+
+        Args:
+            corners: the top left, top right, bottom left and bottom right one, (4, C, H, W).
+            num: rows and columns of the grid, or (rows, columns); each at least 2.
+            batch_size: images decoded together; all by default.
+            decoding: keywords of `decode`; of `class_labels` one for all.
+
+        Returns:
+            Images, row after row: a list of rows·columns PIL images, an array or a tensor.
+
+        Raises:
+            ValueError: for other than four latents, fewer than 2 rows or columns, and as `decode`.
+        """
+        rows, columns = num if isinstance(num, tuple) and len(num) == 2 else (num, num)
+        _check_count("num", rows)
+        _check_count("num", columns)
+        if self._shape(None, corners)[0] != 4:
+            raise ValueError(f"a grid lies between 4 latents, not {len(corners)}")
+        left, right = (
+            torch.cat([slerp(corners[j : j + 1], corners[j + 2 : j + 3], i / (rows - 1)) for i in range(rows)])
+            for j in (0, 1)
+        )
+        cells = torch.stack([slerp(left, right, i / (columns - 1)) for i in range(columns)], 1)
+        return self._decode_batches(cells.flatten(0, 1), rows * columns, batch_size, decoding)
+
+    def _decode_batches(self, z: Tensor, num: int, batch_size: int | None, decoding: dict[str, Any]) -> Any:
+        """`decode` of all of `z`, `batch_size` at a time; labels given for each path stand for `num` of its images."""
+        if batch_size is not None:
+            _check_count("batch_size", batch_size, 1)
+        labels = decoding.pop("class_labels", None)
+        labels = None if labels is None else torch.as_tensor(labels)
+        if labels is not None and labels.ndim:
+            labels = labels.repeat_interleave(num, 0)
+            if len(labels) != len(z):
+                raise ValueError(
+                    f"{len(labels) // num} class_labels for {len(z) // num} paths: give one, or one for each"
+                )
+        size = batch_size or len(z)
+        parts = []
+        for i in range(0, len(z), size):
+            part = labels if labels is None or not labels.ndim else labels[i : i + size]
+            parts.append(self.decode(z[i : i + size], class_labels=part, **decoding))
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts)
+        return (
+            np.concatenate(parts) if isinstance(parts[0], np.ndarray) else [image for part in parts for image in part]
+        )
 
     # ---- before the loop ---------------------------------------------------------------------------------------
 
@@ -131,12 +389,11 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             raise ValueError(f"latents must be a torch tensor, not {type(latents).__name__}")
         if latents is not None and (latents.ndim != 4 or len(latents) == 0):
             raise ValueError(f"latents must be (B, C, H, W) with B ≥ 1, not of shape {tuple(latents.shape)}")
-        size = self.unet.config.sample_size
+        size = self._size()
         if size is None:
             if latents is None:
                 raise ValueError("the network's config has no sample_size: pass latents of the wanted size")
-            size = latents.shape[2:]
-        size = (size, size) if isinstance(size, int) else tuple(size)
+            size = tuple(latents.shape[2:])
         shape = (batch_size or (1 if latents is None else len(latents)), self.unet.config.in_channels, *size)
         if latents is None:
             return shape
@@ -146,20 +403,25 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             raise ValueError("latents must be finite numbers: they hold NaN, infinity or integers")
         return shape
 
-    def _labels(
+    def _size(self) -> tuple[int, int] | None:
+        """(H, W) of the network's images; None where its config does not say."""
+        size = self.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else size and tuple(size)
+
+    def _condition(
         self,
         class_labels: Any,
         guidance_scale: float,
         null_class_label: int | None,
         batch_size: int,
         device: torch.device,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The labels of the images and, where guidance is on, the null labels: (B,), on the network's device."""
+    ) -> Condition:
+        """The labels of the images and, where guidance is on, the null labels, on the network's device."""
         classes = self.unet.config.num_class_embeds
         if self.unet.class_embedding is None:
             if class_labels is not None or guidance_scale != 1 or null_class_label is not None:
                 raise ValueError("this network is unconditional: it takes no class_labels and no guidance_scale")
-            return None, None
+            return Condition(None, None, 1.0)
         if class_labels is None:
             raise ValueError(f"this network is class-conditional: pass class_labels (0..{(classes or 0) - 1})")
         if not math.isfinite(guidance_scale):
@@ -179,7 +441,8 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             whole = not values.is_floating_point() and values.dtype != torch.bool and values.ndim == 1
             if not whole or not ((values >= 0) & (values < classes)).all():
                 raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {values.tolist()}")
-        return labels.to(device), None if null_labels is None else null_labels.to(device)
+        null_labels = None if null_labels is None else null_labels.to(device)
+        return Condition(labels.to(device), null_labels, guidance_scale)
 
     def _check_channels(self) -> None:
         """Raise ValueError where the network's channels are not those our scheduler's variance type needs."""
@@ -195,13 +458,17 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             )
 
     def _set_timesteps(
-        self, num_inference_steps: int | None, timesteps: Sequence[int] | Tensor | None, device: torch.device
+        self,
+        scheduler: SchedulerMixin,
+        num_inference_steps: int | None,
+        timesteps: Sequence[int] | Tensor | None,
+        device: torch.device,
     ) -> None:
         if timesteps is None:
             steps = num_inference_steps
             if steps is None:
-                steps = min(50, getattr(self.scheduler.config, "num_train_timesteps", 50))
-            self.scheduler.set_timesteps(steps, device=device)
+                steps = min(50, getattr(scheduler.config, "num_train_timesteps", 50))
+            scheduler.set_timesteps(steps, device=device)
             return
         if not hasattr(timesteps, "__len__") or getattr(timesteps, "ndim", 1) != 1:
             raise ValueError(f"timesteps must be a list of integers, not {timesteps!r}")
@@ -209,11 +476,37 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             raise ValueError(
                 f"num_inference_steps={num_inference_steps} and {len(timesteps)} timesteps disagree: pass one of them"
             )
-        if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+        if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"{type(scheduler).__name__} takes no timesteps of one's own: pass num_inference_steps")
+        scheduler.set_timesteps(timesteps=timesteps, device=device)
+
+    def _check_deterministic(self, invertible: bool = False) -> None:
+        """Raise ValueError unless the scheduler's process makes the image a function of x_T, or also the reverse."""
+        scheduler, config = self.scheduler, self.scheduler.config
+        remedy = "pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config"
+        if not isinstance(scheduler, GeneralizedDDIMScheduler) or isinstance(scheduler, InverseDDIMScheduler):
+            raise ValueError(f"latents need a GeneralizedDDIMScheduler, not {type(scheduler).__name__}: {remedy})")
+        if config.eta > 0 or config.variance_type in ("fixed_large", "optimal"):
             raise ValueError(
-                f"{type(self.scheduler).__name__} takes no timesteps of one's own: pass num_inference_steps"
+                f"latents need the deterministic process: with noise (eta={config.eta:g}, "
+                f"variance_type={config.variance_type!r}) x_T does not determine the image: {remedy}, eta=0.0, "
+                "variance_type='fixed_small')"
             )
-        self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+        if invertible and (config.clip_sample or config.thresholding):
+            key = "thresholding" if config.thresholding else "clip_sample"
+            raise ValueError(
+                f"the scheduler constrains x̂0 ({key}=True), and such a move has no inverse: {remedy}, {key}=False)"
+            )
+
+    def _moves(self, strength: float) -> int:
+        """⌊strength·S⌋, the number of moves between the image and an intermediate t."""
+        S = len(self.scheduler.timesteps)
+        if not isinstance(strength, Real) or not 0 < strength <= 1:
+            raise ValueError(f"strength must lie in (0, 1], not {strength!r}")
+        moves = int(strength * S + 1e-9)
+        if moves == 0:
+            raise ValueError(f"strength={strength:g} of {S} steps is no step: use at least {1 / S:.3g}, or more steps")
+        return moves
 
     def _step_kwargs(
         self, eta: float | None, generator: Randomness, use_clipped_model_output: bool | None
@@ -233,10 +526,52 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
-    def _predict(
-        self, x: Tensor, t: Tensor, labels: Tensor | None, null_labels: Tensor | None, guidance_scale: float
+    def _descend(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        network_dtype: torch.dtype,
+        condition: Condition,
+        step_kwargs: dict[str, Any],
+        callback: StepEndCallback | None = None,
+        callback_tensors: Sequence[str] = (),
     ) -> Tensor:
-        """The network's output, guided where `null_labels` are given; learned variances are not guided."""
+        """x after the steps at `timesteps`, which are the scheduler's, or the last of them."""
+        for i, t in enumerate(self.progress_bar(timesteps)):
+            x_t = x
+            model_input = self.scheduler.scale_model_input(x_t, t).to(network_dtype)
+            output = self._predict(model_input, t, condition)
+            step = self.scheduler.step(output, t, x_t, **step_kwargs)
+            x = step.prev_sample
+            if callback is not None:
+                known = {"latents": x, "sample": x_t}
+                tensors = {
+                    name: known[name] if name in known else getattr(step, name, None) for name in callback_tensors
+                }
+                x = (callback(self, i, t, tensors) or {}).get("latents", x)
+        return x
+
+    def _residual(
+        self,
+        x_s: Tensor,
+        is_image: bool,
+        t: Tensor,
+        network_dtype: torch.dtype,
+        condition: Condition,
+        x: Tensor,
+        rows: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """x_s minus what the sampler makes of `x` in its step at `t`, for some images; and the network's output.
+
+        Where x_s is the image, what the sampler makes is clamped to −1..1 as an image is.
+        """
+        output = self._predict(x.to(network_dtype), t, condition.rows(rows))
+        made = self.scheduler.step(output, t, x, eta=0.0).prev_sample
+        return x_s[rows] - (made.clamp(-1, 1) if is_image else made), output
+
+    def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The network's output, guided where there are null labels; learned variances are not guided."""
+        labels, null_labels, guidance_scale = condition
         if null_labels is None:
             output = self.unet(x, t, class_labels=labels).sample
         else:
@@ -259,3 +594,13 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             return images
         array = images.permute(0, 2, 3, 1).float().cpu().numpy()
         return self.numpy_to_pil(array) if output_type == "pil" else array
+
+
+def _check_output_type(output_type: str) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"unknown output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+
+
+def _check_count(name: str, value: int, least: int = 2) -> None:
+    if not is_integer(value) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")

@@ -128,3 +128,23 @@ def fold(prediction: Prediction, move: Move) -> tuple[float, float]:
         float(move.x0 * prediction.x0_x + move.eps * prediction.eps_x),
         float(move.x0 * prediction.x0_out + move.eps * prediction.eps_out),
     )
+
+
+def unfold(prediction: Prediction, move: Move) -> tuple[float, float]:
+    """(a, b) with x_t = a·x_s + b·output: the move of `fold` solved for x_t, for the same output of the network.
+
+    A network that predicts x0 gives x_0 whatever x_t is: on a move to the data the noise is taken from x_s instead,
+    ε̂ = (x_s − √ᾱ_t·x̂0)/√(1 − ᾱ_t). Raises ValueError for the move from ᾱ_t = 0 to the data, which forgets x_t.
+    """
+    x, out = fold(prediction, move)
+    if abs(x) > 1e-12:
+        return 1 / x, -out / x
+    if move.alpha_bar_t == 0:
+        raise ValueError(
+            f"the move from time {move.t}, where ᾱ is 0, to {move.s} forgets x_{move.t}: it has no inverse. Take more "
+            "steps, or times τ that stay below the top"
+        )
+    eps_x, eps_x0 = eps_from_x0(move.alpha_bar_t)
+    noise = float(np.sqrt(1 - move.alpha_bar_t))
+    # x_t = √ᾱ_t·x_s + √(1 − ᾱ_t)·ε̂, since x̂0 = x_s at the data
+    return float(np.sqrt(move.alpha_bar_t)) + noise * eps_x, noise * eps_x0

@@ -26,6 +26,12 @@ from . import process, tau
 OWN = "_ddim_plugin"
 """Key of a saved config that keeps what stock schedulers have no word for; they carry it along unread."""
 
+SAMPLER = "sampler"
+"""Key in there for what an inverse scheduler switched off, and a sampler made from it switches on again."""
+
+CONSTRAINTS = ("clip_sample", "thresholding", "use_clipped_model_output")
+"""Settings that change x̂0, which no inverse can undo."""
+
 _OWN_KEYS = ("eta", "eps_mean_square", "use_clipped_model_output")
 _STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _STOCK_SPACINGS = ("leading", "trailing", "linspace")
@@ -55,6 +61,7 @@ class Step(NamedTuple):
 
 
 def _step(move: process.Move, prediction_type: str) -> Step:
+    """The step of a move down, x_t ↦ x_s."""
     prediction = p.prediction(prediction_type, move.alpha_bar_t)
     learned = move.log_variance is not None
     log_low, log_high = move.log_variance or (0.0, 0.0)
@@ -62,6 +69,24 @@ def _step(move: process.Move, prediction_type: str) -> Step:
     eps_x, eps_x0 = p.eps_from_x0(move.alpha_bar_t)
     again = (eps_x, eps_x0, move.eps * eps_x, move.x0 + move.eps * eps_x0)
     return Step(*prediction, move.x0, move.eps, noise, log_low, log_high, *p.fold(prediction, move), *again)
+
+
+def _inverse_step(move: process.Move, prediction_type: str) -> Step:
+    """The step back, x_s ↦ x_t: the move solved for x_t, the network's output at time t taken as known.
+
+    `Prediction` is then in terms of x_s, and x_t = √ᾱ_t·x̂0 + √(1 − ᾱ_t)·ε̂.
+    """
+    prediction = p.prediction(prediction_type, move.alpha_bar_t)
+    x, out = p.unfold(prediction, move)
+    inverse = p.Prediction(
+        prediction.x0_x * x,
+        prediction.x0_x * out + prediction.x0_out,
+        prediction.eps_x * x,
+        prediction.eps_x * out + prediction.eps_out,
+    )
+    x0, eps = float(np.sqrt(move.alpha_bar_t)), float(np.sqrt(1 - move.alpha_bar_t))
+    nan = float("nan")
+    return Step(*inverse, x0, eps, 0.0, 0.0, 0.0, x, out, nan, nan, nan, nan)
 
 
 class GeneralizedDDIMSchedulerOutput:
@@ -212,6 +237,7 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         ValueError: for any value that is unknown, out of range, or impossible together with another.
     """
 
+    _upwards = False
     _derived_betas = False
     _compatibles: ClassVar = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
     order = 1
@@ -255,9 +281,7 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         p.check_prediction(prediction_type)
         tau.check_spacing(timestep_spacing)
         tau.check_offset(steps_offset)
-        process.effective_eta(variance_type, None, eta)
-        if variance_type in process.ETA_FREE and eta not in (0, 1):
-            raise ValueError(f"variance_type={variance_type!r} stands at η = 1: eta={eta!r} has no meaning with it")
+        self._check_noise(variance_type, eta)
         if clip_sample and not (isinstance(clip_sample_range, Real) and clip_sample_range > 0):
             raise ValueError(f"clip_sample_range must be positive, not {clip_sample_range!r}")
         if thresholding and not (0 <= dynamic_thresholding_ratio <= 1 and sample_max_value >= 1):
@@ -289,10 +313,19 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self._planned = torch.arange(T - 1, -1, -1)
 
         self._tau = np.empty(0, dtype=np.int64)
+        self._pairs: list[tuple[int, int]] = []
+        self._first: dict[int, int] = {}
+        self._moving: dict[int, int] = {}
         self._plans: dict[tuple[str, float], list[Step]] = {}
         self._off_plan: dict[tuple[str, float, int], Step] = {}
         self._tables: dict[Any, Tensor] = {}
         self._next = 0
+
+    def _check_noise(self, variance_type: str, eta: float) -> None:
+        """Raise ValueError for a process that does not exist, or not in this class."""
+        process.effective_eta(variance_type, None, eta)
+        if variance_type in process.ETA_FREE and eta not in (0, 1):
+            raise ValueError(f"variance_type={variance_type!r} stands at η = 1: eta={eta!r} has no meaning with it")
 
     # ---- configuration -----------------------------------------------------------------------------------------
 
@@ -336,7 +369,10 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
                 config.pop("variance_type", None)
             if own is not None:
                 said = _said(config) - {"trained_betas"}
-                kwargs = {key: value for key, value in own.items() if key not in said} | kwargs
+                sampler = {} if cls._upwards else own.get(SAMPLER, {})
+                if any(config.get(key) for key in CONSTRAINTS):
+                    sampler = {}  # one was set in between
+                kwargs = {k: v for k, v in own.items() if k not in said and k != SAMPLER} | sampler | kwargs
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def to_json_string(self) -> str:
@@ -376,20 +412,28 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
             times = tau.explicit(values, T, lowest=0, descending=True)
         else:
             times = tau.tau(self.config.timestep_spacing, num_inference_steps, T, self.config.steps_offset)
-        kind = process.effective_eta(self.config.variance_type, None, self.config.eta)
-        plan = self._make_plan(times, *kind)
+        kind = self._kind(None)
+        pairs = process.downwards(times)[:: -1 if self._upwards else 1]
+        plan = self._make_plan(pairs, *kind)
 
-        self._tau, self._plans, self._off_plan, self._next = times, {kind: plan}, {}, 0
+        self._tau, self._pairs, self._plans, self._off_plan, self._next = times, pairs, {kind: plan}, {}, 0
+        upper = [t for t, _ in pairs]
+        self._first = {t: i for i, t in reversed(list(enumerate(upper)))}
+        self._moving = {t: i for i, (t, s) in enumerate(pairs) if t != s}
         self._tables = {key: value for key, value in self._tables.items() if key[0] == "marginals"}
         self.num_inference_steps = len(times)
-        self.timesteps = self._planned = torch.tensor(times[::-1] - 1, dtype=torch.int64).to(device)
+        self.timesteps = self._planned = torch.tensor(upper, dtype=torch.int64).sub(1).to(device)
+
+    def move(self, i: int) -> process.Move:
+        """The i-th move of the plan, in the order of `timesteps`, without noise."""
+        return process.move(self._alpha_bar, *self._pairs[i])
 
     def check_eta(self, eta: float | None) -> None:
         """Raise ValueError where a step of the current plan could not be made at this η (None: the scheduler's)."""
         self._plan(self._kind(eta))
 
-    def _make_plan(self, times: np.ndarray, kind: str, eta: float) -> list[Step]:
-        return [self._make_step(t, s, kind, eta) for t, s in process.downwards(times)]
+    def _make_plan(self, pairs: list[tuple[int, int]], kind: str, eta: float) -> list[Step]:
+        return [self._make_step(t, s, kind, eta) for t, s in pairs]
 
     def _make_step(self, t: int, s: int, kind: str, eta: float) -> Step:
         move = process.move(self._alpha_bar, t, s, eta, kind, self._eps_mean_square)
@@ -400,33 +444,33 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
 
     def _plan(self, kind: tuple[str, float]) -> list[Step]:
         if kind not in self._plans:
-            self._plans[kind] = self._make_plan(self._tau, *kind)
+            self._plans[kind] = self._make_plan(self._pairs, *kind)
         return self._plans[kind]
 
     def _step_at(self, timestep: int, kind: tuple[str, float]) -> Step:
-        """The step from any network time, to the nearest time of the plan below it."""
+        """The step between any network time and the nearest time of the plan below it."""
         T = self.config.num_train_timesteps
         if not 0 <= timestep < T:
             raise ValueError(f"timestep {timestep} is outside 0..{T - 1}")
         t = timestep + 1
-        below = int(np.searchsorted(self._tau, t))
-        if below < len(self._tau) and self._tau[below] == t:
-            return self._plan(kind)[len(self._tau) - 1 - below]
+        if t in self._moving:
+            return self._plan(kind)[self._moving[t]]
         key = (*kind, t)
         if key not in self._off_plan:
+            below = int(np.searchsorted(self._tau, t))
             s = int(self._tau[below - 1]) if below else 0
             self._off_plan[key] = self._make_step(t, s, *kind)
         return self._off_plan[key]
 
     def _next_step_at(self, timestep: int, kind: tuple[str, float]) -> Step:
-        """`_step_at`, but of a time that the plan repeats, each call takes the next: all but the last stay in place."""
-        remaining = len(self._tau) - self._next
-        if remaining < 1 or self._tau[remaining - 1] != timestep + 1:  # not the next one: go to the first of its kind
-            remaining = int(np.searchsorted(self._tau, timestep + 1, side="right"))
-            if remaining < 1 or self._tau[remaining - 1] != timestep + 1:
+        """`_step_at`, but of a time that the plan repeats, each call takes the next: all but one stay in place."""
+        i = self._next
+        if i >= len(self._pairs) or self._pairs[i][0] != timestep + 1:  # not the next one: go to the first of its kind
+            if timestep + 1 not in self._first:
                 return self._step_at(timestep, kind)
-        self._next = len(self._tau) - remaining + 1
-        return self._plan(kind)[self._next - 1]
+            i = self._first[timestep + 1]
+        self._next = i + 1
+        return self._plan(kind)[i]
 
     def _find(self, timestep: int | Tensor, kind: tuple[str, float], sample: Tensor) -> Step:
         """The step for `timestep`: one for all, or one for each sample. Never reads a tensor of a device."""
@@ -592,6 +636,71 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
+
+
+class InverseDDIMScheduler(GeneralizedDDIMScheduler):
+    """The deterministic process upwards: encodes an image x_0 into its latent x_T (Sections 4.3 and 5.4).
+
+    The moves are those of `GeneralizedDDIMScheduler` on the same τ, solved for their upper end: `timesteps` ascend, and
+    `step(model_output, timestep, sample)` takes x_s to x_t, s < t the next two of 0, τ_1, τ_2, …, `timestep` = t − 1.
+    Each is the exact inverse of the sampler's step for the same `model_output`; since x_t is not known before, the
+    network is called with x_s in its place, in the loop of any sampler. `GeneralizedDDIMPipeline.encode` can go on
+    from there to the x_t that solves the move.
+
+    `from_config` takes the config of any sampler, and a sampler's takes this one's. Noise is refused: with η > 0, x_t
+    is no function of x_s. Clipping and thresholding have no inverse: where a sampler's config has them they are
+    switched off here (and on again on the way back), unless they are asked for, as in `from_config(config,
+    clip_sample=True)`. The output's `prev_sample` is x_t.
+
+    Args and errors are those of `GeneralizedDDIMScheduler`.
+    """
+
+    _upwards = True
+
+    def _check_noise(self, variance_type: str, eta: float) -> None:
+        super()._check_noise(variance_type, eta)
+        self._set_aside: dict[str, Any] = {}
+        if eta > 0 or variance_type in ("fixed_large", "optimal"):
+            raise ValueError(
+                f"encoding needs the deterministic process: with noise (eta={eta:g}, variance_type={variance_type!r}) "
+                "many x_t lead to one x_s, and no latent is determined. Pass eta=0.0, variance_type='fixed_small'"
+            )
+
+    def _own_settings(self) -> dict[str, Any]:
+        return super()._own_settings() | {SAMPLER: getattr(self, "_set_aside", {})}
+
+    @classmethod
+    def from_config(cls, config: FrozenDict | dict[str, Any] | None = None, return_unused_kwargs=False, **kwargs):
+        """An inverse scheduler from the config of a sampler, or of this class; `kwargs` override its entries.
+
+        A sampler's clipping, thresholding and `use_clipped_model_output` are switched off unless `kwargs` set them.
+        """
+        aside: dict[str, Any] = {}
+        if isinstance(config, dict):
+            own = config.get(OWN) or {}
+            aside = own.get(SAMPLER, {})
+            if SAMPLER not in own:
+                aside = {key: True for key in CONSTRAINTS if config.get(key, own.get(key)) and key not in kwargs}
+                kwargs = dict.fromkeys(aside, False) | kwargs
+        made = super().from_config(config, return_unused_kwargs, **kwargs)
+        scheduler = made[0] if return_unused_kwargs else made
+        scheduler._set_aside = aside
+        scheduler.register_to_config()
+        return made
+
+    def _kind(self, eta: float | None) -> tuple[str, float]:
+        if process.effective_eta("fixed_small", eta, 0.0)[1] > 0:
+            raise ValueError(f"encoding is deterministic: eta={eta:g} would make x_t no function of x_s; leave it out")
+        return "fixed_small", 0.0
+
+    def _make_step(self, t: int, s: int, kind: str, eta: float) -> Step:
+        return _inverse_step(process.move(self._alpha_bar, t, s), self.config.prediction_type)
+
+    def _evaluate(self, *args: Any) -> _Evaluation:
+        evaluation = super()._evaluate(*args)
+        if evaluation.recompute_eps:
+            raise ValueError("use_clipped_model_output takes ε̂ from x_t, which an inverse move is only looking for")
+        return evaluation
 
 
 def _said(config: dict[str, Any]) -> set[str]:

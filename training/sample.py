@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from config import parse, record, write_json
 from data import load
-from pictures import grid
 from torch import Generator
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.images import grid
 
 
 @dataclass(frozen=True)

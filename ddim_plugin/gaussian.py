@@ -1,0 +1,54 @@
+"""Gaussians: for now, the path between two Gaussian latents."""
+
+import torch
+from torch import Tensor
+
+OPPOSITE = 0.01
+"""Angle, in radians, below which two latents count as opposite: there the formula of `slerp` divides by almost 0."""
+
+
+def slerp(x0: Tensor, x1: Tensor, a: float) -> Tensor:
+    """sin((1 − a)θ)/sin θ·x⁰ + sin(aθ)/sin θ·x¹, θ the angle between the two, sample by sample (Appendix D.5).
+
+    `x0` and `x1` are (B, …) of one shape, `a` in [0, 1]. For a = 0 and a = 1 the ends, exactly. Parallel samples are
+    interpolated linearly, which is the formula's limit. Opposite ones (within `OPPOSITE`) have no shortest path: they
+    are joined by a great circle, through a fixed direction where they leave none, with the norm in between.
+    Raises ValueError for shapes that differ.
+    """
+    if x0.shape != x1.shape or x0.ndim < 2:
+        raise ValueError(f"slerp needs two batches of one shape, not {tuple(x0.shape)} and {tuple(x1.shape)}")
+    if a == 0 or a == 1:
+        return (x1 if a else x0).clone()
+    work = precise(x0)
+    p, q = x0.to(work).flatten(1), x1.to(work).flatten(1)
+    norm_p, norm_q = p.norm(dim=1, keepdim=True), q.norm(dim=1, keepdim=True)
+    u, v = _unit(p, norm_p), _unit(q, norm_q)
+    angle = 2 * torch.atan2((u - v).norm(dim=1, keepdim=True), (u + v).norm(dim=1, keepdim=True))
+    sine = angle.sin()
+    parallel = (angle < 1e-8) | (norm_p == 0) | (norm_q == 0)
+    opposite = torch.pi - angle < OPPOSITE
+    safe = torch.where(parallel | opposite, torch.ones_like(sine), sine)
+    weight_p = torch.where(parallel, 1 - a, ((1 - a) * angle).sin() / safe)
+    weight_q = torch.where(parallel, a, (a * angle).sin() / safe)
+    x = weight_p * p + weight_q * q
+    if bool(opposite.any()):
+        around = torch.cos(a * angle) * u + torch.sin(a * angle) * _across(u, v)
+        x = torch.where(opposite & ~parallel, ((1 - a) * norm_p + a * norm_q) * around, x)
+    return x.view_as(x0).to(x0.dtype)
+
+
+def precise(x: Tensor) -> torch.dtype:
+    """float64, or float32 on a device that has none."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _unit(x: Tensor, norm: Tensor) -> Tensor:
+    return x / torch.where(norm == 0, torch.ones_like(norm), norm)
+
+
+def _across(u: Tensor, v: Tensor) -> Tensor:
+    """A unit vector at right angles to u, towards v; towards a fixed Gaussian one where v is −u."""
+    fixed = torch.randn(u.shape[1], generator=torch.Generator().manual_seed(0)).to(u)
+    towards = torch.where((u + v).norm(dim=1, keepdim=True) < 1e-6, fixed.expand_as(u), v)
+    across = towards - (towards * u).sum(1, keepdim=True) * u
+    return across / across.norm(dim=1, keepdim=True)

@@ -1,0 +1,102 @@
+"""Images on their way into a network, checked, and grids of images on their way out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+Images = Any
+"""A PIL image, an array (H, W), (H, W, C) or (B, H, W, C), a tensor (C, H, W) or (B, C, H, W), or a list of those."""
+
+MODES = {1: "L", 3: "RGB"}
+"""Modes of PIL images for a number of channels."""
+
+
+def read(images: Images, channels: int, size: tuple[int, int] | None) -> Tensor:
+    """Images as float32 (B, C, H, W) in −1..1, the range of a network.
+
+    Integers are bytes (uint8, 0..255), floating-point numbers lie in [0, 1]. `size` is (H, W); None takes any.
+    Raises ValueError naming the first image that has another shape, mode, type or range, and the remedy.
+    """
+    many = images if isinstance(images, list | tuple) else [images]
+    if not many:
+        raise ValueError("an empty list of images: give at least one")
+    batch = [_read(image, channels, f"image {i}" if len(many) > 1 else "the image") for i, image in enumerate(many)]
+    for i, x in enumerate(batch):
+        if x.shape[2:] != (size or batch[0].shape[2:]):
+            wanted = size or tuple(batch[0].shape[2:])
+            raise ValueError(
+                f"image {i} is {x.shape[2]}×{x.shape[3]} (height × width), not {wanted[0]}×{wanted[1]} as the "
+                f"{'network' if size else 'first'} is: crop or resize it, e.g. image.resize({(wanted[1], wanted[0])})"
+            )
+    return torch.cat(batch) * 2 - 1
+
+
+def _read(image: Any, channels: int, name: str) -> Tensor:
+    """One entry of a list as (B, C, H, W) in [0, 1]."""
+    if isinstance(image, Image.Image):
+        mode = MODES.get(channels)
+        if image.mode != mode:
+            remedy = f'image.convert("{mode}")' if mode else f"pass a tensor with {channels} channels"
+            raise ValueError(f"{name} has mode {image.mode!r}; this network takes {channels} channels: {remedy}")
+        image = np.asarray(image)
+    if isinstance(image, np.ndarray):
+        array = image[..., None] if image.ndim == 2 else image
+        if array.ndim not in (3, 4) or array.shape[-1] != channels:
+            raise ValueError(
+                f"{name} has shape {image.shape}: an array must be (H, W, {channels}) or (B, H, W, {channels}) for "
+                "this network" + (", or (H, W)" if channels == 1 else "")
+            )
+        x = torch.from_numpy(np.ascontiguousarray(array if array.ndim == 4 else array[None])).permute(0, 3, 1, 2)
+    elif isinstance(image, Tensor):
+        x = image if image.ndim == 4 else image[None]
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(
+                f"{name} has shape {tuple(image.shape)}: a tensor must be ({channels}, H, W) or (B, {channels}, H, W) "
+                "for this network"
+            )
+    else:
+        raise ValueError(f"{name} must be a PIL image, an array or a tensor, not {type(image).__name__}")
+    if x.numel() == 0:
+        raise ValueError(f"{name} is empty: its shape is {tuple(image.shape)}")
+    if x.dtype == torch.uint8:
+        return x.float() / 255
+    if not x.is_floating_point():
+        raise ValueError(f"{name} is of type {x.dtype}: pass bytes (uint8), or floating-point numbers in [0, 1]")
+    x = x.float()
+    low, high = float(x.min()), float(x.max())
+    if not (low >= 0 and high <= 1):
+        remedy = "; pass (image + 1)/2" if low >= -1.001 and high <= 1.001 else ""
+        raise ValueError(f"{name} lies in [{low:g}, {high:g}]: floating-point images must lie in [0, 1]{remedy}")
+    return x
+
+
+def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), title: str = "", cell: int = 64) -> Image.Image:
+    """One row of pictures for each entry of `rows`, each (N, H, W, C) in [0, 1], with its label on the left.
+
+    Pictures are enlarged by a whole factor to about `cell` pixels high, with a bicubic filter. Labels are in ASCII: the
+    font that comes with Pillow has no Greek.
+    """
+    labels = labels or [""] * len(rows)
+    scale = max(1, round(cell / rows[0].shape[1]))
+    height, width = rows[0].shape[1] * scale, rows[0].shape[2] * scale
+    gap, columns = max(2, scale // 2), max(len(row) for row in rows)
+    font = ImageFont.load_default(size=max(11, min(16, height // 2)))
+    margin = gap + int(max((font.getlength(label) + 2 * gap for label in labels if label), default=0))
+    top = 2 * font.size if title else gap
+    size = (margin + columns * (width + gap), int(top) + len(rows) * (height + gap))
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    if title:
+        draw.text((gap, font.size // 2), title, fill="black", font=font)
+    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        y = int(top) + i * (height + gap)
+        draw.text((gap, y + height // 2), label, fill="black", font=font, anchor="lm")
+        for j, picture in enumerate(row):
+            pixels = Image.fromarray((picture.repeat(3 // picture.shape[-1], axis=-1) * 255).round().astype(np.uint8))
+            enlarged = pixels.resize((width, height), Image.Resampling.BICUBIC)
+            canvas.paste(enlarged, (margin + j * (width + gap), y))
+    return canvas
