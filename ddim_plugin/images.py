@@ -16,7 +16,7 @@ MODES = {1: "L", 3: "RGB"}
 
 
 def read(images: Images, channels: int, size: tuple[int, int] | None) -> Tensor:
-    """Images as float32 (B, C, H, W) in −1..1, the range of a network.
+    """Images as (B, C, H, W) in −1..1, the range of a network; float32, or float64 where they are.
 
     Integers are bytes (uint8, 0..255), floating-point numbers lie in [0, 1]. `size` is (H, W); None takes any.
     Raises ValueError naming the first image that has another shape, mode, type or range, and the remedy.
@@ -50,7 +50,7 @@ def _read(image: Any, channels: int, name: str) -> Tensor:
                 f"{name} has shape {image.shape}: an array must be (H, W, {channels}) or (B, H, W, {channels}) for "
                 "this network" + (", or (H, W)" if channels == 1 else "")
             )
-        x = torch.from_numpy(np.ascontiguousarray(array if array.ndim == 4 else array[None])).permute(0, 3, 1, 2)
+        x = torch.tensor(array if array.ndim == 4 else array[None]).permute(0, 3, 1, 2)
     elif isinstance(image, Tensor):
         x = image if image.ndim == 4 else image[None]
         if x.ndim != 4 or x.shape[1] != channels:
@@ -66,7 +66,7 @@ def _read(image: Any, channels: int, name: str) -> Tensor:
         return x.float() / 255
     if not x.is_floating_point():
         raise ValueError(f"{name} is of type {x.dtype}: pass bytes (uint8), or floating-point numbers in [0, 1]")
-    x = x.float()
+    x = x if x.dtype == torch.float64 else x.float()
     low, high = float(x.min()), float(x.max())
     if not (low >= 0 and high <= 1):
         remedy = "; pass (image + 1)/2" if low >= -1.001 and high <= 1.001 else ""

@@ -10,8 +10,8 @@ nearer it does. Where f′ is small, a small residual takes a large change of x_
 and ends when it makes no more progress, which keeps it near the latents that noise would have.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -187,6 +187,17 @@ def report(timesteps: list[int], moves: list[MoveReport], tolerance: float, late
     )
 
 
+def join(reports: Sequence["InversionReport"]) -> "InversionReport":
+    """The report of several batches encoded along the same τ with the same tolerance."""
+    first = reports[0]
+    images = {
+        field.name: np.concatenate([getattr(each, field.name) for each in reports], axis=-1)
+        for field in fields(first)
+        if field.name not in ("timesteps", "tolerance")
+    }
+    return InversionReport(timesteps=first.timesteps, tolerance=first.tolerance, **images)
+
+
 @dataclass(frozen=True)
 class InversionReport:
     """How each move of an encoding went, in the order they were made; arrays are (moves, B).
@@ -223,9 +234,9 @@ class InversionReport:
         return self.timesteps[flags.any(1)].tolist()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as numbers and lists, for JSON; NaN as None."""
+        """Everything as numbers and lists, for JSON; what is not finite as None."""
         known = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in asdict(self).items()}
-        known["residual"] = [[None if np.isnan(r) else r for r in row] for row in known["residual"]]
+        known["residual"] = [[r if np.isfinite(r) else None for r in row] for row in known["residual"]]
         return known
 
     def __str__(self) -> str:

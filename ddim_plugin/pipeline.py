@@ -261,9 +261,9 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         """
         _check_output_type(output_type)
         self._check_deterministic()
-        shape = self._shape(None, latents)
+        self._check_latents(latents)
         device, network_dtype = self._execution_device, self.unet.dtype
-        condition = self._condition(class_labels, guidance_scale, null_class_label, shape[0], device)
+        condition = self._condition(class_labels, guidance_scale, null_class_label, len(latents), device)
         self._check_channels()
         self._set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
         moves = self._moves(strength)
@@ -323,7 +323,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         _check_count("num", num)
         z0, z1 = (z[None] if isinstance(z, Tensor) and z.ndim == 3 else z for z in (z0, z1))
         for z in (z0, z1):
-            self._shape(None, z)
+            self._check_latents(z)
         path = torch.stack([slerp(z0, z1.to(z0), i / (num - 1)) for i in range(num)], 1)
         return self._decode_batches(path.flatten(0, 1), num, batch_size, decoding)
 
@@ -347,7 +347,8 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         rows, columns = num if isinstance(num, tuple) and len(num) == 2 else (num, num)
         _check_count("num", rows)
         _check_count("num", columns)
-        if self._shape(None, corners)[0] != 4:
+        self._check_latents(corners)
+        if len(corners) != 4:
             raise ValueError(f"a grid lies between 4 latents, not {len(corners)}")
         left, right = (
             torch.cat([slerp(corners[j : j + 1], corners[j + 2 : j + 3], i / (rows - 1)) for i in range(rows)])
@@ -380,6 +381,12 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         )
 
     # ---- before the loop ---------------------------------------------------------------------------------------
+
+    def _check_latents(self, latents: Tensor) -> None:
+        """Raise ValueError unless `latents` are some for this network."""
+        if latents is None:
+            raise ValueError("latents must be a torch tensor, not None")
+        self._shape(None, latents)
 
     def _shape(self, batch_size: int | None, latents: Tensor | None) -> tuple[int, ...]:
         """(B, C, H, W) of the images to make."""

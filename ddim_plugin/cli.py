@@ -1,0 +1,440 @@
+"""The command line: ddim-plugin sample | encode | reconstruct | interpolate MODEL …"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor
+
+from . import inversion
+from .images import MODES, grid
+from .pipeline import TOLERANCE, GeneralizedDDIMPipeline
+from .process import VARIANCES
+from .schedulers import GeneralizedDDIMScheduler
+from .tau import SPACINGS
+from .version import __version__
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+LATENTS = "latents.safetensors"
+
+Made = dict[str, Any]
+"""File name → what goes into it: an image, a tensor or a dictionary."""
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    top = argparse.ArgumentParser(
+        prog="ddim-plugin", description="Images from diffusion models, and latents from images (DDIM)."
+    )
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, files: Sequence[str], summary: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example:\n  ddim-plugin {name} {example}\n\nwrites into --output: {', '.join(files)}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(run=run, files=files)
+        sub.add_argument("model", metavar="MODEL", help="a folder written by save_pretrained, or a Hub id")
+        return sub
+
+    sub = command(
+        "sample",
+        sample,
+        ("samples.png", LATENTS, "sample.json"),
+        "draw images from noise, or decode latents",
+        "user/model --num 16 --steps 20 --seed 0 --output out",
+    )
+    sub.add_argument("--num", type=int, help="images to draw (default: 16, or as many as --latents)")
+    sub.add_argument("--latents", metavar="FILE", help="decode these latents instead, as written by encode")
+    sub.add_argument("--eta", type=float, help="η of Eq. 16: 0 is DDIM, 1 DDPM (default: the model's)")
+    sub.add_argument("--variance", choices=VARIANCES, help="kind of noise (default: the model's)")
+    sub.add_argument(
+        "--clip", action=argparse.BooleanOptionalAction, help="clip x̂0 in each step (default: the model's)"
+    )
+    _shared(sub)
+
+    sub = command(
+        "encode",
+        encode,
+        (LATENTS, "encode.json"),
+        "find the latents of images",
+        "user/model pictures/*.png --steps 10 --refine 14 --output out",
+    )
+    _images(sub)
+    _refinement(sub)
+    _shared(sub)
+
+    sub = command(
+        "reconstruct",
+        reconstruct,
+        ("reconstruction.png", LATENTS, "reconstruct.json"),
+        "encode images and decode them again",
+        "user/model pictures/ --steps 10 --refine 14 --output out",
+    )
+    _images(sub)
+    _refinement(sub)
+    _shared(sub)
+
+    sub = command(
+        "interpolate",
+        interpolate,
+        ("interpolation.png", LATENTS, "interpolate.json"),
+        "draw the path between two images or latents, or the grid between four",
+        "user/model a.png b.png --steps 50 --refine 5 --output out",
+    )
+    _images(sub, nargs="*")
+    sub.add_argument("--latents", metavar="FILE", help="the ends as latents, as written by encode")
+    sub.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="the ends drawn from noise")
+    sub.add_argument("--points", type=int, default=11, help="images on a path (default: %(default)s)")
+    _refinement(sub)
+    _shared(sub)
+    return top
+
+
+def _images(sub: argparse.ArgumentParser, nargs: str = "+") -> None:
+    sub.add_argument("images", metavar="IMAGE", nargs=nargs, help="image files, or folders of them")
+    sub.add_argument("--resize", action="store_true", help="crop and resize images to the network's size")
+
+
+def _refinement(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--refine", type=int, default=0, metavar="K", help="network evaluations to refine each move of an encoding with"
+    )
+    sub.add_argument(
+        "--tolerance", type=float, default=TOLERANCE, help="residual at which a move is solved (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--strength", type=float, default=1.0, help="part of the way to noise to go, in (0, 1] (default: %(default)s)"
+    )
+
+
+def _shared(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--output", default="out", metavar="FOLDER", help="where files are written (default: %(default)s)")
+    sub.add_argument("--overwrite", action="store_true", help="replace files of an earlier run")
+    steps = sub.add_mutually_exclusive_group()
+    steps.add_argument("--steps", type=int, default=None, help="number of steps S (default: 50)")
+    steps.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="τ itself: network times, descending")
+    sub.add_argument("--spacing", choices=SPACINGS, help="τ by name (default: the model's)")
+    sub.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i (default: %(default)s)")
+    sub.add_argument("--class-label", type=int, nargs="+", metavar="C", help="one for all images, or one for each")
+    sub.add_argument("--guidance-scale", type=float, default=1.0, help="classifier-free guidance (default: none)")
+    sub.add_argument("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
+    sub.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default: %(default)s)")
+    sub.add_argument("--device", help="cpu, cuda, … (default: an accelerator if there is one)")
+    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network (default: %(default)s)")
+    sub.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status. Bad input ends with one line on stderr and status 1."""
+    args = parser().parse_args(argv)
+    start = time.perf_counter()
+    try:
+        _check(args)
+        made = args.run(args)
+        made[f"{args.command}.json"] |= {
+            "command": args.command,
+            "settings": {key: value for key, value in vars(args).items() if key not in ("run", "files", "command")},
+            "seconds": time.perf_counter() - start,
+            "version": __version__,
+        }
+        for path in _write(Path(args.output), made):
+            print(path)
+    except (ValueError, OSError, SafetensorError) as error:
+        print(f"ddim-plugin {args.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+# ---- commands --------------------------------------------------------------------------------------------------
+
+
+def sample(args: argparse.Namespace) -> Made:
+    latents = _load_latents(args.latents) if args.latents else None
+    num = args.num if args.num is not None else 16 if latents is None else len(latents)
+    if latents is not None and num != len(latents):
+        raise ValueError(f"--num {num} and {len(latents)} latents disagree: leave --num out")
+    labels = _labels(args, num)
+    changes = {"eta": args.eta, "variance_type": args.variance, "clip_sample": args.clip}
+    pipe = _load(args, {key: value for key, value in changes.items() if value is not None})
+    shape = pipe._shape(num, None) if latents is None else latents.shape
+    generators = [Generator().manual_seed(args.seed + i) for i in range(num)]
+    if latents is None:  # drawn here to be written; the generators go on to the noise of the steps
+        latents = torch.cat([torch.randn(1, *shape[1:], generator=generator) for generator in generators])
+    images = []
+    for part in _parts(num, args.batch_size):
+        images.append(
+            pipe(
+                latents=latents[part],
+                generator=generators[part],
+                class_labels=labels[part] if labels else None,
+                guidance_scale=args.guidance_scale,
+                output_type="np",
+                **_times(args),
+            ).images
+        )
+    rows = _rows(np.concatenate(images), args.columns)
+    return {"samples.png": grid(rows), LATENTS: latents, "sample.json": {"images": num}}
+
+
+def encode(args: argparse.Namespace) -> Made:
+    pipe, images = _load_with_images(args)
+    z, report = _encode(pipe, images, args)
+    print(report, file=sys.stderr)
+    return {LATENTS: z, "encode.json": {"report": report.to_dict(), "images": _files(args.images)}}
+
+
+def reconstruct(args: argparse.Namespace) -> Made:
+    pipe, images = _load_with_images(args)
+    z, report = _encode(pipe, images, args)
+    labels = _labels(args, len(z))
+    again = torch.cat(
+        [pipe.decode(z[part], **_decoding(args, labels, part)).cpu() for part in _parts(len(z), args.batch_size)]
+    )
+    original = torch.cat([_tensor(image) for image in images])
+    mse = (again - original).pow(2).flatten(1).mean(1)
+    print(report, file=sys.stderr)
+    print(f"error for a dimension, on [0, 1]: {mse.mean():.3g} (mean of {len(mse)} images)", file=sys.stderr)
+    rows, names = [], []
+    for first, second in zip(_rows(_array(original), args.columns), _rows(_array(again), args.columns), strict=True):
+        rows += [first, second]
+        names += ["image", "decoded"]
+    result = {"report": report.to_dict(), "images": _files(args.images), "mean_squared_error": mse.tolist()}
+    return {"reconstruction.png": grid(rows, names), LATENTS: z, "reconstruct.json": result}
+
+
+def interpolate(args: argparse.Namespace) -> Made:
+    given = [bool(args.images), bool(args.latents), bool(args.seeds)]
+    if sum(given) != 1:
+        raise ValueError("give the ends in one way: two or four images, --latents FILE, or --seeds")
+    if args.class_label and len(args.class_label) > 1:
+        raise ValueError("an interpolation takes one --class-label")
+    if args.points < 2:
+        raise ValueError(f"--points must be at least 2, not {args.points}")
+    ends = _files(args.images) if args.images else args.seeds
+    z = _load_latents(args.latents) if args.latents else None
+    number = len(ends) if z is None else len(z)
+    if number not in (2, 4):
+        raise ValueError(f"give two ends for a path or four for a grid, not {number}")
+    result: dict[str, Any] = {}
+    if args.images:
+        pipe, images = _load_with_images(args)
+        z, report = _encode(pipe, images, args)
+        print(report, file=sys.stderr)
+        result["report"] = report.to_dict()
+    else:
+        pipe = _load(args, _deterministic())
+    if args.seeds:
+        shape = pipe._shape(1, None)
+        z = torch.cat([torch.randn(shape, generator=Generator().manual_seed(seed)) for seed in args.seeds])
+    labels = args.class_label[0] if args.class_label else None
+    settings = {**_decoding(args, None, slice(None)), "class_labels": labels, "batch_size": args.batch_size}
+    if number == 2:
+        images = pipe.interpolate(z[0], z[1], args.points, **settings)
+    else:
+        images = pipe.interpolate_grid(z, args.points, **settings)
+    rows = _rows(_array(images), args.points)
+    return {"interpolation.png": grid(rows), LATENTS: z, "interpolate.json": result}
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ValueError for what cannot work, before anything is loaded."""
+    for name in ("num", "batch_size", "columns"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, not {value}")
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file: give a folder")
+    there = [name for name in args.files if (output / name).exists()]
+    if there and not args.overwrite:
+        raise ValueError(f"{output / there[0]} exists: choose another --output, or pass --overwrite")
+    if Path(args.model).exists() and not (Path(args.model) / "model_index.json").is_file():
+        raise ValueError(f"{args.model} is no model: it has no model_index.json")
+    if getattr(args, "images", None):
+        _files(args.images)
+
+
+def _load(args: argparse.Namespace, changes: dict[str, Any]) -> GeneralizedDDIMPipeline:
+    """The model with a scheduler of ours, whose settings are the model's but for `changes`."""
+    settings = {} if args.revision is None else {"revision": args.revision}
+    pipe = GeneralizedDDIMPipeline.from_pretrained(args.model, **settings)
+    if args.spacing is not None:
+        changes = changes | {"timestep_spacing": args.spacing}
+    if changes.get("variance_type") == "fixed_small" and pipe.scheduler.config.get("variance_type") == "learned_range":
+        changes = {key: value for key, value in changes.items() if key != "variance_type"}  # the network's two halves
+    before = pipe.scheduler.config
+    pipe.scheduler = GeneralizedDDIMScheduler.from_config(before, **changes)
+    for key, value in changes.items():
+        if key in before and before[key] != value:
+            print(f"note: {key}={value}, the model has {before[key]}", file=sys.stderr)
+    pipe.set_progress_bar_config(desc=args.command, leave=False)
+    return pipe.to(device=args.device or _accelerator(), dtype=DTYPES[args.dtype])
+
+
+def _deterministic() -> dict[str, Any]:
+    """Settings under which a latent and its image determine each other."""
+    return {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False, "thresholding": False}
+
+
+def _accelerator() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _files(paths: Sequence[str]) -> list[str]:
+    """Image files, folders replaced by the files in them. Raises ValueError for a path without any."""
+    files: list[str] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            if not found:
+                raise ValueError(f"there is no image in {path}: it needs files such as .png or .jpg")
+            files += found
+        elif path.is_file():
+            files.append(str(path))
+        else:
+            raise ValueError(f"there is no file {path}")
+    return files
+
+
+def _load_with_images(args: argparse.Namespace) -> tuple[GeneralizedDDIMPipeline, list[Image.Image]]:
+    """The model, deterministic, and the images in its mode and, where asked, its size."""
+    files = _files(args.images)
+    _labels(args, len(files))
+    pictures = []
+    for file in files:
+        with Image.open(file) as image:  # raises OSError naming the file
+            image.load()
+            pictures.append(image)
+    pipe = _load(args, _deterministic())
+    mode = MODES.get(pipe.unet.config.in_channels)
+    if mode is None:
+        raise ValueError(f"the network takes {pipe.unet.config.in_channels} channels: image files have 1 or 3")
+    size = pipe._size()
+    images = []
+    for file, image in zip(files, pictures, strict=True):
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"{file} has mode {image.mode!r}: convert it to 8 bits first")
+        image = image.convert(mode)
+        if size is not None and image.size != size[::-1]:
+            if not args.resize:
+                raise ValueError(
+                    f"{file} is {image.width}×{image.height}, the network takes {size[1]}×{size[0]} (width × height): "
+                    "pass --resize to crop and resize"
+                )
+            image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+        images.append(image)
+    return pipe, images
+
+
+def _encode(pipe: GeneralizedDDIMPipeline, images: list[Image.Image], args: argparse.Namespace) -> tuple[Tensor, Any]:
+    labels = _labels(args, len(images))
+    latents, reports = [], []
+    for part in _parts(len(images), args.batch_size):
+        z, report = pipe.encode(
+            images[part],
+            strength=args.strength,
+            class_labels=labels[part] if labels else None,
+            guidance_scale=args.guidance_scale,
+            refinement_steps=args.refine,
+            tolerance=args.tolerance,
+            return_report=True,
+            **_times(args),
+        )
+        latents.append(z.cpu())
+        reports.append(report)
+    return torch.cat(latents), inversion.join(reports)
+
+
+def _decoding(args: argparse.Namespace, labels: list[int] | None, part: slice) -> dict[str, Any]:
+    return {
+        "strength": args.strength,
+        "class_labels": labels[part] if labels else None,
+        "guidance_scale": args.guidance_scale,
+        "output_type": "pt",
+        **_times(args),
+    }
+
+
+def _times(args: argparse.Namespace) -> dict[str, Any]:
+    return {"num_inference_steps": args.steps, "timesteps": args.timesteps}
+
+
+def _labels(args: argparse.Namespace, num: int) -> list[int] | None:
+    if not args.class_label:
+        return None
+    labels = args.class_label * num if len(args.class_label) == 1 else args.class_label
+    if len(labels) != num:
+        raise ValueError(f"{len(labels)} class labels for {num} images: give one, or one for each")
+    return labels
+
+
+def _parts(num: int, size: int) -> list[slice]:
+    return [slice(i, i + size) for i in range(0, num, size)]
+
+
+def _rows(images: np.ndarray, columns: int) -> list[np.ndarray]:
+    return [images[part] for part in _parts(len(images), columns)]
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    """(1, C, H, W) in [0, 1]."""
+    array = np.asarray(image)
+    return torch.from_numpy(array.reshape(1, *array.shape[:2], -1).copy()).permute(0, 3, 1, 2).float() / 255
+
+
+def _array(images: Tensor) -> np.ndarray:
+    return images.permute(0, 2, 3, 1).float().cpu().numpy()
+
+
+def _load_latents(file: str) -> Tensor:
+    """The tensor "latents" of a safetensors file."""
+    if not Path(file).is_file():
+        raise ValueError(f"there is no file {file}")
+    tensors = load_file(file)
+    if "latents" not in tensors:
+        raise ValueError(f"{file} holds no latents: it has {', '.join(tensors) or 'nothing'}")
+    return tensors["latents"]
+
+
+def _write(output: Path, made: Made) -> list[Path]:
+    """Write each file aside and rename it, so that no reader meets half a file."""
+    output.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, content in made.items():
+        path, aside = output / name, output / f".{name}.part"
+        if isinstance(content, Tensor):
+            save_file({"latents": content.cpu().contiguous()}, aside)
+        elif isinstance(content, Image.Image):
+            content.save(aside, format="PNG")
+        else:
+            aside.write_text(json.dumps(content, indent=2) + "\n")
+        aside.replace(path)
+        paths.append(path)
+    return paths
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Images on their way into a network: what is taken, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddim_plugin.images import grid, read
+
+RNG = np.random.default_rng(0)
+GRAY = RNG.integers(0, 256, (8, 6), dtype=np.uint8)
+COLOUR = RNG.integers(0, 256, (8, 6, 3), dtype=np.uint8)
+AS_TENSOR = torch.from_numpy(COLOUR).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("image", "channels"),
+    [
+        (Image.fromarray(GRAY), 1),
+        (GRAY, 1),
+        (GRAY[..., None], 1),
+        (GRAY[None, ..., None], 1),
+        (GRAY / 255, 1),
+        (torch.from_numpy(GRAY)[None], 1),
+        ([Image.fromarray(GRAY)], 1),
+        (Image.fromarray(COLOUR), 3),
+        (COLOUR, 3),
+        (COLOUR[None].astype(np.float32) / 255, 3),
+        (AS_TENSOR, 3),
+        (AS_TENSOR[None], 3),
+        (AS_TENSOR.float() / 255, 3),
+        (AS_TENSOR.double() / 255, 3),
+        ((AS_TENSOR,), 3),
+    ],
+)
+def test_all_kinds_are_the_same_image(image, channels):
+    made = read(image, channels, (8, 6))
+    expected = torch.from_numpy(GRAY)[None, None] if channels == 1 else AS_TENSOR[None]
+    assert made.shape == (1, channels, 8, 6)
+    assert made.dtype in (torch.float32, torch.float64)
+    assert torch.allclose(made.double(), expected.double() / 127.5 - 1, atol=1e-6)
+
+
+def test_lists_and_batches():
+    mixed = [Image.fromarray(COLOUR), COLOUR[None].repeat(2, 0), AS_TENSOR.float() / 255]
+    assert read(mixed, 3, None).shape == (4, 3, 8, 6)
+    assert read(torch.rand(5, 2, 4, 4), 2, (4, 4)).shape == (5, 2, 4, 4)
+    half = read(torch.rand(1, 3, 4, 4).half(), 3, None)
+    assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("image", "channels", "size", "message"),
+    [
+        ([], 3, None, "an empty list of images"),
+        (torch.zeros(0, 3, 4, 4), 3, None, "is empty"),
+        ("cat.png", 3, None, "must be a PIL image, an array or a tensor, not str"),
+        (Image.fromarray(GRAY), 3, None, r'mode \'L\'; this network takes 3 channels: image.convert\("RGB"\)'),
+        ([COLOUR, Image.new("RGBA", (6, 8))], 3, None, "image 1 has mode 'RGBA'"),
+        (Image.new("RGB", (6, 8)), 4, None, "pass a tensor with 4 channels"),
+        (AS_TENSOR.float(), 3, None, r"floating-point images must lie in \[0, 1\]"),
+        (AS_TENSOR / 127.5 - 1, 3, None, r"lie in \[0, 1\]; pass \(image \+ 1\)/2"),
+        (torch.full((3, 4, 4), float("nan")), 3, None, r"lies in \[nan, nan\]"),
+        (AS_TENSOR.int(), 3, None, "of type torch.int32: pass bytes"),
+        (AS_TENSOR, 1, None, r"a tensor must be \(1, H, W\) or \(B, 1, H, W\)"),
+        (COLOUR.transpose(2, 0, 1), 3, None, r"shape \(3, 8, 6\): an array must be \(H, W, 3\)"),
+        (COLOUR, 3, (6, 8), r"is 8×6 .* not 6×8 as the network is: .*resize\(\(8, 6\)\)"),
+        ([COLOUR, COLOUR[:4]], 3, None, "image 1 is 4×6 .* as the first is"),
+    ],
+)
+def test_what_is_refused(image, channels, size, message):
+    with pytest.raises(ValueError, match=message):
+        read(image, channels, size)
+
+
+def test_a_grid_without_labels():
+    rows = [RNG.random((3, 8, 8, 1)), RNG.random((2, 8, 8, 1))]
+    plain, labelled = grid(rows), grid(rows, ["first", "second"], "title")
+    assert labelled.width > plain.width
+    assert labelled.height > plain.height
+    assert plain.width < 3 * 80

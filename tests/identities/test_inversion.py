@@ -1,0 +1,214 @@
+"""Encoding is the inverse of sampling: of each move, of the whole, and of the ODE as S grows."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from exact import exact_pipe
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import Gaussian, Mixture, alphas, linear_betas
+
+from ddim_plugin import GeneralizedDDIMScheduler, InverseDDIMScheduler, inversion
+
+ALPHA = alphas(linear_betas())
+GAUSSIAN = Gaussian(0.1, 0.05, ALPHA)
+MIXTURE = Mixture((0.3, 0.7), (-0.6, 0.5), (0.02, 0.03), ALPHA)
+
+
+def pictures(B=3, seed=0, size=4):
+    return 0.2 + 0.6 * torch.rand(B, 1, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- one move --------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 1000), st.data())
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_a_move_and_its_inverse_are_the_identity(prediction_type, t, data):
+    """For the same output of the network, at any pair (t, s); an x0 network says nothing of x_t at s = 0."""
+    s = data.draw(st.integers(1 if prediction_type == "sample" else 0, t - 1)) if t > 1 else 0
+    if prediction_type == "sample" and s == 0:
+        return
+    times = [t - 1] if s == 0 else [t - 1, s - 1]
+    down, up = (cls(prediction_type=prediction_type) for cls in (GeneralizedDDIMScheduler, InverseDDIMScheduler))
+    down.set_timesteps(timesteps=times)
+    up.set_timesteps(timesteps=times)
+    x_t, output = torch.randn(2, 2, 1, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(t)).unbind(0)
+    step = down.step(output, t - 1, x_t)
+    back = up.step(output, t - 1, step.prev_sample)
+    bound = 1e-13 * max(1.0, abs(up._plan(("fixed_small", 0.0))[-1].fold_x))
+    assert torch.allclose(back.prev_sample, x_t, rtol=0, atol=20 * bound)
+    assert torch.allclose(back.pred_original_sample, step.pred_original_sample, rtol=1e-9, atol=1e3 * bound)
+    assert torch.allclose(back.pred_epsilon, step.pred_epsilon, rtol=1e-9, atol=1e3 * bound)
+    again = down.step(output, t - 1, back.prev_sample).prev_sample
+    assert torch.allclose(again, step.prev_sample, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("spacing", ["linear", "quadratic", "leading", "trailing", "linspace", "paper_quadratic"])
+@pytest.mark.parametrize("S", [1, 7, 50, 999, 1000])
+def test_the_same_tau_the_other_way(spacing, S):
+    down = GeneralizedDDIMScheduler(timestep_spacing=spacing)
+    up = InverseDDIMScheduler.from_config(down.config)
+    down.set_timesteps(S)
+    up.set_timesteps(S)
+    assert up.timesteps.tolist() == down.timesteps.tolist()[::-1]
+    assert [(up.move(i).t, up.move(i).s) for i in range(len(up.timesteps))] == [
+        (down.move(i).t, down.move(i).s) for i in reversed(range(len(down.timesteps)))
+    ]
+
+
+# ---- the whole way ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [GAUSSIAN, MIXTURE], ids=["gaussian", "mixture"])
+def test_encode_and_decode_are_inverse_at_five_steps(data):
+    pipe = exact_pipe(data, GeneralizedDDIMScheduler())
+    images = pictures()
+    z, report = pipe.encode(images, num_inference_steps=5, refinement_steps=60, tolerance=1e-13, return_report=True)
+    assert z.dtype == torch.float64
+    again = pipe.decode(z, num_inference_steps=5, output_type="latent")
+    assert (again / 2 + 0.5 - images).abs().max() < 1e-10, str(report)
+    naive = pipe.reconstruct(images, num_inference_steps=5, output_type="pt")
+    assert (naive - images).abs().max() > 1e-2
+
+
+def test_decode_and_encode_are_inverse_at_five_steps():
+    """The other way round: latents come back, while their images stay inside the range of images."""
+    pipe = exact_pipe(GAUSSIAN, GeneralizedDDIMScheduler())
+    z = torch.randn(3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x0 = pipe.decode(z, num_inference_steps=5, output_type="latent")
+    assert x0.abs().max() < 1
+    found = pipe.encode(x0 / 2 + 0.5, num_inference_steps=5, refinement_steps=60, tolerance=1e-14)
+    assert (found - z).abs().max() < 1e-10
+
+
+def encoded(S, x0):
+    """The naive latents of `x0`, in float64."""
+    scheduler = InverseDDIMScheduler()
+    scheduler.set_timesteps(S)
+    x = torch.tensor(x0)
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.as_tensor(GAUSSIAN.eps(x.numpy(), int(t) + 1)), t, x).prev_sample
+    return x.numpy()
+
+
+def test_the_naive_inverse_has_order_1():
+    """Latents against the exact solution of the ODE (Eq. 14) from the data upwards."""
+    x0 = GAUSSIAN.mean + np.linspace(-0.5, 0.5, 11)
+    exact = GAUSSIAN.solution(x0, 0, 1000)
+    errors = [np.abs(encoded(S, x0) - exact).max() for S in (125, 250, 500, 1000)]
+    measured = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert measured[-1] == pytest.approx(1, abs=0.1)
+    assert measured[-2] == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("refinement_steps", [0, 30])
+def test_the_round_trip_error_falls_with_S_or_not_at_all(refinement_steps):
+    """Naive: order 1 (Table 2). Refined: closed at any S."""
+    pipe = exact_pipe(GAUSSIAN, GeneralizedDDIMScheduler())
+    images = pictures()
+    errors = []
+    for S in (20, 40, 80, 160, 320):
+        again = pipe.reconstruct(images, S, refinement_steps, tolerance=1e-12, output_type="pt")
+        errors.append((again - images).pow(2).mean().sqrt().item())
+    if refinement_steps:
+        assert max(errors) < 1e-9
+    else:
+        assert all(a > b for a, b in itertools.pairwise(errors))
+        assert math.log2(errors[-2] / errors[-1]) == pytest.approx(1, abs=0.2)
+
+
+def test_latents_of_gaussian_data_are_gaussian():
+    """The shell: data drawn from N(mean, variance) encodes to the variance the sampler's map at S = 5 gives back."""
+    pipe = exact_pipe(GAUSSIAN, GeneralizedDDIMScheduler(), sample_size=32)
+    x0 = 0.1 + math.sqrt(0.05) * torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = (x0 / 2 + 0.5).clamp(0, 1)
+    for S in (200, 1000):
+        _, report = pipe.encode(images, S, refinement_steps=20, return_report=True)
+        assert report.latent_std.mean() == pytest.approx(1, abs=0.05)
+        assert report.latent_mean.mean() == pytest.approx(0, abs=0.05)
+
+
+# ---- the solver ------------------------------------------------------------------------------------------------
+
+
+def linear_problem(eigenvalues, B=2, seed=0):
+    """residual(x) = b − A·x with A symmetric of these eigenvalues, and the solution."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(eigenvalues)
+    Q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0]
+    A = Q @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ Q.T
+    x = torch.randn(B, 1, 1, n, dtype=torch.float64, generator=generator)
+    b = x @ A
+    return lambda y, rows: (b[rows] - y @ A, y), x
+
+
+def test_acceleration_is_exact_after_as_many_steps_as_eigenvalues():
+    """On a linear problem Anderson acceleration is GMRES (Walker & Ni 2011, Theorem 2.2)."""
+    residual, x = linear_problem([0.2] * 4 + [0.7] * 4 + [1.3] * 4)
+    solution = inversion.solve(residual, torch.zeros_like(x), 1.0, 1e-8, 8)
+    assert (solution.evaluations <= 5).all()
+    assert (solution.residual <= 1e-8).all()
+    assert torch.allclose(solution.x, x, atol=1e-6)
+
+
+def test_it_converges_where_the_plain_iteration_diverges():
+    residual, x = linear_problem([-0.5, 0.3, 0.8, 2.5, 4.0])
+    y = torch.zeros_like(x)
+    for _ in range(30):
+        y = y + residual(y, torch.arange(2))[0]
+    assert (y - x).abs().max() > 1e3
+    solution = inversion.solve(residual, torch.zeros_like(x), 1.0, 1e-10, 30)
+    assert torch.allclose(solution.x, x, atol=1e-7)
+
+
+def test_a_growing_iteration_is_taken_back_with_half_the_step():
+    """x ← x + 1.9·sign-flipping slope: without halving the steps grow for ever."""
+
+    def residual(y, rows):
+        return -y * 3 * (1 + torch.tanh(y) ** 2), y
+
+    guess = torch.tensor([0.3, 0.5], dtype=torch.float64).view(2, 1, 1, 1)
+    solution = inversion.solve(residual, guess, 1.9, 1e-8, 40)
+    assert solution.damped.all()
+    assert (solution.residual <= 1e-8).all()
+
+
+def test_the_result_is_never_worse_than_the_guess():
+    def residual(y, rows):
+        return torch.where(y == guess[rows], torch.ones_like(y), torch.full_like(y, float("nan"))), y
+
+    guess = torch.randn(3, 1, 2, 2)
+    solution = inversion.solve(residual, guess, 1.0, 1e-8, 10)
+    assert torch.equal(solution.x, guess)
+    assert (solution.residual == 1).all()
+    assert solution.damped.all()
+    assert (solution.at_floor | (solution.evaluations == 10)).all()
+
+
+def test_a_floor_is_told_from_a_budget():
+    """x² = −1 has no solution: the residual stops at 1. A solvable problem with too few evaluations is at no floor."""
+    floor = inversion.solve(lambda y, rows: (-1 - y**2, y), torch.full((2, 1, 1, 1), 0.1), 0.1, 1e-6, 50)
+    assert floor.at_floor.all()
+    assert (floor.evaluations < 50).all()
+    assert floor.residual == pytest.approx(1, abs=0.02)
+    residual, x = linear_problem(np.linspace(0.1, 1, 16).tolist())
+    budget = inversion.solve(residual, torch.zeros_like(x), 1.0, 1e-12, 4)
+    assert not budget.at_floor.any()
+    assert (budget.evaluations == 4).all()
+
+
+def test_images_stop_on_their_own():
+    """One starts at the solution; its neighbours' trouble costs it nothing, and theirs does not depend on it."""
+    residual, x = linear_problem(np.linspace(0.2, 1.2, 6).tolist(), B=3)
+    guess = torch.zeros_like(x)
+    guess[1] = x[1]
+    together = inversion.solve(residual, guess, 1.0, 1e-9, 30)
+    assert together.evaluations[1] == 1
+    assert (together.evaluations[[0, 2]] > 3).all()
+    alone = inversion.solve(lambda y, rows: residual(y, rows + 2), guess[2:], 1.0, 1e-9, 30)
+    assert torch.allclose(alone.x[0], together.x[2], atol=1e-12)
+    assert alone.evaluations[0] == together.evaluations[2]

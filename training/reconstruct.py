@@ -1,0 +1,306 @@
+"""Table 2 and Figs. 5 and 6 of the paper, for any model and image set: encode, decode, interpolate.
+
+python training/reconstruct.py --model user/model --data pictures --output out/reconstruct
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from config import parse, record, write_json
+from data import load_images
+from torch import Generator, Tensor
+
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, inversion
+from ddim_plugin.images import grid
+
+PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
+"""Table 2: CIFAR-10's test set, the paper's 35.7M network."""
+
+
+@dataclass(frozen=True)
+class ReconstructConfig:
+    """Measure how well images are reconstructed from their latents (Table 2), naively and by exact inversion.
+
+    Also whether one latent gives one picture at any S (Fig. 5), and whether interpolations are smooth (Fig. 6).
+    """
+
+    model: str = field(metadata={"help": "a folder written by save_pretrained, or a Hub id"})
+    output: str = field(default="out/reconstruct", metadata={"help": "folder for the results"})
+    data: str = field(
+        default="digits", metadata={"help": "digits, a folder of images, a parquet or arrow file, or a Hub id"}
+    )
+    split: str = field(default="test", metadata={"help": "split of a data set of the Hub, or of digits"})
+    images: int = field(default=100, metadata={"help": "images to reconstruct, the first of the set"})
+    steps: tuple[int, ...] = field(default=(10, 20, 50, 100, 200, 500, 1000), metadata={"help": "rows of the table, S"})
+    refinement_steps: tuple[int, ...] = field(
+        default=(14, 9, 5, 5, 5, 5, 5),
+        metadata={"help": "evaluations to refine a move with: one for each S, or for all"},
+    )
+    tolerance: float = field(default=1e-5, metadata={"help": "residual at which a move is solved"})
+    spacing: str | None = field(default=None, metadata={"help": "τ by name; by default the model's"})
+    strip: tuple[int, int] = field(default=(10, 100), metadata={"help": "few and many S of the strip of pictures"})
+    figure_steps: tuple[int, ...] = field(default=(10, 20, 50, 100), metadata={"help": "S in the figure of one latent"})
+    paths: int = field(default=8, metadata={"help": "interpolations between pairs of images to measure; 0 for none"})
+    points: int = field(default=11, metadata={"help": "images on a path, and in a row of the grid"})
+    interpolation_steps: int = field(default=20, metadata={"help": "S of the interpolations"})
+    batch_size: int = field(default=64, metadata={"help": "images at a time"})
+    columns: int = field(default=12, metadata={"help": "pictures in a row of the strip and of Fig. 5"})
+    seed: int = field(default=0, metadata={"help": "random latent i comes from seed + i"})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, …; by default an accelerator if any"})
+
+
+def check(config: ReconstructConfig) -> None:
+    """Raise ValueError for settings that cannot work, before anything is loaded."""
+    for name in ("images", "batch_size", "columns", "interpolation_steps"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
+    if len(config.refinement_steps) not in (1, len(config.steps)):
+        raise ValueError(f"refinement_steps has {len(config.refinement_steps)} entries for {len(config.steps)} steps")
+    if len(config.strip) != 2:
+        raise ValueError(f"strip takes two numbers of steps, not {len(config.strip)}")
+    if config.points < 2 or config.paths < 0:
+        raise ValueError(f"points must be at least 2 and paths at least 0, not {config.points} and {config.paths}")
+
+
+class Bench:
+    """A model with the settings of its runs: encodes and decodes in batches, and keeps count."""
+
+    def __init__(self, config: ReconstructConfig):
+        device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.pipe = GeneralizedDDIMPipeline.from_pretrained(config.model).to(device)
+        changes = {"eta": 0.0, "clip_sample": False, "thresholding": False}
+        if self.pipe.scheduler.config.get("variance_type") != "learned_range":
+            changes["variance_type"] = "fixed_small"
+        if config.spacing is not None:
+            changes["timestep_spacing"] = config.spacing
+        self.pipe.scheduler = GeneralizedDDIMScheduler.from_config(self.pipe.scheduler.config, **changes)
+        self.pipe.set_progress_bar_config(leave=False)
+        self.config, self.device = config, device
+
+    def _batches(self, x: Tensor) -> list[Tensor]:
+        return list(x.split(self.config.batch_size))
+
+    def encode(self, images: Tensor, S: int, refinement_steps: int) -> tuple[Tensor, inversion.InversionReport]:
+        """Latents on the CPU, and the report of all batches."""
+        self.pipe.set_progress_bar_config(leave=False, desc=f"S = {S}, encoding")
+        parts = [
+            self.pipe.encode(
+                batch,
+                S,
+                refinement_steps=refinement_steps,
+                tolerance=self.config.tolerance,
+                return_report=True,
+            )
+            for batch in self._batches(images)
+        ]
+        return torch.cat([z.cpu() for z, _ in parts]), inversion.join([report for _, report in parts])
+
+    def decode(self, z: Tensor, S: int) -> Tensor:
+        """Images in [0, 1] on the CPU."""
+        self.pipe.set_progress_bar_config(leave=False, desc=f"S = {S}, decoding")
+        return torch.cat([self.pipe.decode(batch, S, output_type="pt").float().cpu() for batch in self._batches(z)])
+
+    def noise(self, count: int) -> Tensor:
+        """Random latents, each from its own seed."""
+        unet = self.pipe.unet.config
+        size = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else tuple(unet.sample_size)
+        seeds = range(self.config.seed, self.config.seed + count)
+        return torch.cat([torch.randn(1, unet.in_channels, *size, generator=Generator().manual_seed(i)) for i in seeds])
+
+
+def round_trip(bench: Bench, images: Tensor, S: int, refinement_steps: int) -> tuple[dict[str, Any], Tensor]:
+    """A row of the table, and the reconstructions."""
+    start = time.perf_counter()
+    z, report = bench.encode(images, S, refinement_steps)
+    again = bench.decode(z, S)
+    seconds = time.perf_counter() - start
+    errors = (again - images.float() / 255).pow(2).flatten(1).mean(1).double()
+    row = {
+        "S": S,
+        "refinement_steps": refinement_steps,
+        "mean_squared_error": float(errors.mean()),
+        "standard_error": float(errors.std() / len(errors) ** 0.5) if len(errors) > 1 else None,
+        "largest_error": float(errors.max()),
+        "evaluations_encoding": float(report.total_evaluations.mean()),
+        "evaluations_decoding": len(bench.pipe.scheduler.timesteps),
+        "largest_evaluations_a_move": int(report.evaluations.max()),
+        "latent_std": float(report.latent_std.mean()),
+        "latent_mean": float(report.latent_mean.mean()),
+        "seconds": seconds,
+    }
+    if refinement_steps:
+        row["not_converged"] = report.where(~report.converged)
+        row["at_floor"] = report.where(report.at_floor)
+        row["largest_residual"] = float(report.residual.max())
+    return row, again
+
+
+def same_latent(bench: Bench) -> tuple[dict[str, Any], list[Tensor]]:
+    """Fig. 5: latents decoded at several S. Distances are root mean squares on [0, 1] images.
+
+    Of each S to the largest: the decodings of one latent from each other, and of different latents.
+    """
+    config = bench.config
+    z = bench.noise(config.columns)
+    rows = [bench.decode(z, S) for S in config.figure_steps]
+    last = rows[-1]
+    other = rms(last - last.roll(1, 0)) if len(last) > 1 else None
+    same = {S: rms(row - last) for S, row in zip(config.figure_steps[:-1], rows[:-1], strict=True)}
+    return {"reference_S": config.figure_steps[-1], "same_latent": same, "different_latents": other}, rows
+
+
+def paths(bench: Bench, images: Tensor, refinement_steps: int) -> tuple[dict[str, Any], Tensor]:
+    """Fig. 6 measured: paths between pairs of images, and their steps: the largest over the mean one of each path.
+
+    Returns also the path of each pair, (pairs, points, C, H, W).
+    """
+    config = bench.config
+    S = config.interpolation_steps
+    pairs = min(config.paths, len(images) // 2)
+    z, _ = bench.encode(images[: 2 * pairs], S, refinement_steps)
+    settings = {"num_inference_steps": S, "batch_size": config.batch_size, "output_type": "pt"}
+    made = bench.pipe.interpolate(z[0::2], z[1::2], config.points, **settings).float().cpu()
+    made = made.view(pairs, config.points, *images.shape[1:])
+    steps = (made[:, 1:] - made[:, :-1]).flatten(2).pow(2).mean(2).sqrt()
+    ratio = steps.max(1).values / steps.mean(1)
+    ends = images[: 2 * pairs].float() / 255
+    error = (torch.stack([made[:, 0], made[:, -1]], 1).flatten(0, 1) - ends).pow(2).mean()
+    result = {
+        "S": S,
+        "points": config.points,
+        "paths": pairs,
+        "largest_over_mean_step": {"mean": float(ratio.mean()), "largest": float(ratio.max())},
+        "mean_squared_error_of_the_ends": float(error),
+    }
+    return result, made
+
+
+def main(config: ReconstructConfig) -> dict[str, Any]:
+    """Write reconstruct.json after each measurement, then table2.md, the plot and the pictures."""
+    check(config)
+    bench = Bench(config)
+    unet = bench.pipe.unet.config
+    images = load_images(config.data, config.split, unet.in_channels, bench.pipe._size(), config.images)
+    if len(images) < config.images:
+        print(f"note: {config.data} has {len(images)} images, not {config.images}", file=sys.stderr)
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    refinements = config.refinement_steps * (len(config.steps) if len(config.refinement_steps) == 1 else 1)
+    result: dict[str, Any] = record(config) | {
+        "images": len(images),
+        "device": bench.device,
+        "spacing": bench.pipe.scheduler.config.timestep_spacing,
+        "table": [],
+    }
+    written: list[str] = []
+
+    def save(name: str, write: Callable[[Path], Any]) -> None:
+        write(output / name)
+        written.append(str(output / name))
+
+    pictures: dict[tuple[int, bool], Tensor] = {}
+    for S, refinement in zip(config.steps, refinements, strict=True):
+        for steps in dict.fromkeys((0, refinement)):
+            row, again = round_trip(bench, images, S, steps)
+            pictures[S, steps > 0] = again
+            result["table"].append(row)
+            write_json(output / "reconstruct.json", result)
+            print(f"S = {S:4d}  {'refined' if steps else 'naive  '}  error {row['mean_squared_error']:.2e}")
+    save("table2.md", lambda path: path.write_text(table(result)))
+    save("table2.png", lambda path: plot(result, path))
+
+    few, many = config.strip
+    shown = images[: config.columns]
+    for S, steps in ((few, 0), (few, refinements[0]), (many, 0)):
+        if (S, steps > 0) not in pictures:
+            pictures[S, steps > 0] = round_trip(bench, shown, S, steps)[1]
+    rows = [shown.float() / 255] + [
+        pictures[key][: config.columns] for key in ((few, False), (few, True), (many, False))
+    ]
+    labels = ["image", f"naive S = {few}", f"refined S = {few}", f"naive S = {many}"]
+    save("reconstructions.png", lambda path: grid(arrays(rows), labels).save(path))
+
+    result["figure_5"], rows = same_latent(bench)
+    labels = [f"S = {S}" for S in config.figure_steps]
+    save("figure5.png", lambda path: grid(arrays(rows), labels, "one latent in each column").save(path))
+
+    if config.paths and len(images) >= 2:
+        result["figure_6"], made = paths(bench, images, refinements[0])
+        save("interpolations.png", lambda path: grid(arrays(made)).save(path))
+        if len(images) >= 4:
+            corners, _ = bench.encode(images[:4], config.interpolation_steps, refinements[0])
+            settings = {"num_inference_steps": config.interpolation_steps, "output_type": "pt"}
+            cells = bench.pipe.interpolate_grid(corners, config.points, config.batch_size, **settings).float().cpu()
+            cells = cells.view(config.points, config.points, *images.shape[1:])
+            save("figure6.png", lambda path: grid(arrays(cells), title="between four images").save(path))
+    result["written"] = written
+    write_json(output / "reconstruct.json", result)
+    return result
+
+
+# ---- tables and pictures ---------------------------------------------------------------------------------------
+
+
+def table(result: dict[str, Any]) -> str:
+    """Table 2 in Markdown."""
+    lines = [
+        f"Error for a dimension on [0, 1] images, {result['images']} images of {result['config']['data']}, "
+        f"τ {result['spacing']}; network evaluations for encoding one image.",
+        "",
+        "| S | paper, CIFAR-10 | naive | evaluations | latents' σ | refined | evaluations | latents' σ |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for S in dict.fromkeys(row["S"] for row in result["table"]):
+        cells = [str(S), f"{PAPER[S]:.4f}" if S in PAPER else ""]
+        for refined in (False, True):
+            for row in result["table"]:
+                if row["S"] == S and (row["refinement_steps"] > 0) is refined:
+                    evaluations = f"{row['evaluations_encoding']:.0f}"
+                    cells += [f"{row['mean_squared_error']:.1e}", evaluations, f"{row['latent_std']:.3f}"]
+        lines.append("| " + " | ".join(cells + [""] * (8 - len(cells))) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Error against S, and against the evaluations that encoding took."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    by_steps, by_evaluations = figure.subplots(1, 2, sharey=True)
+    for refined in (False, True):
+        rows = [row for row in result["table"] if (row["refinement_steps"] > 0) is refined]
+        errors = [row["mean_squared_error"] for row in rows]
+        style = {"marker": "o", "label": "refined" if refined else "naive"}
+        by_steps.plot([row["S"] for row in rows], errors, **style)
+        by_evaluations.plot([row["evaluations_encoding"] for row in rows], errors, **style)
+    paper = {S: PAPER[S] for S in sorted({row["S"] for row in result["table"]} & PAPER.keys())}
+    by_steps.plot(list(paper), list(paper.values()), "--", color="gray", label="paper, CIFAR-10")
+    for axes, label in ((by_steps, "S"), (by_evaluations, "network evaluations for encoding an image")):
+        axes.set(xscale="log", yscale="log", xlabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    by_steps.set_ylabel("mean squared error on [0, 1]")
+    figure.savefig(path, dpi=110)
+
+
+def arrays(rows: Any) -> list[np.ndarray]:
+    """Rows of images (N, C, H, W) as arrays (N, H, W, C)."""
+    return [row.permute(0, 2, 3, 1).numpy() for row in rows]
+
+
+def rms(x: Tensor) -> float:
+    return float(x.pow(2).mean().sqrt())
+
+
+if __name__ == "__main__":
+    try:
+        done = main(parse(ReconstructConfig))
+    except (ValueError, OSError) as error:
+        sys.exit(f"reconstruct.py: {error}")
+    print("\n".join(done["written"]))
