@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         for path in _write(Path(args.output), made):
             print(path)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError) as error:
         print(f"ddim-plugin {args.command}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -413,7 +413,10 @@ def _load_latents(file: str) -> Tensor:
     """The tensor "latents" of a safetensors file."""
     if not Path(file).is_file():
         raise ValueError(f"there is no file {file}")
-    tensors = load_file(file)
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file: {error}") from error
     if "latents" not in tensors:
         raise ValueError(f"{file} holds no latents: it has {', '.join(tensors) or 'nothing'}")
     return tensors["latents"]

@@ -84,16 +84,17 @@ def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), title: str = ""
     scale = max(1, round(cell / rows[0].shape[1]))
     height, width = rows[0].shape[1] * scale, rows[0].shape[2] * scale
     gap, columns = max(2, scale // 2), max(len(row) for row in rows)
-    font = ImageFont.load_default(size=max(11, min(16, height // 2)))
+    points = max(11, min(16, height // 2))
+    font = ImageFont.load_default(size=points)
     margin = gap + int(max((font.getlength(label) + 2 * gap for label in labels if label), default=0))
-    top = 2 * font.size if title else gap
-    size = (margin + columns * (width + gap), int(top) + len(rows) * (height + gap))
+    top = 2 * points if title else gap
+    size = (margin + columns * (width + gap), top + len(rows) * (height + gap))
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     if title:
-        draw.text((gap, font.size // 2), title, fill="black", font=font)
+        draw.text((gap, points // 2), title, fill="black", font=font)
     for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        y = int(top) + i * (height + gap)
+        y = top + i * (height + gap)
         draw.text((gap, y + height // 2), label, fill="black", font=font, anchor="lm")
         for j, picture in enumerate(row):
             pixels = Image.fromarray((picture.repeat(3 // picture.shape[-1], axis=-1) * 255).round().astype(np.uint8))

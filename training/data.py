@@ -75,7 +75,7 @@ def _open(name: str, split: str) -> Any:
         settings = {"path": name, "split": split}
     try:
         return datasets.load_dataset(**settings)
-    except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError) as error:
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise ValueError(f"cannot read the data set {name}: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""The main job from end to end: train on real digits, save, load in a fresh process, draw pictures.
+"""From end to end: train on real digits, save, load in fresh processes, draw pictures, encode held-out digits.
 
 python training/demo.py [--output out/demo] [--steps 2400]
 """
@@ -18,14 +18,14 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Train a small U-Net on handwritten digits, save it as a pipeline, load it in a fresh process, draw pictures."""
+    """Train a small U-Net on handwritten digits, save it as a pipeline, load it in fresh processes, draw pictures."""
 
     output: str = field(default="out/demo", metadata={"help": "folder for the model and the pictures"})
     steps: int | None = field(default=None, metadata={"help": "optimiser steps; by default those of digits.toml"})
 
 
 def main(config: DemoConfig) -> dict[str, Any]:
-    """Run the two scripts as a user would, each in a process of its own."""
+    """Run the scripts as a user would, each in a process of its own."""
     output = Path(config.output)
     model, pictures = output / "digits", output / "pictures"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
@@ -34,13 +34,17 @@ def main(config: DemoConfig) -> dict[str, Any]:
     train += ["--output", str(model), "--overwrite"] + ([] if config.steps is None else ["--steps", str(config.steps)])
     sample = [sys.executable, str(HERE / "sample.py"), "--model", str(model), "--output", str(pictures)]
     sample += ["--data", "digits"]
+    latents = [sys.executable, str(HERE / "reconstruct.py"), "--model", str(model), "--output", str(pictures)]
+    latents += ["--data", "digits", "--config", str(HERE / "configs" / "digits_latents.toml")]
 
     output.mkdir(parents=True, exist_ok=True)
-    seconds = {"training": run(train), "sampling": run(sample)}
+    seconds = {"training": run(train), "sampling": run(sample), "latents": run(latents)}
     made = {
         "model": str(model),
         "by steps": str(pictures / "samples_by_steps.png"),
         "by eta": str(pictures / "samples_by_eta.png"),
+        "reconstructions": str(pictures / "reconstructions.png"),
+        "interpolation": str(pictures / "figure6.png"),
     }
     result = record(config) | {"made": made, "seconds": seconds}
     write_json(output / "demo.json", result)
@@ -64,4 +68,6 @@ if __name__ == "__main__":
     print(f"the model, a GeneralizedDDIMPipeline  {done['made']['model']}  ({done['seconds']['training']:.0f} s)")
     print(f"samples for S = 5, 10, 20, 50, 100    {done['made']['by steps']}")
     print(f"samples for η = 0 … 1 and σ̂           {done['made']['by eta']}")
-    print(f"loading and drawing both              {done['seconds']['sampling']:.0f} s")
+    print(f"held-out digits, encoded and decoded  {done['made']['reconstructions']}")
+    print(f"the grid between four of them         {done['made']['interpolation']}")
+    print(f"drawing                               {done['seconds']['sampling'] + done['seconds']['latents']:.0f} s")

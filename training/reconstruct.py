@@ -164,6 +164,7 @@ def paths(bench: Bench, images: Tensor, refinement_steps: int) -> tuple[dict[str
     S = config.interpolation_steps
     pairs = min(config.paths, len(images) // 2)
     z, _ = bench.encode(images[: 2 * pairs], S, refinement_steps)
+    bench.pipe.set_progress_bar_config(leave=False, desc=f"S = {S}, interpolating")
     settings = {"num_inference_steps": S, "batch_size": config.batch_size, "output_type": "pt"}
     made = bench.pipe.interpolate(z[0::2], z[1::2], config.points, **settings).float().cpu()
     made = made.view(pairs, config.points, *images.shape[1:])
@@ -235,6 +236,7 @@ def main(config: ReconstructConfig) -> dict[str, Any]:
         save("interpolations.png", lambda path: grid(arrays(made)).save(path))
         if len(images) >= 4:
             corners, _ = bench.encode(images[:4], config.interpolation_steps, refinements[0])
+            bench.pipe.set_progress_bar_config(leave=False, desc="interpolating")
             settings = {"num_inference_steps": config.interpolation_steps, "output_type": "pt"}
             cells = bench.pipe.interpolate_grid(corners, config.points, config.batch_size, **settings).float().cpu()
             cells = cells.view(config.points, config.points, *images.shape[1:])

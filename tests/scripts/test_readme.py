@@ -5,6 +5,7 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 
 from ddim_plugin import GeneralizedDDIMScheduler
 
@@ -13,7 +14,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_examples_run(monkeypatch, make_unet, tmp_path):
-    example, saving = BLOCKS
+    example, latents, saving = BLOCKS
     stock = diffusers.DDPMScheduler(clip_sample=True, variance_type="fixed_large")
     ddpm = diffusers.DDPMPipeline(make_unet(channels=3), stock)
     monkeypatch.setattr(diffusers.DDPMPipeline, "from_pretrained", lambda name: ddpm)
@@ -32,6 +33,11 @@ def test_the_examples_run(monkeypatch, make_unet, tmp_path):
     assert [image.size for image in names["images"]] == [(8, 8)] * 16
     assert isinstance(names["sd"].scheduler, GeneralizedDDIMScheduler)
     assert names["scheduler"].config.variance_type == "fixed_small"
+    small = names["pipe"].unet.conv_out.weight  # without training, large outputs make moves that no one can invert
+    torch.nn.init.normal_(small, std=0.01, generator=torch.Generator().manual_seed(0))
+    names["images"] = names["pipe"](batch_size=4, num_inference_steps=10).images
+    exec(latents, names)
+    assert [len(names[name]) for name in ("again", "path", "grid", "variants")] == [4, 11, 25, 4]
     exec(saving, names)
     assert names["pipe"].scheduler.config.timestep_spacing == "quadratic"
     assert (tmp_path / "my-model" / "unet" / "diffusion_pytorch_model.safetensors").exists()

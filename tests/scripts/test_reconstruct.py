@@ -1,0 +1,158 @@
+"""Table 2 and Figs. 5 and 6 as a script, and the image sets it reads."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import reconstruct
+import torch
+from config import build
+from data import load, load_images
+from exact import exact_pipe
+from oracle import Mixture, alphas, linear_betas
+from PIL import Image
+
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+
+ROOT = Path(__file__).parents[2]
+QUICK = {
+    "images": 5,
+    "steps": (2, 3),
+    "refinement_steps": (3,),
+    "strip": (2, 3),
+    "figure_steps": (1, 2),
+    "paths": 2,
+    "points": 3,
+    "interpolation_steps": 2,
+    "columns": 4,
+    "batch_size": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def model(make_unet, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reconstruct") / "model"
+    pipe = GeneralizedDDIMPipeline(make_unet(), GeneralizedDDIMScheduler(eta=0.5, clip_sample=True))
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_it_writes_tables_and_pictures(model, tmp_path):
+    flags = []
+    for key, value in QUICK.items():
+        flags += [f"--{key}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    command = [sys.executable, "training/reconstruct.py", "--model", model, "--output", tmp_path, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=os.environ)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "reconstruct.json").read_text())
+    assert [(row["S"], row["refinement_steps"]) for row in record["table"]] == [(2, 0), (2, 3), (3, 0), (3, 3)]
+    assert record["images"] == 5
+    for row in record["table"]:
+        assert 0 < row["mean_squared_error"] < 1
+        assert row["evaluations_encoding"] <= row["S"] * (row["refinement_steps"] or 1) + 1
+        assert row["seconds"] > 0
+    table = (tmp_path / "table2.md").read_text()
+    assert table == reconstruct.table(record)
+    assert f"{record['table'][1]['mean_squared_error']:.1e}" in table
+    assert record["figure_6"]["largest_over_mean_step"]["largest"] >= 1
+    assert record["figure_5"]["different_latents"] > 0
+    for name in ("table2", "reconstructions", "figure5", "figure6", "interpolations"):
+        assert np.asarray(Image.open(tmp_path / f"{name}.png")).std() > 5
+
+
+def test_the_numbers_are_those_of_the_pipeline(tmp_path, monkeypatch):
+    """On a network that knows its data, against encode and decode by hand; refined beats naive by far."""
+    data = Mixture((0.3, 0.7), (-0.6, 0.5), (0.02, 0.03), alphas(linear_betas()))
+    made = exact_pipe(data, GeneralizedDDIMScheduler(timestep_spacing="leading"), torch.float32, sample_size=8)
+    monkeypatch.setattr(GeneralizedDDIMPipeline, "from_pretrained", lambda name: made)
+    config = build(reconstruct.ReconstructConfig, QUICK | {"model": "x", "output": str(tmp_path), "steps": (10, 40)})
+    record = reconstruct.main(config)
+    naive, refined, finer, _ = (row["mean_squared_error"] for row in record["table"])
+    images = load("digits", "test")[0][:5]
+    pipe = exact_pipe(data, GeneralizedDDIMScheduler(timestep_spacing="leading"), torch.float32, sample_size=8)
+    again = pipe.reconstruct(images, 10, output_type="pt")
+    assert naive == pytest.approx(float((again - images / 255).pow(2).mean()), rel=1e-3)
+    assert refined < naive
+    assert finer < naive
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"images": 0}, "images must be positive"),
+        ({"batch_size": -1}, "batch_size must be positive"),
+        ({"refinement_steps": (1, 2, 3)}, "refinement_steps has 3 entries for 2 steps"),
+        ({"strip": (1, 2, 3)}, "strip takes two"),
+        ({"points": 1}, "points must be at least 2"),
+        ({"data": "nowhere.parquet"}, "there is no file nowhere.parquet"),
+    ],
+)
+def test_bad_settings_leave_nothing(model, tmp_path, values, message):
+    output = tmp_path / "out"
+    with pytest.raises(ValueError, match=message):
+        reconstruct.main(
+            build(reconstruct.ReconstructConfig, QUICK | {"model": str(model), "output": str(output)} | values)
+        )
+    assert not output.exists()
+
+
+# ---- image sets ------------------------------------------------------------------------------------------------
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for i, pixels in enumerate(PIXELS):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def test_a_folder(folder):
+    images = load_images(str(folder), "test", 3, (8, 8), 2)
+    assert np.array_equal(images.permute(0, 2, 3, 1), PIXELS[:2])
+    assert load_images(str(folder), "test", 1, (4, 6), 9).shape == (3, 1, 4, 6)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_file(tmp_path, kind):
+    rows = {"label": [0, 1, 2], "img": [Image.fromarray(pixels) for pixels in PIXELS]}
+    features = datasets.Features({"label": datasets.Value("int64"), "img": datasets.Image()})
+    table = datasets.Dataset.from_dict(rows, features=features)
+    if kind == "parquet":
+        path = tmp_path / "rows.parquet"
+        table.to_parquet(path)
+    else:
+        table.save_to_disk(tmp_path / "rows")
+        path = next((tmp_path / "rows").glob("*.arrow"))
+    images = load_images(str(path), "test", 3, (8, 8), 10)
+    assert np.array_equal(images.permute(0, 2, 3, 1), PIXELS)
+
+
+def test_digits_fit_any_network():
+    assert torch.equal(load_images("digits", "test", 1, (8, 8), 5), load("digits", "test")[0][:5])
+    assert load_images("digits", "test", 3, (16, 16), 5).shape == (5, 3, 16, 16)
+
+
+def test_what_is_no_image_set(tmp_path, folder):
+    (tmp_path / "notes.txt").write_text("none")
+    (tmp_path / "broken.parquet").write_text("none")
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "text.parquet")
+    for name, message in (
+        ("notes.txt", "is no data set: use a folder of images"),
+        ("broken.parquet", "cannot read the data set"),
+        ("text.parquet", "has no column of images: its columns are text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_images(str(tmp_path / name), "test", 3, None, 1)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty"):
+        load_images(str(tmp_path / "empty"), "test", 3, None, 1)
+    with pytest.raises(ValueError, match="the network takes 4 channels"):
+        load_images(str(folder), "test", 4, None, 1)
