@@ -115,7 +115,7 @@ def test_an_existing_output_is_kept(trained):
     ("values", "message"),
     [
         ({"steps": 0}, "steps and batch_size must be positive, not 0"),
-        ({"data": "faces"}, "unknown data set 'faces': use one of digits"),
+        ({"data": "faces"}, "unknown data set 'faces': use digits"),
         ({"lr_schedule": "steps"}, "unknown lr_schedule 'steps'"),
         ({"ema_decay": 1.0}, "ema_decay must be in"),
         ({"scheduler": {"variance_type": "learned_range"}}, "needs the hybrid loss"),
