@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -10,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Generator, Tensor
 
-from . import inversion
-from .images import MODES, grid
+from .images import check_channels, grid, open_image, read
+from .inversion import InversionReport
 from .pipeline import TOLERANCE, GeneralizedDDIMPipeline
 from .process import VARIANCES
 from .schedulers import GeneralizedDDIMScheduler
@@ -24,7 +25,7 @@ from .tau import SPACINGS
 from .version import __version__
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 LATENTS = "latents.safetensors"
 
 Made = dict[str, Any]
@@ -61,14 +62,17 @@ def parser() -> argparse.ArgumentParser:
         "draw images from noise, or decode latents",
         "user/model --num 16 --steps 20 --seed 0 --output out",
     )
-    sub.add_argument("--num", type=int, help="images to draw (default: 16, or as many as --latents)")
-    sub.add_argument("--latents", metavar="FILE", help="decode these latents instead, as written by encode")
+    sub.add_argument("--num", type=int, help="images to draw (default: 16)")
+    sub.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i (default: %(default)s)")
+    sub.add_argument("--latents", metavar="FILE", help="decode these latents instead, with the settings they came with")
+    _strength(sub)
     sub.add_argument("--eta", type=float, help="η of Eq. 16: 0 is DDIM, 1 DDPM (default: the model's)")
     sub.add_argument("--variance", choices=VARIANCES, help="kind of noise (default: the model's)")
     sub.add_argument(
         "--clip", action=argparse.BooleanOptionalAction, help="clip x̂0 in each step (default: the model's)"
     )
     _shared(sub)
+    _columns(sub)
 
     sub = command(
         "encode",
@@ -91,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
     _images(sub)
     _refinement(sub)
     _shared(sub)
+    _columns(sub)
 
     sub = command(
         "interpolate",
@@ -100,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
         "user/model a.png b.png --steps 50 --refine 5 --output out",
     )
     _images(sub, nargs="*")
-    sub.add_argument("--latents", metavar="FILE", help="the ends as latents, as written by encode")
+    sub.add_argument("--latents", metavar="FILE", help="the ends as latents, with the settings they came with")
     sub.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="the ends drawn from noise")
     sub.add_argument("--points", type=int, default=11, help="images on a path (default: %(default)s)")
     _refinement(sub)
@@ -120,9 +125,15 @@ def _refinement(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--tolerance", type=float, default=TOLERANCE, help="residual at which a move is solved (default: %(default)s)"
     )
-    sub.add_argument(
-        "--strength", type=float, default=1.0, help="part of the way to noise to go, in (0, 1] (default: %(default)s)"
-    )
+    _strength(sub)
+
+
+def _strength(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--strength", type=float, help="part of the way to noise to go, in (0, 1] (default: 1)")
+
+
+def _columns(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default: %(default)s)")
 
 
 def _shared(sub: argparse.ArgumentParser) -> None:
@@ -132,11 +143,10 @@ def _shared(sub: argparse.ArgumentParser) -> None:
     steps.add_argument("--steps", type=int, default=None, help="number of steps S (default: 50)")
     steps.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="τ itself: network times, descending")
     sub.add_argument("--spacing", choices=SPACINGS, help="τ by name (default: the model's)")
-    sub.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i (default: %(default)s)")
     sub.add_argument("--class-label", type=int, nargs="+", metavar="C", help="one for all images, or one for each")
-    sub.add_argument("--guidance-scale", type=float, default=1.0, help="classifier-free guidance (default: none)")
+    sub.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: none)")
+    sub.add_argument("--null-class-label", type=int, metavar="C", help="stands for no class (default: the last)")
     sub.add_argument("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
-    sub.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default: %(default)s)")
     sub.add_argument("--device", help="cpu, cuda, … (default: an accelerator if there is one)")
     sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network (default: %(default)s)")
     sub.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
@@ -155,11 +165,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             "seconds": time.perf_counter() - start,
             "version": __version__,
         }
-        for path in _write(Path(args.output), made):
+        for path in _write(Path(args.output), made, args):
             print(path)
     except (ValueError, OSError) as error:
         print(f"ddim-plugin {args.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"ddim-plugin {args.command}: interrupted, nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -167,17 +180,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def sample(args: argparse.Namespace) -> Made:
-    latents = _load_latents(args.latents) if args.latents else None
-    num = args.num if args.num is not None else 16 if latents is None else len(latents)
-    if latents is not None and num != len(latents):
-        raise ValueError(f"--num {num} and {len(latents)} latents disagree: leave --num out")
+    if args.latents:
+        return _decode(args)
+    if args.strength is not None:
+        raise ValueError("--strength needs --latents: noise is decoded from the top")
+    num = 16 if args.num is None else args.num
     labels = _labels(args, num)
+    generators = [_generator(args.seed + i) for i in range(num)]
     changes = {"eta": args.eta, "variance_type": args.variance, "clip_sample": args.clip}
     pipe = _load(args, {key: value for key, value in changes.items() if value is not None})
-    shape = pipe._shape(num, None) if latents is None else latents.shape
-    generators = [Generator().manual_seed(args.seed + i) for i in range(num)]
-    if latents is None:  # drawn here to be written; the generators go on to the noise of the steps
-        latents = torch.cat([torch.randn(1, *shape[1:], generator=generator) for generator in generators])
+    # Drawn here to be written; the generators go on to the noise of the steps.
+    latents = torch.cat([_noise(pipe, generator) for generator in generators])
     images = []
     for part in _parts(num, args.batch_size):
         images.append(
@@ -185,32 +198,39 @@ def sample(args: argparse.Namespace) -> Made:
                 latents=latents[part],
                 generator=generators[part],
                 class_labels=labels[part] if labels else None,
-                guidance_scale=args.guidance_scale,
                 output_type="np",
                 **_times(args),
+                **_guidance(args),
             ).images
         )
     rows = _rows(np.concatenate(images), args.columns)
     return {"samples.png": grid(rows), LATENTS: latents, "sample.json": {"images": num}}
 
 
+def _decode(args: argparse.Namespace) -> Made:
+    """The images of latents, in the deterministic process."""
+    given = [name for name in ("num", "eta", "variance", "clip") if getattr(args, name) is not None]
+    if given:
+        raise ValueError(f"--{given[0]} says how noise becomes images: leave it out with --latents")
+    z = _load_latents(args)
+    pipe = _load(args, _deterministic())
+    images = pipe.decode(z, **_decoding(args, _labels(args, len(z))))
+    rows = _rows(_array(images), args.columns)
+    return {"samples.png": grid(rows), LATENTS: z, "sample.json": {"images": len(z)}}
+
+
 def encode(args: argparse.Namespace) -> Made:
     pipe, images = _load_with_images(args)
     z, report = _encode(pipe, images, args)
-    print(report, file=sys.stderr)
     return {LATENTS: z, "encode.json": {"report": report.to_dict(), "images": _files(args.images)}}
 
 
 def reconstruct(args: argparse.Namespace) -> Made:
     pipe, images = _load_with_images(args)
     z, report = _encode(pipe, images, args)
-    labels = _labels(args, len(z))
-    again = torch.cat(
-        [pipe.decode(z[part], **_decoding(args, labels, part)).cpu() for part in _parts(len(z), args.batch_size)]
-    )
-    original = torch.cat([_tensor(image) for image in images])
+    again = pipe.decode(z, **_decoding(args, _labels(args, len(z)))).cpu()
+    original = (read(images, pipe.unet.config.in_channels, None) + 1) / 2
     mse = (again - original).pow(2).flatten(1).mean(1)
-    print(report, file=sys.stderr)
     print(f"error for a dimension, on [0, 1]: {mse.mean():.3g} (mean of {len(mse)} images)", file=sys.stderr)
     rows, names = [], []
     for first, second in zip(_rows(_array(original), args.columns), _rows(_array(again), args.columns), strict=True):
@@ -221,36 +241,34 @@ def reconstruct(args: argparse.Namespace) -> Made:
 
 
 def interpolate(args: argparse.Namespace) -> Made:
-    given = [bool(args.images), bool(args.latents), bool(args.seeds)]
-    if sum(given) != 1:
+    if sum(map(bool, (args.images, args.latents, args.seeds))) != 1:
         raise ValueError("give the ends in one way: two or four images, --latents FILE, or --seeds")
-    if args.class_label and len(args.class_label) > 1:
-        raise ValueError("an interpolation takes one --class-label")
     if args.points < 2:
         raise ValueError(f"--points must be at least 2, not {args.points}")
-    ends = _files(args.images) if args.images else args.seeds
-    z = _load_latents(args.latents) if args.latents else None
-    number = len(ends) if z is None else len(z)
+    if args.seeds and args.strength is not None:
+        raise ValueError("--strength needs images or --latents: noise is decoded from the top")
+    z = _load_latents(args) if args.latents else None
+    if args.class_label and len(set(args.class_label)) > 1:
+        raise ValueError("an interpolation takes one --class-label")
+    number = len(z) if z is not None else len(args.seeds or _files(args.images))
     if number not in (2, 4):
         raise ValueError(f"give two ends for a path or four for a grid, not {number}")
     result: dict[str, Any] = {}
     if args.images:
         pipe, images = _load_with_images(args)
         z, report = _encode(pipe, images, args)
-        print(report, file=sys.stderr)
         result["report"] = report.to_dict()
     else:
+        generators = [_generator(seed) for seed in args.seeds or []]
         pipe = _load(args, _deterministic())
-    if args.seeds:
-        shape = pipe._shape(1, None)
-        z = torch.cat([torch.randn(shape, generator=Generator().manual_seed(seed)) for seed in args.seeds])
-    labels = args.class_label[0] if args.class_label else None
-    settings = {**_decoding(args, None, slice(None)), "class_labels": labels, "batch_size": args.batch_size}
+        if z is None:
+            z = torch.cat([_noise(pipe, generator) for generator in generators])
+    settings = _decoding(args, args.class_label[0] if args.class_label else None)
     if number == 2:
-        images = pipe.interpolate(z[0], z[1], args.points, **settings)
+        made = pipe.interpolate(z[0], z[1], args.points, **settings)
     else:
-        images = pipe.interpolate_grid(z, args.points, **settings)
-    rows = _rows(_array(images), args.points)
+        made = pipe.interpolate_grid(z, args.points, **settings)
+    rows = _rows(_array(made), args.points)
     return {"interpolation.png": grid(rows), LATENTS: z, "interpolate.json": result}
 
 
@@ -269,6 +287,14 @@ def _check(args: argparse.Namespace) -> None:
     there = [name for name in args.files if (output / name).exists()]
     if there and not args.overwrite:
         raise ValueError(f"{output / there[0]} exists: choose another --output, or pass --overwrite")
+    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"--output {output} cannot be written: {parent} is no folder one may write to")
+    if args.device is not None:
+        try:
+            torch.empty(1, device=args.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from error
     if Path(args.model).exists() and not (Path(args.model) / "model_index.json").is_file():
         raise ValueError(f"{args.model} is no model: it has no model_index.json")
     if getattr(args, "images", None):
@@ -288,6 +314,7 @@ def _load(args: argparse.Namespace, changes: dict[str, Any]) -> GeneralizedDDIMP
     for key, value in changes.items():
         if key in before and before[key] != value:
             print(f"note: {key}={value}, the model has {before[key]}", file=sys.stderr)
+    check_channels(pipe.unet.config.in_channels)
     pipe.set_progress_bar_config(desc=args.command, leave=False)
     return pipe.to(device=args.device or _accelerator(), dtype=DTYPES[args.dtype])
 
@@ -323,63 +350,63 @@ def _load_with_images(args: argparse.Namespace) -> tuple[GeneralizedDDIMPipeline
     """The model, deterministic, and the images in its mode and, where asked, its size."""
     files = _files(args.images)
     _labels(args, len(files))
-    pictures = []
-    for file in files:
-        with Image.open(file) as image:  # raises OSError naming the file
-            image.load()
-            pictures.append(image)
     pipe = _load(args, _deterministic())
-    mode = MODES.get(pipe.unet.config.in_channels)
-    if mode is None:
-        raise ValueError(f"the network takes {pipe.unet.config.in_channels} channels: image files have 1 or 3")
-    size = pipe._size()
-    images = []
-    for file, image in zip(files, pictures, strict=True):
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"{file} has mode {image.mode!r}: convert it to 8 bits first")
-        image = image.convert(mode)
-        if size is not None and image.size != size[::-1]:
-            if not args.resize:
-                raise ValueError(
-                    f"{file} is {image.width}×{image.height}, the network takes {size[1]}×{size[0]} (width × height): "
-                    "pass --resize to crop and resize"
-                )
-            image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
-        images.append(image)
+    channels, size = pipe.unet.config.in_channels, pipe.image_size
+    try:
+        images = [open_image(file, channels, size, args.resize) for file in files]
+    except ValueError as error:
+        hint = " (--resize)" if "resize" in str(error) else ""
+        raise ValueError(f"{error}{hint}") from error
+    read(images, channels, size)  # all of one size
     return pipe, images
 
 
-def _encode(pipe: GeneralizedDDIMPipeline, images: list[Image.Image], args: argparse.Namespace) -> tuple[Tensor, Any]:
-    labels = _labels(args, len(images))
-    latents, reports = [], []
-    for part in _parts(len(images), args.batch_size):
-        z, report = pipe.encode(
-            images[part],
-            strength=args.strength,
-            class_labels=labels[part] if labels else None,
-            guidance_scale=args.guidance_scale,
-            refinement_steps=args.refine,
-            tolerance=args.tolerance,
-            return_report=True,
-            **_times(args),
-        )
-        latents.append(z.cpu())
-        reports.append(report)
-    return torch.cat(latents), inversion.join(reports)
+def _encode(
+    pipe: GeneralizedDDIMPipeline, images: list[Image.Image], args: argparse.Namespace
+) -> tuple[Tensor, InversionReport]:
+    """Latents on the CPU, and their report, which is also printed."""
+    settings = _decoding(args, _labels(args, len(images)))
+    del settings["output_type"]
+    z, report = pipe.encode(
+        images, refinement_steps=args.refine, tolerance=args.tolerance, return_report=True, **settings
+    )
+    print(report, file=sys.stderr)
+    return z.cpu(), report
 
 
-def _decoding(args: argparse.Namespace, labels: list[int] | None, part: slice) -> dict[str, Any]:
+def _decoding(args: argparse.Namespace, labels: int | list[int] | None) -> dict[str, Any]:
+    """Keywords of `decode`."""
     return {
-        "strength": args.strength,
-        "class_labels": labels[part] if labels else None,
-        "guidance_scale": args.guidance_scale,
+        "strength": 1.0 if args.strength is None else args.strength,
+        "class_labels": labels,
+        "batch_size": args.batch_size,
         "output_type": "pt",
         **_times(args),
+        **_guidance(args),
     }
 
 
 def _times(args: argparse.Namespace) -> dict[str, Any]:
     return {"num_inference_steps": args.steps, "timesteps": args.timesteps}
+
+
+def _guidance(args: argparse.Namespace) -> dict[str, Any]:
+    scale = 1.0 if args.guidance_scale is None else args.guidance_scale
+    return {"guidance_scale": scale, "null_class_label": args.null_class_label}
+
+
+def _generator(seed: int) -> Generator:
+    try:
+        return Generator().manual_seed(seed)
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise ValueError(f"a seed must fit 64 bits, not {seed}") from error
+
+
+def _noise(pipe: GeneralizedDDIMPipeline, generator: Generator) -> Tensor:
+    """x_T of one image, (1, C, H, W)."""
+    if pipe.image_size is None:
+        raise ValueError("the network's config has no sample_size: pass --latents of the wanted size")
+    return torch.randn(1, pipe.unet.config.in_channels, *pipe.image_size, generator=generator)
 
 
 def _labels(args: argparse.Namespace, num: int) -> list[int] | None:
@@ -399,37 +426,46 @@ def _rows(images: np.ndarray, columns: int) -> list[np.ndarray]:
     return [images[part] for part in _parts(len(images), columns)]
 
 
-def _tensor(image: Image.Image) -> Tensor:
-    """(1, C, H, W) in [0, 1]."""
-    array = np.asarray(image)
-    return torch.from_numpy(array.reshape(1, *array.shape[:2], -1).copy()).permute(0, 3, 1, 2).float() / 255
-
-
 def _array(images: Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).float().cpu().numpy()
 
 
-def _load_latents(file: str) -> Tensor:
-    """The tensor "latents" of a safetensors file."""
+KEPT = ("steps", "timesteps", "spacing", "strength", "class_label", "guidance_scale", "null_class_label")
+"""Settings that latents are decoded with as they were made; they are kept in the file's metadata."""
+
+
+def _load_latents(args: argparse.Namespace) -> Tensor:
+    """The tensor "latents" of --latents; settings that are not given are taken over from its metadata."""
+    file = args.latents
     if not Path(file).is_file():
         raise ValueError(f"there is no file {file}")
     try:
-        tensors = load_file(file)
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+            if "latents" not in names:
+                raise ValueError(f"{file} holds no latents: it has {', '.join(names) or 'nothing'}")
+            z, kept = opened.get_tensor("latents"), json.loads((opened.metadata() or {}).get("ddim_plugin", "{}"))
     except SafetensorError as error:
         raise ValueError(f"{file} is no safetensors file: {error}") from error
-    if "latents" not in tensors:
-        raise ValueError(f"{file} holds no latents: it has {', '.join(tensors) or 'nothing'}")
-    return tensors["latents"]
+    if z.ndim != 4 or len(z) == 0:
+        raise ValueError(f"{file} holds latents of shape {tuple(z.shape)}: they must be (B, C, H, W)")
+    if args.steps is not None or args.timesteps is not None:
+        kept = {key: value for key, value in kept.items() if key not in ("steps", "timesteps")}
+    for key in KEPT:
+        if getattr(args, key) is None and kept.get(key) is not None:
+            setattr(args, key, kept[key])
+    return z
 
 
-def _write(output: Path, made: Made) -> list[Path]:
+def _write(output: Path, made: Made, args: argparse.Namespace) -> list[Path]:
     """Write each file aside and rename it, so that no reader meets half a file."""
     output.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, content in made.items():
         path, aside = output / name, output / f".{name}.part"
         if isinstance(content, Tensor):
-            save_file({"latents": content.cpu().contiguous()}, aside)
+            kept = json.dumps({key: getattr(args, key) for key in KEPT})
+            save_file({"latents": content.cpu().contiguous()}, aside, {"ddim_plugin": kept})
         elif isinstance(content, Image.Image):
             content.save(aside, format="PNG")
         else:

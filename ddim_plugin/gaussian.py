@@ -13,8 +13,10 @@ def slerp(x0: Tensor, x1: Tensor, a: float) -> Tensor:
     `x0` and `x1` are (B, …) of one shape, `a` in [0, 1]. For a = 0 and a = 1 the ends, exactly. Parallel samples are
     interpolated linearly, which is the formula's limit. Opposite ones (within `OPPOSITE`) have no shortest path: they
     are joined by a great circle, through a fixed direction where they leave none, with the norm in between.
-    Raises ValueError for shapes that differ.
+    Raises ValueError for shapes that differ, and for `a` outside [0, 1].
     """
+    if not 0 <= a <= 1:
+        raise ValueError(f"slerp goes from a = 0 to a = 1, not to {a!r}")
     if x0.shape != x1.shape or x0.ndim < 2:
         raise ValueError(f"slerp needs two batches of one shape, not {tuple(x0.shape)} and {tuple(x1.shape)}")
     if a == 0 or a == 1:
@@ -51,4 +53,4 @@ def _across(u: Tensor, v: Tensor) -> Tensor:
     fixed = torch.randn(u.shape[1], generator=torch.Generator().manual_seed(0)).to(u)
     towards = torch.where((u + v).norm(dim=1, keepdim=True) < 1e-6, fixed.expand_as(u), v)
     across = towards - (towards * u).sum(1, keepdim=True) * u
-    return across / across.norm(dim=1, keepdim=True)
+    return _unit(across, across.norm(dim=1, keepdim=True))  # 0 in one dimension, where there is none

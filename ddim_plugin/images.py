@@ -1,11 +1,12 @@
 """Images on their way into a network, checked, and grids of images on their way out."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 Images = Any
@@ -41,6 +42,8 @@ def _read(image: Any, channels: int, name: str) -> Tensor:
         mode = MODES.get(channels)
         if image.mode != mode:
             remedy = f'image.convert("{mode}")' if mode else f"pass a tensor with {channels} channels"
+            if _is_deep(image):
+                remedy = "scale it to 0..255 first"
             raise ValueError(f"{name} has mode {image.mode!r}; this network takes {channels} channels: {remedy}")
         image = np.asarray(image)
     if isinstance(image, np.ndarray):
@@ -50,7 +53,14 @@ def _read(image: Any, channels: int, name: str) -> Tensor:
                 f"{name} has shape {image.shape}: an array must be (H, W, {channels}) or (B, H, W, {channels}) for "
                 "this network" + (", or (H, W)" if channels == 1 else "")
             )
-        x = torch.tensor(array if array.ndim == 4 else array[None]).permute(0, 3, 1, 2)
+        if array.dtype.kind not in "uif":
+            raise ValueError(
+                f"{name} is of type {array.dtype}: pass bytes (uint8), or floating-point numbers in [0, 1]"
+            )
+        if array.dtype.itemsize > 8:  # more than torch has
+            array = array.astype(np.float64)
+        native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+        x = torch.from_numpy(native if native.ndim == 4 else native[None]).permute(0, 3, 1, 2)
     elif isinstance(image, Tensor):
         x = image if image.ndim == 4 else image[None]
         if x.ndim != 4 or x.shape[1] != channels:
@@ -74,6 +84,52 @@ def _read(image: Any, channels: int, name: str) -> Tensor:
     return x
 
 
+def open_image(file: str | Path, channels: int, size: tuple[int, int] | None, resize: bool = False) -> Image.Image:
+    """An image file as a PIL image for a network: upright, in gray or RGB, and of its size (H, W).
+
+    `resize` crops to the shape of `size` and resizes to it (Lanczos); without, another size is refused.
+    Raises ValueError naming a file that is damaged, has more than 8 bits, or transparency.
+    """
+    try:
+        with Image.open(file) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the image {file}: {error}") from error
+    return fit(image, channels, size, resize, str(file))
+
+
+def fit(image: Image.Image, channels: int, size: tuple[int, int] | None, resize: bool, name: str) -> Image.Image:
+    """A PIL image in the mode and, with `resize`, the size that a network takes; as `open_image`."""
+    mode = check_channels(channels)
+    if _is_deep(image):
+        raise ValueError(f"{name} has mode {image.mode!r}, more than 8 bits: scale it to 0..255 first")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        raise ValueError(
+            f"{name} has transparency, which has no place in a picture of the model: put it on a background"
+        )
+    image = image.convert(mode)
+    if size is not None and image.size != size[::-1]:
+        if not resize:
+            raise ValueError(
+                f"{name} is {image.width}×{image.height}, the network takes {size[1]}×{size[0]} (width × height): "
+                "crop and resize it"
+            )
+        image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+    return image
+
+
+def check_channels(channels: int) -> str:
+    """The mode of pictures with this many channels, or ValueError where there is none."""
+    if channels not in MODES:
+        raise ValueError(f"the network takes {channels} channels: pictures have 1 or 3")
+    return MODES[channels]
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith(("I", "F"))
+
+
 def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), title: str = "", cell: int = 64) -> Image.Image:
     """One row of pictures for each entry of `rows`, each (N, H, W, C) in [0, 1], with its label on the left.
 
@@ -81,6 +137,7 @@ def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), title: str = ""
     font that comes with Pillow has no Greek.
     """
     labels = labels or [""] * len(rows)
+    check_channels(rows[0].shape[-1])
     scale = max(1, round(cell / rows[0].shape[1]))
     height, width = rows[0].shape[1] * scale, rows[0].shape[2] * scale
     gap, columns = max(2, scale // 2), max(len(row) for row in rows)

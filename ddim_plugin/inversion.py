@@ -6,8 +6,9 @@ its own. f is the sampler's own step, rounding and all, so that what is found is
 to the data f ends with the clamp to −1..1 that makes an image of x_0: a black pixel asks for x̂0 ≤ −1, not for −1.
 
 That move is where an inverse may not exist, since a picture need not lie in the range of x̂0(·, τ_1); the lower τ_1, the
-nearer it does. Where f′ is small, a small residual takes a large change of x_t: the search starts at the naive inverse
-and ends when it makes no more progress, which keeps it near the latents that noise would have.
+nearer it does. Where f′ is small, a small residual takes a large change of x_t. The search starts at the naive inverse
+and ends when it makes no more progress; the report gives the deviation of the latents beside the residuals, since
+latents that leave the shell of noise are worth less.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +26,13 @@ MEMORY = 5
 """Earlier iterates that an accelerated one is made from."""
 
 PATIENCE = 6
-"""Evaluations in a row without `PROGRESS` after which an image counts as at its floor."""
+"""Evaluations over which the residual must make `PROGRESS`, or the search for an image ends."""
+
+SETTLED = 3
+"""The same, to tell whether an image is at its floor after a search of no more than `PATIENCE` evaluations."""
 
 PROGRESS = 0.9
-"""Factor by which the residual must fall to count as progress."""
+"""Factor by which the smallest residual must fall to count as progress."""
 
 GROWTH = 2.0
 """Factor over the best residual at which an iteration is taken back to its best iterate, with half the step."""
@@ -48,7 +52,7 @@ class Solution:
     output: Tensor  # the network's, at x
     residual: NDArray[np.float64]  # root mean square of x_s − f(x_t)
     evaluations: NDArray[np.int64]
-    at_floor: NDArray[np.bool_]  # stopped because it no longer fell
+    at_floor: NDArray[np.bool_]  # no progress at the end
     damped: NDArray[np.bool_]  # grew at least once, and was taken back
 
     def report(self, tolerance: float, unit: float, cost: int, guessed: bool) -> "MoveReport":
@@ -79,7 +83,8 @@ def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, eval
     """
     B = len(guess)
     best, best_residual, best_output = guess.clone(), torch.zeros_like(guess), torch.empty(0)
-    smallest, spent, stale = np.full(B, np.inf), np.zeros(B, np.int64), np.zeros(B, np.int64)
+    smallest, spent = np.full(B, np.inf), np.zeros(B, np.int64)
+    falls: list[NDArray[np.float64]] = []  # the smallest residuals after each evaluation
     damped, born, gamma = np.zeros(B, bool), np.zeros(B, np.int64), np.full(B, step)
     active, x = np.arange(B), guess
     history: list[tuple[Tensor, Tensor]] = []  # (x, residual) of the active images, the newest last
@@ -90,10 +95,10 @@ def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, eval
             best_output = output.clone()
         size = root_mean_square(r)
         spent[active] += 1
-        stale[active] = np.where(size < PROGRESS * smallest[active], 0, stale[active] + 1)
         grown = ~(size <= GROWTH * smallest[active])  # NaN has grown
         better = size < smallest[active]
         smallest[active] = np.where(better, size, smallest[active])
+        falls.append(smallest.copy())
         keep = torch.as_tensor(better, device=guess.device)
         kept = rows[keep]
         best[kept], best_residual[kept], best_output[kept] = x[keep], r[keep], output[keep]
@@ -103,7 +108,7 @@ def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, eval
         gamma[lost] /= 2
         back = torch.as_tensor(grown, device=guess.device).view(-1, *[1] * (x.ndim - 1))
         history.append((torch.where(back, best[rows], x), torch.where(back, best_residual[rows], r)))
-        going = (smallest[active] > tolerance) & (stale[active] < PATIENCE)
+        going = (smallest[active] > tolerance) & ~_settled(falls, PATIENCE)[active]
         if not going.any():
             break
         if not going.all():
@@ -113,7 +118,16 @@ def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, eval
         first = i + 1 - len(history)
         known = np.arange(first, i)[None, :] >= born[active][:, None]
         x = _next(history, gamma[active], known)
-    return Solution(best, best_output, smallest, spent, (stale >= PATIENCE) & (smallest > tolerance), damped)
+    windows = np.where(spent > PATIENCE, PATIENCE, SETTLED)
+    settled = [_settled(falls[:count], window)[j] for j, (count, window) in enumerate(zip(spent, windows, strict=True))]
+    return Solution(best, best_output, smallest, spent, np.array(settled) & ~(smallest <= tolerance), damped)
+
+
+def _settled(falls: list[NDArray[np.float64]], window: int) -> NDArray[np.bool_]:
+    """For each image, whether the smallest residual made no `PROGRESS` over the last `window` evaluations."""
+    if len(falls) <= window:
+        return np.zeros(len(falls[0]), bool)
+    return ~(falls[-1] < PROGRESS * falls[-1 - window])
 
 
 def _next(history: list[tuple[Tensor, Tensor]], gamma: NDArray[np.float64], known: NDArray[np.bool_]) -> Tensor:
@@ -124,23 +138,26 @@ def _next(history: list[tuple[Tensor, Tensor]], gamma: NDArray[np.float64], know
     x, r = history[-1]
     work = precise(x)
     shape = (-1, *[1] * (x.ndim - 1))
-    new = x.to(work)
-    mean_r = r.to(work)
+    new, mean_r = x.to(work), r.to(work)
     if known.any():
         counts = torch.as_tensor(known, device=x.device)
-        rows = mean_r.flatten(1)
         changes = torch.stack([(past - r).flatten(1) for _, past in history[:-1]], 1).to(work)
-        changes = changes * counts[..., None]
-        gram, right = changes @ changes.mT, changes @ rows[..., None]
-        diagonal = gram.diagonal(dim1=1, dim2=2)
-        ridge = torch.where(diagonal > 0, 1e-10 * diagonal, torch.ones_like(diagonal))
-        weights = -torch.linalg.solve(gram + torch.diag_embed(ridge), right)[..., 0] * counts
+        changes = torch.where(counts[..., None], changes, torch.zeros_like(changes))
+        gram, right = changes @ changes.mT, changes @ mean_r.flatten(1)[..., None]
+        weights = _weights(gram.cpu().double(), right.cpu().double(), torch.finfo(work).eps).to(x.device, work)
         for j, (past_x, past_r) in enumerate(history[:-1]):
-            weight = weights[:, j].view(shape)
-            new = new + weight * (past_x - x)
-            mean_r = mean_r + weight * (past_r - r)
+            weight, counted = weights[:, j].view(shape), counts[:, j].view(shape)
+            new = new + torch.where(counted, weight * (past_x - x), torch.zeros_like(new))
+            mean_r = mean_r + torch.where(counted, weight * (past_r - r), torch.zeros_like(mean_r))
     step = torch.as_tensor(gamma, device=x.device).to(work).view(shape)
     return (new + step * mean_r).to(x.dtype)
+
+
+def _weights(gram: Tensor, right: Tensor, eps: float) -> Tensor:
+    """−(G + ridge)⁻¹·right of each image, (B, m): a few numbers, whose errors relative to G are `eps`."""
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    ridge = torch.where(diagonal > 0, max(1e-10, 10 * eps) * diagonal, torch.ones_like(diagonal))
+    return -torch.linalg.solve(gram + torch.diag_embed(ridge), right)[..., 0]
 
 
 def root_mean_square(x: Tensor) -> NDArray[np.float64]:
@@ -208,7 +225,7 @@ class InversionReport:
             not measured (the naive inverse).
         evaluations: network evaluations spent; a guided one counts twice.
         converged: whether the residual reached `tolerance`.
-        at_floor: whether it had stopped falling above that: no x_t gives this x_s any better.
+        at_floor: whether it had stopped falling above that, by 10 % at least over the last evaluations made.
         damped: whether an iteration grew and was taken back.
         tolerance: the residual that was asked for.
         latent_mean, latent_std: of each latent, (B,): 0 and 1 for one that lies where noise does.

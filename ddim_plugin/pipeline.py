@@ -7,7 +7,6 @@ from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
@@ -42,7 +41,7 @@ class Condition(NamedTuple):
     null_labels: Tensor | None
     scale: float
 
-    def rows(self, rows: Tensor) -> "Condition":
+    def rows(self, rows: Tensor | slice) -> "Condition":
         labels, null_labels = (None if each is None else each[rows] for each in self[:2])
         return Condition(labels, null_labels, self.scale)
 
@@ -65,6 +64,12 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """(H, W) of the network's images; None where its config does not say."""
+        size = self.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else size and tuple(size)
 
     @torch.no_grad()
     def __call__(
@@ -160,13 +165,16 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         null_class_label: int | None = None,
         refinement_steps: int = 0,
         tolerance: float = TOLERANCE,
+        batch_size: int | None = None,
         return_report: bool = False,
     ) -> Tensor | tuple[Tensor, InversionReport]:
         """The latents x_T that images come from in the deterministic process (Sections 4.3 and 5.4).
 
         The naive inverse (`refinement_steps=0`) takes each move backwards with the network evaluated at its lower end:
         decoding returns to the image only as S grows (Table 2). With `refinement_steps` each move is solved for its
-        upper end, so that decoding at the same S does: see `ddim_plugin.inversion`. Each image is encoded on its own.
+        upper end, so that decoding at the same S does: see `ddim_plugin.inversion`. Each image is encoded on its own;
+        what is left of its neighbours is the rounding of the network at another batch size, which a move that did not
+        converge can amplify.
 
         Args:
             images: PIL images, arrays (B, H, W, C), tensors (B, C, H, W), one of them or a list; bytes, or numbers in
@@ -179,6 +187,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
                 its guess.
             tolerance: residual, as a root mean square over the pixels of (x_s − f(x_t))/√ᾱ_s in units of the network's
                 images (−1..1), at which a move is solved.
+            batch_size: images encoded together; all by default.
             return_report: also return an `InversionReport`.
 
         Returns:
@@ -186,15 +195,16 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: before the network is called, for images, labels, times or settings that do not fit; for a
-                scheduler that adds noise (η > 0) or constrains x̂0, whose moves have no inverse.
+                scheduler that adds noise (η > 0) or constrains x̂0, whose moves have no inverse. Afterwards, for latents
+                that are not finite.
         """
         if not is_integer(refinement_steps) or refinement_steps < 0:
             raise ValueError(f"refinement_steps must be a non-negative integer, not {refinement_steps!r}")
         if not isinstance(tolerance, Real) or not 0 <= tolerance < math.inf:
             raise ValueError(f"tolerance must be a non-negative number, not {tolerance!r}")
         self._check_deterministic(invertible=True)
-        size = self._size()
-        x = pictures.read(images, self.unet.config.in_channels, size)
+        batches = _batches(batch_size)
+        x = pictures.read(images, self.unet.config.in_channels, self.image_size)
         device, network_dtype = self._execution_device, self.unet.dtype
         condition = self._condition(class_labels, guidance_scale, null_class_label, len(x), device)
         self._check_channels()
@@ -203,8 +213,31 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         self._set_timesteps(inverse, num_inference_steps, timesteps, device)
         moves = self._moves(strength)
 
-        x = image = x.to(device=device, dtype=torch.promote_types(network_dtype, torch.float32))
-        cost = 1 if condition.null_labels is None else 2
+        x = x.to(device=device, dtype=torch.promote_types(network_dtype, torch.float32))
+        parts = [
+            self._ascend(x[rows], inverse, moves, network_dtype, condition.rows(rows), refinement_steps, tolerance)
+            for rows in batches(len(x))
+        ]
+        self.maybe_free_model_hooks()
+        z = torch.cat([latents for latents, _ in parts])
+        if not bool(torch.isfinite(z).all()):
+            raise ValueError(
+                "the latents are not finite: the network gave NaN or infinity (in half precision, try float32)"
+            )
+        return (z, inversion.join([report for _, report in parts])) if return_report else z
+
+    def _ascend(
+        self,
+        x: Tensor,
+        inverse: InverseDDIMScheduler,
+        moves: int,
+        network_dtype: torch.dtype,
+        condition: Condition,
+        refinement_steps: int,
+        tolerance: float,
+    ) -> tuple[Tensor, InversionReport]:
+        """The first `moves` moves up from the images `x`, and their report."""
+        image, cost = x, 1 if condition.null_labels is None else 2
         reports: list[inversion.MoveReport] = []
         at_x: GeneralizedDDIMSchedulerOutput | None = None  # the sampler's step from x, where it is known
         for i, t in enumerate(self.progress_bar(inverse.timesteps[:moves])):
@@ -229,9 +262,6 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             x = solution.x
             at_x = self.scheduler.step(solution.output, down, x, eta=0.0)
 
-        self.maybe_free_model_hooks()
-        if not return_report:
-            return x
         return x, inversion.report(inverse.timesteps[:moves].tolist(), reports, tolerance, x)
 
     @torch.no_grad()
@@ -244,6 +274,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         class_labels: int | Sequence[int] | Tensor | None = None,
         guidance_scale: float = 1.0,
         null_class_label: int | None = None,
+        batch_size: int | None = None,
         output_type: str = "pil",
     ) -> Any:
         """The images of latents: the call with `latents` and η = 0, bit for bit.
@@ -251,6 +282,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         Args:
             latents: x_T, or x_t from `encode` with the same `strength`; (B, C, H, W).
             strength: the part of the moves to make, as in `encode`.
+            batch_size: images decoded together; all by default.
             num_inference_steps, timesteps, class_labels, guidance_scale, null_class_label, output_type: as in the call.
 
         Returns:
@@ -262,13 +294,19 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         _check_output_type(output_type)
         self._check_deterministic()
         self._check_latents(latents)
+        batches = _batches(batch_size)
         device, network_dtype = self._execution_device, self.unet.dtype
         condition = self._condition(class_labels, guidance_scale, null_class_label, len(latents), device)
         self._check_channels()
         self._set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
-        moves = self._moves(strength)
+        times = self.scheduler.timesteps[-self._moves(strength) :]
         x = latents.to(device=device, dtype=torch.promote_types(network_dtype, torch.float32))
-        x = self._descend(x, self.scheduler.timesteps[-moves:], network_dtype, condition, {"eta": 0.0})
+        x = torch.cat(
+            [
+                self._descend(x[rows], times, network_dtype, condition.rows(rows), {"eta": 0.0})
+                for rows in batches(len(x))
+            ]
+        )
         images = self._images(x, output_type)
         self.maybe_free_model_hooks()
         return images
@@ -299,19 +337,21 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         """
         _check_output_type(output_type)
         settings["num_inference_steps"] = num_inference_steps
+        unknown = settings.keys() - set(inspect.signature(self.decode).parameters)
+        if unknown:
+            raise TypeError(f"reconstruct() got an unexpected keyword argument {min(unknown)!r}")
         z, report = self.encode(
             images, refinement_steps=refinement_steps, tolerance=tolerance, return_report=True, **settings
         )
         again = self.decode(z, output_type=output_type, **settings)
         return (again, z, report) if return_report else again
 
-    def interpolate(self, z0: Tensor, z1: Tensor, num: int = 11, batch_size: int | None = None, **decoding: Any) -> Any:
+    def interpolate(self, z0: Tensor, z1: Tensor, num: int = 11, **decoding: Any) -> Any:
         """Images along the path between two latents, by spherical interpolation (Section 5.3, Appendix D.5, Fig. 6).
 
         Args:
             z0, z1: the ends, (C, H, W), or (B, C, H, W) for B paths.
             num: images on a path, the ends included; at least 2.
-            batch_size: images decoded together; all by default.
             decoding: keywords of `decode`; of `class_labels` one for all, or one for each path.
 
         Returns:
@@ -325,17 +365,19 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         for z in (z0, z1):
             self._check_latents(z)
         path = torch.stack([slerp(z0, z1.to(z0), i / (num - 1)) for i in range(num)], 1)
-        return self._decode_batches(path.flatten(0, 1), num, batch_size, decoding)
+        labels = decoding.get("class_labels")
+        if labels is not None and torch.as_tensor(labels).ndim:
+            if len(labels) != len(z0):
+                raise ValueError(f"{len(labels)} class_labels for {len(z0)} paths: give one, or one for each")
+            decoding["class_labels"] = torch.as_tensor(labels).repeat_interleave(num, 0)
+        return self.decode(path.flatten(0, 1), **decoding)
 
-    def interpolate_grid(
-        self, corners: Tensor, num: int | tuple[int, int] = 11, batch_size: int | None = None, **decoding: Any
-    ) -> Any:
+    def interpolate_grid(self, corners: Tensor, num: int | tuple[int, int] = 11, **decoding: Any) -> Any:
         """Images on the grid between four latents: the slerp of two slerps (Appendix D.5, Fig. 6).
 
         Args:
             corners: the top left, top right, bottom left and bottom right one, (4, C, H, W).
             num: rows and columns of the grid, or (rows, columns); each at least 2.
-            batch_size: images decoded together; all by default.
             decoding: keywords of `decode`; of `class_labels` one for all.
 
         Returns:
@@ -355,30 +397,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             for j in (0, 1)
         )
         cells = torch.stack([slerp(left, right, i / (columns - 1)) for i in range(columns)], 1)
-        return self._decode_batches(cells.flatten(0, 1), rows * columns, batch_size, decoding)
-
-    def _decode_batches(self, z: Tensor, num: int, batch_size: int | None, decoding: dict[str, Any]) -> Any:
-        """`decode` of all of `z`, `batch_size` at a time; labels given for each path stand for `num` of its images."""
-        if batch_size is not None:
-            _check_count("batch_size", batch_size, 1)
-        labels = decoding.pop("class_labels", None)
-        labels = None if labels is None else torch.as_tensor(labels)
-        if labels is not None and labels.ndim:
-            labels = labels.repeat_interleave(num, 0)
-            if len(labels) != len(z):
-                raise ValueError(
-                    f"{len(labels) // num} class_labels for {len(z) // num} paths: give one, or one for each"
-                )
-        size = batch_size or len(z)
-        parts = []
-        for i in range(0, len(z), size):
-            part = labels if labels is None or not labels.ndim else labels[i : i + size]
-            parts.append(self.decode(z[i : i + size], class_labels=part, **decoding))
-        if isinstance(parts[0], Tensor):
-            return torch.cat(parts)
-        return (
-            np.concatenate(parts) if isinstance(parts[0], np.ndarray) else [image for part in parts for image in part]
-        )
+        return self.decode(cells.flatten(0, 1), **decoding)
 
     # ---- before the loop ---------------------------------------------------------------------------------------
 
@@ -396,7 +415,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             raise ValueError(f"latents must be a torch tensor, not {type(latents).__name__}")
         if latents is not None and (latents.ndim != 4 or len(latents) == 0):
             raise ValueError(f"latents must be (B, C, H, W) with B ≥ 1, not of shape {tuple(latents.shape)}")
-        size = self._size()
+        size = self.image_size
         if size is None:
             if latents is None:
                 raise ValueError("the network's config has no sample_size: pass latents of the wanted size")
@@ -409,11 +428,6 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         if not latents.is_floating_point() or not bool(torch.isfinite(latents).all()):
             raise ValueError("latents must be finite numbers: they hold NaN, infinity or integers")
         return shape
-
-    def _size(self) -> tuple[int, int] | None:
-        """(H, W) of the network's images; None where its config does not say."""
-        size = self.unet.config.sample_size
-        return (size, size) if isinstance(size, int) else size and tuple(size)
 
     def _condition(
         self,
@@ -606,6 +620,13 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
 def _check_output_type(output_type: str) -> None:
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"unknown output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+
+
+def _batches(batch_size: int | None) -> Callable[[int], list[slice]]:
+    """A function from the number of images to the slices of their batches; checks `batch_size`."""
+    if batch_size is not None:
+        _check_count("batch_size", batch_size, 1)
+    return lambda count: [slice(i, i + (batch_size or count)) for i in range(0, count, batch_size or count)]
 
 
 def _check_count(name: str, value: int, least: int = 2) -> None:

@@ -15,6 +15,9 @@ from .process import Move
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 """What a network may predict: the noise ε, the clean image x0, or the velocity v."""
 
+FLAT = 0.02
+"""Slope of a move below which `unfold` does not divide by it."""
+
 Coefficient = float | Tensor
 """A number, or a tensor that broadcasts over (B, C, H, W)."""
 
@@ -133,18 +136,18 @@ def fold(prediction: Prediction, move: Move) -> tuple[float, float]:
 def unfold(prediction: Prediction, move: Move) -> tuple[float, float]:
     """(a, b) with x_t = a·x_s + b·output: the move of `fold` solved for x_t, for the same output of the network.
 
-    A network that predicts x0 gives x_0 whatever x_t is: on a move to the data the noise is taken from x_s instead,
-    ε̂ = (x_s − √ᾱ_t·x̂0)/√(1 − ᾱ_t). Raises ValueError for the move from ᾱ_t = 0 to the data, which forgets x_t.
+    Where x_s hardly depends on x_t (a slope below `FLAT`; x0 networks near the data) that would blow up any error of
+    the output: there the noise is taken from x_s instead, ε̂ = eps_x·x_s + eps_out·output, and x_t is made by Eq. 13.
+    Raises ValueError for the move from ᾱ_t = 0 to the data, which forgets x_t.
     """
     x, out = fold(prediction, move)
-    if abs(x) > 1e-12:
+    if abs(x) >= FLAT or (move.alpha_bar_t == 0 and x):
         return 1 / x, -out / x
     if move.alpha_bar_t == 0:
         raise ValueError(
             f"the move from time {move.t}, where ᾱ is 0, to {move.s} forgets x_{move.t}: it has no inverse. Take more "
             "steps, or times τ that stay below the top"
         )
-    eps_x, eps_x0 = eps_from_x0(move.alpha_bar_t)
-    noise = float(np.sqrt(1 - move.alpha_bar_t))
-    # x_t = √ᾱ_t·x_s + √(1 − ᾱ_t)·ε̂, since x̂0 = x_s at the data
-    return float(np.sqrt(move.alpha_bar_t)) + noise * eps_x, noise * eps_x0
+    scale = float(np.sqrt(move.alpha_bar_t / move.alpha_bar_s))
+    eps = float(np.sqrt(1 - move.alpha_bar_t) - scale * np.sqrt(1 - move.alpha_bar_s))
+    return float(scale + eps * prediction.eps_x), float(eps * prediction.eps_out)

@@ -643,9 +643,9 @@ class InverseDDIMScheduler(GeneralizedDDIMScheduler):
 
     The moves are those of `GeneralizedDDIMScheduler` on the same τ, solved for their upper end: `timesteps` ascend, and
     `step(model_output, timestep, sample)` takes x_s to x_t, s < t the next two of 0, τ_1, τ_2, …, `timestep` = t − 1.
-    Each is the exact inverse of the sampler's step for the same `model_output`; since x_t is not known before, the
-    network is called with x_s in its place, in the loop of any sampler. `GeneralizedDDIMPipeline.encode` can go on
-    from there to the x_t that solves the move.
+    Each is the exact inverse of the sampler's step for the same `model_output`, but where that hardly depends on x_t
+    (`ddim_plugin.prediction.unfold`). Since x_t is not known before, the network is called with x_s in its place, in
+    the loop of any sampler. `GeneralizedDDIMPipeline.encode` can go on from there to the x_t that solves the move.
 
     `from_config` takes the config of any sampler, and a sampler's takes this one's. Noise is refused: with η > 0, x_t
     is no function of x_s. Clipping and thresholding have no inverse: where a sampler's config has them they are
@@ -678,7 +678,7 @@ class InverseDDIMScheduler(GeneralizedDDIMScheduler):
         aside: dict[str, Any] = {}
         if isinstance(config, dict):
             own = config.get(OWN) or {}
-            aside = own.get(SAMPLER, {})
+            aside = {key: value for key, value in own.get(SAMPLER, {}).items() if key not in kwargs}
             if SAMPLER not in own:
                 aside = {key: True for key in CONSTRAINTS if config.get(key, own.get(key)) and key not in kwargs}
                 kwargs = dict.fromkeys(aside, False) | kwargs

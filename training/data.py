@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from ddim_plugin.images import MODES
+from ddim_plugin.images import fit
 
 HELD_OUT = 297
 """How many of the 1797 digits, the last ones, are the test split."""
@@ -46,15 +46,12 @@ def load_images(name: str, split: str, channels: int, size: tuple[int, int] | No
     else:
         rows = _open(name, split)
         pictures = rows.select(range(min(count, len(rows))))[_image_column(rows, name)]
-    mode = MODES.get(channels)
-    if mode is None:
-        raise ValueError(f"the network takes {channels} channels: images have 1 or 3")
     arrays = []
-    for picture in pictures:
-        picture = picture.convert(mode)
-        if size is not None and picture.size != size[::-1]:
-            picture = ImageOps.fit(picture, size[::-1], Image.Resampling.LANCZOS)
+    for i, picture in enumerate(pictures):
+        picture = fit(picture, channels, size, True, f"image {i} of {name}")
         arrays.append(np.asarray(picture).reshape(*picture.size[::-1], channels))
+        if arrays[-1].shape != arrays[0].shape:
+            raise ValueError(f"the images of {name} differ in size, and the network does not say which it takes")
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
 

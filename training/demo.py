@@ -35,7 +35,7 @@ def main(config: DemoConfig) -> dict[str, Any]:
     sample = [sys.executable, str(HERE / "sample.py"), "--model", str(model), "--output", str(pictures)]
     sample += ["--data", "digits"]
     latents = [sys.executable, str(HERE / "reconstruct.py"), "--model", str(model), "--output", str(pictures)]
-    latents += ["--data", "digits", "--config", str(HERE / "configs" / "digits_latents.toml")]
+    latents += ["--data", "digits", "--config", str(HERE / "configs" / "digits_latents.toml"), "--overwrite"]
 
     output.mkdir(parents=True, exist_ok=True)
     seconds = {"training": run(train), "sampling": run(sample), "latents": run(latents)}

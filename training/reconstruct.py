@@ -16,11 +16,15 @@ from config import parse, record, write_json
 from data import load_images
 from torch import Generator, Tensor
 
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, inversion
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.images import grid
+from ddim_plugin.inversion import InversionReport
 
 PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 """Table 2: CIFAR-10's test set, the paper's 35.7M network."""
+
+WRITTEN = ("reconstruct.json", "table2.md", "table2.png", "reconstructions.png", "figure5.png", "figure6.png")
+WRITTEN += ("interpolations.png",)
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,10 @@ class ReconstructConfig:
     interpolation_steps: int = field(default=20, metadata={"help": "S of the interpolations"})
     batch_size: int = field(default=64, metadata={"help": "images at a time"})
     columns: int = field(default=12, metadata={"help": "pictures in a row of the strip and of Fig. 5"})
+    class_label: int | None = field(default=None, metadata={"help": "label of all images, for a conditional network"})
     seed: int = field(default=0, metadata={"help": "random latent i comes from seed + i"})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, …; by default an accelerator if any"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the results of an earlier run"})
 
 
 def check(config: ReconstructConfig) -> None:
@@ -60,16 +66,27 @@ def check(config: ReconstructConfig) -> None:
     for name in ("images", "batch_size", "columns", "interpolation_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
+    for name in ("steps", "refinement_steps", "strip", "figure_steps"):
+        values = getattr(config, name)
+        if not values or min(values) < 1:
+            raise ValueError(f"{name} must be positive numbers, not {values}")
+    if len(set(config.steps)) < len(config.steps):
+        raise ValueError(f"steps must be distinct, not {config.steps}")
     if len(config.refinement_steps) not in (1, len(config.steps)):
         raise ValueError(f"refinement_steps has {len(config.refinement_steps)} entries for {len(config.steps)} steps")
     if len(config.strip) != 2:
         raise ValueError(f"strip takes two numbers of steps, not {len(config.strip)}")
     if config.points < 2 or config.paths < 0:
         raise ValueError(f"points must be at least 2 and paths at least 0, not {config.points} and {config.paths}")
+    if not 0 <= config.tolerance < float("inf"):
+        raise ValueError(f"tolerance must be a non-negative number, not {config.tolerance}")
+    there = [name for name in WRITTEN if (Path(config.output) / name).exists()]
+    if there and not config.overwrite:
+        raise ValueError(f"{Path(config.output) / there[0]} exists: choose another output, or pass --overwrite")
 
 
 class Bench:
-    """A model with the settings of its runs: encodes and decodes in batches, and keeps count."""
+    """A model with the settings of its runs: encodes and decodes in batches."""
 
     def __init__(self, config: ReconstructConfig):
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,38 +97,40 @@ class Bench:
         if config.spacing is not None:
             changes["timestep_spacing"] = config.spacing
         self.pipe.scheduler = GeneralizedDDIMScheduler.from_config(self.pipe.scheduler.config, **changes)
-        self.pipe.set_progress_bar_config(leave=False)
+        for S in {*config.steps, *config.strip, *config.figure_steps, config.interpolation_steps}:
+            self.pipe.scheduler.set_timesteps(S)  # raises ValueError where S does not fit
+        if (self.pipe.unet.class_embedding is not None) != (config.class_label is not None):
+            known = "is unconditional: leave class_label out" if config.class_label is not None else "needs class_label"
+            raise ValueError(f"the network {known}")
+        if self.pipe.image_size is None:
+            raise ValueError("the network's config has no sample_size: set it there")
         self.config, self.device = config, device
+        self.shared = {"batch_size": config.batch_size, "class_labels": config.class_label}
 
-    def _batches(self, x: Tensor) -> list[Tensor]:
-        return list(x.split(self.config.batch_size))
-
-    def encode(self, images: Tensor, S: int, refinement_steps: int) -> tuple[Tensor, inversion.InversionReport]:
-        """Latents on the CPU, and the report of all batches."""
+    def encode(self, images: Tensor, S: int, refinement_steps: int) -> tuple[Tensor, InversionReport]:
+        """Latents on the CPU, and the report."""
         self.pipe.set_progress_bar_config(leave=False, desc=f"S = {S}, encoding")
-        parts = [
-            self.pipe.encode(
-                batch,
-                S,
-                refinement_steps=refinement_steps,
-                tolerance=self.config.tolerance,
-                return_report=True,
-            )
-            for batch in self._batches(images)
-        ]
-        return torch.cat([z.cpu() for z, _ in parts]), inversion.join([report for _, report in parts])
+        settings = {"refinement_steps": refinement_steps, "tolerance": self.config.tolerance, "return_report": True}
+        z, report = self.pipe.encode(images, S, **settings, **self.shared)
+        return z.cpu(), report
 
     def decode(self, z: Tensor, S: int) -> Tensor:
         """Images in [0, 1] on the CPU."""
         self.pipe.set_progress_bar_config(leave=False, desc=f"S = {S}, decoding")
-        return torch.cat([self.pipe.decode(batch, S, output_type="pt").float().cpu() for batch in self._batches(z)])
+        return self.pipe.decode(z, S, output_type="pt", **self.shared).float().cpu()
+
+    def interpolate(self, z0: Tensor, z1: Tensor) -> Tensor:
+        """Images of the paths, (pairs, points, C, H, W), on the CPU."""
+        S, points = self.config.interpolation_steps, self.config.points
+        self.pipe.set_progress_bar_config(leave=False, desc=f"S = {S}, interpolating")
+        made = self.pipe.interpolate(z0, z1, points, num_inference_steps=S, output_type="pt", **self.shared)
+        return made.float().cpu().view(len(z0), points, *z0.shape[1:])
 
     def noise(self, count: int) -> Tensor:
         """Random latents, each from its own seed."""
-        unet = self.pipe.unet.config
-        size = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else tuple(unet.sample_size)
+        shape = (1, self.pipe.unet.config.in_channels, *self.pipe.image_size)
         seeds = range(self.config.seed, self.config.seed + count)
-        return torch.cat([torch.randn(1, unet.in_channels, *size, generator=Generator().manual_seed(i)) for i in seeds])
+        return torch.cat([torch.randn(shape, generator=Generator().manual_seed(seed)) for seed in seeds])
 
 
 def round_trip(bench: Bench, images: Tensor, S: int, refinement_steps: int) -> tuple[dict[str, Any], Tensor]:
@@ -164,10 +183,7 @@ def paths(bench: Bench, images: Tensor, refinement_steps: int) -> tuple[dict[str
     S = config.interpolation_steps
     pairs = min(config.paths, len(images) // 2)
     z, _ = bench.encode(images[: 2 * pairs], S, refinement_steps)
-    bench.pipe.set_progress_bar_config(leave=False, desc=f"S = {S}, interpolating")
-    settings = {"num_inference_steps": S, "batch_size": config.batch_size, "output_type": "pt"}
-    made = bench.pipe.interpolate(z[0::2], z[1::2], config.points, **settings).float().cpu()
-    made = made.view(pairs, config.points, *images.shape[1:])
+    made = bench.interpolate(z[0::2], z[1::2])
     steps = (made[:, 1:] - made[:, :-1]).flatten(2).pow(2).mean(2).sqrt()
     ratio = steps.max(1).values / steps.mean(1)
     ends = images[: 2 * pairs].float() / 255
@@ -176,7 +192,11 @@ def paths(bench: Bench, images: Tensor, refinement_steps: int) -> tuple[dict[str
         "S": S,
         "points": config.points,
         "paths": pairs,
-        "largest_over_mean_step": {"mean": float(ratio.mean()), "largest": float(ratio.max())},
+        "largest_over_mean_step": {
+            "mean": float(ratio.mean()),
+            "largest": float(ratio.max()),
+            "share_above_3": float((ratio > 3).float().mean()),
+        },
         "mean_squared_error_of_the_ends": float(error),
     }
     return result, made
@@ -187,11 +207,13 @@ def main(config: ReconstructConfig) -> dict[str, Any]:
     check(config)
     bench = Bench(config)
     unet = bench.pipe.unet.config
-    images = load_images(config.data, config.split, unet.in_channels, bench.pipe._size(), config.images)
+    images = load_images(config.data, config.split, unet.in_channels, bench.pipe.image_size, config.images)
     if len(images) < config.images:
         print(f"note: {config.data} has {len(images)} images, not {config.images}", file=sys.stderr)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
+    for name in WRITTEN:
+        (output / name).unlink(missing_ok=True)  # not beside those of another run
     refinements = config.refinement_steps * (len(config.steps) if len(config.refinement_steps) == 1 else 1)
     result: dict[str, Any] = record(config) | {
         "images": len(images),
@@ -212,8 +234,9 @@ def main(config: ReconstructConfig) -> dict[str, Any]:
             pictures[S, steps > 0] = again
             result["table"].append(row)
             write_json(output / "reconstruct.json", result)
+            (output / "table2.md").write_text(table(result))
             print(f"S = {S:4d}  {'refined' if steps else 'naive  '}  error {row['mean_squared_error']:.2e}")
-    save("table2.md", lambda path: path.write_text(table(result)))
+    written.append(str(output / "table2.md"))
     save("table2.png", lambda path: plot(result, path))
 
     few, many = config.strip
@@ -236,9 +259,8 @@ def main(config: ReconstructConfig) -> dict[str, Any]:
         save("interpolations.png", lambda path: grid(arrays(made)).save(path))
         if len(images) >= 4:
             corners, _ = bench.encode(images[:4], config.interpolation_steps, refinements[0])
-            bench.pipe.set_progress_bar_config(leave=False, desc="interpolating")
-            settings = {"num_inference_steps": config.interpolation_steps, "output_type": "pt"}
-            cells = bench.pipe.interpolate_grid(corners, config.points, config.batch_size, **settings).float().cpu()
+            settings = {"num_inference_steps": config.interpolation_steps, "output_type": "pt", **bench.shared}
+            cells = bench.pipe.interpolate_grid(corners, config.points, **settings).float().cpu()
             cells = cells.view(config.points, config.points, *images.shape[1:])
             save("figure6.png", lambda path: grid(arrays(cells), title="between four images").save(path))
     result["written"] = written
@@ -251,21 +273,22 @@ def main(config: ReconstructConfig) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Table 2 in Markdown."""
+    cells = ("error", "evaluations", "seconds", "latents' σ")
     lines = [
-        f"Error for a dimension on [0, 1] images, {result['images']} images of {result['config']['data']}, "
-        f"τ {result['spacing']}; network evaluations for encoding one image.",
+        f"Error for a dimension on [0, 1] images, {result['images']} images of {Path(result['config']['data']).name}, "
+        f"τ {result['spacing']}. Evaluations of the network to encode one image; seconds for all, there and back.",
         "",
-        "| S | paper, CIFAR-10 | naive | evaluations | latents' σ | refined | evaluations | latents' σ |",
-        "|---|---|---|---|---|---|---|---|",
+        "| S | paper, CIFAR-10 | "
+        + " | ".join(f"{kind} {cell}" for kind in ("naive", "refined") for cell in cells)
+        + " |",
+        "|---" * 10 + "|",
     ]
     for S in dict.fromkeys(row["S"] for row in result["table"]):
-        cells = [str(S), f"{PAPER[S]:.4f}" if S in PAPER else ""]
-        for refined in (False, True):
-            for row in result["table"]:
-                if row["S"] == S and (row["refinement_steps"] > 0) is refined:
-                    evaluations = f"{row['evaluations_encoding']:.0f}"
-                    cells += [f"{row['mean_squared_error']:.1e}", evaluations, f"{row['latent_std']:.3f}"]
-        lines.append("| " + " | ".join(cells + [""] * (8 - len(cells))) + " |")
+        line = [str(S), f"{PAPER[S]:.4f}" if S in PAPER else ""]
+        for row in (row for row in result["table"] if row["S"] == S):
+            line += [f"{row['mean_squared_error']:.1e}", f"{row['evaluations_encoding']:.0f}"]
+            line += [f"{row['seconds']:.1f}", f"{row['latent_std']:.3f}"]
+        lines.append("| " + " | ".join(line + [""] * (10 - len(line))) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -305,4 +328,6 @@ if __name__ == "__main__":
         done = main(parse(ReconstructConfig))
     except (ValueError, OSError) as error:
         sys.exit(f"reconstruct.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("reconstruct.py: interrupted; what was measured is in reconstruct.json")
     print("\n".join(done["written"]))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddim_plugin.images import grid, read
+from ddim_plugin.images import grid, open_image, read
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (8, 6), dtype=np.uint8)
@@ -31,6 +31,8 @@ AS_TENSOR = torch.from_numpy(COLOUR).permute(2, 0, 1)
         (AS_TENSOR.float() / 255, 3),
         (AS_TENSOR.double() / 255, 3),
         ((AS_TENSOR,), 3),
+        (COLOUR[::-1][::-1].astype(">f4") / np.float32(255), 3),
+        (np.asfortranarray(COLOUR / np.longdouble(255)), 3),
     ],
 )
 def test_all_kinds_are_the_same_image(image, channels):
@@ -62,6 +64,11 @@ def test_lists_and_batches():
         (AS_TENSOR / 127.5 - 1, 3, None, r"lie in \[0, 1\]; pass \(image \+ 1\)/2"),
         (torch.full((3, 4, 4), float("nan")), 3, None, r"lies in \[nan, nan\]"),
         (AS_TENSOR.int(), 3, None, "of type torch.int32: pass bytes"),
+        (Image.fromarray(GRAY.astype(np.uint16)), 1, None, r"mode 'I;16'.*scale it to 0..255 first"),
+        (Image.new("F", (6, 8)), 1, None, "scale it to 0..255 first"),
+        (np.zeros((8, 6, 3), object), 3, None, "is of type object: pass bytes"),
+        (np.zeros((8, 6, 3), complex), 3, None, "is of type complex128: pass bytes"),
+        (GRAY.astype(np.uint16), 1, None, "is of type torch.uint16: pass bytes"),
         (AS_TENSOR, 1, None, r"a tensor must be \(1, H, W\) or \(B, 1, H, W\)"),
         (COLOUR.transpose(2, 0, 1), 3, None, r"shape \(3, 8, 6\): an array must be \(H, W, 3\)"),
         (COLOUR, 3, (6, 8), r"is 8×6 .* not 6×8 as the network is: .*resize\(\(8, 6\)\)"),
@@ -71,6 +78,21 @@ def test_lists_and_batches():
 def test_what_is_refused(image, channels, size, message):
     with pytest.raises(ValueError, match=message):
         read(image, channels, size)
+
+
+def test_files(tmp_path):
+    """Upright, in the network's mode; another size only where it may be resized."""
+    turned = Image.fromarray(COLOUR).transpose(Image.Transpose.ROTATE_90)
+    exif = turned.getexif()
+    exif[274] = 6  # the camera was turned
+    turned.save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(np.asarray(open_image(tmp_path / "turned.png", 3, (8, 6))), COLOUR)
+    assert open_image(tmp_path / "turned.png", 1, (8, 6)).mode == "L"
+    with pytest.raises(ValueError, match="is 6×8, the network takes 4×4"):
+        open_image(tmp_path / "turned.png", 3, (4, 4))
+    assert open_image(tmp_path / "turned.png", 3, (4, 4), resize=True).size == (4, 4)
+    Image.fromarray(GRAY).convert("P").save(tmp_path / "palette.png")
+    assert open_image(tmp_path / "palette.png", 3, None).mode == "RGB"
 
 
 def test_a_grid_without_labels():

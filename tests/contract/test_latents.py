@@ -315,7 +315,12 @@ def test_interpolation(mixture):
     in_parts = mixture.interpolate(z[0], z[1], 11, batch_size=4, num_inference_steps=5, output_type="pt")
     assert torch.allclose(in_parts, path, atol=1e-5)
     assert len(mixture.interpolate(z[:1], z[1:], num=2, num_inference_steps=2)) == 2
-    assert mixture.interpolate(z[0], z[1], 3, 2, num_inference_steps=2, output_type="np").shape == (3, 4, 4, 1)
+    assert mixture.interpolate(z[0], z[1], 3, batch_size=2, num_inference_steps=2, output_type="np").shape == (
+        3,
+        4,
+        4,
+        1,
+    )
 
 
 def test_several_paths_at_once(mixture):

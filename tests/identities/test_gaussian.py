@@ -81,3 +81,9 @@ def test_shapes_must_agree():
     x0, x1 = latents()
     with pytest.raises(ValueError, match="two batches of one shape"):
         slerp(x0, x1[:2], 0.5)
+    with pytest.raises(ValueError, match="from a = 0 to a = 1, not to 1.5"):
+        slerp(x0, x1, 1.5)
+
+
+def test_one_dimension_has_no_way_round():
+    assert torch.isfinite(slerp(torch.ones(1, 1), -torch.ones(1, 1), 0.5)).all()

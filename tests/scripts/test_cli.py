@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ddim_plugin
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
@@ -59,7 +59,7 @@ def test_help_shows_an_example_that_parses(command, capsys):
     text = capsys.readouterr().out
     example = next(line.split() for line in text.splitlines() if line.startswith(f"  ddim-plugin {command} "))
     assert cli.parser().parse_args(example[1:]).command == command
-    assert "seed + i" in text
+    assert ("--seed SEED" in text) is (command == "sample")
 
 
 def test_sample(model, tmp_path):
@@ -102,9 +102,21 @@ def test_encode_then_sample_its_latents(model, pictures, tmp_path):
     expected = pipe.encode(images, 10, strength=0.5, refinement_steps=8)
     assert torch.allclose(latents(tmp_path), expected, atol=1e-3)
 
-    shutil.rmtree(tmp_path / "again", ignore_errors=True)
-    run("sample", model, "--latents", tmp_path / "latents.safetensors", "--steps", 10, "--output", tmp_path / "again")
+    # The file knows how it was made: S and the strength, so that decoding gives the images.
+    run("sample", model, "--latents", tmp_path / "latents.safetensors", "--output", tmp_path / "again")
     assert torch.equal(latents(tmp_path / "again"), latents(tmp_path))
+    grid = np.asarray(Image.open(tmp_path / "again" / "samples.png")).astype(int)
+    for i, image in enumerate(images):
+        cell = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(grid[4:68, 4 + 68 * i : 68 + 68 * i] - cell).max() <= 2
+    record = json.loads((tmp_path / "again" / "sample.json").read_text())
+    assert (record["settings"]["steps"], record["settings"]["strength"]) == (10, 0.5)
+    for flags in (["--strength", 1], ["--steps", 4]):
+        run(
+            "sample", model, "--latents", tmp_path / "latents.safetensors", *flags, "--output", tmp_path / str(flags[1])
+        )
+        other = np.asarray(Image.open(tmp_path / str(flags[1]) / "samples.png")).astype(int)
+        assert np.abs(other - grid).max() > 20
 
 
 def test_reconstruct(model, pictures, tmp_path, capsys):
@@ -155,7 +167,7 @@ def test_labels_and_guidance(make_unet, pictures, tmp_path):
 def test_pictures_of_another_size_and_mode(model, tmp_path, capsys):
     Image.new("L", (30, 20), 90).save(tmp_path / "wide.jpg")
     run("encode", model, tmp_path / "wide.jpg", "--steps", 2, "--output", tmp_path / "out", ok=False)
-    assert "is 30×20, the network takes 8×8 (width × height): pass --resize" in capsys.readouterr().err
+    assert "is 30×20, the network takes 8×8 (width × height): crop and resize it (--resize)" in capsys.readouterr().err
     run("encode", model, tmp_path / "wide.jpg", "--steps", 2, "--resize", "--output", tmp_path / "out")
     assert latents(tmp_path / "out").shape == (1, 3, 8, 8)
 
@@ -174,6 +186,17 @@ def test_half_precision(model, pictures, tmp_path):
         (["sample", "MODEL", "--latents", "none.safetensors"], "there is no file none.safetensors"),
         (["sample", "MODEL", "--latents", "PICTURES/0.png"], "0.png"),
         (["sample", "MODEL", "--class-label", "1"], "unconditional"),
+        (["sample", "MODEL", "--strength", "0.5"], "--strength needs --latents"),
+        (["sample", "MODEL", "--latents", "FLAT"], "they must be (B, C, H, W)"),
+        (["sample", "MODEL", "--latents", "FLAT", "--eta", "1"], "they must be (B, C, H, W)|leave it out"),
+        (["sample", "MODEL", "--latents", "TEXT"], "holds no latents: it has text"),
+        (["sample", "MODEL", "--seed", "99999999999999999999"], "a seed must fit 64 bits"),
+        (["sample", "MODEL", "--device", "nonsense"], "--device nonsense cannot be used here"),
+        (["sample", "MODEL", "--output", "PICTURES/0.png/sub"], "is no folder one may write to"),
+        (["encode", "MODEL", "ODD/broken.png"], "cannot read the image"),
+        (["encode", "MODEL", "ODD/clear.png"], "has transparency"),
+        (["encode", "MODEL", "ODD/deep.png"], "more than 8 bits: scale it to 0..255 first"),
+        (["interpolate", "MODEL", "--seeds", "1", "2", "--strength", "0.5"], "--strength needs images or --latents"),
         (["sample", "MODEL", "--num", "3", "--class-label", "1", "2"], "2 class labels for 3 images"),
         (["sample", "MODEL", "--steps", "1001"], "must be an integer from 1 to 1000"),
         (["encode", "MODEL", "none.png"], "there is no file none.png"),
@@ -188,15 +211,39 @@ def test_half_precision(model, pictures, tmp_path):
 )
 def test_bad_input_is_one_line_and_leaves_nothing(model, pictures, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    places = {"MODEL": model, "PICTURES": pictures, "EMPTY": tmp_path / "empty"}
+    odd = tmp_path / "odd"
+    for folder in (tmp_path / "empty", odd):
+        folder.mkdir()
+    (odd / "broken.png").write_bytes((pictures / "0.png").read_bytes()[:100])
+    Image.new("RGBA", (8, 8)).save(odd / "clear.png")
+    Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(odd / "deep.png")
+    save_file({"latents": torch.zeros(())}, odd / "flat.safetensors")
+    save_file({"text": torch.zeros(1)}, odd / "text.safetensors")
+    places = {"MODEL": model, "PICTURES": pictures, "EMPTY": tmp_path / "empty", "ODD": odd}
+    places |= {"FLAT": odd / "flat.safetensors", "TEXT": odd / "text.safetensors"}
     for name, place in places.items():
         arguments = [argument.replace(name, str(place)) for argument in arguments]
     assert cli.main(arguments) == 1
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ddim-plugin")]
     assert len(said) == 1
-    assert message in said[0]
+    assert any(each in said[0] for each in message.split("|"))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_is_one_line(model, tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GeneralizedDDIMPipeline, "__call__", interrupt)
+    assert cli.main(["sample", str(model), "--num", "1", "--output", str(tmp_path / "out")]) == 130
+    assert "interrupted, nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_networks_without_pictures_are_refused_before_sampling(make_unet, tmp_path, capsys):
+    GeneralizedDDIMPipeline(make_unet(channels=4), GeneralizedDDIMScheduler()).save_pretrained(tmp_path / "model")
+    run("sample", tmp_path / "model", "--output", tmp_path / "out", ok=False)
+    assert "the network takes 4 channels: pictures have 1 or 3" in capsys.readouterr().err
 
 
 def test_earlier_files_are_kept(model, tmp_path, capsys):

@@ -70,15 +70,18 @@ def test_the_numbers_are_those_of_the_pipeline(tmp_path, monkeypatch):
     data = Mixture((0.3, 0.7), (-0.6, 0.5), (0.02, 0.03), alphas(linear_betas()))
     made = exact_pipe(data, GeneralizedDDIMScheduler(timestep_spacing="leading"), torch.float32, sample_size=8)
     monkeypatch.setattr(GeneralizedDDIMPipeline, "from_pretrained", lambda name: made)
-    config = build(reconstruct.ReconstructConfig, QUICK | {"model": "x", "output": str(tmp_path), "steps": (10, 40)})
-    record = reconstruct.main(config)
+    settings = {"model": "x", "output": str(tmp_path), "steps": (10, 40), "figure_steps": (10, 100)}
+    record = json.loads(json.dumps(reconstruct.main(build(reconstruct.ReconstructConfig, QUICK | settings))))
     naive, refined, finer, _ = (row["mean_squared_error"] for row in record["table"])
     images = load("digits", "test")[0][:5]
     pipe = exact_pipe(data, GeneralizedDDIMScheduler(timestep_spacing="leading"), torch.float32, sample_size=8)
     again = pipe.reconstruct(images, 10, output_type="pt")
     assert naive == pytest.approx(float((again - images / 255).pow(2).mean()), rel=1e-3)
-    assert refined < naive
-    assert finer < naive
+    assert refined < 0.5 * naive
+    assert finer < 0.5 * naive
+    assert record["table"][1]["largest_evaluations_a_move"] <= QUICK["refinement_steps"][0] + 1
+    figure = record["figure_5"]
+    assert figure["same_latent"]["10"] < 0.5 * figure["different_latents"]
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,14 @@ def test_the_numbers_are_those_of_the_pipeline(tmp_path, monkeypatch):
         ({"images": 0}, "images must be positive"),
         ({"batch_size": -1}, "batch_size must be positive"),
         ({"refinement_steps": (1, 2, 3)}, "refinement_steps has 3 entries for 2 steps"),
+        ({"refinement_steps": (0,)}, "refinement_steps must be positive numbers"),
+        ({"steps": ()}, "steps must be positive numbers"),
+        ({"steps": (2, 2)}, "steps must be distinct"),
+        ({"steps": (2, 1001)}, "must be an integer from 1 to 1000"),
+        ({"figure_steps": (0,)}, "figure_steps must be positive"),
+        ({"strip": (2, 2000)}, "must be an integer from 1 to 1000"),
+        ({"tolerance": -1.0}, "tolerance must be a non-negative"),
+        ({"class_label": 1}, "the network is unconditional: leave class_label out"),
         ({"strip": (1, 2, 3)}, "strip takes two"),
         ({"points": 1}, "points must be at least 2"),
         ({"data": "nowhere.parquet"}, "there is no file nowhere.parquet"),
@@ -99,6 +110,25 @@ def test_bad_settings_leave_nothing(model, tmp_path, values, message):
             build(reconstruct.ReconstructConfig, QUICK | {"model": str(model), "output": str(output)} | values)
         )
     assert not output.exists()
+
+
+def test_an_earlier_run_is_kept(model, tmp_path):
+    (tmp_path / "table2.md").write_text("the one for the paper")
+    settings = QUICK | {"model": str(model), "output": str(tmp_path)}
+    with pytest.raises(ValueError, match="table2.md exists: choose another output, or pass --overwrite"):
+        reconstruct.main(build(reconstruct.ReconstructConfig, settings))
+    assert (tmp_path / "table2.md").read_text() == "the one for the paper"
+    reconstruct.main(build(reconstruct.ReconstructConfig, settings | {"overwrite": True, "paths": 0, "images": 1}))
+    assert "| S | paper" in (tmp_path / "table2.md").read_text()
+
+
+def test_a_class_conditional_network(make_unet, tmp_path):
+    GeneralizedDDIMPipeline(make_unet(num_class_embeds=3), GeneralizedDDIMScheduler()).save_pretrained(tmp_path / "m")
+    settings = QUICK | {"model": str(tmp_path / "m"), "output": str(tmp_path / "out")}
+    with pytest.raises(ValueError, match="the network needs class_label"):
+        reconstruct.main(build(reconstruct.ReconstructConfig, settings))
+    reconstruct.main(build(reconstruct.ReconstructConfig, settings | {"class_label": 2}))
+    assert (tmp_path / "out" / "figure6.png").exists()
 
 
 # ---- image sets ------------------------------------------------------------------------------------------------
@@ -154,5 +184,5 @@ def test_what_is_no_image_set(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty"):
         load_images(str(tmp_path / "empty"), "test", 3, None, 1)
-    with pytest.raises(ValueError, match="the network takes 4 channels"):
+    with pytest.raises(ValueError, match="the network takes 4 channels: pictures have 1 or 3"):
         load_images(str(folder), "test", 4, None, 1)
