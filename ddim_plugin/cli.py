@@ -113,6 +113,17 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of a command. argparse takes an optional list of images to be empty where flags follow MODEL."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if args.command == "interpolate" and not args.images and not any(word.startswith("-") for word in rest):
+        args.images, rest = rest, []
+    if rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
 def _images(sub: argparse.ArgumentParser, nargs: str = "+") -> None:
     sub.add_argument("images", metavar="IMAGE", nargs=nargs, help="image files, or folders of them")
     sub.add_argument("--resize", action="store_true", help="crop and resize images to the network's size")
@@ -154,7 +165,7 @@ def _shared(sub: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. Bad input ends with one line on stderr and status 1."""
-    args = parser().parse_args(argv)
+    args = parse(argv)
     start = time.perf_counter()
     try:
         _check(args)

@@ -115,7 +115,7 @@ def fit(image: Image.Image, channels: int, size: tuple[int, int] | None, resize:
                 f"{name} is {image.width}×{image.height}, the network takes {size[1]}×{size[0]} (width × height): "
                 "crop and resize it"
             )
-        image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+        image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
     return image
 
 

@@ -58,8 +58,17 @@ def test_help_shows_an_example_that_parses(command, capsys):
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     example = next(line.split() for line in text.splitlines() if line.startswith(f"  ddim-plugin {command} "))
-    assert cli.parser().parse_args(example[1:]).command == command
+    assert cli.parse(example[1:]).command == command
     assert ("--seed SEED" in text) is (command == "sample")
+
+
+def test_flags_may_stand_anywhere(capsys):
+    for words in (["m", "--steps", "5", "a", "b"], ["--steps", "5", "m", "a", "b"], ["m", "a", "b", "--steps", "5"]):
+        args = cli.parse(["interpolate", *words])
+        assert (args.model, args.images, args.steps) == ("m", ["a", "b"], 5)
+    with pytest.raises(SystemExit):
+        cli.parse(["interpolate", "m", "a", "b", "--stops", "5"])
+    assert "unrecognized arguments: --stops 5" in capsys.readouterr().err
 
 
 def test_sample(model, tmp_path):
