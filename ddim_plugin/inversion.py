@@ -144,12 +144,12 @@ def _next(history: list[tuple[Tensor, Tensor]], gamma: NDArray[np.float64], know
         changes = torch.stack([(past - r).flatten(1) for _, past in history[:-1]], 1).to(work)
         changes = torch.where(counts[..., None], changes, torch.zeros_like(changes))
         gram, right = changes @ changes.mT, changes @ mean_r.flatten(1)[..., None]
-        weights = _weights(gram.cpu().double(), right.cpu().double(), torch.finfo(work).eps).to(x.device, work)
+        weights = _weights(gram.cpu().double(), right.cpu().double(), torch.finfo(work).eps).to(work).to(x.device)
         for j, (past_x, past_r) in enumerate(history[:-1]):
             weight, counted = weights[:, j].view(shape), counts[:, j].view(shape)
             new = new + torch.where(counted, weight * (past_x - x), torch.zeros_like(new))
             mean_r = mean_r + torch.where(counted, weight * (past_r - r), torch.zeros_like(mean_r))
-    step = torch.as_tensor(gamma, device=x.device).to(work).view(shape)
+    step = torch.as_tensor(gamma).to(work).to(x.device).view(shape)
     return (new + step * mean_r).to(x.dtype)
 
 
@@ -190,7 +190,7 @@ def nothing(B: int) -> MoveReport:
 def report(timesteps: list[int], moves: list[MoveReport], tolerance: float, latents: Tensor) -> "InversionReport":
     """The report of an encoding from those of its moves."""
     whole = MoveReport(*(np.stack(column) for column in zip(*moves, strict=True)))
-    rows = latents.double().cpu().flatten(1).numpy()
+    rows = latents.cpu().double().flatten(1).numpy()
     return InversionReport(
         np.array(timesteps),
         whole.residual,
