@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
-from .images import check_channels, grid, open_image, read
+from .images import check_channels, grid, image_files, open_image, read
 from .inversion import InversionReport
 from .pipeline import TOLERANCE, GeneralizedDDIMPipeline
 from .process import VARIANCES
@@ -25,7 +25,6 @@ from .tau import SPACINGS
 from .version import __version__
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 LATENTS = "latents.safetensors"
 
 Made = dict[str, Any]
@@ -64,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--num", type=int, help="images to draw (default: 16)")
     sub.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i (default: %(default)s)")
-    sub.add_argument("--latents", metavar="FILE", help="decode these latents instead, with the settings they came with")
+    sub.add_argument(
+        "--latents", metavar="FILE", help="decode these latents instead (η = 0), along the τ they came with"
+    )
     _strength(sub)
     sub.add_argument("--eta", type=float, help="η of Eq. 16: 0 is DDIM, 1 DDPM (default: the model's)")
     sub.add_argument("--variance", choices=VARIANCES, help="kind of noise (default: the model's)")
@@ -105,7 +106,7 @@ def parser() -> argparse.ArgumentParser:
         "user/model a.png b.png --steps 50 --refine 5 --output out",
     )
     _images(sub, nargs="*")
-    sub.add_argument("--latents", metavar="FILE", help="the ends as latents, with the settings they came with")
+    sub.add_argument("--latents", metavar="FILE", help="the ends as latents, along the τ they came with")
     sub.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="the ends drawn from noise")
     sub.add_argument("--points", type=int, default=11, help="images on a path (default: %(default)s)")
     _refinement(sub)
@@ -227,7 +228,7 @@ def _decode(args: argparse.Namespace) -> Made:
     pipe = _load(args, _deterministic())
     images = pipe.decode(z, **_decoding(args, _labels(args, len(z))))
     rows = _rows(_array(images), args.columns)
-    return {"samples.png": grid(rows), LATENTS: z, "sample.json": {"images": len(z)}}
+    return {"samples.png": grid(rows), "sample.json": {"images": len(z)}}
 
 
 def encode(args: argparse.Namespace) -> Made:
@@ -256,6 +257,8 @@ def interpolate(args: argparse.Namespace) -> Made:
         raise ValueError("give the ends in one way: two or four images, --latents FILE, or --seeds")
     if args.points < 2:
         raise ValueError(f"--points must be at least 2, not {args.points}")
+    if not args.images and (args.refine or args.resize):
+        raise ValueError("--refine and --resize are for images")
     if args.seeds and args.strength is not None:
         raise ValueError("--strength needs images or --latents: noise is decoded from the top")
     z = _load_latents(args) if args.latents else None
@@ -280,7 +283,8 @@ def interpolate(args: argparse.Namespace) -> Made:
     else:
         made = pipe.interpolate_grid(z, args.points, **settings)
     rows = _rows(_array(made), args.points)
-    return {"interpolation.png": grid(rows), LATENTS: z, "interpolate.json": result}
+    ends = {} if args.latents else {LATENTS: z}
+    return {"interpolation.png": grid(rows), "interpolate.json": result, **ends}
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------
@@ -295,7 +299,8 @@ def _check(args: argparse.Namespace) -> None:
     output = Path(args.output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file: give a folder")
-    there = [name for name in args.files if (output / name).exists()]
+    files = [name for name in args.files if name != LATENTS or not getattr(args, "latents", None)]
+    there = [name for name in files if (output / name).exists()]
     if there and not args.overwrite:
         raise ValueError(f"{output / there[0]} exists: choose another --output, or pass --overwrite")
     parent = next(path for path in (output, *output.absolute().parents) if path.exists())
@@ -306,6 +311,8 @@ def _check(args: argparse.Namespace) -> None:
             torch.empty(1, device=args.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from error
+    if not Path(args.model).exists() and (args.model.startswith((".", "/", "~")) or args.model.count("/") > 1):
+        raise ValueError(f"there is no folder {args.model}")
     if Path(args.model).exists() and not (Path(args.model) / "model_index.json").is_file():
         raise ValueError(f"{args.model} is no model: it has no model_index.json")
     if getattr(args, "images", None):
@@ -327,7 +334,9 @@ def _load(args: argparse.Namespace, changes: dict[str, Any]) -> GeneralizedDDIMP
             print(f"note: {key}={value}, the model has {before[key]}", file=sys.stderr)
     check_channels(pipe.unet.config.in_channels)
     pipe.set_progress_bar_config(desc=args.command, leave=False)
-    return pipe.to(device=args.device or _accelerator(), dtype=DTYPES[args.dtype])
+    if args.dtype != "float32":
+        pipe.to(dtype=DTYPES[args.dtype])
+    return pipe.to(args.device or _accelerator())
 
 
 def _deterministic() -> dict[str, Any]:
@@ -346,10 +355,7 @@ def _files(paths: Sequence[str]) -> list[str]:
     files: list[str] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-            if not found:
-                raise ValueError(f"there is no image in {path}: it needs files such as .png or .jpg")
-            files += found
+            files += image_files(path)
         elif path.is_file():
             files.append(str(path))
         else:

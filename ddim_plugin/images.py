@@ -15,6 +15,9 @@ Images = Any
 MODES = {1: "L", 3: "RGB"}
 """Modes of PIL images for a number of channels."""
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+"""Names of image files end so."""
+
 
 def read(images: Images, channels: int, size: tuple[int, int] | None) -> Tensor:
     """Images as (B, C, H, W) in −1..1, the range of a network; float32, or float64 where they are.
@@ -82,6 +85,14 @@ def _read(image: Any, channels: int, name: str) -> Tensor:
         remedy = "; pass (image + 1)/2" if low >= -1.001 and high <= 1.001 else ""
         raise ValueError(f"{name} lies in [{low:g}, {high:g}]: floating-point images must lie in [0, 1]{remedy}")
     return x
+
+
+def image_files(folder: str | Path) -> list[str]:
+    """The image files in a folder, by name. Raises ValueError where there is none."""
+    found = sorted(str(file) for file in Path(folder).iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not found:
+        raise ValueError(f"there is no image in {folder}: it needs files such as .png or .jpg")
+    return found
 
 
 def open_image(file: str | Path, channels: int, size: tuple[int, int] | None, resize: bool = False) -> Image.Image:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddim_plugin.images import fit
+from ddim_plugin.images import fit, image_files, open_image
 
 HELD_OUT = 297
 """How many of the 1797 digits, the last ones, are the test split."""
@@ -43,6 +43,8 @@ def load_images(name: str, split: str, channels: int, size: tuple[int, int] | No
     """
     if name == "digits":
         pictures = [Image.fromarray(image.numpy()) for image in load(name, split)[0][:count, 0]]
+    elif Path(name).is_dir():
+        pictures = [open_image(file, channels, size, resize=True) for file in image_files(name)[:count]]
     else:
         rows = _open(name, split)
         pictures = rows.select(range(min(count, len(rows))))[_image_column(rows, name)]
@@ -56,13 +58,11 @@ def load_images(name: str, split: str, channels: int, size: tuple[int, int] | No
 
 
 def _open(name: str, split: str) -> Any:
-    """The rows of a folder, a file or a data set on the Hub, by the `datasets` library."""
+    """The rows of a file or of a data set on the Hub, by the `datasets` library."""
     import datasets
 
     path = Path(name)
-    if path.is_dir():
-        settings = {"path": "imagefolder", "data_dir": name, "split": "train", "drop_labels": True}
-    elif path.is_file():
+    if path.is_file():
         if path.suffix not in FILES:
             raise ValueError(f"{name} is no data set: use a folder of images, or a {' or '.join(FILES)} file")
         settings = {"path": FILES[path.suffix], "data_files": name, "split": "train"}

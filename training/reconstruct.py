@@ -23,8 +23,8 @@ from ddim_plugin.inversion import InversionReport
 PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 """Table 2: CIFAR-10's test set, the paper's 35.7M network."""
 
-WRITTEN = ("reconstruct.json", "table2.md", "table2.png", "reconstructions.png", "figure5.png", "figure6.png")
-WRITTEN += ("interpolations.png",)
+WRITTEN = ["reconstruct.json", "table2.md", "table2.png"]
+WRITTEN += [f"{name}.png" for name in ("reconstructions", "figure5", "interpolations", "figure6")]
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def round_trip(bench: Bench, images: Tensor, S: int, refinement_steps: int) -> t
 def same_latent(bench: Bench) -> tuple[dict[str, Any], list[Tensor]]:
     """Fig. 5: latents decoded at several S. Distances are root mean squares on [0, 1] images.
 
-    Of each S to the largest: the decodings of one latent from each other, and of different latents.
+    Of each S to the last: the decodings of one latent from each other, and of different latents.
     """
     config = bench.config
     z = bench.noise(config.columns)
@@ -212,8 +212,6 @@ def main(config: ReconstructConfig) -> dict[str, Any]:
         print(f"note: {config.data} has {len(images)} images, not {config.images}", file=sys.stderr)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    for name in WRITTEN:
-        (output / name).unlink(missing_ok=True)  # not beside those of another run
     refinements = config.refinement_steps * (len(config.steps) if len(config.refinement_steps) == 1 else 1)
     result: dict[str, Any] = record(config) | {
         "images": len(images),
@@ -232,6 +230,9 @@ def main(config: ReconstructConfig) -> dict[str, Any]:
         for steps in dict.fromkeys((0, refinement)):
             row, again = round_trip(bench, images, S, steps)
             pictures[S, steps > 0] = again
+            if not result["table"]:
+                for name in WRITTEN:
+                    (output / name).unlink(missing_ok=True)  # no result beside those of another run
             result["table"].append(row)
             write_json(output / "reconstruct.json", result)
             (output / "table2.md").write_text(table(result))
@@ -329,5 +330,5 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         sys.exit(f"reconstruct.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("reconstruct.py: interrupted; what was measured is in reconstruct.json")
+        sys.exit("reconstruct.py: interrupted; what was measured by then is in the output folder")
     print("\n".join(done["written"]))

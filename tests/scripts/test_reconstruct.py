@@ -112,13 +112,21 @@ def test_bad_settings_leave_nothing(model, tmp_path, values, message):
     assert not output.exists()
 
 
-def test_an_earlier_run_is_kept(model, tmp_path):
+def test_an_earlier_run_is_kept(model, tmp_path, monkeypatch):
     (tmp_path / "table2.md").write_text("the one for the paper")
     settings = QUICK | {"model": str(model), "output": str(tmp_path)}
     with pytest.raises(ValueError, match="table2.md exists: choose another output, or pass --overwrite"):
         reconstruct.main(build(reconstruct.ReconstructConfig, settings))
     assert (tmp_path / "table2.md").read_text() == "the one for the paper"
-    reconstruct.main(build(reconstruct.ReconstructConfig, settings | {"overwrite": True, "paths": 0, "images": 1}))
+    again = settings | {"overwrite": True, "paths": 0, "images": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            GeneralizedDDIMPipeline, "encode", lambda *args, **kwargs: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            reconstruct.main(build(reconstruct.ReconstructConfig, again))
+    assert (tmp_path / "table2.md").read_text() == "the one for the paper"  # until there is something better
+    reconstruct.main(build(reconstruct.ReconstructConfig, again))
     assert "| S | paper" in (tmp_path / "table2.md").read_text()
 
 
@@ -148,6 +156,14 @@ def test_a_folder(folder):
     images = load_images(str(folder), "test", 3, (8, 8), 2)
     assert np.array_equal(images.permute(0, 2, 3, 1), PIXELS[:2])
     assert load_images(str(folder), "test", 1, (4, 6), 9).shape == (3, 1, 4, 6)
+
+
+def test_names_of_files_say_nothing(tmp_path):
+    """No split is guessed from a file's name; a folder called like an image is none."""
+    for name, pixels in zip(("train_0", "test_1", "val"), PIXELS, strict=True):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    (tmp_path / "d.png").mkdir()
+    assert len(load_images(str(tmp_path), "test", 3, (8, 8), 9)) == 3
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -182,7 +198,7 @@ def test_what_is_no_image_set(tmp_path, folder):
         with pytest.raises(ValueError, match=message):
             load_images(str(tmp_path / name), "test", 3, None, 1)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="there is no image in"):
         load_images(str(tmp_path / "empty"), "test", 3, None, 1)
     with pytest.raises(ValueError, match="the network takes 4 channels: pictures have 1 or 3"):
         load_images(str(folder), "test", 4, None, 1)
