@@ -20,12 +20,13 @@ from .images import check_channels, grid, image_files, open_image, read
 from .inversion import InversionReport
 from .pipeline import TOLERANCE, GeneralizedDDIMPipeline
 from .process import VARIANCES
-from .schedulers import GeneralizedDDIMScheduler
+from .schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, keep_learned
 from .tau import SPACINGS
 from .version import __version__
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LATENTS = "latents.safetensors"
+HIDDEN = ("run", "files", "found", "command")  # of the arguments: not settings
 
 Made = dict[str, Any]
 """File name → what goes into it: an image, a tensor or a dictionary."""
@@ -173,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         made = args.run(args)
         made[f"{args.command}.json"] |= {
             "command": args.command,
-            "settings": {key: value for key, value in vars(args).items() if key not in ("run", "files", "command")},
+            "settings": {key: value for key, value in vars(args).items() if key not in HIDDEN},
             "seconds": time.perf_counter() - start,
             "version": __version__,
         }
@@ -225,7 +226,7 @@ def _decode(args: argparse.Namespace) -> Made:
     if given:
         raise ValueError(f"--{given[0]} says how noise becomes images: leave it out with --latents")
     z = _load_latents(args)
-    pipe = _load(args, _deterministic())
+    pipe = _load(args, DETERMINISTIC)
     images = pipe.decode(z, **_decoding(args, _labels(args, len(z))))
     rows = _rows(_array(images), args.columns)
     return {"samples.png": grid(rows), "sample.json": {"images": len(z)}}
@@ -234,7 +235,7 @@ def _decode(args: argparse.Namespace) -> Made:
 def encode(args: argparse.Namespace) -> Made:
     pipe, images = _load_with_images(args)
     z, report = _encode(pipe, images, args)
-    return {LATENTS: z, "encode.json": {"report": report.to_dict(), "images": _files(args.images)}}
+    return {LATENTS: z, "encode.json": {"report": report.to_dict(), "images": args.found}}
 
 
 def reconstruct(args: argparse.Namespace) -> Made:
@@ -248,7 +249,7 @@ def reconstruct(args: argparse.Namespace) -> Made:
     for first, second in zip(_rows(_array(original), args.columns), _rows(_array(again), args.columns), strict=True):
         rows += [first, second]
         names += ["image", "decoded"]
-    result = {"report": report.to_dict(), "images": _files(args.images), "mean_squared_error": mse.tolist()}
+    result = {"report": report.to_dict(), "images": args.found, "mean_squared_error": mse.tolist()}
     return {"reconstruction.png": grid(rows, names), LATENTS: z, "reconstruct.json": result}
 
 
@@ -264,7 +265,7 @@ def interpolate(args: argparse.Namespace) -> Made:
     z = _load_latents(args) if args.latents else None
     if args.class_label and len(set(args.class_label)) > 1:
         raise ValueError("an interpolation takes one --class-label")
-    number = len(z) if z is not None else len(args.seeds or _files(args.images))
+    number = len(z) if z is not None else len(args.seeds or args.found)
     if number not in (2, 4):
         raise ValueError(f"give two ends for a path or four for a grid, not {number}")
     result: dict[str, Any] = {}
@@ -274,7 +275,7 @@ def interpolate(args: argparse.Namespace) -> Made:
         result["report"] = report.to_dict()
     else:
         generators = [_generator(seed) for seed in args.seeds or []]
-        pipe = _load(args, _deterministic())
+        pipe = _load(args, DETERMINISTIC)
         if z is None:
             z = torch.cat([_noise(pipe, generator) for generator in generators])
     settings = _decoding(args, args.class_label[0] if args.class_label else None)
@@ -315,8 +316,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"there is no folder {args.model}")
     if Path(args.model).exists() and not (Path(args.model) / "model_index.json").is_file():
         raise ValueError(f"{args.model} is no model: it has no model_index.json")
-    if getattr(args, "images", None):
-        _files(args.images)
+    args.found = _files(getattr(args, "images", None) or [])
 
 
 def _load(args: argparse.Namespace, changes: dict[str, Any]) -> GeneralizedDDIMPipeline:
@@ -325,9 +325,8 @@ def _load(args: argparse.Namespace, changes: dict[str, Any]) -> GeneralizedDDIMP
     pipe = GeneralizedDDIMPipeline.from_pretrained(args.model, **settings)
     if args.spacing is not None:
         changes = changes | {"timestep_spacing": args.spacing}
-    if changes.get("variance_type") == "fixed_small" and pipe.scheduler.config.get("variance_type") == "learned_range":
-        changes = {key: value for key, value in changes.items() if key != "variance_type"}  # the network's two halves
     before = pipe.scheduler.config
+    changes = keep_learned(before, changes)
     pipe.scheduler = GeneralizedDDIMScheduler.from_config(before, **changes)
     for key, value in changes.items():
         if key in before and before[key] != value:
@@ -337,11 +336,6 @@ def _load(args: argparse.Namespace, changes: dict[str, Any]) -> GeneralizedDDIMP
     if args.dtype != "float32":
         pipe.to(dtype=DTYPES[args.dtype])
     return pipe.to(args.device or _accelerator())
-
-
-def _deterministic() -> dict[str, Any]:
-    """Settings under which a latent and its image determine each other."""
-    return {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False, "thresholding": False}
 
 
 def _accelerator() -> str:
@@ -365,15 +359,10 @@ def _files(paths: Sequence[str]) -> list[str]:
 
 def _load_with_images(args: argparse.Namespace) -> tuple[GeneralizedDDIMPipeline, list[Image.Image]]:
     """The model, deterministic, and the images in its mode and, where asked, its size."""
-    files = _files(args.images)
-    _labels(args, len(files))
-    pipe = _load(args, _deterministic())
+    _labels(args, len(args.found))
+    pipe = _load(args, DETERMINISTIC)
     channels, size = pipe.unet.config.in_channels, pipe.image_size
-    try:
-        images = [open_image(file, channels, size, args.resize) for file in files]
-    except ValueError as error:
-        hint = " (--resize)" if "resize" in str(error) else ""
-        raise ValueError(f"{error}{hint}") from error
+    images = [open_image(file, channels, size, args.resize, hint=" (--resize)") for file in args.found]
     read(images, channels, size)  # all of one size
     return pipe, images
 

@@ -95,10 +95,12 @@ def image_files(folder: str | Path) -> list[str]:
     return found
 
 
-def open_image(file: str | Path, channels: int, size: tuple[int, int] | None, resize: bool = False) -> Image.Image:
+def open_image(
+    file: str | Path, channels: int, size: tuple[int, int] | None, resize: bool = False, hint: str = ""
+) -> Image.Image:
     """An image file as a PIL image for a network: upright, in gray or RGB, and of its size (H, W).
 
-    `resize` crops to the shape of `size` and resizes to it (Lanczos); without, another size is refused.
+    `resize` crops to the shape of `size` and resizes to it (Lanczos); without, another size is refused, with `hint`.
     Raises ValueError naming a file that is damaged, has more than 8 bits, or transparency.
     """
     try:
@@ -107,10 +109,12 @@ def open_image(file: str | Path, channels: int, size: tuple[int, int] | None, re
             image = ImageOps.exif_transpose(opened)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {file}: {error}") from error
-    return fit(image, channels, size, resize, str(file))
+    return fit(image, channels, size, resize, str(file), hint)
 
 
-def fit(image: Image.Image, channels: int, size: tuple[int, int] | None, resize: bool, name: str) -> Image.Image:
+def fit(
+    image: Image.Image, channels: int, size: tuple[int, int] | None, resize: bool, name: str, hint: str = ""
+) -> Image.Image:
     """A PIL image in the mode and, with `resize`, the size that a network takes; as `open_image`."""
     mode = check_channels(channels)
     if _is_deep(image):
@@ -124,7 +128,7 @@ def fit(image: Image.Image, channels: int, size: tuple[int, int] | None, resize:
         if not resize:
             raise ValueError(
                 f"{name} is {image.width}×{image.height}, the network takes {size[1]}×{size[0]} (width × height): "
-                "crop and resize it"
+                f"crop and resize it{hint}"
             )
         image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
     return image

@@ -108,7 +108,7 @@ def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, eval
         gamma[lost] /= 2
         back = torch.as_tensor(grown, device=guess.device).view(-1, *[1] * (x.ndim - 1))
         history.append((torch.where(back, best[rows], x), torch.where(back, best_residual[rows], r)))
-        going = (smallest[active] > tolerance) & ~_settled(falls, PATIENCE)[active]
+        going = (smallest[active] > tolerance) & ~_settled(falls, spent, PATIENCE)[active]
         if not going.any():
             break
         if not going.all():
@@ -118,16 +118,17 @@ def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, eval
         first = i + 1 - len(history)
         known = np.arange(first, i)[None, :] >= born[active][:, None]
         x = _next(history, gamma[active], known)
-    windows = np.where(spent > PATIENCE, PATIENCE, SETTLED)
-    settled = [_settled(falls[:count], window)[j] for j, (count, window) in enumerate(zip(spent, windows, strict=True))]
-    return Solution(best, best_output, smallest, spent, np.array(settled) & ~(smallest <= tolerance), damped)
+    settled = _settled(falls, spent, np.where(spent > PATIENCE, PATIENCE, SETTLED))
+    return Solution(best, best_output, smallest, spent, settled & ~(smallest <= tolerance), damped)
 
 
-def _settled(falls: list[NDArray[np.float64]], window: int) -> NDArray[np.bool_]:
-    """For each image, whether the smallest residual made no `PROGRESS` over the last `window` evaluations."""
-    if len(falls) <= window:
-        return np.zeros(len(falls[0]), bool)
-    return ~(falls[-1] < PROGRESS * falls[-1 - window])
+def _settled(
+    falls: list[NDArray[np.float64]], spent: NDArray[np.int64], window: int | NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Which images' smallest residuals made no `PROGRESS` over the last `window` of their `spent` evaluations."""
+    images, before = np.arange(len(spent)), spent - 1 - window
+    earlier = np.stack(falls)[np.maximum(before, 0), images]
+    return (before >= 0) & ~(falls[-1] < PROGRESS * earlier)
 
 
 def _next(history: list[tuple[Tensor, Tensor]], gamma: NDArray[np.float64], known: NDArray[np.bool_]) -> Tensor:
@@ -191,17 +192,7 @@ def report(timesteps: list[int], moves: list[MoveReport], tolerance: float, late
     """The report of an encoding from those of its moves."""
     whole = MoveReport(*(np.stack(column) for column in zip(*moves, strict=True)))
     rows = latents.cpu().double().flatten(1).numpy()
-    return InversionReport(
-        np.array(timesteps),
-        whole.residual,
-        whole.evaluations,
-        whole.converged,
-        whole.at_floor,
-        whole.damped,
-        tolerance,
-        rows.mean(1),
-        rows.std(1),
-    )
+    return InversionReport(np.array(timesteps), *whole, tolerance, rows.mean(1), rows.std(1))
 
 
 def join(reports: Sequence["InversionReport"]) -> "InversionReport":

@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from . import images as pictures
-from . import inversion
+from . import inversion, process
 from .gaussian import slerp
 from .inversion import InversionReport
 from .schedulers import (
@@ -364,7 +364,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         z0, z1 = (z[None] if isinstance(z, Tensor) and z.ndim == 3 else z for z in (z0, z1))
         for z in (z0, z1):
             self._check_latents(z)
-        path = torch.stack([slerp(z0, z1.to(z0), i / (num - 1)) for i in range(num)], 1)
+        path = _path(z0, z1.to(z0), num)
         labels = decoding.get("class_labels")
         if labels is not None and torch.as_tensor(labels).ndim:
             if len(labels) != len(z0):
@@ -392,12 +392,8 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         self._check_latents(corners)
         if len(corners) != 4:
             raise ValueError(f"a grid lies between 4 latents, not {len(corners)}")
-        left, right = (
-            torch.cat([slerp(corners[j : j + 1], corners[j + 2 : j + 3], i / (rows - 1)) for i in range(rows)])
-            for j in (0, 1)
-        )
-        cells = torch.stack([slerp(left, right, i / (columns - 1)) for i in range(columns)], 1)
-        return self.decode(cells.flatten(0, 1), **decoding)
+        left, right = _path(corners[:2], corners[2:], rows)
+        return self.decode(_path(left, right, columns).flatten(0, 1), **decoding)
 
     # ---- before the loop ---------------------------------------------------------------------------------------
 
@@ -507,7 +503,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         remedy = "pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config"
         if not isinstance(scheduler, GeneralizedDDIMScheduler) or isinstance(scheduler, InverseDDIMScheduler):
             raise ValueError(f"latents need a GeneralizedDDIMScheduler, not {type(scheduler).__name__}: {remedy})")
-        if config.eta > 0 or config.variance_type in ("fixed_large", "optimal"):
+        if process.adds_noise(config.variance_type, config.eta):
             raise ValueError(
                 f"latents need the deterministic process: with noise (eta={config.eta:g}, "
                 f"variance_type={config.variance_type!r}) x_T does not determine the image: {remedy}, eta=0.0, "
@@ -620,6 +616,11 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
 def _check_output_type(output_type: str) -> None:
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"unknown output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+
+
+def _path(z0: Tensor, z1: Tensor, num: int) -> Tensor:
+    """(B, num, …): the points between each of `z0` and `z1`, (B, …), ends included."""
+    return torch.stack([slerp(z0, z1, i / (num - 1)) for i in range(num)], 1)
 
 
 def _batches(batch_size: int | None) -> Callable[[int], list[slice]]:

@@ -32,6 +32,9 @@ SAMPLER = "sampler"
 CONSTRAINTS = ("clip_sample", "thresholding", "use_clipped_model_output")
 """Settings that change x̂0, which no inverse can undo."""
 
+DETERMINISTIC = {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False, "thresholding": False}
+"""Settings under which a latent and its image determine each other."""
+
 _OWN_KEYS = ("eta", "eps_mean_square", "use_clipped_model_output")
 _STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 _STOCK_SPACINGS = ("leading", "trailing", "linspace")
@@ -656,18 +659,18 @@ class InverseDDIMScheduler(GeneralizedDDIMScheduler):
     """
 
     _upwards = True
+    _set_aside: tuple[str, ...] = ()  # the sampler's constraints that are switched off
 
     def _check_noise(self, variance_type: str, eta: float) -> None:
         super()._check_noise(variance_type, eta)
-        self._set_aside: dict[str, Any] = {}
-        if eta > 0 or variance_type in ("fixed_large", "optimal"):
+        if process.adds_noise(variance_type, eta):
             raise ValueError(
                 f"encoding needs the deterministic process: with noise (eta={eta:g}, variance_type={variance_type!r}) "
                 "many x_t lead to one x_s, and no latent is determined. Pass eta=0.0, variance_type='fixed_small'"
             )
 
     def _own_settings(self) -> dict[str, Any]:
-        return super()._own_settings() | {SAMPLER: getattr(self, "_set_aside", {})}
+        return super()._own_settings() | {SAMPLER: dict.fromkeys(self._set_aside, True)}
 
     @classmethod
     def from_config(cls, config: FrozenDict | dict[str, Any] | None = None, return_unused_kwargs=False, **kwargs):
@@ -675,12 +678,12 @@ class InverseDDIMScheduler(GeneralizedDDIMScheduler):
 
         A sampler's clipping, thresholding and `use_clipped_model_output` are switched off unless `kwargs` set them.
         """
-        aside: dict[str, Any] = {}
+        aside: tuple[str, ...] = ()
         if isinstance(config, dict):
             own = config.get(OWN) or {}
-            aside = {key: value for key, value in own.get(SAMPLER, {}).items() if key not in kwargs}
+            aside = tuple(key for key in own.get(SAMPLER, ()) if key not in kwargs)
             if SAMPLER not in own:
-                aside = {key: True for key in CONSTRAINTS if config.get(key, own.get(key)) and key not in kwargs}
+                aside = tuple(key for key in CONSTRAINTS if config.get(key, own.get(key)) and key not in kwargs)
                 kwargs = dict.fromkeys(aside, False) | kwargs
         made = super().from_config(config, return_unused_kwargs, **kwargs)
         scheduler = made[0] if return_unused_kwargs else made
@@ -701,6 +704,13 @@ class InverseDDIMScheduler(GeneralizedDDIMScheduler):
         if evaluation.recompute_eps:
             raise ValueError("use_clipped_model_output takes ε̂ from x_t, which an inverse move is only looking for")
         return evaluation
+
+
+def keep_learned(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` to a config without "fixed_small" where it says "learned_range": the network has two halves."""
+    if config.get("variance_type") == "learned_range" and changes.get("variance_type") == "fixed_small":
+        return {key: value for key, value in changes.items() if key != "variance_type"}
+    return changes
 
 
 def _said(config: dict[str, Any]) -> set[str]:

@@ -41,16 +41,17 @@ def load_images(name: str, split: str, channels: int, size: tuple[int, int] | No
     `name` is "digits", a folder of images, a .parquet or .arrow file, or the id of a data set on the Hub, of which
     `split` is read. Raises ValueError for a set that is not there or holds no images, and for an unknown split.
     """
-    if name == "digits":
-        pictures = [Image.fromarray(image.numpy()) for image in load(name, split)[0][:count, 0]]
-    elif Path(name).is_dir():
+    if name != "digits" and Path(name).is_dir():
         pictures = [open_image(file, channels, size, resize=True) for file in image_files(name)[:count]]
     else:
-        rows = _open(name, split)
-        pictures = rows.select(range(min(count, len(rows))))[_image_column(rows, name)]
+        if name == "digits":
+            raw = [Image.fromarray(image.numpy()) for image in load(name, split)[0][:count, 0]]
+        else:
+            rows = _open(name, split)
+            raw = rows.select(range(min(count, len(rows))))[_image_column(rows, name)]
+        pictures = [fit(picture, channels, size, True, f"image {i} of {name}") for i, picture in enumerate(raw)]
     arrays = []
-    for i, picture in enumerate(pictures):
-        picture = fit(picture, channels, size, True, f"image {i} of {name}")
+    for picture in pictures:
         arrays.append(np.asarray(picture).reshape(*picture.size[::-1], channels))
         if arrays[-1].shape != arrays[0].shape:
             raise ValueError(f"the images of {name} differ in size, and the network does not say which it takes")

@@ -19,6 +19,7 @@ from torch import Generator, Tensor
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.images import grid
 from ddim_plugin.inversion import InversionReport
+from ddim_plugin.schedulers import DETERMINISTIC, keep_learned
 
 PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 """Table 2: CIFAR-10's test set, the paper's 35.7M network."""
@@ -91,12 +92,9 @@ class Bench:
     def __init__(self, config: ReconstructConfig):
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.pipe = GeneralizedDDIMPipeline.from_pretrained(config.model).to(device)
-        changes = {"eta": 0.0, "clip_sample": False, "thresholding": False}
-        if self.pipe.scheduler.config.get("variance_type") != "learned_range":
-            changes["variance_type"] = "fixed_small"
-        if config.spacing is not None:
-            changes["timestep_spacing"] = config.spacing
-        self.pipe.scheduler = GeneralizedDDIMScheduler.from_config(self.pipe.scheduler.config, **changes)
+        before = self.pipe.scheduler.config
+        changes = DETERMINISTIC if config.spacing is None else DETERMINISTIC | {"timestep_spacing": config.spacing}
+        self.pipe.scheduler = GeneralizedDDIMScheduler.from_config(before, **keep_learned(before, changes))
         for S in {*config.steps, *config.strip, *config.figure_steps, config.interpolation_steps}:
             self.pipe.scheduler.set_timesteps(S)  # raises ValueError where S does not fit
         if (self.pipe.unet.class_embedding is not None) != (config.class_label is not None):
@@ -174,22 +172,21 @@ def same_latent(bench: Bench) -> tuple[dict[str, Any], list[Tensor]]:
     return {"reference_S": config.figure_steps[-1], "same_latent": same, "different_latents": other}, rows
 
 
-def paths(bench: Bench, images: Tensor, refinement_steps: int) -> tuple[dict[str, Any], Tensor]:
+def paths(bench: Bench, images: Tensor, z: Tensor) -> tuple[dict[str, Any], Tensor]:
     """Fig. 6 measured: paths between pairs of images, and their steps: the largest over the mean one of each path.
 
-    Returns also the path of each pair, (pairs, points, C, H, W).
+    `z` are the latents of the first images, two for each path at least. Returns also the path of each pair, (pairs,
+    points, C, H, W).
     """
     config = bench.config
-    S = config.interpolation_steps
     pairs = min(config.paths, len(images) // 2)
-    z, _ = bench.encode(images[: 2 * pairs], S, refinement_steps)
-    made = bench.interpolate(z[0::2], z[1::2])
+    made = bench.interpolate(z[0 : 2 * pairs : 2], z[1 : 2 * pairs : 2])
     steps = (made[:, 1:] - made[:, :-1]).flatten(2).pow(2).mean(2).sqrt()
     ratio = steps.max(1).values / steps.mean(1)
     ends = images[: 2 * pairs].float() / 255
     error = (torch.stack([made[:, 0], made[:, -1]], 1).flatten(0, 1) - ends).pow(2).mean()
     result = {
-        "S": S,
+        "S": config.interpolation_steps,
         "points": config.points,
         "paths": pairs,
         "largest_over_mean_step": {
@@ -256,12 +253,12 @@ def main(config: ReconstructConfig) -> dict[str, Any]:
     save("figure5.png", lambda path: grid(arrays(rows), labels, "one latent in each column").save(path))
 
     if config.paths and len(images) >= 2:
-        result["figure_6"], made = paths(bench, images, refinements[0])
+        z, _ = bench.encode(images[: max(2 * config.paths, 4)], config.interpolation_steps, refinements[0])
+        result["figure_6"], made = paths(bench, images, z)
         save("interpolations.png", lambda path: grid(arrays(made)).save(path))
         if len(images) >= 4:
-            corners, _ = bench.encode(images[:4], config.interpolation_steps, refinements[0])
             settings = {"num_inference_steps": config.interpolation_steps, "output_type": "pt", **bench.shared}
-            cells = bench.pipe.interpolate_grid(corners, config.points, **settings).float().cpu()
+            cells = bench.pipe.interpolate_grid(z[:4], config.points, **settings).float().cpu()
             cells = cells.view(config.points, config.points, *images.shape[1:])
             save("figure6.png", lambda path: grid(arrays(cells), title="between four images").save(path))
     result["written"] = written
