@@ -427,6 +427,11 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(times)
         self.timesteps = self._planned = torch.tensor(upper, dtype=torch.int64).sub(1).to(device)
 
+    @property
+    def alpha_bar(self) -> np.ndarray:
+        """ᾱ_0..ᾱ_T, float64, shape (T + 1,): ᾱ_0 belongs to the data."""
+        return self._alpha_bar.copy()
+
     def move(self, i: int) -> process.Move:
         """The i-th move of the plan, in the order of `timesteps`, without noise."""
         return process.move(self._alpha_bar, *self._pairs[i])

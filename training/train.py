@@ -1,72 +1,173 @@
-"""Train a UNet2DModel on images and save it as a GeneralizedDDIMPipeline.
+"""Train a UNet2DModel on pictures and save it as a GeneralizedDDIMPipeline.
 
 accelerate launch training/train.py --config training/configs/digits.toml --output out/digits
 """
 
+import dataclasses
 import inspect
+import json
+import math
+import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import set_seed
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from checkpoints import Checkpoints
 from config import parse, record, write_json
-from data import load, to_model
+from data import Feed, Pictures, Share, find_frame, held_out, in_memory, open_pictures, open_stream, to_model
 from diffusers import UNet2DModel
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
+from ema import EMA
+from report import Clock, Log, Window, plot_loss, preview, read_log, spikes
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.objective import TIMES, ImportanceTimes, Objective, draw_times
+
+SCHEDULES = ("constant", "cosine", "linear")
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+FREE = ("output", "resume", "overwrite", "workers", "memory_gb", "trackers", "project", "log_every", "preview_every")
+FREE += ("preview_images", "preview_steps", "eval_every", "eval_images", "eval_split", "checkpoint_every")
+FREE += ("keep_checkpoints", "steps")
+"""Settings that may change when a run is resumed, without a word."""
+
+BOUND = ("unet", "scheduler", "resolution", "channels", "class_conditional", "loss", "times")
+"""Settings that may not."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a UNet2DModel on images with the paper's L_simple (γ = 1) and save it as a GeneralizedDDIMPipeline.
+    """Train a UNet2DModel on pictures and save it as a GeneralizedDDIMPipeline.
 
     Start it with `accelerate launch`; settings come from flags, then from --config FILE.toml, then from the defaults.
     """
 
-    output: str = field(metadata={"help": "folder for the pipeline; it must not exist, or use --overwrite"})
-    data: str = field(default="digits", metadata={"help": "data set"})
+    output: str = field(metadata={"help": "folder of the run, which becomes the pipeline"})
+    data: str = field(default="digits", metadata={"help": "digits, a folder, parquet or arrow files, or a Hub id"})
+    split: str = field(default="train", metadata={"help": "split of the data set"})
+    image_column: str | None = field(default=None, metadata={"help": "column of the pictures; found by its type"})
+    label_column: str | None = field(default=None, metadata={"help": "column of the labels; found by its type"})
+    streaming: bool = field(default=False, metadata={"help": "read the data set as it arrives, never whole"})
+    resolution: int | None = field(default=None, metadata={"help": "side of the pictures; by default as they are"})
+    channels: int | None = field(default=None, metadata={"help": "1 or 3; by default as the first picture has"})
+    resize: int | None = field(default=None, metadata={"help": "shorter side before the crop; by default no larger"})
+    crop: str = field(default="center", metadata={"help": "center or random"})
+    flip: bool = field(default=False, metadata={"help": "mirror half of the pictures"})
+    workers: int = field(default=4, metadata={"help": "threads that read and decode pictures"})
+    memory_gb: float = field(default=4.0, metadata={"help": "sets up to this size are held in memory, as bytes"})
+    class_conditional: bool = field(default=False, metadata={"help": "train with the labels of the set"})
+    label_dropout: float = field(default=0.1, metadata={"help": "share trained without label, for guidance"})
+
     unet: dict = field(default_factory=dict)
     scheduler: dict = field(default_factory=dict)
+    loss: str = field(
+        default="simple", metadata={"help": "simple, theorem1, min_snr, soft_min_snr, bound, or hybrid"}
+    )
+    loss_eta: float = field(default=1.0, metadata={"help": "η of the process whose bound is meant"})
+    snr_gamma: float = field(default=5.0, metadata={"help": "γ of min_snr and soft_min_snr"})
+    bound_weight: float = field(default=1e-3, metadata={"help": "weight of the bound in hybrid"})
+    times: str = field(default="antithetic", metadata={"help": "antithetic, uniform or importance"})
+
     steps: int = field(default=2000, metadata={"help": "optimiser steps"})
-    batch_size: int = field(default=64, metadata={"help": "images a step, over all processes"})
-    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate of AdamW"})
-    lr_schedule: str = field(default="cosine", metadata={"help": "constant, cosine or linear, after the warm-up"})
-    warmup_steps: int = field(default=100, metadata={"help": "steps of linear warm-up"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping"})
+    batch_size: int = field(default=64, metadata={"help": "images a step, over all processes and accumulation"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "parts in which a batch is computed"})
+    optimizer: str = field(default="adam", metadata={"help": "adam or adamw"})
+    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate"})
+    lr_schedule: str = field(default="constant", metadata={"help": "constant, cosine or linear, after the warm-up"})
+    warmup_steps: int = field(default=500, metadata={"help": "steps of linear warm-up"})
+    adam_beta1: float = field(default=0.9, metadata={"help": "decay of the mean of gradients"})
+    adam_beta2: float = field(default=0.999, metadata={"help": "decay of the mean of their squares"})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "ε of Adam"})
+    weight_decay: float = field(default=0.0, metadata={"help": "weight decay"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradient clipping; 0 for none"})
     ema_decay: float = field(default=0.9999, metadata={"help": "largest decay of the averaged weights"})
+    ema_warmup: bool = field(default=True, metadata={"help": "let that decay rise from 0"})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": "no, fp16 or bf16; by default as `accelerate launch` says"}
+    )
+    compile: bool = field(default=False, metadata={"help": "compile the network by torch.compile"})
+    channels_last: bool = field(default=False, metadata={"help": "keep tensors in the order channels-last"})
     seed: int = field(default=0, metadata={"help": "seed of the weights, the data order and the noise"})
-    overwrite: bool = field(default=False, metadata={"help": "replace the output folder"})
+
+    log_every: int = field(default=50, metadata={"help": "steps between lines of the log"})
+    trackers: tuple[str, ...] = field(
+        default=("tensorboard",), metadata={"help": "tensorboard, wandb, … of Accelerate, or none"}
+    )
+    project: str = field(default="ddim", metadata={"help": "name of the project in the trackers"})
+    checkpoint_every: int = field(default=5000, metadata={"help": "steps between checkpoints; 0 for none"})
+    keep_checkpoints: int = field(default=2, metadata={"help": "checkpoints to keep"})
+    preview_every: int = field(default=5000, metadata={"help": "steps between previews; 0 for none"})
+    preview_images: int = field(default=36, metadata={"help": "pictures in a preview"})
+    preview_steps: int = field(default=50, metadata={"help": "S of the previews"})
+    eval_every: int = field(default=0, metadata={"help": "steps between losses on held-out pictures; 0 for none"})
+    eval_images: int = field(default=1024, metadata={"help": "held-out pictures, the first of their split"})
+    eval_split: str = field(default="test", metadata={"help": "split of the held-out pictures"})
+    resume: str | None = field(default=None, metadata={"help": "latest, or the folder of a checkpoint"})
+    overwrite: bool = field(default=False, metadata={"help": "replace the output of an earlier run"})
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
 
 
 def check(config: TrainConfig, processes: int) -> None:
-    """Raise ValueError for settings that cannot work, before anything is built."""
-    if config.steps < 1 or config.batch_size < 1:
-        raise ValueError(f"steps and batch_size must be positive, not {config.steps} and {config.batch_size}")
-    if config.batch_size % processes:
-        raise ValueError(f"batch_size={config.batch_size} cannot be shared by {processes} processes")
-    if config.lr_schedule not in ("constant", "cosine", "linear"):
-        raise ValueError(f"unknown lr_schedule {config.lr_schedule!r}: use constant, cosine or linear")
-    if config.scheduler.get("variance_type", "fixed_small") == "learned_range":
-        raise ValueError("variance_type='learned_range' needs the hybrid loss, which this script does not have")
-    if not 0 <= config.ema_decay < 1:
-        raise ValueError(f"ema_decay must be in [0, 1), not {config.ema_decay}")
+    """Raise ValueError for settings that cannot work, before anything is read."""
+    for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "keep_checkpoints"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
+    for name in ("workers", "memory_gb", "warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon", "seed"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} must not be negative, not {getattr(config, name)}")
+    for name in ("checkpoint_every", "preview_every", "preview_images", "eval_every"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} must not be negative, not {getattr(config, name)}")
+    parts = processes * config.gradient_accumulation_steps
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size={config.batch_size} cannot be shared by {processes} processes and "
+            f"gradient_accumulation_steps={config.gradient_accumulation_steps}: it must be a multiple of {parts}"
+        )
+    for name, known in (("lr_schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("times", TIMES)):
+        if getattr(config, name) not in known:
+            raise ValueError(f"unknown {name} {getattr(config, name)!r}: use {', '.join(known)}")
+    for name in ("ema_decay", "label_dropout", "adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} must be in [0, 1), not {getattr(config, name)}")
+    if not 0 < config.learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be positive, not {config.learning_rate}")
+    if config.resume is not None and config.overwrite:
+        raise ValueError("--resume goes on with a run, --overwrite replaces it: choose one")
     check_table("unet", config.unet, UNet2DModel)
     check_table("scheduler", config.scheduler, GeneralizedDDIMScheduler)
+    check_output(config)
+
+
+def check_output(config: TrainConfig) -> None:
+    """Raise ValueError where the output folder holds something that is not to be touched."""
     output = Path(config.output).resolve()
-    if output.exists() and not config.overwrite:
-        raise ValueError(f"the output {config.output} exists: choose another folder, or pass --overwrite")
-    if output.exists() and not (output / "training.json").is_file():
-        raise ValueError(f"--overwrite replaces the folder of an earlier run only, and {config.output} is none")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / "training.json").is_file():
+        raise ValueError(
+            f"the output {config.output} holds something else than a run: choose another folder"
+            if not config.overwrite
+            else f"--overwrite replaces the folder of an earlier run only, and {config.output} is none"
+        )
+    if config.resume is None and not config.overwrite:
+        raise ValueError(
+            f"the output {config.output} holds another run: choose another folder, go on with it by --resume latest, or "
+            "pass --overwrite"
+        )
 
 
 def check_table(name: str, table: dict[str, Any], cls: type) -> None:
@@ -77,125 +178,609 @@ def check_table(name: str, table: dict[str, Any], cls: type) -> None:
         raise ValueError(f"unknown settings in [{name}]: {', '.join(unknown)}. Known: {', '.join(sorted(known))}")
 
 
-def check_fit(unet: UNet2DModel, scheduler: GeneralizedDDIMScheduler, images: Tensor) -> None:
-    """Raise ValueError where network, process and pictures do not go together."""
-    made = (unet.config.in_channels, unet.config.out_channels, unet.config.sample_size)
-    if made != (images.shape[1], images.shape[1], images.shape[-1]):
+def check_precision(precision: str | None, device: torch.device) -> None:
+    """Raise ValueError for a precision that the device does not have."""
+    if precision not in (None, "no", "fp16", "bf16"):
+        raise ValueError(f"unknown mixed_precision {precision!r}: use no, fp16 or bf16")
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("mixed_precision='fp16' needs an accelerator, and the device is the CPU: use bf16 or no")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"{torch.cuda.get_device_name()} has no bf16: use mixed_precision='fp16' or 'no'")
+
+
+def check_trackers(trackers: tuple[str, ...]) -> list[str]:
+    """The names of trackers, without "none". Raises ValueError for one that is unknown or not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    names = [name for name in trackers if name != "none"]
+    known = [str(name) for name in LOGGER_TYPE_TO_CLASS]
+    available = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown tracker {name!r}: use {', '.join(known)}, or none")
+        if name not in available:
+            raise ValueError(f"the tracker {name!r} is not installed: pip install {name}, or pass --trackers none")
+    return names
+
+
+def check_fit(unet: UNet2DModel, size: tuple[int, int], channels: int, learned: bool, classes: int) -> None:
+    """Raise ValueError where network and pictures do not go together."""
+    config = unet.config
+    sample = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
+    made, needed = (config.in_channels, config.out_channels, sample), (channels, channels * (1 + learned), size)
+    if made != needed:
         raise ValueError(
-            f"[unet] has in_channels, out_channels, sample_size {made}; the images need "
-            f"{(images.shape[1], images.shape[1], images.shape[-1])}"
+            f"[unet] has in_channels, out_channels, sample_size {made}; the images"
+            f"{' with a learned variance' if learned else ''} need {needed}"
         )
-    if scheduler.config.prediction_type == "epsilon" and scheduler.alphas_cumprod[-1] == 0:
-        raise ValueError('ε prediction says nothing at zero terminal SNR: use prediction_type = "v_prediction"')
+    halvings = len(config.down_block_types) - 1
+    if size[0] % 2**halvings or size[1] % 2**halvings:
+        raise ValueError(
+            f"pictures of {size[0]}×{size[1]} cannot be halved {halvings} times, as this U-Net of {halvings + 1} levels "
+            f"does: take a resolution that is a multiple of {2**halvings}, or fewer blocks in [unet]"
+        )
+    if config.num_class_embeds != (classes or None):
+        raise ValueError(
+            f"[unet] has num_class_embeds = {config.num_class_embeds}; this training needs {classes or None}"
+        )
 
 
-def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Endless batches of indices, each image once an epoch, in a fresh order each epoch."""
-    order = torch.empty(0, dtype=torch.int64)
-    while True:
-        while len(order) < batch_size:
-            order = torch.cat([order, torch.randperm(count, generator=generator)])
-        yield order[:batch_size]
-        order = order[batch_size:]
+def check_space(folder: Path, parameters: int, config: TrainConfig) -> None:
+    """Raise OSError where the disk cannot hold the checkpoints and the pipeline: averages, Adam's two, raw weights."""
+    copies = (4 * (config.keep_checkpoints + 1) if config.checkpoint_every else 0) + 2
+    needed = copies * parameters * 4
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"the disk of {config.output} has {free / 1e9:.2f} GB free; the run needs {needed / 1e9:.2f} GB, for "
+            f"{config.keep_checkpoints} checkpoints and one being written"
+        )
 
 
-def antithetic_times(batch_size: int, T: int, generator: torch.Generator) -> Tensor:
-    """Network times in 0..T−1, in pairs t and T − 1 − t (the authors' code): uniform, with less variance."""
-    half = torch.randint(0, T, ((batch_size + 1) // 2,), generator=generator)
-    return torch.cat([half, T - 1 - half])[:batch_size]
+# ---- the pieces of a run -------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The learning rate of optimiser step 1, 2, …: linear warm-up, then the schedule's decay to 0 at the last step."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * min(1.0, done)))}
+    return config.learning_rate * max(0.0, factor[config.lr_schedule])
+
+
+class Signals:
+    """SIGTERM and SIGINT, noted for the end of a step; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        def note(number: int, frame: Any) -> None:
+            self.received = number
+            signal.signal(number, before[number])
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            for number in before:
+                signal.signal(number, note)
+        except ValueError:  # not in the main thread, where signals do not arrive
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def anywhere(self, accelerator: Accelerator, step: int) -> int:
+        """The signal that any process received, or 0. With several, they ask each other every ten steps."""
+        if accelerator.num_processes == 1:
+            return self.received or 0
+        if step % 10:
+            return 0
+        flag = torch.tensor([self.received or 0], device=accelerator.device)
+        return int(accelerator.gather(flag).max())
+
+
+@dataclass
+class Run:
+    """Everything a training run is made of."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    feed: Feed
+    share: Share
+    scheduler: GeneralizedDDIMScheduler
+    objective: Objective
+    unet: UNet2DModel
+    network: torch.nn.Module
+    optimizer: Any
+    ema: EMA
+    importance: ImportanceTimes | None
+    classes: tuple[str, ...]
+    eval_set: tuple[Tensor, Tensor | None] | None
+    dtype: torch.dtype
+    skipped: int = 0
+
+    # ---- one step ------------------------------------------------------------------------------------------------
+
+    def step(self, step: int, batches: Iterator, clock: Clock) -> tuple[Tensor, Tensor]:
+        """Optimiser step 1, 2, …: (loss, norm of the gradient), on the device."""
+        config, accelerator = self.config, self.accelerator
+        rng = np.random.default_rng([config.seed, 2, step])
+        times, weights = self._draw_times(rng)
+        dropped = rng.random(config.batch_size) < config.label_dropout
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        total, norm = torch.zeros((), device=accelerator.device), torch.zeros((), device=accelerator.device)
+        for part in range(self.share.parts):
+            before = time.perf_counter()
+            images, labels = next(batches)
+            clock.waited += time.perf_counter() - before
+            if labels is not None:
+                without = torch.from_numpy(self.share.of(dropped, part)).to(labels.device, non_blocking=True)
+                labels = torch.where(without, len(self.classes), labels)
+            t = torch.from_numpy(self.share.of(times, part)).to(images.device, non_blocking=True)
+            noise = self._noise(images.shape, step, part)
+            batch = self.objective.noised(to_model(images), noise, t)
+            with accelerator.accumulate(self.network):
+                losses = self.objective(self._predict(self.network, batch.x, t, labels), batch)
+                loss = losses
+                if weights is not None:
+                    self._record(t, losses)
+                    loss = losses * torch.from_numpy(self.share.of(weights, part)).to(losses)
+                loss = loss.mean()
+                accelerator.backward(loss)
+                total += loss.detach() / self.share.parts
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.network.parameters(), config.max_grad_norm or math.inf)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        if accelerator.optimizer_step_was_skipped:  # fp16 alone: the scaler saw an overflow, and lowers its scale
+            self.skipped += 1
+            norm = torch.zeros_like(total)
+        self.ema.update(step)
+        return total, torch.as_tensor(norm, device=total.device).detach()
+
+    def _draw_times(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
+        if self.importance is not None:
+            return self.importance.draw(self.config.batch_size, rng)
+        return draw_times(self.config.times, self.config.batch_size, self.objective.T, rng), None
+
+    def _record(self, t: Tensor, losses: Tensor) -> None:
+        gather = self.accelerator.gather
+        self.importance.record(gather(t), gather(losses.detach()))
+
+    def _noise(self, shape: torch.Size, step: int, part: int) -> Tensor:
+        """Standard normal noise that depends on (seed, step, part, process) alone."""
+        seed = np.random.SeedSequence([self.config.seed, 3, step, part, self.share.rank]).generate_state(1, np.uint64)
+        device = self.accelerator.device
+        generator = torch.Generator(device).manual_seed(int(seed[0] >> np.uint64(1)))
+        return torch.randn(shape, generator=generator, device=device)
+
+    def _predict(self, network: torch.nn.Module, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        x = x.to(self.dtype)
+        if self.config.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with self.accelerator.autocast():
+            return network(x, t - 1, class_labels=labels).sample  # the network counts times from 0
+
+    # ---- what happens between steps --------------------------------------------------------------------------------
+
+    def pipeline(self) -> GeneralizedDDIMPipeline:
+        """The averaged weights as a pipeline. All processes call it."""
+        pipe = GeneralizedDDIMPipeline(self.ema.gather(), GeneralizedDDIMScheduler.from_config(self.scheduler.config))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def preview(self, step: int, log: Log) -> None:
+        config, folder = self.config, Path(self.config.output) / "previews"
+        steps = min(config.preview_steps, self.objective.T)
+        picture = preview(
+            self.accelerator, self.pipeline(), config.preview_images, steps, len(self.classes), config.seed
+        )
+        if picture is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"step-{step:08d}.png")
+            log.picture(step, picture)
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """The loss of the averaged weights on held-out pictures, at the same times and with the same noise each time."""
+        images, labels = self.eval_set
+        unet, device, count = self.ema.gather(), self.accelerator.device, len(images)
+        times = 1 + (np.arange(count) * self.objective.T) // count  # evenly over 1..T
+        times = torch.from_numpy(np.random.default_rng(self.config.seed).permutation(times))
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(self.config.seed))
+        total = torch.zeros((), device=device)
+        for rows in torch.arange(self.share.rank, count, self.share.processes).split(64):
+            t = times[rows].to(device)
+            batch = self.objective.noised(to_model(images[rows].to(device)), noise[rows].to(device), t)
+            given = None if labels is None else labels[rows].to(device)
+            with self.accelerator.autocast():
+                output = unet(batch.x, t - 1, class_labels=given).sample
+            total += self.objective(output, batch).sum()
+        return float(self.accelerator.reduce(total, "sum")) / count
+
+    def write(self, folder: Path, step: int) -> None:
+        """The whole state, into a folder. All processes call it."""
+        self.accelerator.save_state(str(folder))
+        weights = self.ema.gather().state_dict()
+        if self.accelerator.is_main_process:
+            save_file({name: value.contiguous() for name, value in weights.items()}, folder / "ema.safetensors")
+            if self.importance is not None:
+                save_file(self.importance.state_dict(), folder / "times.safetensors")
+            state = {"step": step, "processes": self.share.processes, "skipped": self.skipped}
+            write_json(folder / "run.json", state | {"config": dataclasses.asdict(self.config)})
+
+    def read(self, folder: Path) -> int:
+        """Take over the state of a checkpoint, and return its step."""
+        state = json.loads((folder / "run.json").read_text())
+        if self.share.processes != state["processes"]:
+            self.accelerator.print(
+                f"note: this run had {state['processes']} processes, now {self.share.processes}: noise and dropout differ"
+            )
+        self.accelerator.load_state(str(folder))
+        self.ema.load(load_file(folder / "ema.safetensors", device=str(self.accelerator.device)))
+        if self.importance is not None:
+            self.importance.load_state_dict(load_file(folder / "times.safetensors"))
+        self.skipped = state["skipped"]
+        return state["step"]
+
+
+def build(config: TrainConfig) -> Run:
+    """Check everything, and make all that a run needs. Raises ValueError or OSError before anything is written."""
+    check_precision(config.mixed_precision, PartialState().device)
+    output = Path(config.output).resolve()
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        log_with=check_trackers(config.trackers),
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "trackers")),
+    )
+    check_precision(accelerator.mixed_precision, accelerator.device)
+    check(config, accelerator.num_processes)
+    share = Share(
+        config.batch_size // accelerator.num_processes // config.gradient_accumulation_steps,
+        config.gradient_accumulation_steps,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    scheduler = GeneralizedDDIMScheduler(**config.scheduler)
+    objective = Objective(
+        scheduler.alpha_bar,
+        scheduler.config.prediction_type,
+        config.loss,
+        scheduler.config.variance_type,
+        config.loss_eta,
+        config.snr_gamma,
+        config.bound_weight,
+        accelerator.device,
+    )
+
+    opened = (config.image_column, config.label_column, config.class_conditional)
+    with accelerator.main_process_first():  # one process reads the Hub, the others its cache
+        pictures = (open_stream if config.streaming else open_pictures)(config.data, config.split, *opened)
+        frame = find_frame(pictures, config.channels, wanted_size(config), config.resize, config.crop)
+        fits = isinstance(pictures, Pictures) and memory_needed(pictures, frame) <= config.memory_gb * 1e9
+        if not fits and wanted_size(config) is None:
+            raise ValueError(f"{config.data} is not held in memory (see --memory_gb): say --resolution")
+    labelled = pictures.classes if config.class_conditional else ()
+    classes = len(labelled) + (config.label_dropout > 0) if labelled else 0
+    learned = scheduler.config.variance_type == "learned_range"
+    set_seed(config.seed)  # the same weights on every process
+    made_for = {
+        "sample_size": frame.size[0] if frame.size[0] == frame.size[1] else frame.size,
+        "in_channels": frame.channels,
+        "out_channels": frame.channels * (1 + learned),
+    } | ({"num_class_embeds": classes} if classes else {})
+    unet = UNet2DModel(**made_for | config.unet)
+    check_fit(unet, frame.size, frame.channels, learned, classes)
+    check_space(output, unet.num_parameters(), config)
+    eval_set = None
+    if config.eval_every:
+        eval_set = held_out(open_pictures(config.data, config.eval_split, *opened), frame, config.eval_images)
+    images = None
+    if fits:
+        quiet = not accelerator.is_main_process
+        images = in_memory(pictures, frame, wanted_size(config) is not None, config.workers, quiet)
+    feed = Feed(pictures, frame, share, config.seed, config.flip, config.workers, accelerator.device, images)
+
+    ema = EMA(unet.to(accelerator.device), config.ema_decay, config.ema_warmup)
+    if config.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if config.compile:
+        unet.compile()
+    fused = accelerator.device.type in ("cpu", "cuda", "mps", "xpu")
+    optimizer = OPTIMIZERS[config.optimizer](
+        unet.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=fused,
+    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it asks the data loader, and there is none
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = share.size
+    network, optimizer = accelerator.prepare(unet, optimizer)
+    ema.follow(network)
+    network.train()
+    set_seed(config.seed + 1 + share.rank)  # dropout differs between processes
+    return Run(
+        config,
+        accelerator,
+        feed,
+        share,
+        scheduler,
+        objective,
+        accelerator.unwrap_model(network),
+        network,
+        optimizer,
+        ema,
+        ImportanceTimes(objective.T) if config.times == "importance" else None,
+        labelled,
+        eval_set,
+        next(network.parameters()).dtype,
+    )
+
+
+def wanted_size(config: TrainConfig) -> tuple[int, int] | None:
+    """(H, W) where the settings say it: by `resolution`, or by [unet] sample_size."""
+    size = config.resolution or config.unet.get("sample_size")
+    if size is None:
+        return None
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def memory_needed(pictures: Pictures, frame: Any) -> int:
+    """Bytes of the whole set, judged by its first picture."""
+    return pictures.count * frame.canvas(pictures.first(), f"image 0 of {pictures.name}").size
+
+
+# ---- the run -------------------------------------------------------------------------------------------------------
 
 
 def main(config: TrainConfig) -> dict[str, Any]:
     """Train, save the pipeline and `training.json` into `config.output`, and return what the latter holds."""
-    accelerator = Accelerator()
-    check(config, accelerator.num_processes)
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    images, _ = load(config.data)
-    scheduler = GeneralizedDDIMScheduler(**config.scheduler)
-    set_seed(config.seed)  # the same weights on every process
-    unet = UNet2DModel(
-        **{"sample_size": images.shape[-1], "in_channels": images.shape[1], "out_channels": images.shape[1]}
-        | config.unet
-    )
-    check_fit(unet, scheduler, images)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate)
-    schedule = get_scheduler(  # not prepared: it counts optimiser steps, at any number of processes
-        config.lr_schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps
-    )
-    network, optimizer = accelerator.prepare(unet, optimizer)
-    unet = accelerator.unwrap_model(network)
-    ema = EMAModel(unet.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-
-    set_seed(config.seed + 1 + rank)  # dropout differs between processes
-    order = batches(len(images), config.batch_size, torch.Generator().manual_seed(config.seed))
-    generator = torch.Generator().manual_seed(config.seed + 1 + rank)
-    share = config.batch_size // processes
-    images = images.to(accelerator.device)
-    losses = torch.zeros(config.steps, device=accelerator.device)
-    start = time.perf_counter()
-    bar = tqdm(range(config.steps), desc="training", unit="step", disable=not accelerator.is_main_process)
-    kind = scheduler.config.prediction_type
-    network.train()
-    for step in bar:
-        mine = next(order)[rank * share : (rank + 1) * share].to(images.device)
-        x0 = to_model(images[mine])
-        times = antithetic_times(share, scheduler.config.num_train_timesteps, generator).to(images.device)
-        noise = torch.randn(x0.shape, generator=generator).to(images.device)
-        with accelerator.autocast():
-            output = network(scheduler.add_noise(x0, noise, times), times).sample
-        target = noise if kind == "epsilon" else x0 if kind == "sample" else scheduler.get_velocity(x0, noise, times)
-        loss = torch.nn.functional.mse_loss(output.float(), target)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(network.parameters(), config.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        ema.step(unet.parameters())
-        losses[step] = loss.detach()
-        if (step + 1) % 50 == 0:
-            mean = losses[step - 49 : step + 1].mean().item()
-            bar.set_postfix(loss=f"{mean:.4f}")
-            if not mean < float("inf"):
-                raise FloatingPointError(f"the loss is not finite within the 50 steps up to {step + 1}")
-    seconds = time.perf_counter() - start
-
-    ema.copy_to(unet.parameters())
-    last = losses[-max(1, config.steps // 10) :].mean()
+    run = build(config)
+    accelerator, output = run.accelerator, Path(config.output).resolve()
+    checkpoints = Checkpoints(output / "checkpoints", config.keep_checkpoints, accelerator)
+    step = resume(run, checkpoints)
     result = record(config) | {
-        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
-        "loss": accelerator.reduce(last, "mean").item(),
-        "seconds": seconds,
-        "images_per_second": config.steps * config.batch_size / seconds,
-        "processes": processes,
-        "device": str(accelerator.device),
+        "status": "running",
+        "parameters": run.ema.unet.num_parameters(),
+        "images": run.feed.pictures.count if isinstance(run.feed.pictures, Pictures) else None,
+        "in_memory": run.feed.images is not None,
+        "classes": list(run.classes),
+        "processes": run.share.processes,
+        "device": device_name(accelerator.device),
+        "mixed_precision": accelerator.mixed_precision,
     }
     if accelerator.is_main_process:
-        save(GeneralizedDDIMPipeline(unet.eval(), scheduler), result, config)
+        if config.overwrite and output.exists():
+            set_aside(output)
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "training.json", result)
+    accelerator.wait_for_everyone()
+    if accelerator.log_with:
+        flat = {key: str(value) for key, value in dataclasses.asdict(config).items()}
+        accelerator.init_trackers(config.project, config=flat)
+    log = Log(output / "log.jsonl", accelerator, step, config.steps)
+    signals = Signals()
+    try:
+        with signals.noted():
+            step = loop(run, checkpoints, log, signals, step)
+    finally:
+        log.close()
+        if accelerator.log_with:
+            accelerator.end_training()
+    lines = read_log(output / "log.jsonl")
+    timed = [line for line in lines if "images_per_second" in line]
+    seconds = sum(line["seconds"] for line in timed)
+    last = timed[-max(1, len(timed) // 10) :]
+    finished = step == config.steps
+    result |= {
+        "status": "finished" if finished else f"stopped at step {step}",
+        "loss": sum(line["loss"] for line in last) / len(last) if last else None,
+        "seconds": seconds,
+        "images_per_second": sum(line["images"] for line in timed) / seconds if seconds else None,
+        "loader_share": sum(line["loader_share"] * line["seconds"] for line in timed) / seconds if seconds else None,
+        "spikes": sum(len(line.get("spikes", ())) for line in lines),
+        "skipped_steps": run.skipped,
+        "signal": None if finished else signals.received,
+    }
+    if accelerator.device.type == "cuda":
+        result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    if finished:
+        pipe, raw = run.pipeline(), accelerator.get_state_dict(run.network)
+        if accelerator.is_main_process:
+            save(pipe, raw, result, lines, config)
+    elif accelerator.is_main_process:
+        write_json(output / "training.json", result)
     accelerator.wait_for_everyone()
     return result
 
 
-def save(pipeline: GeneralizedDDIMPipeline, result: dict[str, Any], config: TrainConfig) -> None:
-    """Write the folder aside and rename it, so that a killed process never leaves half a model."""
-    output = Path(config.output).resolve()
-    aside = output.with_name(output.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    pipeline.save_pretrained(aside)
-    write_json(aside / "training.json", result)
+def loop(run: Run, checkpoints: Checkpoints, log: Log, signals: Signals, step: int) -> int:
+    """Steps until the last one or a signal; returns the last that was done, which a checkpoint then holds."""
+    config, accelerator = run.config, run.accelerator
+    window, clock, saved = Window(accelerator), Clock(), step
+    losses: list[float] = []
+    norms: list[float] = []
+
+    def due(every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == config.steps)
+
+    def read_window() -> None:
+        found = window.read(step)
+        losses.extend(found[0])
+        norms.extend(found[1])
+
+    def report() -> None:
+        read_window()
+        if not losses:
+            return
+        seconds, waited = clock.read()
+        images = len(losses) * config.batch_size
+        mean = sum(losses) / len(losses)
+        values = {
+            "loss": mean,
+            "grad_norm": sum(norms) / len(norms),
+            "learning_rate": learning_rate(step, config),
+            "ema_decay": run.ema.decay_at(step),
+            "images": images,
+            "seconds": seconds,
+            "images_per_second": images / seconds,
+            "loader_share": waited / seconds,
+            "skipped_steps": run.skipped,
+        }
+        found = spikes(losses, norms, step)
+        log.write(step, **values, **({"spikes": found} if found else {}))
+        log.bar.set_postfix(loss=f"{mean:.4f}", **{"images/s": f"{images / seconds:.0f}"})
+        losses.clear()
+        norms.clear()
+
+    def save_checkpoint() -> None:
+        nonlocal saved
+        read_window()  # nothing is saved after a step that was not finite
+        problem = checkpoints.save(step, lambda folder: run.write(folder, step))
+        if problem is None:
+            saved = step
+        elif accelerator.is_main_process:
+            print(f"warning: no checkpoint at step {step} ({problem}); the last is of step {saved}", file=sys.stderr)
+
+    def evaluate() -> None:
+        log.write(step, held_out_loss=run.held_out_loss())
+
+    batches = run.feed.batches(step)
+    clock.read()
+    while step < config.steps:
+        step += 1
+        window.add(*run.step(step, batches, clock))
+        log.bar.update()
+        if step % config.log_every == 0 or step == config.steps:
+            report()
+        if due(config.checkpoint_every):
+            clock.pause(save_checkpoint)
+        if due(config.eval_every):
+            clock.pause(evaluate)
+        if due(config.preview_every) and config.preview_images:
+            clock.pause(run.preview, step, log)
+        number = signals.anywhere(accelerator, step)
+        if number and step < config.steps:
+            signals.received = number
+            report()
+            if saved != step:
+                save_checkpoint()
+            break
+    batches.close()
+    return step
+
+
+def resume(run: Run, checkpoints: Checkpoints) -> int:
+    """Take over the checkpoint that the settings name, and return its step; 0 where a run begins."""
+    config, accelerator = run.config, run.accelerator
+    if config.resume is None:
+        return 0
+    if config.resume == "latest":
+        folder = checkpoints.latest()
+        if folder is None:
+            accelerator.print(f"note: {config.output} has no checkpoint yet: starting at step 0")
+            return 0
+    else:
+        from checkpoints import damage
+
+        folder = Path(config.resume)
+        problem = damage(folder)
+        if problem is not None:
+            raise ValueError(f"cannot resume from {folder}: {problem}")
+    before, now = json.loads((folder / "run.json").read_text())["config"], json.loads(as_json(config))
+    changed = [key for key in now if key not in FREE and now[key] != before.get(key)]
+    for key in changed:
+        if key in BOUND:
+            raise ValueError(
+                f"cannot resume {folder} with another {key}: it was {before.get(key)!r}, now {now[key]!r}. Start a new "
+                "run in another folder"
+            )
+        accelerator.print(f"note: {key} was {before.get(key)!r}, from here on {now[key]!r}")
+    step = run.read(folder)
+    if step > config.steps:
+        raise ValueError(f"{folder} is of step {step}, beyond steps={config.steps}: raise it")
+    accelerator.print(f"resuming after step {step} from {folder}")
+    return step
+
+
+def as_json(config: TrainConfig) -> str:
+    return json.dumps(dataclasses.asdict(config))
+
+
+def set_aside(output: Path) -> None:
+    """Move a finished run aside until the new one is finished too; one that never was makes room."""
     earlier = output.with_name(output.name + ".old")
-    if output.exists():
+    if (output / "model_index.json").is_file():
+        shutil.rmtree(earlier, ignore_errors=True)
         output.rename(earlier)
-    aside.rename(output)
-    shutil.rmtree(earlier, ignore_errors=True)
+    else:
+        shutil.rmtree(output)
+
+
+def save(
+    pipe: GeneralizedDDIMPipeline, raw: dict, result: dict[str, Any], lines: list[dict], config: TrainConfig
+) -> None:
+    """The pipeline with the averaged weights, and beside them the raw ones as the variant "non_ema".
+
+    It is written aside and moved into place, `model_index.json` last, so that a folder that reads as a pipeline is one.
+    """
+    output = Path(config.output).resolve()
+    aside = output / "pipeline.part"
+    shutil.rmtree(aside, ignore_errors=True)
+    pipe.save_pretrained(aside)
+    name = "diffusion_pytorch_model.non_ema.safetensors"
+    save_file({key: value.float().contiguous().cpu() for key, value in raw.items()}, aside / "unet" / name)
+    write_json(output / "training.json", result)
+    plot_loss(lines, output / "loss.png")
+    (output / "model_index.json").unlink(missing_ok=True)
+    for part in ("unet", "scheduler", "model_index.json"):
+        target = output / part
+        if target.is_dir():
+            shutil.rmtree(target)
+        (aside / part).rename(target)
+    shutil.rmtree(aside)
+    shutil.rmtree(output.with_name(output.name + ".old"), ignore_errors=True)
+
+
+def device_name(device: torch.device) -> str:
+    """The device, in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(device)}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = "CPU"
+    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
 
 
 if __name__ == "__main__":
     arguments = parse(TrainConfig)
     try:
         done = main(arguments)
-    except ValueError as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
-    if PartialState().is_main_process:
+    main_process, code = PartialState().is_main_process, 0
+    if done["status"] != "finished":
+        code = 128 + done["signal"]
+        if main_process:
+            name = signal.Signals(done["signal"]).name
+            print(f"{name}: {done['status']}, which is saved. Go on with --resume latest", file=sys.stderr)
+    elif main_process and done["seconds"]:
         speed = f"{done['images_per_second']:.0f} images/s"
         print(f"trained {arguments.steps} steps in {done['seconds']:.0f} s ({speed}), loss {done['loss']:.4f}")
     PartialState().destroy_process_group()  # only here, where nothing that communicates is left
+    sys.exit(code)

@@ -1,0 +1,254 @@
+"""What a network is trained to minimise: L_γ of Theorem 1, its variational bound, and the weights in use since.
+
+The network sees x_t = √ᾱ_t·x_0 + √(1 − ᾱ_t)·ε (Eq. 4) at a time t in 1..T and predicts ε, x0 or v. Every loss is a
+function of the error of that prediction (and of the learned variance), image by image, in float32.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import process
+from .gaussian import discretized_log_likelihood, kl
+from .prediction import check_prediction, split_variance
+
+LOSSES = ("simple", "theorem1", "min_snr", "soft_min_snr", "bound", "hybrid")
+"""See `Objective`."""
+
+TIMES = ("antithetic", "uniform", "importance")
+"""How times are drawn: in pairs t and T + 1 − t (the authors' code), independently, by each time's share of the loss."""
+
+BITS = 1 / math.log(2)
+"""Bits in a nat."""
+
+
+class Noised(NamedTuple):
+    """A batch for training: images x_0, noise ε and x_t, all (B, C, H, W), and times t in 1..T, int64 (B,)."""
+
+    x0: Tensor
+    noise: Tensor
+    x: Tensor
+    t: Tensor
+
+
+class Objective:
+    """The loss of each image of a batch.
+
+    - "simple": mean squared error of the prediction; with ε, L_γ at γ = 1 (Eq. 5).
+    - "theorem1": ε's squared error times γ_t = c_t²·(1 − ᾱ_t)/(2σ_t²·ᾱ_t), c_t = √ᾱ_s − √(1 − ᾱ_s − σ_t²)·√ᾱ_t/√(1 − ᾱ_t),
+      s = t − 1, σ_t = σ(η): the γ for which L_γ equals J_σ up to a constant (Theorem 1), in nats per dimension.
+    - "min_snr": x̂0's squared error times min(SNR, γ) (Hang et al. 2023), SNR = ᾱ_t/(1 − ᾱ_t).
+    - "soft_min_snr": x̂0's squared error times 1/(1/SNR + 1/γ) (Crowson et al. 2024).
+    - "bound": an unbiased estimate of the variational bound in bits per dimension: T times one KL, or at t = 1 the
+      decoder's −log p(x_0|x_1) over 256 bins, and the prior's KL.
+    - "hybrid": "simple" + `bound_weight`·"bound", whose gradient flows into the learned variance alone (Nichol &
+      Dhariwal 2021, Eq. 16).
+
+    As in Ho's code the decoder's variance is that of the next move up, β̃_2 (times η²), since β̃_1 = 0; for "fixed_large"
+    the process has variance β, and "learned_range" lies between β̃ and β for each pixel.
+
+    Args:
+        alpha_bar: ᾱ, float64 of shape (T + 1,), ᾱ_0 = 1.
+        prediction_type: what the network predicts: "epsilon", "sample" (x0) or "v_prediction".
+        loss: one of `LOSSES`.
+        variance_type: "fixed_small", "fixed_large" or "learned_range"; the network then has 2C channels.
+        eta: η of the process whose bound is meant, in "theorem1", "bound" and "hybrid".
+        snr_gamma: γ of "min_snr" and "soft_min_snr".
+        bound_weight: λ of "hybrid".
+
+    Raises:
+        ValueError: for unknown names, and for combinations that do not exist or cannot be learned.
+    """
+
+    def __init__(
+        self,
+        alpha_bar: NDArray[np.float64],
+        prediction_type: str = "epsilon",
+        loss: str = "simple",
+        variance_type: str = "fixed_small",
+        eta: float = 1.0,
+        snr_gamma: float = 5.0,
+        bound_weight: float = 1e-3,
+        device: torch.device | str | None = None,
+    ):
+        check_prediction(prediction_type)
+        if loss not in LOSSES:
+            raise ValueError(f"unknown loss {loss!r}: use one of {', '.join(LOSSES)}")
+        if not snr_gamma > 0 or not bound_weight > 0:
+            raise ValueError(f"snr_gamma and bound_weight must be positive, not {snr_gamma!r} and {bound_weight!r}")
+        self.T, self.loss, self.prediction_type = len(alpha_bar) - 1, loss, prediction_type
+        self.learned, self.bound_weight = variance_type == "learned_range", bound_weight
+        terminal = alpha_bar[-1] == 0
+        if terminal and prediction_type == "epsilon":
+            raise ValueError('ε prediction says nothing at zero terminal SNR: use prediction_type = "v_prediction"')
+        if terminal and loss in ("theorem1", "min_snr", "soft_min_snr"):
+            raise ValueError(f"{loss!r} gives time T the weight 0 or ∞ at zero terminal SNR: use loss 'simple'")
+        if self.learned != (loss == "hybrid") and not (self.learned and loss == "bound"):
+            raise ValueError(
+                f"loss {loss!r} does not go with variance_type {variance_type!r}: a learned variance is trained by "
+                "'hybrid' (or 'bound'), and 'hybrid' needs variance_type 'learned_range'"
+            )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            columns = _weights(alpha_bar, prediction_type, loss, snr_gamma)
+            if loss in ("theorem1", "bound", "hybrid"):
+                columns |= _bound_table(alpha_bar, prediction_type, variance_type, eta)
+        if loss == "theorem1":
+            columns["weight"] = columns["mean_error"] ** 2 / (2 * np.exp(columns["log_variance_q"]))
+        self._names = {name: i for i, name in enumerate(columns)}
+        self._table = torch.tensor(np.stack(list(columns.values()), axis=1), dtype=torch.float32, device=device)
+
+    def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Noised:
+        """x_t of images `x0` in −1..1 and standard normal `noise`, both (B, C, H, W), at times `t` in 1..T, (B,)."""
+        signal, scale = self._at(t, "signal", "scale")
+        return Noised(x0, noise, torch.addcmul(scale * noise, signal, x0), t)
+
+    def __call__(self, output: Tensor, batch: Noised) -> Tensor:
+        """The loss of each image, (B,), from the network's output (B, C, H, W), or (B, 2C, H, W) with its variance."""
+        output = output.float()
+        if self.learned:
+            output, variance = split_variance(output, batch.x0.shape[1])
+        else:
+            variance = None
+        error = self._target(batch) - output
+        if self.loss == "bound":
+            return self._bound(error, variance, batch)
+        (weight,) = self._at(batch.t, "weight")
+        loss = error.square().flatten(1).mean(1) * weight.flatten()
+        if self.loss == "hybrid":
+            loss = loss + self.bound_weight * self._bound(error.detach(), variance, batch)
+        return loss
+
+    def _target(self, batch: Noised) -> Tensor:
+        if self.prediction_type == "epsilon":
+            return batch.noise
+        if self.prediction_type == "sample":
+            return batch.x0
+        signal, scale = self._at(batch.t, "signal", "scale")
+        return signal * batch.noise - scale * batch.x0
+
+    def _bound(self, error: Tensor, variance: Tensor | None, batch: Noised) -> Tensor:
+        """Bits per dimension, (B,), whose expectation over uniform t and ε is the bound."""
+        names = ("mean_error", "log_variance_q", "log_variance_low", "log_variance_high")
+        mean_error, log_variance_q, low, high = self._at(batch.t, *names)
+        log_variance = low if variance is None else low + (variance + 1) * (0.5 * (high - low))
+        difference = mean_error * error  # of the means of q and p; at t = 1 it is x_0 − x̂0
+        nats = kl(difference, log_variance_q, torch.zeros_like(difference), log_variance)
+        first = (batch.t == 1).view(-1, 1, 1, 1)
+        decoded = torch.where(first, batch.x0 - difference, batch.x0)
+        likelihood = discretized_log_likelihood(batch.x0, decoded, torch.exp(0.5 * log_variance).expand_as(decoded))
+        nats = torch.where(first, -likelihood, nats) * self.T
+        signal, scale = self._row(self.T, "signal", "scale")
+        prior = kl(signal * batch.x0, 2 * torch.log(scale), torch.zeros_like(batch.x0), torch.zeros_like(scale))
+        return (nats + prior).flatten(1).mean(1) * BITS
+
+    def _at(self, t: Tensor, *names: str) -> list[Tensor]:
+        """Columns of the table at times t, each (B, 1, 1, 1)."""
+        rows = self._table[t]
+        return [rows[:, self._names[name]].view(-1, 1, 1, 1) for name in names]
+
+    def _row(self, t: int, *names: str) -> list[Tensor]:
+        return [self._table[t, self._names[name]] for name in names]
+
+
+def _weights(alpha_bar: NDArray[np.float64], prediction_type: str, loss: str, gamma: float) -> dict[str, NDArray]:
+    """√ᾱ, √(1 − ᾱ), and the weight of the squared error of the prediction, for every t; row 0 is never read."""
+    snr = alpha_bar / (1 - alpha_bar)
+    weight = np.ones_like(alpha_bar)
+    if loss in ("min_snr", "soft_min_snr"):
+        of_x0 = np.minimum(snr, gamma) if loss == "min_snr" else 1 / (1 / snr + 1 / gamma)
+        weight = of_x0 * _x0_error(alpha_bar, prediction_type) ** 2
+    return {"signal": np.sqrt(alpha_bar), "scale": np.sqrt(1 - alpha_bar), "weight": weight}
+
+
+def _x0_error(alpha_bar: NDArray[np.float64], prediction_type: str) -> NDArray[np.float64]:
+    """k with x_0 − x̂0 = k·(target − output)."""
+    if prediction_type == "epsilon":
+        return -np.sqrt(1 - alpha_bar) / np.sqrt(alpha_bar)
+    return np.ones_like(alpha_bar) if prediction_type == "sample" else -np.sqrt(1 - alpha_bar)
+
+
+def _bound_table(
+    alpha_bar: NDArray[np.float64], prediction_type: str, variance_type: str, eta: float
+) -> dict[str, NDArray]:
+    """For every t: the factor from the prediction's error to that of the mean, and the log variances of q and p."""
+    T = len(alpha_bar) - 1
+    if T < 2 or alpha_bar[0] != 1:
+        raise ValueError("the variational bound needs num_train_timesteps of at least 2, and set_alpha_to_one")
+    if variance_type not in ("fixed_small", "fixed_large", "learned_range"):
+        raise ValueError(f"the bound of variance_type {variance_type!r} cannot be trained: use fixed_small")
+    if variance_type != "fixed_small" and eta != 1:
+        raise ValueError(f"variance_type {variance_type!r} stands at η = 1, not {eta!r}")
+    if not eta > 0:
+        raise ValueError(f"the variational bound is infinite at eta={eta!r}: use eta in (0, 1]")
+    a_t, a_s = alpha_bar[1:], alpha_bar[:-1]
+    weight = process.x0_weight(a_t, a_s, eta)
+    if np.isnan(weight).any():
+        raise ValueError(f"eta={eta!r} is too large: σ² would exceed 1 − ᾱ_s; 1 always exists")
+    small, large = np.asarray(process.beta_tilde(a_t, a_s)) * eta**2, np.asarray(process.beta(a_t, a_s))
+    small[0] = small[1]  # σ_1 would be 0; Ho's code takes the next one for both kinds
+    if variance_type == "fixed_large":
+        large[0] = small[0]
+    columns = {
+        "mean_error": weight * _x0_error(a_t, prediction_type),
+        "log_variance_q": np.log(small),
+        "log_variance_low": np.log(large if variance_type == "fixed_large" else small),
+        "log_variance_high": np.log(large),
+    }
+    return {name: np.concatenate([[np.nan], column]) for name, column in columns.items()}
+
+
+def draw_times(kind: str, count: int, T: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """`count` times in 1..T: "uniform", or "antithetic" (each t with T + 1 − t, in the two halves of the batch)."""
+    if kind == "uniform":
+        return rng.integers(1, T + 1, count)
+    half = rng.integers(1, T + 1, (count + 1) // 2)
+    return np.concatenate([half, T + 1 - half])[:count]
+
+
+class ImportanceTimes:
+    """Times with p_t ∝ √E[L_t²], from the last losses at each time (Nichol & Dhariwal 2021, Section 3.3).
+
+    Until every time has `HISTORY` losses, times are uniform. A share `UNIFORM` stays uniform throughout.
+    """
+
+    HISTORY = 10
+    UNIFORM = 1e-3
+
+    def __init__(self, T: int):
+        self.losses = np.zeros((T, self.HISTORY))
+        self.counts = np.zeros(T, dtype=np.int64)
+
+    @property
+    def warm(self) -> bool:
+        return bool((self.counts >= self.HISTORY).all())
+
+    def probabilities(self) -> NDArray[np.float64]:
+        """p_t for t = 1..T."""
+        T = len(self.counts)
+        if not self.warm:
+            return np.full(T, 1 / T)
+        root = np.sqrt(np.square(self.losses).mean(axis=1))
+        return (1 - self.UNIFORM) * root / root.sum() + self.UNIFORM / T
+
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """(t, 1/(T·p_t)): times in 1..T, and the weights that keep the loss unbiased, both (count,)."""
+        p = self.probabilities()
+        drawn = rng.choice(len(p), count, p=p)
+        return drawn + 1, 1 / (len(p) * p[drawn])
+
+    def record(self, t: Tensor, losses: Tensor) -> None:
+        """Note the losses, without their weights, of times `t`, both (N,). Reads them on the host."""
+        for time, loss in zip(t.tolist(), losses.tolist(), strict=True):
+            self.losses[time - 1, self.counts[time - 1] % self.HISTORY] = loss
+            self.counts[time - 1] += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"losses": torch.from_numpy(self.losses), "counts": torch.from_numpy(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.losses, self.counts = state["losses"].numpy().copy(), state["counts"].numpy().copy()
+

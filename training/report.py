@@ -1,0 +1,176 @@
+"""What a training run tells of itself: log.jsonl, the trackers, the progress bar, previews, the plot of the loss."""
+
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ddim_plugin import GeneralizedDDIMPipeline
+from ddim_plugin.images import grid
+
+SPIKE = 5.0
+"""A loss or gradient norm this many times the median of its window's is noted as a spike."""
+
+
+class Window:
+    """Losses and gradient norms of the steps since the last report, kept on the device and read there once."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.values: list[Tensor] = []
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        self.values.append(torch.stack([loss, norm.to(loss)]))
+
+    def read(self, last: int) -> tuple[list[float], list[float]]:
+        """(losses, gradient norms) of the steps up to `last`, over all processes.
+
+        Raises FloatingPointError naming the first step at which one is not finite.
+        """
+        if not self.values:
+            return [], []
+        values = self.accelerator.reduce(torch.stack(self.values), "mean").tolist()
+        self.values = []
+        for step, (loss, norm) in enumerate(values, last - len(values) + 1):
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                what = f"the loss is {loss}" if not math.isfinite(loss) else f"the norm of the gradient is {norm}"
+                raise FloatingPointError(f"{what} at step {step}")
+        return [loss for loss, _ in values], [norm for _, norm in values]
+
+
+def spikes(losses: list[float], norms: list[float], last: int) -> list[dict[str, float]]:
+    """Steps whose loss or gradient norm is far above the median of their window."""
+    if len(losses) < 5:
+        return []
+    limits = SPIKE * statistics.median(losses), SPIKE * statistics.median(norms)
+    steps = range(last - len(losses) + 1, last + 1)
+    return [
+        {"step": step, "loss": loss, "grad_norm": norm}
+        for step, loss, norm in zip(steps, losses, norms, strict=True)
+        if loss > limits[0] or norm > limits[1]
+    ]
+
+
+class Log:
+    """`log.jsonl`, one line for each report, and the same to the trackers. Only the main process writes."""
+
+    def __init__(self, path: Path, accelerator: Accelerator, step: int, steps: int):
+        self.path, self.accelerator = path, accelerator
+        self.main = accelerator.is_main_process
+        if self.main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = [line for line in read_log(path) if line["step"] <= step]  # what a resumed run will do again goes
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.bar = tqdm(initial=step, total=steps, desc="training", unit="step", disable=not self.main, mininterval=0.5)
+
+    def write(self, step: int, **values: Any) -> None:
+        if not self.main:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+        self.accelerator.log({key: value for key, value in values.items() if isinstance(value, int | float)}, step=step)
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                array = np.asarray(picture).transpose(2, 0, 1)
+                tracker.writer.add_image("preview", array, step)
+            elif tracker.name == "wandb":
+                import wandb
+
+                tracker.log({"preview": wandb.Image(picture)}, step=step)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log that are whole."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # cut off by a kill
+            continue
+    return lines
+
+
+class Clock:
+    """Seconds spent in training steps and, of those, in waiting for data. Pauses do not count."""
+
+    def __init__(self):
+        self.start, self.waited, self.paused = time.perf_counter(), 0.0, 0.0
+
+    def read(self) -> tuple[float, float]:
+        """(seconds, seconds waiting) since the last reading."""
+        now = time.perf_counter()
+        found = now - self.start - self.paused, self.waited
+        self.start, self.waited, self.paused = now, 0.0, 0.0
+        return found
+
+    def pause(self, work: Any, *args: Any) -> Any:
+        """work(*args), off the clock."""
+        before = time.perf_counter()
+        try:
+            return work(*args)
+        finally:
+            self.paused += time.perf_counter() - before
+
+
+def preview(
+    accelerator: Accelerator,
+    pipe: GeneralizedDDIMPipeline,
+    count: int,
+    steps: int,
+    classes: int,
+    seed: int,
+) -> Image.Image | None:
+    """A grid of `count` samples at η = 0, from the same x_T each time, shared between the processes.
+
+    The main process gets the picture, the others None. With `classes`, sample i is of class i modulo their number.
+    """
+    mine = range(accelerator.process_index, count, accelerator.num_processes)
+    made = []
+    for start in range(0, len(mine), 64):
+        part = mine[start : start + 64]
+        images = pipe(
+            batch_size=len(part),
+            num_inference_steps=steps,
+            eta=0.0,
+            generator=[torch.Generator().manual_seed(seed + i) for i in part],
+            class_labels=[i % classes for i in part] if classes else None,
+            output_type="np",
+        ).images
+        made += list(zip(part, images, strict=True))
+    made = gather_object(made)
+    if not accelerator.is_main_process:
+        return None
+    images = np.stack([image for _, image in sorted(made, key=lambda pair: pair[0])])
+    columns = min(count, classes if 0 < classes <= 16 else max(1, math.ceil(math.sqrt(count))))
+    return grid([images[i : i + columns] for i in range(0, count, columns)])
+
+
+def plot_loss(lines: list[dict[str, Any]], path: Path) -> None:
+    """The loss of the log, and that on held-out pictures, as a picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for key, label in (("loss", "loss"), ("held_out_loss", "held-out loss, averaged weights")):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1)
+    axes.set(xlabel="optimiser steps", ylabel="loss", yscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
