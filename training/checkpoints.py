@@ -10,6 +10,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 
 MANIFEST = "manifest.json"
 
@@ -38,7 +39,7 @@ class Checkpoints:
         try:
             aside.mkdir(parents=True, exist_ok=True)
             write(aside)
-        except (OSError, RuntimeError) as problem:  # torch and safetensors raise either for a full disk
+        except (OSError, RuntimeError, SafetensorError) as problem:  # all of them may mean a full disk
             error = f"{type(problem).__name__}: {problem}"
         error = next((each for each in gather_object([error]) if each), None)
         if accelerator.is_main_process:
@@ -56,16 +57,21 @@ class Checkpoints:
         return broadcast_object_list([error])[0]
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, with a warning for each damaged one after it; None where there is none."""
-        found = [None]
+        """The newest whole checkpoint, with a warning for each damaged one after it; None where there is none.
+
+        Raises ValueError where there are some and all are damaged.
+        """
+        found = [None, None]
         if self.accelerator.is_main_process:
             for folder in self.all():
-                problem = damage(folder)
-                if problem is None:
-                    found = [str(folder)]
+                found[1] = damage(folder)
+                if found[1] is None:
+                    found[0] = str(folder)
                     break
-                print(f"warning: {folder} is damaged ({problem}): taking the one before", file=sys.stderr)
-        path = broadcast_object_list(found)[0]
+                print(f"warning: {folder} is damaged ({found[1]}): taking the one before", file=sys.stderr)
+        path, problem = broadcast_object_list(found)
+        if problem is not None:
+            raise ValueError(f"all checkpoints in {self.folder} are damaged: begin again with --overwrite")
         return None if path is None else Path(path)
 
     def all(self) -> list[Path]:

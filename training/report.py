@@ -4,6 +4,7 @@ import json
 import math
 import statistics
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ddim_plugin import GeneralizedDDIMPipeline
 from ddim_plugin.images import grid
 
 SPIKE = 5.0
-"""A loss or gradient norm this many times the median of its window's is noted as a spike."""
+"""A loss or gradient norm this many times the median before it is noted as a spike."""
 
 
 class Window:
@@ -48,17 +49,25 @@ class Window:
         return [loss for loss, _ in values], [norm for _, norm in values]
 
 
-def spikes(losses: list[float], norms: list[float], last: int) -> list[dict[str, float]]:
-    """Steps whose loss or gradient norm is far above the median of their window."""
-    if len(losses) < 5:
-        return []
-    limits = SPIKE * statistics.median(losses), SPIKE * statistics.median(norms)
-    steps = range(last - len(losses) + 1, last + 1)
-    return [
-        {"step": step, "loss": loss, "grad_norm": norm}
-        for step, loss, norm in zip(steps, losses, norms, strict=True)
-        if loss > limits[0] or norm > limits[1]
-    ]
+class Spikes:
+    """Finds steps whose loss or gradient norm is far above the median of the `HISTORY` steps before."""
+
+    HISTORY = 200
+    LEAST = 20
+
+    def __init__(self) -> None:
+        self.before: deque[tuple[float, float]] = deque(maxlen=self.HISTORY)
+
+    def find(self, losses: list[float], norms: list[float], last: int) -> list[dict[str, float]]:
+        """Those among the steps up to `last`."""
+        found = []
+        for step, pair in enumerate(zip(losses, norms, strict=True), last - len(losses) + 1):
+            if len(self.before) >= self.LEAST:
+                medians = (statistics.median(values) for values in zip(*self.before, strict=True))
+                if any(value > SPIKE * median for value, median in zip(pair, medians, strict=True)):
+                    found.append({"step": step, "loss": pair[0], "grad_norm": pair[1]})
+            self.before.append(pair)
+        return found
 
 
 class Log:

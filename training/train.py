@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
-from checkpoints import Checkpoints
+from checkpoints import Checkpoints, damage
 from config import parse, record, write_json
 from data import Feed, Pictures, Share, find_frame, held_out, in_memory, open_pictures, open_stream, to_model
 from diffusers import UNet2DModel
 from ema import EMA
-from report import Clock, Log, Window, plot_loss, preview, read_log, spikes
+from report import Clock, Log, Spikes, Window, plot_loss, preview, read_log
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -178,14 +178,30 @@ def check_table(name: str, table: dict[str, Any], cls: type) -> None:
         raise ValueError(f"unknown settings in [{name}]: {', '.join(unknown)}. Known: {', '.join(sorted(known))}")
 
 
-def check_precision(precision: str | None, device: torch.device) -> None:
-    """Raise ValueError for a precision that the device does not have."""
-    if precision not in (None, "no", "fp16", "bf16"):
-        raise ValueError(f"unknown mixed_precision {precision!r}: use no, fp16 or bf16")
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError("mixed_precision='fp16' needs an accelerator, and the device is the CPU: use bf16 or no")
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError(f"{torch.cuda.get_device_name()} has no bf16: use mixed_precision='fp16' or 'no'")
+def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
+    """Accelerate's view of the machine. Raises ValueError for a precision that the device does not have."""
+    if config.mixed_precision not in (None, "no", "fp16", "bf16"):
+        raise ValueError(f"unknown mixed_precision {config.mixed_precision!r}: use no, fp16 or bf16")
+    trackers = check_trackers(config.trackers)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "trackers")),
+        )
+    except ValueError as error:
+        raise ValueError(f"{error} Use mixed_precision bf16 or no") from error
+    device = accelerator.device
+    if accelerator.mixed_precision == "fp16" and device.type == "cpu":
+        raise ValueError("mixed_precision fp16 needs an accelerator, and the device is the CPU: use bf16 or no")
+    if accelerator.mixed_precision == "bf16" and device.type == "cuda":
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            name = torch.cuda.get_device_name(device)
+            raise ValueError(f"{name} has no bf16: use mixed_precision fp16 or no")
+    return accelerator
 
 
 def check_trackers(trackers: tuple[str, ...]) -> list[str]:
@@ -206,8 +222,10 @@ def check_trackers(trackers: tuple[str, ...]) -> list[str]:
 def check_fit(unet: UNet2DModel, size: tuple[int, int], channels: int, learned: bool, classes: int) -> None:
     """Raise ValueError where network and pictures do not go together."""
     config = unet.config
-    sample = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
-    made, needed = (config.in_channels, config.out_channels, sample), (channels, channels * (1 + learned), size)
+    square = isinstance(config.sample_size, int)
+    sample = config.sample_size if square else tuple(config.sample_size)
+    made = (config.in_channels, config.out_channels, sample)
+    needed = (channels, channels * (1 + learned), size[0] if square and size[0] == size[1] else size)
     if made != needed:
         raise ValueError(
             f"[unet] has in_channels, out_channels, sample_size {made}; the images"
@@ -325,8 +343,9 @@ class Run:
                 without = torch.from_numpy(self.share.of(dropped, part)).to(labels.device, non_blocking=True)
                 labels = torch.where(without, len(self.classes), labels)
             t = torch.from_numpy(self.share.of(times, part)).to(images.device, non_blocking=True)
-            noise = self._noise(images.shape, step, part)
-            batch = self.objective.noised(to_model(images), noise, t)
+            if part == 0:
+                noise = self._noise((self.share.size * self.share.parts, *images.shape[1:]), step).chunk(self.share.parts)
+            batch = self.objective.noised(to_model(images), noise[part], t)
             with accelerator.accumulate(self.network):
                 losses = self.objective(self._predict(self.network, batch.x, t, labels), batch)
                 loss = losses
@@ -344,7 +363,9 @@ class Run:
             self.skipped += 1
             norm = torch.zeros_like(total)
         self.ema.update(step)
-        return total, torch.as_tensor(norm, device=total.device).detach()
+        if hasattr(norm, "full_tensor"):  # of a gradient in shards (FSDP)
+            norm = norm.full_tensor()
+        return total, torch.as_tensor(0.0 if norm is None else norm, device=total.device)
 
     def _draw_times(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
         if self.importance is not None:
@@ -355,9 +376,9 @@ class Run:
         gather = self.accelerator.gather
         self.importance.record(gather(t), gather(losses.detach()))
 
-    def _noise(self, shape: torch.Size, step: int, part: int) -> Tensor:
-        """Standard normal noise that depends on (seed, step, part, process) alone."""
-        seed = np.random.SeedSequence([self.config.seed, 3, step, part, self.share.rank]).generate_state(1, np.uint64)
+    def _noise(self, shape: tuple[int, ...], step: int) -> Tensor:
+        """Standard normal noise that depends on (seed, step, process) alone."""
+        seed = np.random.SeedSequence([self.config.seed, 3, step, self.share.rank]).generate_state(1, np.uint64)
         device = self.accelerator.device
         generator = torch.Generator(device).manual_seed(int(seed[0] >> np.uint64(1)))
         return torch.randn(shape, generator=generator, device=device)
@@ -425,7 +446,7 @@ class Run:
                 f"note: this run had {state['processes']} processes, now {self.share.processes}: noise and dropout differ"
             )
         self.accelerator.load_state(str(folder))
-        self.ema.load(load_file(folder / "ema.safetensors", device=str(self.accelerator.device)))
+        self.ema.load(load_file(folder / "ema.safetensors"))
         if self.importance is not None:
             self.importance.load_state_dict(load_file(folder / "times.safetensors"))
         self.skipped = state["skipped"]
@@ -434,17 +455,8 @@ class Run:
 
 def build(config: TrainConfig) -> Run:
     """Check everything, and make all that a run needs. Raises ValueError or OSError before anything is written."""
-    check_precision(config.mixed_precision, PartialState().device)
     output = Path(config.output).resolve()
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        log_with=check_trackers(config.trackers),
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "trackers")),
-    )
-    check_precision(accelerator.mixed_precision, accelerator.device)
+    accelerator = make_accelerator(config, output)
     check(config, accelerator.num_processes)
     share = Share(
         config.batch_size // accelerator.num_processes // config.gradient_accumulation_steps,
@@ -480,7 +492,7 @@ def build(config: TrainConfig) -> Run:
         "in_channels": frame.channels,
         "out_channels": frame.channels * (1 + learned),
     } | ({"num_class_embeds": classes} if classes else {})
-    unet = UNet2DModel(**made_for | config.unet)
+    unet = UNet2DModel(**made_for | {key: None if value == "none" else value for key, value in config.unet.items()})
     check_fit(unet, frame.size, frame.channels, learned, classes)
     check_space(output, unet.num_parameters(), config)
     eval_set = None
@@ -576,10 +588,14 @@ def main(config: TrainConfig) -> dict[str, Any]:
     try:
         with signals.noted():
             step = loop(run, checkpoints, log, signals, step)
+    except FloatingPointError as error:
+        last = checkpoints.all()[:1]
+        where = f"the checkpoint {last[0]} is from before" if last else "there is no checkpoint from before"
+        raise FloatingPointError(f"{error}: stopped; {where}. Lower learning_rate, or look at the data") from error
     finally:
         log.close()
-        if accelerator.log_with:
-            accelerator.end_training()
+        for tracker in accelerator.trackers:  # accelerator.end_training would end the process group too
+            tracker.finish()
     lines = read_log(output / "log.jsonl")
     timed = [line for line in lines if "images_per_second" in line]
     seconds = sum(line["seconds"] for line in timed)
@@ -610,7 +626,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
 def loop(run: Run, checkpoints: Checkpoints, log: Log, signals: Signals, step: int) -> int:
     """Steps until the last one or a signal; returns the last that was done, which a checkpoint then holds."""
     config, accelerator = run.config, run.accelerator
-    window, clock, saved = Window(accelerator), Clock(), step
+    window, clock, spikes, saved = Window(accelerator), Clock(), Spikes(), step
     losses: list[float] = []
     norms: list[float] = []
 
@@ -640,7 +656,7 @@ def loop(run: Run, checkpoints: Checkpoints, log: Log, signals: Signals, step: i
             "loader_share": waited / seconds,
             "skipped_steps": run.skipped,
         }
-        found = spikes(losses, norms, step)
+        found = spikes.find(losses, norms, step)
         log.write(step, **values, **({"spikes": found} if found else {}))
         log.bar.set_postfix(loss=f"{mean:.4f}", **{"images/s": f"{images / seconds:.0f}"})
         losses.clear()
@@ -661,8 +677,14 @@ def loop(run: Run, checkpoints: Checkpoints, log: Log, signals: Signals, step: i
     batches = run.feed.batches(step)
     clock.read()
     while step < config.steps:
+        try:
+            loss, norm = run.step(step + 1, batches, clock)
+        except (ValueError, OSError):  # a picture that cannot be read
+            if accelerator.num_processes == 1 and config.checkpoint_every and saved != step:
+                save_checkpoint()
+            raise
         step += 1
-        window.add(*run.step(step, batches, clock))
+        window.add(loss, norm)
         log.bar.update()
         if step % config.log_every == 0 or step == config.steps:
             report()
@@ -694,8 +716,6 @@ def resume(run: Run, checkpoints: Checkpoints) -> int:
             accelerator.print(f"note: {config.output} has no checkpoint yet: starting at step 0")
             return 0
     else:
-        from checkpoints import damage
-
         folder = Path(config.resume)
         problem = damage(folder)
         if problem is not None:
