@@ -20,7 +20,7 @@ LOSSES = ("simple", "theorem1", "min_snr", "soft_min_snr", "bound", "hybrid")
 """See `Objective`."""
 
 TIMES = ("antithetic", "uniform", "importance")
-"""How times are drawn: in pairs t and T + 1 − t (the authors' code), independently, by each time's share of the loss."""
+"""How times are drawn: in pairs t and T + 1 − t (the authors' code), independently, or by their share of the loss."""
 
 BITS = 1 / math.log(2)
 """Bits in a nat."""
@@ -39,8 +39,9 @@ class Objective:
     """The loss of each image of a batch.
 
     - "simple": mean squared error of the prediction; with ε, L_γ at γ = 1 (Eq. 5).
-    - "theorem1": ε's squared error times γ_t = c_t²·(1 − ᾱ_t)/(2σ_t²·ᾱ_t), c_t = √ᾱ_s − √(1 − ᾱ_s − σ_t²)·√ᾱ_t/√(1 − ᾱ_t),
-      s = t − 1, σ_t = σ(η): the γ for which L_γ equals J_σ up to a constant (Theorem 1), in nats per dimension.
+    - "theorem1": ε's squared error times γ_t = c_t²·(1 − ᾱ_t)/(2σ_t²·ᾱ_t), s = t − 1, σ_t = σ(η),
+      c_t = √ᾱ_s − √(1 − ᾱ_s − σ_t²)·√ᾱ_t/√(1 − ᾱ_t): the γ for which L_γ equals J_σ up to a constant (Theorem 1),
+      in nats per dimension.
     - "min_snr": x̂0's squared error times min(SNR, γ) (Hang et al. 2023), SNR = ᾱ_t/(1 − ᾱ_t).
     - "soft_min_snr": x̂0's squared error times 1/(1/SNR + 1/γ) (Crowson et al. 2024).
     - "bound": an unbiased estimate of the variational bound in bits per dimension: T times one KL, or at t = 1 the
@@ -251,4 +252,3 @@ class ImportanceTimes:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.losses, self.counts = state["losses"].numpy().copy(), state["counts"].numpy().copy()
-

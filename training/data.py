@@ -152,7 +152,7 @@ def open_stream(
     row = next(iter(rows), None)
     if row is None:
         raise ValueError(f"the data set {name} is empty")
-    column = _image_column(rows.features or {key: value for key, value in row.items()}, name, image_column)
+    column = _image_column(rows.features or row, name, image_column)
     label, classes = None, ()
     if labelled:
         label = _label_column(rows.features or row, name, label_column)
@@ -493,10 +493,10 @@ class Feed:
     def _jobs(self, step: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
         """(numbers, places of the crop, flips) of each micro-batch."""
         order = Order(self.pictures.count, self.seed) if isinstance(self.pictures, Pictures) else None
-        for step in itertools.count(step):
-            rng = np.random.default_rng([self.seed, 1, step])
+        for k in itertools.count(step):
+            rng = np.random.default_rng([self.seed, 1, k])
             places, flips = rng.random((self.share.batch, 2)), rng.random(self.share.batch) < 0.5
-            numbers = places if order is None else order(step * self.share.batch, self.share.batch)
+            numbers = places if order is None else order(k * self.share.batch, self.share.batch)
             for part in range(self.share.parts):
                 yield (
                     self.share.of(numbers, part),
@@ -524,7 +524,7 @@ class Feed:
         def work(job: tuple) -> tuple:
             numbers, places, flips = job
             cuts = [self._cut(self.pictures.picture(i), place) for i, place in zip(numbers, places, strict=True)]
-            return torch.from_numpy(np.stack(cuts)), self._labels(numbers), flips
+            return self._stack(cuts), self._labels(numbers), flips
 
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
             yield from bounded(pool, work, self._jobs(step), self.workers + 1)
@@ -532,6 +532,10 @@ class Feed:
     def _cut(self, picture: Image.Image, place: Sequence[float]) -> np.ndarray:
         canvas = self.frame.canvas(picture, f"an image of {self.pictures.name}")
         return self.frame.cut(canvas, place) if self.frame.crop == "random" else canvas
+
+    def _stack(self, cuts: list[np.ndarray]) -> Tensor:
+        batch = torch.from_numpy(np.stack(cuts))
+        return batch.pin_memory() if self.device.type == "cuda" else batch  # so that the copy waits for nothing
 
     def _streamed(self, step: int) -> Iterator[tuple]:
         share = self.share
@@ -542,7 +546,7 @@ class Feed:
             decoded = [self.pictures.decode(row) for row in rows.result()]
             cuts = [self._cut(picture, place) for (picture, _), place in zip(decoded, places, strict=True)]
             labels = None if decoded[0][1] is None else np.array([label for _, label in decoded])
-            return torch.from_numpy(np.stack(cuts)), labels, flips
+            return self._stack(cuts), labels, flips
 
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(max(1, self.workers)) as pool:
             jobs = (

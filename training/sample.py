@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from config import parse, record, write_json
-from data import load
+from data import load_images
 from torch import Generator
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
@@ -24,7 +24,10 @@ class SampleConfig:
 
     model: str = field(metadata={"help": "a folder written by save_pretrained, or a Hub id"})
     output: str = field(default="pictures", metadata={"help": "folder for the pictures"})
-    data: str | None = field(default=None, metadata={"help": "data set of a first row of real pictures"})
+    data: str | None = field(
+        default=None, metadata={"help": "data set of a first row of real pictures: digits, a folder, …"}
+    )
+    split: str = field(default="test", metadata={"help": "split of that data set"})
     steps: tuple[int, ...] = field(default=(5, 10, 20, 50, 100), metadata={"help": "rows of the first grid"})
     etas: tuple[float, ...] = field(default=(0.0, 0.2, 0.5, 1.0), metadata={"help": "η in the second grid, then σ̂"})
     eta_steps: tuple[int, ...] = field(default=(10, 100), metadata={"help": "S in the second grid"})
@@ -37,13 +40,13 @@ def main(config: SampleConfig) -> dict[str, Any]:
     """Write `samples_by_steps.png`, `samples_by_eta.png` and `sample.json`; return what the latter holds."""
     if config.columns < 1:
         raise ValueError(f"columns must be positive, not {config.columns}")
-    real = None
-    if config.data is not None:
-        held_out, _ = load(config.data, "test")
-        real = held_out[: config.columns].permute(0, 2, 3, 1).numpy() / 255
     start = time.perf_counter()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = GeneralizedDDIMPipeline.from_pretrained(config.model).to(device)
+    real = None
+    if config.data is not None:
+        images = load_images(config.data, config.split, pipe.unet.config.in_channels, pipe.image_size, config.columns)
+        real = images.permute(0, 2, 3, 1).numpy() / 255
     pipe.set_progress_bar_config(desc="sampling", leave=False)
     stock = pipe.scheduler.config
     larger = GeneralizedDDIMScheduler.from_config(stock, variance_type="fixed_large", eta=0.0)

@@ -7,7 +7,6 @@ import dataclasses
 import inspect
 import json
 import math
-import os
 import shutil
 import signal
 import sys
@@ -71,9 +70,7 @@ class TrainConfig:
 
     unet: dict = field(default_factory=dict)
     scheduler: dict = field(default_factory=dict)
-    loss: str = field(
-        default="simple", metadata={"help": "simple, theorem1, min_snr, soft_min_snr, bound, or hybrid"}
-    )
+    loss: str = field(default="simple", metadata={"help": "simple, theorem1, min_snr, soft_min_snr, bound, or hybrid"})
     loss_eta: float = field(default=1.0, metadata={"help": "η of the process whose bound is meant"})
     snr_gamma: float = field(default=5.0, metadata={"help": "γ of min_snr and soft_min_snr"})
     bound_weight: float = field(default=1e-3, metadata={"help": "weight of the bound in hybrid"})
@@ -165,8 +162,8 @@ def check_output(config: TrainConfig) -> None:
         )
     if config.resume is None and not config.overwrite:
         raise ValueError(
-            f"the output {config.output} holds another run: choose another folder, go on with it by --resume latest, or "
-            "pass --overwrite"
+            f"the output {config.output} holds another run: choose another folder, go on with it by --resume latest, "
+            "or pass --overwrite"
         )
 
 
@@ -197,10 +194,9 @@ def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
     device = accelerator.device
     if accelerator.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs an accelerator, and the device is the CPU: use bf16 or no")
-    if accelerator.mixed_precision == "bf16" and device.type == "cuda":
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            name = torch.cuda.get_device_name(device)
-            raise ValueError(f"{name} has no bf16: use mixed_precision fp16 or no")
+    without_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if accelerator.mixed_precision == "bf16" and without_bf16:
+        raise ValueError(f"{torch.cuda.get_device_name(device)} has no bf16: use mixed_precision fp16 or no")
     return accelerator
 
 
@@ -234,7 +230,7 @@ def check_fit(unet: UNet2DModel, size: tuple[int, int], channels: int, learned: 
     halvings = len(config.down_block_types) - 1
     if size[0] % 2**halvings or size[1] % 2**halvings:
         raise ValueError(
-            f"pictures of {size[0]}×{size[1]} cannot be halved {halvings} times, as this U-Net of {halvings + 1} levels "
+            f"pictures of {size[0]}×{size[1]} cannot be halved {halvings} times, as a U-Net of {halvings + 1} levels "
             f"does: take a resolution that is a multiple of {2**halvings}, or fewer blocks in [unet]"
         )
     if config.num_class_embeds != (classes or None):
@@ -344,7 +340,9 @@ class Run:
                 labels = torch.where(without, len(self.classes), labels)
             t = torch.from_numpy(self.share.of(times, part)).to(images.device, non_blocking=True)
             if part == 0:
-                noise = self._noise((self.share.size * self.share.parts, *images.shape[1:]), step).chunk(self.share.parts)
+                noise = self._noise((self.share.size * self.share.parts, *images.shape[1:]), step).chunk(
+                    self.share.parts
+                )
             batch = self.objective.noised(to_model(images), noise[part], t)
             with accelerator.accumulate(self.network):
                 losses = self.objective(self._predict(self.network, batch.x, t, labels), batch)
@@ -411,7 +409,7 @@ class Run:
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """The loss of the averaged weights on held-out pictures, at the same times and with the same noise each time."""
+        """The loss of the averaged weights on held-out pictures, at the same times and with the same noise always."""
         images, labels = self.eval_set
         unet, device, count = self.ema.gather(), self.accelerator.device, len(images)
         times = 1 + (np.arange(count) * self.objective.T) // count  # evenly over 1..T
@@ -442,9 +440,8 @@ class Run:
         """Take over the state of a checkpoint, and return its step."""
         state = json.loads((folder / "run.json").read_text())
         if self.share.processes != state["processes"]:
-            self.accelerator.print(
-                f"note: this run had {state['processes']} processes, now {self.share.processes}: noise and dropout differ"
-            )
+            change = f"{state['processes']} processes, now {self.share.processes}"
+            self.accelerator.print(f"note: this run had {change}: other noise from here on")
         self.accelerator.load_state(str(folder))
         self.ema.load(load_file(folder / "ema.safetensors"))
         if self.importance is not None:

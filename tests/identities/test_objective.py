@@ -52,7 +52,9 @@ def test_theorem_1(eta):
     objective = Objective(ALPHA, loss="theorem1", eta=eta)
     output = noise + 0.1 * torch.sin(noise)
     losses = objective(output, objective.noised(x0, noise, t))
-    expected = [gamma(int(time), eta) * float((n - o).square().mean()) for time, n, o in zip(t, noise, output)]
+    expected = [
+        gamma(int(time), eta) * float((n - o).square().mean()) for time, n, o in zip(t, noise, output, strict=True)
+    ]
     assert losses.tolist() == pytest.approx(expected, rel=1e-4)
 
 

@@ -17,8 +17,6 @@ from data import load, to_model
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "training" / "configs" / "digits.toml"
 QUICK = ["--steps", "6", "--warmup_steps", "2", "--batch_size", "8"]

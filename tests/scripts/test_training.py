@@ -198,8 +198,8 @@ def test_a_damaged_checkpoint_is_recognised(tmp_path, how, capsys):
     assert "step-00000006 is damaged" in printed.err
     assert f"resuming after step 3 from {folders[0]}" in printed.out
     assert sorted(losses(output)) == [1, 2, 3, 4, 5, 6, 7]
+    spoil(folders[1], how)
     with pytest.raises(ValueError, match="cannot resume from"):
-        spoil(folders[1], how)
         fit(output, resume=str(folders[1]), steps=7)
     for folder in (output / "checkpoints").iterdir():
         (folder / "manifest.json").unlink(missing_ok=True)
@@ -227,7 +227,7 @@ def test_writes_that_fail_in_a_real_process(tmp_path):
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
         "sys.path.insert(0, 'training'); import train, json; from config import build; "
-        f"train.main(build(train.TrainConfig, json.loads(sys.argv[1])))"
+        "train.main(build(train.TrainConfig, json.loads(sys.argv[1])))"
     )
     done = python("-c", code, json.dumps(SMALL | {"output": str(tmp_path / "run")}))
     assert "no checkpoint at step 3" in done.stderr, done.stderr
