@@ -1,9 +1,10 @@
 """Training runs in processes of their own, forked from one that has imported everything: quick to start, and to kill.
 
-python tests/trials.py kill SETTINGS.json COUNT SEED     COUNT runs of the settings, each killed at random but the last
+python tests/trials.py kill SETTINGS.json COUNT SEED     COUNT runs of the settings, each killed, and one that is not
 python tests/trials.py ranks SETTINGS.json               under torch.distributed.run: one run, and what each rank holds
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,8 +27,17 @@ def digest(module):
 
 
 def kill(settings, count, seed):
-    """Start the run, kill it after a random time, resume, and so on; the last is left alone. Prints each step found."""
-    rng = random.Random(seed)
+    """Start the run, kill it after a random time, resume, and so on; the last is left alone. Prints the ends."""
+    rng, folder = random.Random(seed), Path(settings["output"]) / "checkpoints"
+
+    def writing(since):
+        """Whether a checkpoint is being written by a run that began at `since`."""
+        for path in folder.glob("*.part"):
+            with contextlib.suppress(FileNotFoundError):  # it was renamed meanwhile
+                if path.stat().st_mtime > since:
+                    return True
+        return False
+
     for trial in range(count + 1):
         child = os.fork()
         if child == 0:
@@ -36,17 +46,18 @@ def kill(settings, count, seed):
             os._exit(0 if result["status"] == "finished" else 1)
         killed = False
         if trial < count:
-            begun, wait = time.monotonic(), rng.uniform(0.3, 2.5)
-            while time.monotonic() - begun < wait and os.waitpid(child, os.WNOHANG)[0] == 0:
-                time.sleep(0.005)
-            try:
-                os.kill(child, signal.SIGKILL)
-                killed = True
-            except ProcessLookupError:
-                print("it had ended", flush=True)
-                continue
+            begun, wait, saving = time.time(), rng.uniform(0.3, 1.5), rng.random() < 0.8
+            while time.time() < begun + wait or (saving and not writing(begun)):
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    print("\nended", flush=True)
+                    sys.exit(status and "a run failed")
+                time.sleep(rng.uniform(0, 0.004))
+            os.kill(child, signal.SIGKILL)
+            killed = True
         status = os.waitpid(child, 0)[1]
-        print(f"trial {trial}: {'killed' if killed else f'ended with {status}'}", flush=True)
+        saving = killed and writing(begun)
+        print("\nkilled while saving" if saving else "\nkilled" if killed else "\nended", flush=True)
         if not killed and status:
             sys.exit("a run failed")
 
