@@ -14,7 +14,7 @@ BIN = 1 / 255
 def kl(mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor, log_variance_p: Tensor) -> Tensor:
     """KL(N(mean_q, exp log_variance_q) ‖ N(mean_p, exp log_variance_p)) of each element, in nats."""
     ratio = log_variance_q - log_variance_p
-    return 0.5 * (torch.exp(ratio) - 1 - ratio + (mean_q - mean_p).square() * torch.exp(-log_variance_p))
+    return 0.5 * (torch.expm1(ratio) - ratio + (mean_q - mean_p).square() * torch.exp(-log_variance_p))
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:

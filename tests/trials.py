@@ -26,6 +26,11 @@ def digest(module):
     return hashlib.sha256(b"".join(value.numpy().tobytes() for value in module.state_dict().values())).hexdigest()
 
 
+def digests(images):
+    """A checksum of each picture."""
+    return [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:12] for image in images]
+
+
 def kill(settings, count, seed):
     """Start the run, kill it after a random time, resume, and so on; the last is left alone. Prints the ends."""
     rng, folder = random.Random(seed), Path(settings["output"]) / "checkpoints"
@@ -65,8 +70,8 @@ def kill(settings, count, seed):
 def ranks(settings):
     """One run under a launcher; each rank prints its learning rates, pictures and weights."""
     torch.set_num_threads(1)
-    seen, runs = [], []
-    before = train.Run.step
+    seen, runs, pictures = [], [], []
+    before, to_model = train.Run.step, train.to_model
 
     def step(run, number, batches, clock):
         found = before(run, number, batches, clock)
@@ -75,9 +80,11 @@ def ranks(settings):
         return found
 
     train.Run.step = step
+    train.to_model = lambda images: pictures.append(digests(images)) or to_model(images)
     result = train.main(build(train.TrainConfig, settings))
     run = runs[0]
     held = {"rank": run.share.rank, "lr": seen, "unet": digest(run.unet), "ema": digest(run.ema.unet)}
+    held["pictures"] = pictures
     folder = Path(settings["output"])
     (folder / f"rank-{run.share.rank}-{result['status'].replace(' ', '-')}.json").write_text(json.dumps(held))
     torch.distributed.barrier()

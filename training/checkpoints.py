@@ -39,7 +39,9 @@ class Checkpoints:
         try:
             aside.mkdir(parents=True, exist_ok=True)
             write(aside)
-        except (OSError, RuntimeError, SafetensorError) as problem:  # all of them may mean a full disk
+        except (OSError, RuntimeError, SafetensorError) as problem:
+            if not is_disk_error(problem):
+                raise
             error = f"{type(problem).__name__}: {problem}"
         error = next((each for each in gather_object([error]) if each), None)
         if accelerator.is_main_process:
@@ -71,12 +73,22 @@ class Checkpoints:
                 print(f"warning: {folder} is damaged ({found[1]}): taking the one before", file=sys.stderr)
         path, problem = broadcast_object_list(found)
         if problem is not None:
-            raise ValueError(f"all checkpoints in {self.folder} are damaged: begin again with --overwrite")
+            raise ValueError(f"all checkpoints in {self.folder} are damaged: repair one, or begin in another folder")
         return None if path is None else Path(path)
 
     def all(self) -> list[Path]:
         """Folders of checkpoints, the newest first."""
         return sorted((each for each in self.folder.glob("step-*") if not each.suffix), reverse=True)
+
+    def forget_after(self, step: int) -> None:
+        """Set checkpoints of later steps aside, as "….later": those of a branch that is left, or damaged ones."""
+        if self.accelerator.is_main_process:
+            for folder in self.all():
+                if int(folder.name.removeprefix("step-")) > step:
+                    aside = folder.with_suffix(".later")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    folder.rename(aside)
+        self.accelerator.wait_for_everyone()
 
     def _rotate(self) -> None:
         for stale in self.folder.glob("step-*.part"):
@@ -85,6 +97,12 @@ class Checkpoints:
             gone = old.with_suffix(".part")  # so that a kill in between never leaves half a checkpoint
             old.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
+
+
+def is_disk_error(problem: Exception) -> bool:
+    """Whether writing failed: torch and safetensors say it in words."""
+    words = ("PytorchStreamWriter", "unexpected pos", "No space", "File too large", "I/O error")
+    return isinstance(problem, OSError) or any(word in str(problem) for word in words)
 
 
 def _seal(folder: Path, step: int) -> None:

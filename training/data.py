@@ -1,13 +1,14 @@
 """Pictures to train on: data sets as numbered pictures or streams, and the batches made of them.
 
-Batches are a function of (seed, step) alone: any number of processes and workers, in memory or from disk, and a run
-that was resumed, see the same pictures, crops and flips.
+Batches are a function of (seed, step) alone: any number of workers and (but for streams) of processes, in memory or
+from disk, and a run that was resumed, see the same pictures, crops and flips.
 """
 
 import glob
 import io
 import itertools
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,7 +64,7 @@ def load_images(name: str, split: str, channels: int, size: tuple[int, int] | No
     if name != "digits" and Path(name).is_dir():
         pictures = [open_image(file, channels, size, resize=True) for file in image_files(name)[:count]]
     else:
-        source = open_pictures(name, split)
+        source = open_pictures(name, split if has_splits(name) else "train")
         raw = [source.picture(i) for i in range(min(count, source.count))]
         pictures = [fit(picture, channels, size, True, f"image {i} of {name}") for i, picture in enumerate(raw)]
     arrays = []
@@ -98,10 +99,11 @@ class Stream:
     name: str
     rows: Callable[[int, int, int, int], Iterator[Any]]
     decode: Callable[[Any], tuple[Image.Image, int | None]]
+    row: Any
     classes: tuple[str, ...] = ()
 
     def first(self) -> Image.Image:
-        return self.decode(next(self.rows(0, 1, 0, 0)))[0]
+        return self.decode(self.row)[0]
 
 
 def open_pictures(
@@ -121,7 +123,8 @@ def open_pictures(
         images, labels = load(name, split)
         kinds = (labels.numpy(), tuple("0123456789")) if labelled else (None, ())
         return Pictures(name, len(images), lambda i: Image.fromarray(images[i, 0].numpy()), *kinds)
-    if Path(name).is_dir() and not _holds_rows(Path(name)):
+    _check_split(name, split)
+    if Path(name).is_dir() and not _row_files(Path(name)):
         return _folder(Path(name), labelled)
     rows = _open(name, split)
     column = _image_column(rows.features, name, image_column)
@@ -146,7 +149,8 @@ def open_stream(
     """A data set read as it arrives, never whole: of the Hub, or parquet or arrow files. As `open_pictures`."""
     from datasets.distributed import split_dataset_by_node
 
-    if name == "digits" or (Path(name).is_dir() and not _holds_rows(Path(name))):
+    _check_split(name, split)
+    if name == "digits" or (Path(name).is_dir() and not _row_files(Path(name))):
         raise ValueError(f"{name} is read by number, not as a stream: leave out --streaming")
     rows = _open(name, split, streaming=True).decode(False)
     row = next(iter(rows), None)
@@ -168,12 +172,40 @@ def open_stream(
     def decode(row: Any) -> tuple[Image.Image, int | None]:
         return _decode(row[column], f"an image of {name}"), None if label is None else int(row[label])
 
-    return Stream(name, epoch_rows, decode, classes)
+    return Stream(name, epoch_rows, decode, row, classes)
 
 
-def _holds_rows(folder: Path) -> bool:
-    """Whether a folder holds parquet or arrow files, and no pictures of its own."""
-    return any(file.suffix in FILES for file in folder.rglob("*")) or (folder / "dataset_dict.json").is_file()
+SPLITS = ("train", "test", "validation", "val", "dev", "eval")
+"""Words in the paths of files that name their split."""
+
+
+def _words(file: Path, folder: Path) -> set[str]:
+    return set(re.split(r"[^a-z0-9]+", str(file.relative_to(folder)).lower()))
+
+
+def _row_files(folder: Path) -> list[Path]:
+    """The parquet, or else the arrow files in a folder without pictures, at any depth."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    if any(file.suffix.lower() in SUFFIXES for file in files):
+        return []
+    for suffix in FILES:
+        if found := [file for file in files if file.suffix == suffix]:
+            return found
+    return []
+
+
+def has_splits(name: str) -> bool:
+    """Whether a data set says which of its pictures are for training, and which are not."""
+    path = Path(name)
+    if path.is_dir():
+        named = any(_words(file, path) & set(SPLITS) for file in _row_files(path))
+        return (path / "dataset_dict.json").is_file() or (named and not (path / "state.json").is_file())
+    return not (path.is_file() or glob.has_magic(name))
+
+
+def _check_split(name: str, split: str) -> None:
+    if split != "train" and not has_splits(name):
+        raise ValueError(f"{name} has no split {split!r}, as it has no splits: name another data set for it")
 
 
 def _folder(folder: Path, labelled: bool) -> Pictures:
@@ -204,12 +236,14 @@ def _open(name: str, split: str, streaming: bool = False) -> Any:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             settings = None
         else:
-            kind = next(file.suffix for file in sorted(path.rglob("*")) if file.suffix in FILES)
-            named = sorted(str(file) for file in path.rglob(f"*{kind}"))
-            matching = [file for file in named if Path(file).name.startswith(split)]
-            settings = {"path": FILES[kind], "data_files": matching or named, "split": "train"}
-            if not matching and any(Path(file).name.startswith(("train", "test", "validation")) for file in named):
-                raise ValueError(f"{name} has no split {split!r}: its files are {', '.join(map(_name, named))}")
+            named = _row_files(path)
+            if has_splits(name):
+                matching = [file for file in named if split.lower() in _words(file, path)]
+                if not matching:
+                    found = ", ".join(str(file.relative_to(path)) for file in named)
+                    raise ValueError(f"{name} has no split {split!r}: its files are {found}")
+                named = matching
+            settings = {"path": FILES[named[0].suffix], "data_files": list(map(str, named)), "split": "train"}
     elif files:
         kinds = {Path(file).suffix for file in files}
         if len(kinds) > 1 or not kinds <= FILES.keys():
@@ -230,10 +264,6 @@ def _open(name: str, split: str, streaming: bool = False) -> Any:
         return saved.to_iterable_dataset(num_shards=16) if streaming else saved
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         raise ValueError(f"cannot read the data set {name}: {error}") from error
-
-
-def _name(path: str) -> str:
-    return Path(path).name
 
 
 def _image_column(features: Any, name: str, named: str | None = None) -> str:
@@ -474,6 +504,7 @@ class Feed:
         self.pictures, self.frame, self.share, self.seed, self.flip = pictures, frame, share, seed, flip
         self.workers, self.device = workers, device
         self.images = None if images is None else images.to(device)
+        self.epochs: list[int] = []  # rows of the epochs of a stream that this process has read
 
     def batches(self, step: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Endless, from the first micro-batch of `step` on."""
@@ -539,7 +570,7 @@ class Feed:
 
     def _streamed(self, step: int) -> Iterator[tuple]:
         share = self.share
-        rows = itertools.islice(self._rows(), step * share.size * share.parts, None)  # read again, but not decoded
+        rows = self._rows(step * share.size * share.parts)
 
         def work(job: tuple) -> tuple:
             rows, places, flips = job
@@ -555,16 +586,26 @@ class Feed:
             )
             yield from bounded(pool, work, jobs, self.workers + 1)
 
-    def _rows(self) -> Iterator[Any]:
-        for epoch in itertools.count():
-            row = None
+    def _rows(self, start: int) -> Iterator[Any]:
+        """The endless rows from number `start` on. Epochs whose length is known are left out, the rest read again."""
+        known = 0
+        while known < len(self.epochs) and self.epochs[known] <= start:
+            start -= self.epochs[known]
+            known += 1
+        del self.epochs[known:]
+        for epoch in itertools.count(known):
+            count = 0
             for row in self.pictures.rows(self.share.rank, self.share.processes, self.seed, epoch):
-                yield row
-            if row is None:
+                count += 1
+                if count > start:
+                    yield row
+            if count == 0:
                 raise ValueError(
                     f"the stream {self.pictures.name} has no rows for process {self.share.rank} of "
                     f"{self.share.processes}"
                 )
+            start = max(0, start - count)
+            self.epochs.append(count)
 
 
 def to_model(images: Tensor) -> Tensor:
@@ -572,10 +613,17 @@ def to_model(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def held_out(pictures: Pictures, frame: Frame, count: int) -> tuple[Tensor, Tensor | None]:
-    """The first `count` pictures, cropped at the centre: uint8 (N, C, H, W), and their labels."""
+def held_out(
+    pictures: Pictures, frame: Frame, count: int, classes: tuple[str, ...] = ()
+) -> tuple[Tensor, Tensor | None]:
+    """The first `count` pictures, cropped at the centre: uint8 (N, C, H, W), and their labels among `classes`."""
+    unknown = sorted(set(pictures.classes) - set(classes)) if pictures.labels is not None else []
+    if unknown:
+        raise ValueError(f"{pictures.name} has classes that are not trained: {', '.join(unknown)}")
     frame = replace(frame, crop="center")
     numbers = range(min(count, pictures.count))
     images = np.stack([frame.canvas(pictures.picture(i), f"image {i} of {pictures.name}") for i in numbers])
-    labels = None if pictures.labels is None else torch.from_numpy(pictures.labels[: len(images)])
-    return torch.from_numpy(images), labels
+    if pictures.labels is None:
+        return torch.from_numpy(images), None
+    order = np.array([classes.index(each) for each in pictures.classes])
+    return torch.from_numpy(images), torch.from_numpy(order[pictures.labels[: len(images)]])

@@ -23,6 +23,8 @@ class EMA:
         self._sources = list(network.parameters())
         self._sharded = any(hasattr(source, "full_tensor") for source in self._sources)
         self._averages: list[Any] = list(self.unet.parameters())
+        if [source.shape for source in self._sources] != [average.shape for average in self._averages]:
+            raise ValueError("the weights are in shards whose shapes are unknown here: use FSDP 2, or ZeRO 1 or 2")
         if self._sharded:
             self._averages = [source.detach().float().clone() for source in self._sources]
 

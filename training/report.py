@@ -79,7 +79,9 @@ class Log:
         if self.main:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [line for line in read_log(path) if line["step"] <= step]  # what a resumed run will do again goes
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            aside = path.with_suffix(".part")
+            aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            aside.replace(path)
         self.bar = tqdm(initial=step, total=steps, desc="training", unit="step", disable=not self.main, mininterval=0.5)
 
     def write(self, step: int, **values: Any) -> None:
@@ -143,6 +145,7 @@ def preview(
     steps: int,
     classes: int,
     seed: int,
+    batch_size: int,
 ) -> Image.Image | None:
     """A grid of `count` samples at η = 0, from the same x_T each time, shared between the processes.
 
@@ -150,8 +153,8 @@ def preview(
     """
     mine = range(accelerator.process_index, count, accelerator.num_processes)
     made = []
-    for start in range(0, len(mine), 64):
-        part = mine[start : start + 64]
+    for start in range(0, len(mine), batch_size):
+        part = mine[start : start + batch_size]
         images = pipe(
             batch_size=len(part),
             num_inference_steps=steps,

@@ -25,26 +25,37 @@ from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from checkpoints import Checkpoints, damage
 from config import parse, record, write_json
-from data import Feed, Pictures, Share, find_frame, held_out, in_memory, open_pictures, open_stream, to_model
+from data import Feed, Pictures, Share, Stream, find_frame, held_out, in_memory, open_pictures, open_stream, to_model
 from diffusers import UNet2DModel
 from ema import EMA
 from report import Clock, Log, Spikes, Window, plot_loss, preview, read_log
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.objective import TIMES, ImportanceTimes, Objective, draw_times
 
+SKIPS = 50
+"""Steps in a row that fp16's scaler may skip; each halves its scale."""
+
 SCHEDULES = ("constant", "cosine", "linear")
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 FREE = ("output", "resume", "overwrite", "workers", "memory_gb", "trackers", "project", "log_every", "preview_every")
-FREE += ("preview_images", "preview_steps", "eval_every", "eval_images", "eval_split", "checkpoint_every")
-FREE += ("keep_checkpoints", "steps")
+FREE += ("preview_images", "preview_steps", "eval_every", "eval_images", "eval_split", "eval_data", "checkpoint_every")
+FREE += ("keep_checkpoints",)
 """Settings that may change when a run is resumed, without a word."""
 
-BOUND = ("unet", "scheduler", "resolution", "channels", "class_conditional", "loss", "times")
+BOUND = ("unet", "scheduler", "resolution", "channels", "class_conditional", "label_dropout", "loss", "times")
 """Settings that may not."""
+
+WRITTEN = ("model_index.json", "unet", "scheduler", "training.json", "loss.png", "log.jsonl", "previews", "checkpoints")
+WRITTEN += ("trackers", "pipeline.part")
+"""What a run writes into its folder, and alone replaces or removes there."""
+
+EARLIER = ".earlier"
+"""Where it keeps the run that it replaces, until it is finished."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +122,8 @@ class TrainConfig:
     preview_steps: int = field(default=50, metadata={"help": "S of the previews"})
     eval_every: int = field(default=0, metadata={"help": "steps between losses on held-out pictures; 0 for none"})
     eval_images: int = field(default=1024, metadata={"help": "held-out pictures, the first of their split"})
-    eval_split: str = field(default="test", metadata={"help": "split of the held-out pictures"})
+    eval_data: str | None = field(default=None, metadata={"help": "data set of those pictures, if it is another one"})
+    eval_split: str | None = field(default=None, metadata={"help": "their split; test, or train of eval_data"})
     resume: str | None = field(default=None, metadata={"help": "latest, or the folder of a checkpoint"})
     overwrite: bool = field(default=False, metadata={"help": "replace the output of an earlier run"})
 
@@ -127,7 +139,10 @@ def check(config: TrainConfig, processes: int) -> None:
     for name in ("workers", "memory_gb", "warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon", "seed"):
         if not getattr(config, name) >= 0:
             raise ValueError(f"{name} must not be negative, not {getattr(config, name)}")
-    for name in ("checkpoint_every", "preview_every", "preview_images", "eval_every"):
+    for name in ("preview_images", "preview_steps", "eval_images", "resolution", "resize"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
+    for name in ("checkpoint_every", "preview_every", "eval_every"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} must not be negative, not {getattr(config, name)}")
     parts = processes * config.gradient_accumulation_steps
@@ -144,6 +159,10 @@ def check(config: TrainConfig, processes: int) -> None:
             raise ValueError(f"{name} must be in [0, 1), not {getattr(config, name)}")
     if not 0 < config.learning_rate < math.inf:
         raise ValueError(f"learning_rate must be positive, not {config.learning_rate}")
+    if config.scheduler.get("variance_type") == "optimal":
+        raise ValueError("variance_type 'optimal' is measured on a trained network: train with 'fixed_small'")
+    if config.label_column is not None and not config.class_conditional:
+        raise ValueError("label_column is of use with class_conditional alone: add --class_conditional")
     if config.resume is not None and config.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite replaces it: choose one")
     check_table("unet", config.unet, UNet2DModel)
@@ -153,7 +172,9 @@ def check(config: TrainConfig, processes: int) -> None:
 
 def check_output(config: TrainConfig) -> None:
     """Raise ValueError where the output folder holds something that is not to be touched."""
-    output = Path(config.output).resolve()
+    output, data = Path(config.output).resolve(), Path(config.data).resolve()
+    if data.exists() and (output.is_relative_to(data) or data.is_relative_to(output)):
+        raise ValueError(f"the output {config.output} and the data {config.data} lie in one another: keep them apart")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / "training.json").is_file():
@@ -167,6 +188,13 @@ def check_output(config: TrainConfig) -> None:
             f"the output {config.output} holds another run: choose another folder, go on with it by --resume latest, "
             "or pass --overwrite"
         )
+    if config.resume not in (None, "latest") and not Path(config.resume).resolve().is_relative_to(output):
+        raise ValueError(
+            f"the output {config.output} is another run than {config.resume}: to go on from there choose a new folder"
+        )
+    without = not any((output / "checkpoints").glob("step-*"))
+    if config.resume == "latest" and without and (output / "model_index.json").is_file():
+        raise ValueError(f"the run in {config.output} is finished, and has no checkpoint to go on from")
 
 
 def check_table(name: str, table: dict[str, Any], cls: type) -> None:
@@ -258,13 +286,14 @@ def check_fit(unet: UNet2DModel, size: tuple[int, int], channels: int, learned: 
 def check_space(folder: Path, parameters: int, config: TrainConfig) -> None:
     """Raise OSError where the disk cannot hold the checkpoints and the pipeline: averages, Adam's two, raw weights."""
     copies = (4 * (config.keep_checkpoints + 1) if config.checkpoint_every else 0) + 2
-    needed = copies * parameters * 4
+    there = sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*") if file.is_file())
+    needed = copies * parameters * 4 - (there if config.resume else 0)
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"the disk of {config.output} has {free / 1e9:.2f} GB free; the run needs {needed / 1e9:.2f} GB, for "
+            f"the disk of {config.output} has {free / 1e6:.0f} MB free; the run needs {needed / 1e6:.0f} MB, for "
             f"{config.keep_checkpoints} checkpoints and one being written"
         )
 
@@ -273,16 +302,18 @@ def check_space(folder: Path, parameters: int, config: TrainConfig) -> None:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of optimiser step 1, 2, …: linear warm-up, then the schedule's decay to 0 at the last step."""
+    """The learning rate of optimiser step 1, 2, …: linear warm-up, then the schedule's decay towards 0."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * min(1.0, done)))}
-    return config.learning_rate * max(0.0, factor[config.lr_schedule])
+    done = (step - 1 - config.warmup_steps) / (config.steps - config.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return config.learning_rate * factor[config.lr_schedule]
 
 
 class Signals:
-    """SIGTERM and SIGINT, noted for the end of a step; a second one ends the process at once."""
+    """SIGTERM and SIGINT, noted for the end of a step. Again `PATIENCE` seconds later, they end the process at once."""
+
+    PATIENCE = 5.0  # launchers and schedulers deliver one signal more than once
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -290,8 +321,11 @@ class Signals:
     @contextmanager
     def noted(self) -> Iterator[None]:
         def note(number: int, frame: Any) -> None:
-            self.received = number
-            signal.signal(number, before[number])
+            if self.received is None:
+                self.received, self._when = number, time.monotonic()
+            elif time.monotonic() > self._when + self.PATIENCE:
+                signal.signal(number, before[number])
+                signal.raise_signal(number)
 
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -307,10 +341,10 @@ class Signals:
                 signal.signal(number, handler)
 
     def anywhere(self, accelerator: Accelerator, step: int) -> int:
-        """The signal that any process received, or 0. With several, they ask each other every ten steps."""
+        """The signal that any process received, or 0. On accelerators they ask each other every ten steps."""
         if accelerator.num_processes == 1:
             return self.received or 0
-        if step % 10:
+        if step % 10 and accelerator.device.type != "cpu":
             return 0
         flag = torch.tensor([self.received or 0], device=accelerator.device)
         return int(accelerator.gather(flag).max())
@@ -335,6 +369,7 @@ class Run:
     eval_set: tuple[Tensor, Tensor | None] | None
     dtype: torch.dtype
     skipped: int = 0
+    skipped_in_a_row: int = 0
 
     # ---- one step ------------------------------------------------------------------------------------------------
 
@@ -375,7 +410,12 @@ class Run:
                 self.optimizer.zero_grad()
         if accelerator.optimizer_step_was_skipped:  # fp16 alone: the scaler saw an overflow, and lowers its scale
             self.skipped += 1
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row == SKIPS:
+                raise FloatingPointError(f"gradients overflow in fp16, {SKIPS} times in a row, up to step {step}")
             norm = torch.zeros_like(total)
+        else:
+            self.skipped_in_a_row = 0
         self.ema.update(step)
         if hasattr(norm, "full_tensor"):  # of a gradient in shards (FSDP)
             norm = norm.full_tensor()
@@ -401,8 +441,7 @@ class Run:
         x = x.to(self.dtype)
         if self.config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        with self.accelerator.autocast():
-            return network(x, t - 1, class_labels=labels).sample  # the network counts times from 0
+        return network(x, t - 1, class_labels=labels).sample  # in autocast, which Accelerate has put around the network
 
     # ---- what happens between steps --------------------------------------------------------------------------------
 
@@ -416,7 +455,13 @@ class Run:
         config, folder = self.config, Path(self.config.output) / "previews"
         steps = min(config.preview_steps, self.objective.T)
         picture = preview(
-            self.accelerator, self.pipeline(), config.preview_images, steps, len(self.classes), config.seed
+            self.accelerator,
+            self.pipeline(),
+            config.preview_images,
+            steps,
+            len(self.classes),
+            config.seed,
+            self.share.size,
         )
         if picture is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -432,7 +477,7 @@ class Run:
         times = torch.from_numpy(np.random.default_rng(self.config.seed).permutation(times))
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(self.config.seed))
         total = torch.zeros((), device=device)
-        for rows in torch.arange(self.share.rank, count, self.share.processes).split(64):
+        for rows in torch.arange(self.share.rank, count, self.share.processes).split(self.share.size):
             t = times[rows].to(device)
             batch = self.objective.noised(to_model(images[rows].to(device)), noise[rows].to(device), t)
             given = None if labels is None else labels[rows].to(device)
@@ -444,21 +489,35 @@ class Run:
     def write(self, folder: Path, step: int) -> None:
         """The whole state, into a folder. All processes call it."""
         self.accelerator.save_state(str(folder))
+        if isinstance(self.feed.pictures, Stream):
+            write_json(folder / f"stream-{self.share.rank}.json", {"epochs": self.feed.epochs})
         weights = self.ema.gather().state_dict()
         if self.accelerator.is_main_process:
             save_file({name: value.contiguous() for name, value in weights.items()}, folder / "ema.safetensors")
             if self.importance is not None:
                 save_file(self.importance.state_dict(), folder / "times.safetensors")
-            state = {"step": step, "processes": self.share.processes, "skipped": self.skipped}
+            state = {"step": step, "processes": self.share.processes, "skipped": self.skipped, "data": self.set()}
             write_json(folder / "run.json", state | {"config": dataclasses.asdict(self.config)})
+
+    def set(self) -> dict[str, Any]:
+        """What the data set is known by."""
+        pictures = self.feed.pictures
+        count = pictures.count if isinstance(pictures, Pictures) else None
+        return {"images": count, "classes": list(self.classes)}
 
     def read(self, folder: Path) -> int:
         """Take over the state of a checkpoint, and return its step."""
         state = json.loads((folder / "run.json").read_text())
+        if state["data"] != self.set():
+            raise ValueError(f"the data set is not the one of {folder}: {state['data']}, now {self.set()}")
         if self.share.processes != state["processes"]:
             change = f"{state['processes']} processes, now {self.share.processes}"
             self.accelerator.print(f"note: this run had {change}: other noise from here on")
         self.accelerator.load_state(str(folder))
+        self.accelerator.step = 0  # it counts parts of a batch, and every step begins with the first
+        epochs = folder / f"stream-{self.share.rank}.json"
+        if isinstance(self.feed.pictures, Stream) and self.share.processes == state["processes"]:
+            self.feed.epochs = json.loads(epochs.read_text())["epochs"]
         self.ema.load(load_file(folder / "ema.safetensors"))
         if self.importance is not None:
             self.importance.load_state_dict(load_file(folder / "times.safetensors"))
@@ -508,21 +567,26 @@ def build(config: TrainConfig) -> Run:
     unet = UNet2DModel(**made_for | {key: None if value == "none" else value for key, value in config.unet.items()})
     check_fit(unet, frame.size, frame.channels, learned, classes)
     check_space(output, unet.num_parameters(), config)
+    GeneralizedDDIMScheduler.from_config(scheduler.config).set_timesteps(min(config.preview_steps, objective.T))
     eval_set = None
     if config.eval_every:
-        eval_set = held_out(open_pictures(config.data, config.eval_split, *opened), frame, config.eval_images)
+        split = config.eval_split or ("test" if config.eval_data is None else "train")
+        others = open_pictures(config.eval_data or config.data, split, *opened)
+        eval_set = held_out(others, frame, config.eval_images, labelled)
     images = None
     if fits:
         quiet = not accelerator.is_main_process
         images = in_memory(pictures, frame, wanted_size(config) is not None, config.workers, quiet)
     feed = Feed(pictures, frame, share, config.seed, config.flip, config.workers, accelerator.device, images)
 
-    ema = EMA(unet.to(accelerator.device), config.ema_decay, config.ema_warmup)
+    unet.to(accelerator.device)
     if config.channels_last:
         unet.to(memory_format=torch.channels_last)
+    ema = EMA(unet, config.ema_decay, config.ema_warmup)
     if config.compile:
         unet.compile()
     fused = accelerator.device.type in ("cpu", "cuda", "mps", "xpu")
+    fused &= accelerator.mixed_precision != "fp16"  # there Accelerate would not see that the scaler skipped a step
     optimizer = OPTIMIZERS[config.optimizer](
         unet.parameters(),
         lr=config.learning_rate,
@@ -558,9 +622,11 @@ def build(config: TrainConfig) -> Run:
 def wanted_size(config: TrainConfig) -> tuple[int, int] | None:
     """(H, W) where the settings say it: by `resolution`, or by [unet] sample_size."""
     size = config.resolution or config.unet.get("sample_size")
-    if size is None:
-        return None
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+    if size is None or isinstance(size, int):
+        return None if size is None else (size, size)
+    if not (isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(side, int) for side in size)):
+        raise ValueError(f"sample_size in [unet] must be a side, or [height, width], not {size!r}")
+    return (size[0], size[1])
 
 
 def memory_needed(pictures: Pictures, frame: Any) -> int:
@@ -584,23 +650,24 @@ def main(config: TrainConfig) -> dict[str, Any]:
         "in_memory": run.feed.images is not None,
         "classes": list(run.classes),
         "processes": run.share.processes,
-        "device": device_name(accelerator.device),
+        "device": device_name(accelerator),
         "mixed_precision": accelerator.mixed_precision,
     }
     if accelerator.is_main_process:
-        if config.overwrite and output.exists():
-            set_aside(output)
         output.mkdir(parents=True, exist_ok=True)
+        if config.overwrite:
+            set_aside(output)
         write_json(output / "training.json", result)
     accelerator.wait_for_everyone()
     if accelerator.log_with:
         flat = {key: str(value) for key, value in dataclasses.asdict(config).items()}
-        accelerator.init_trackers(config.project, config=flat)
+        again = {"tensorboard": {"purge_step": step + 1}} if step else {}  # what will be done again goes
+        accelerator.init_trackers(config.project, config=flat, init_kwargs=again)
     log = Log(output / "log.jsonl", accelerator, step, config.steps)
     signals = Signals()
     try:
         with signals.noted():
-            step = loop(run, checkpoints, log, signals, step)
+            step, saved = loop(run, checkpoints, log, signals, step)
     except FloatingPointError as error:
         last = checkpoints.all()[:1]
         where = f"the checkpoint {last[0]} is from before" if last else "there is no checkpoint from before"
@@ -616,6 +683,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
     finished = step == config.steps
     result |= {
         "status": "finished" if finished else f"stopped at step {step}",
+        "checkpoint": saved,
         "loss": sum(line["loss"] for line in last) / len(last) if last else None,
         "seconds": seconds,
         "images_per_second": sum(line["images"] for line in timed) / seconds if seconds else None,
@@ -636,8 +704,8 @@ def main(config: TrainConfig) -> dict[str, Any]:
     return result
 
 
-def loop(run: Run, checkpoints: Checkpoints, log: Log, signals: Signals, step: int) -> int:
-    """Steps until the last one or a signal; returns the last that was done, which a checkpoint then holds."""
+def loop(run: Run, checkpoints: Checkpoints, log: Log, signals: Signals, step: int) -> tuple[int, int]:
+    """Steps until the last one or a signal; returns the last that was done, and the last that a checkpoint holds."""
     config, accelerator = run.config, run.accelerator
     window, clock, spikes, saved = Window(accelerator), Clock(), Spikes(), step
     losses: list[float] = []
@@ -682,6 +750,7 @@ def loop(run: Run, checkpoints: Checkpoints, log: Log, signals: Signals, step: i
         if problem is None:
             saved = step
         elif accelerator.is_main_process:
+            log.write(step, no_checkpoint=problem)
             print(f"warning: no checkpoint at step {step} ({problem}); the last is of step {saved}", file=sys.stderr)
 
     def evaluate() -> None:
@@ -693,6 +762,7 @@ def loop(run: Run, checkpoints: Checkpoints, log: Log, signals: Signals, step: i
         try:
             loss, norm = run.step(step + 1, batches, clock)
         except (ValueError, OSError):  # a picture that cannot be read
+            read_window()
             if accelerator.num_processes == 1 and config.checkpoint_every and saved != step:
                 save_checkpoint()
             raise
@@ -705,7 +775,7 @@ def loop(run: Run, checkpoints: Checkpoints, log: Log, signals: Signals, step: i
             clock.pause(save_checkpoint)
         if due(config.eval_every):
             clock.pause(evaluate)
-        if due(config.preview_every) and config.preview_images:
+        if due(config.preview_every):
             clock.pause(run.preview, step, log)
         number = signals.anywhere(accelerator, step)
         if number and step < config.steps:
@@ -715,7 +785,7 @@ def loop(run: Run, checkpoints: Checkpoints, log: Log, signals: Signals, step: i
                 save_checkpoint()
             break
     batches.close()
-    return step
+    return step, saved
 
 
 def resume(run: Run, checkpoints: Checkpoints) -> int:
@@ -732,7 +802,9 @@ def resume(run: Run, checkpoints: Checkpoints) -> int:
         folder = Path(config.resume)
         problem = damage(folder)
         if problem is not None:
-            raise ValueError(f"cannot resume from {folder}: {problem}")
+            raise ValueError(
+                f"cannot resume from {folder}: {problem}. Say latest, or such as OUTPUT/checkpoints/step-00005000"
+            )
     before, now = json.loads((folder / "run.json").read_text())["config"], json.loads(as_json(config))
     changed = [key for key in now if key not in FREE and now[key] != before.get(key)]
     for key in changed:
@@ -745,6 +817,7 @@ def resume(run: Run, checkpoints: Checkpoints) -> int:
     step = run.read(folder)
     if step > config.steps:
         raise ValueError(f"{folder} is of step {step}, beyond steps={config.steps}: raise it")
+    checkpoints.forget_after(step)
     accelerator.print(f"resuming after step {step} from {folder}")
     return step
 
@@ -754,13 +827,18 @@ def as_json(config: TrainConfig) -> str:
 
 
 def set_aside(output: Path) -> None:
-    """Move a finished run aside until the new one is finished too; one that never was makes room."""
-    earlier = output.with_name(output.name + ".old")
-    if (output / "model_index.json").is_file():
+    """Move what a finished run wrote aside until the new one is finished too; one that never was makes room."""
+    earlier, finished = output / EARLIER, (output / "model_index.json").is_file()
+    if finished:
         shutil.rmtree(earlier, ignore_errors=True)
-        output.rename(earlier)
-    else:
-        shutil.rmtree(output)
+        earlier.mkdir()
+    for part in (output / name for name in WRITTEN):
+        if finished and part.exists():
+            part.rename(earlier / part.name)
+        elif part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def save(
@@ -773,9 +851,15 @@ def save(
     output = Path(config.output).resolve()
     aside = output / "pipeline.part"
     shutil.rmtree(aside, ignore_errors=True)
-    pipe.save_pretrained(aside)
+    pipe.unet.to(memory_format=torch.contiguous_format)
     name = "diffusion_pytorch_model.non_ema.safetensors"
-    save_file({key: value.float().contiguous().cpu() for key, value in raw.items()}, aside / "unet" / name)
+    raw = {key.removeprefix("_orig_mod."): value.float().contiguous().cpu() for key, value in raw.items()}
+    try:
+        pipe.save_pretrained(aside)
+        save_file(raw, aside / "unet" / name)
+    except (SafetensorError, OSError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"cannot save the pipeline: {error}. Make room, and go on with --resume latest") from error
     write_json(output / "training.json", result)
     plot_loss(lines, output / "loss.png")
     (output / "model_index.json").unlink(missing_ok=True)
@@ -785,13 +869,14 @@ def save(
             shutil.rmtree(target)
         (aside / part).rename(target)
     shutil.rmtree(aside)
-    shutil.rmtree(output.with_name(output.name + ".old"), ignore_errors=True)
+    shutil.rmtree(output / EARLIER, ignore_errors=True)
 
 
-def device_name(device: torch.device) -> str:
-    """The device, in words."""
+def device_name(accelerator: Accelerator) -> str:
+    """The devices, in words."""
+    device = accelerator.device
     if device.type == "cuda":
-        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name(device)}"
+        return f"{accelerator.num_processes} × {torch.cuda.get_device_name(device)}"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -811,7 +896,9 @@ if __name__ == "__main__":
         code = 128 + done["signal"]
         if main_process:
             name = signal.Signals(done["signal"]).name
-            print(f"{name}: {done['status']}, which is saved. Go on with --resume latest", file=sys.stderr)
+            saved = int(done["status"].split()[-1]) == done["checkpoint"]
+            kept = "which is saved" if saved else f"which could not be saved: the last is step {done['checkpoint']}"
+            print(f"{name}: {done['status']}, {kept}. Go on with --resume latest", file=sys.stderr)
     elif main_process and done["seconds"]:
         speed = f"{done['images_per_second']:.0f} images/s"
         print(f"trained {arguments.steps} steps in {done['seconds']:.0f} s ({speed}), loss {done['loss']:.4f}")

@@ -64,9 +64,22 @@ def test_parquet_files(parquet, how):
 def test_splits_of_a_folder_of_files(parquet):
     with pytest.raises(ValueError, match="has no split 'test': its files are train-0.parquet, train-1.parquet"):
         open_pictures(str(parquet), "test")
+    with pytest.raises(ValueError, match=r"has no split 'test', as it has no splits"):
+        open_pictures(str(parquet / "train-0.parquet"), "test")
     (parquet / "train-1.parquet").rename(parquet / "test-0.parquet")
     assert numbers(held_out(open_pictures(str(parquet), "test"), Frame(3, (8, 8)), 3)[0]) == [20, 21, 22]
     assert open_pictures(str(parquet), "train").count == 20
+    for name in ("train/0000.parquet", "test/0000.parquet", "mnist_train.parquet"):  # as on the Hub, and as at home
+        (parquet / "other" / name).parent.mkdir(parents=True, exist_ok=True)
+        (parquet / "other" / name).write_bytes((parquet / "train-0.parquet").read_bytes())
+    assert open_pictures(str(parquet / "other"), "train").count == 40
+    assert open_pictures(str(parquet / "other"), "test").count == 20
+
+
+def test_pictures_beside_a_table_of_them(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    (tmp_path / "metadata.parquet").write_bytes(b"")
+    assert open_pictures(str(tmp_path)).count == 1
 
 
 @pytest.mark.parametrize("kind", ["arrow", "saved", "saved splits"])

@@ -11,19 +11,21 @@ import time
 from pathlib import Path
 
 import checkpoints as checkpoints_
+import datasets
 import numpy as np
 import pytest
 import torch
 import train
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from config import build, read_toml
-from data import Share
+from data import Share, load
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from ema import EMA
 from PIL import Image
 from report import Spikes, Window, read_log
 from safetensors.torch import load_file
+from trials import digests
 
 from ddim_plugin import GeneralizedDDIMPipeline
 
@@ -53,8 +55,12 @@ WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_m
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Accelerate keeps its settings for the whole process."""
     yield
+    forget_accelerate()
+
+
+def forget_accelerate():
+    """Accelerate keeps its settings for the whole process."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 
@@ -168,6 +174,68 @@ def test_another_step_count_goes_on_and_other_networks_are_refused(tmp_path, cap
     assert (output / WEIGHTS[0]).read_bytes() == before
 
 
+def test_a_run_may_go_on_in_other_parts(tmp_path):
+    """With less memory a batch is computed in more parts, from any step on."""
+    unet = UNET | {"dropout": 0.0}
+    fit(tmp_path / "whole", unet=unet)
+    fit(tmp_path / "parts", unet=unet, steps=3)
+    fit(tmp_path / "parts", unet=unet, resume="latest", gradient_accumulation_steps=2)
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "parts"), rel=1e-5)
+    norms = [[line["grad_norm"] for line in read_log(tmp_path / n / "log.jsonl")] for n in ("whole", "parts")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_aside(tmp_path):
+    output = tmp_path / "run"
+    fit(output, checkpoint_every=1, keep_checkpoints=6)
+    early = output / "checkpoints" / "step-00000002"
+    fit(output, resume=str(early), steps=4, checkpoint_every=1, keep_checkpoints=2)
+    names = sorted(each.name for each in (output / "checkpoints").iterdir())
+    assert [name for name in names if not name.endswith(".later")] == ["step-00000003", "step-00000004"]
+    assert "step-00000006.later" in names
+    fit(tmp_path / "branch", resume=str(output / "checkpoints" / "step-00000003"), steps=4)  # into a new folder
+    same_weights(output, tmp_path / "branch")
+    with pytest.raises(ValueError, match="is another run than"):
+        fit(tmp_path / "branch", resume=str(output / "checkpoints" / "step-00000003"), steps=5)
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_again(tmp_path):
+    fit(tmp_path / "run", checkpoint_every=0)
+    with pytest.raises(ValueError, match="is finished, and has no checkpoint to go on from"):
+        fit(tmp_path / "run", resume="latest", steps=8)
+
+
+def test_a_stream_goes_on_where_it_was(tmp_path):
+    images, labels = load("digits")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    for part in range(2):
+        rows = range(part * 10, part * 10 + 10)
+        table = {"image": [Image.fromarray(images[i, 0].numpy()) for i in rows], "label": labels[:10].tolist()}
+        (tmp_path / "set").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(table, features).to_parquet(tmp_path / "set" / f"train-{part}.parquet")
+    settings = {"data": str(tmp_path / "set"), "streaming": True, "resolution": 8, "class_conditional": True}
+    fit(tmp_path / "whole", **settings)
+    fit(tmp_path / "parts", **settings, steps=5)  # beyond two epochs
+    assert json.loads((tmp_path / "parts" / "checkpoints" / "step-00000005" / "stream-0.json").read_text()) == {
+        "epochs": [20, 20]
+    }
+    fit(tmp_path / "parts", **settings, resume="latest")
+    same_weights(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000006")
+
+
+def test_another_data_set_is_noticed_on_resuming(tmp_path):
+    for i in range(9):
+        Image.fromarray(np.full((8, 8), i * 20, dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "set").mkdir()
+    for file in tmp_path.glob("*.png"):
+        file.rename(tmp_path / "set" / file.name)
+    fit(tmp_path / "run", data=str(tmp_path / "set"), steps=3)
+    (tmp_path / "set" / "8.png").unlink()
+    with pytest.raises(ValueError, match="the data set is not the one of .*'images': 9.*'images': 8"):
+        fit(tmp_path / "run", data=str(tmp_path / "set"), resume="latest")
+
+
 # ---- checkpoints ---------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +293,7 @@ def test_a_full_disk_while_saving_leaves_the_checkpoint_before(tmp_path, monkeyp
 
 
 def test_writes_that_fail_in_a_real_process(tmp_path):
-    """A limit on the size of files, which cuts off the optimiser's state: the run goes on, and nothing half is left."""
+    """A limit on the size of files: the run goes on without checkpoints, and says why it cannot save the pipeline."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
         "sys.path.insert(0, 'training'); import train, json; from config import build; "
@@ -234,6 +302,11 @@ def test_writes_that_fail_in_a_real_process(tmp_path):
     done = python("-c", code, json.dumps(SMALL | {"output": str(tmp_path / "run")}))
     assert "no checkpoint at step 3" in done.stderr, done.stderr
     assert list((tmp_path / "run" / "checkpoints").glob("*")) == []
+    assert "OSError: cannot save the pipeline" in done.stderr
+    assert "Make room, and go on with --resume latest" in done.stderr
+    assert not (tmp_path / "run" / "model_index.json").exists()
+    assert not (tmp_path / "run" / "pipeline.part").exists()
+    assert [line["step"] for line in read_log(tmp_path / "run" / "log.jsonl") if "no_checkpoint" in line] == [3, 6]
 
 
 def test_resuming_before_the_first_checkpoint_begins_the_run(tmp_path, capsys):
@@ -272,6 +345,27 @@ def test_a_signal_saves_and_leaves(tmp_path, number):
     assert f"{number.name}: stopped at step {step}, which is saved. Go on with --resume latest" in error
     assert [each.name for each in (output / "checkpoints").iterdir()] == [f"step-{step:08d}"]
     assert not (output / "model_index.json").exists()
+    steps = step + 3
+    done = python(*command[1:], "--output", output, "--resume", "latest", f"--steps={steps}")
+    assert done.returncode == 0, done.stderr
+    assert f"resuming after step {step}" in done.stdout
+    assert sorted(losses(output)) == list(range(1, steps + 1))
+
+
+def test_a_signal_delivered_twice_still_saves(tmp_path):
+    """Schedulers signal a launcher and its children, and the launcher its children again."""
+    signals, accelerator = (
+        train.Signals(),
+        train.make_accelerator(build(train.TrainConfig, SMALL | {"output": str(tmp_path / "x")}), tmp_path),
+    )
+    with signals.noted():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.anywhere(accelerator, 1) == signal.SIGTERM
+        signals.PATIENCE = -1.0
+        signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))  # our handler, with another end
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -328,11 +422,18 @@ def test_two_processes_train_as_one_does_and_resume(tmp_path):
     held = two_ranks(tmp_path / "a.json", settings | {"output": str(tmp_path / "whole")})
     assert held[0]["unet"] == held[1]["unet"]
     assert held[0]["ema"] == held[1]["ema"]
-    fit(tmp_path / "one")
+    pictures, to_model = [], train.to_model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "to_model", lambda images: pictures.append(digests(images)) or to_model(images))
+        fit(tmp_path / "one")
     alone = [line["learning_rate"] for line in read_log(tmp_path / "one" / "log.jsonl")]
     assert held[0]["lr"] == held[1]["lr"] == alone
     log = read_log(tmp_path / "whole" / "log.jsonl")
     assert [line["images"] for line in log] == [8] * 6
+    for step in range(6):  # together the ranks see the pictures that one process sees, each its own half
+        mine, other = held[0]["pictures"][step], held[1]["pictures"][step]
+        assert len(mine) == len(other) == 4
+        assert sorted(mine + other) == sorted(pictures[step])
 
     broken = settings | {"output": str(tmp_path / "broken")}
     two_ranks(tmp_path / "b.json", broken | {"steps": 3})
@@ -375,31 +476,117 @@ def test_the_schedule_counts_optimiser_steps():
 
     assert rates()[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates() == [0.25, 0.5, 0.75] + [1.0] * 7
-    assert rates(lr_schedule="linear")[4:] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0])
-    assert rates(lr_schedule="cosine")[6] == pytest.approx(0.5)
-    assert rates(lr_schedule="cosine")[9] == pytest.approx(0)
-    assert rates(warmup_steps=0)[0] == 1
+    assert rates(lr_schedule="linear")[4:] == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    assert rates(lr_schedule="cosine")[7] == pytest.approx(0.5)
+    assert 0 < rates(lr_schedule="cosine")[9] < 0.1
+    for schedule in train.SCHEDULES:
+        assert rates(warmup_steps=0, lr_schedule=schedule)[0] == 1
+        assert rates(warmup_steps=20, lr_schedule=schedule)[9] == 0.5
 
 
-@pytest.mark.parametrize("warmup", [True, False])
-def test_the_average_is_that_of_diffusers(make_unet, warmup):
-    unet = make_unet()
-    ours = EMA(unet, 0.97, warmup)
-    ours.follow(unet)
-    theirs = EMAModel(unet.parameters(), decay=0.97, use_ema_warmup=True, power=0.75)
-    theirs.min_decay = 0.0 if warmup else 0.97
+def wander(unet, steps, update):
+    """Change the weights at random, and call `update(step)` after each time."""
     generator = torch.Generator().manual_seed(0)
-    for step in range(1, 150):
+    for step in range(1, steps + 1):
         with torch.no_grad():
             for parameter in unet.parameters():
                 parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+        update(step)
+
+
+def test_the_average_is_that_of_diffusers(make_unet):
+    unet = make_unet()
+    ours = EMA(unet, 0.97, warmup=True)
+    ours.follow(unet)
+    theirs = EMAModel(unet.parameters(), decay=0.97, use_ema_warmup=True, power=0.75)
+
+    def update(step):
         ours.update(step)
         theirs.step(unet.parameters())
-        if warmup:
-            assert ours.decay_at(step) == pytest.approx(theirs.cur_decay_value)
-    if warmup:
-        for mine, other in zip(ours.gather().parameters(), theirs.shadow_params, strict=True):
-            assert torch.allclose(mine, other, atol=1e-6)
+        assert ours.decay_at(step) == pytest.approx(theirs.cur_decay_value)
+
+    wander(unet, 150, update)
+    assert ours.decay_at(150) == 0.97
+    for mine, other in zip(ours.gather().parameters(), theirs.shadow_params, strict=True):
+        assert torch.allclose(mine, other, atol=1e-6)
+
+
+def test_an_average_without_warmup(make_unet):
+    unet = make_unet()
+    ours = EMA(unet, 0.9, warmup=False)
+    ours.follow(unet)
+    expected = unet.conv_in.weight.detach().clone()
+
+    def update(step):
+        nonlocal expected
+        ours.update(step)
+        expected = 0.9 * expected + 0.1 * unet.conv_in.weight.detach()
+
+    wander(unet, 20, update)
+    assert torch.allclose(ours.gather().conv_in.weight, expected, atol=1e-6)
+    assert not ours.unet.training
+
+
+def test_the_optimiser_is_as_the_settings_say(tmp_path):
+    settings = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-7, "weight_decay": 0.02}
+    for name, kind in train.OPTIMIZERS.items():
+        run = train.build(
+            build(train.TrainConfig, SMALL | {"output": str(tmp_path / "x"), "optimizer": name} | settings)
+        )
+        group = run.optimizer.param_groups[0]
+        assert type(run.optimizer.optimizer) is kind
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.95), 1e-7, 0.02)
+
+
+def test_gradients_are_clipped(tmp_path):
+    """With a large ε Adam's steps are proportional to the gradient."""
+    moved = []
+    for name, norm in (("clipped", 1e-3), ("whole", 0.0), ("start", 0.0)):
+        settings = {"adam_epsilon": 1e2, "learning_rate": 1e2 if name != "start" else 1e-30, "warmup_steps": 0}
+        fit(tmp_path / name, steps=1, max_grad_norm=norm, checkpoint_every=0, **settings)
+        moved.append(load_file(tmp_path / name / WEIGHTS[1])["conv_in.weight"])
+    clipped, whole, start = moved
+    norm = read_log(tmp_path / "clipped" / "log.jsonl")[0]["grad_norm"]
+    assert norm == pytest.approx(read_log(tmp_path / "whole" / "log.jsonl")[0]["grad_norm"])
+    assert norm > 0.1
+    ratio = ((clipped - start).norm() / (whole - start).norm()).item()
+    assert ratio == pytest.approx(1e-3 / norm, rel=0.05)
+
+
+def test_importance_weights_reach_the_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        train.ImportanceTimes, "draw", lambda self, count, rng: (rng.integers(1, 1001, count), np.zeros(count))
+    )
+    fit(tmp_path / "run", steps=1, times="importance")
+    line = read_log(tmp_path / "run" / "log.jsonl")[0]
+    assert (line["loss"], line["grad_norm"]) == (0, 0)
+
+
+def with_scaler(monkeypatch, scale):
+    """fp16 on the CPU, which has it for tests like this one."""
+    make = train.make_accelerator
+
+    def scaled(config, output):
+        accelerator = make(config, output)
+        accelerator.state._mixed_precision = "fp16"
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=scale)
+        return accelerator
+
+    monkeypatch.setattr(train, "make_accelerator", scaled)
+
+
+def test_steps_that_overflow_in_fp16_are_skipped(tmp_path, monkeypatch):
+    with_scaler(monkeypatch, 2.0**24)
+    result = fit(tmp_path / "run", steps=40)
+    log = read_log(tmp_path / "run" / "log.jsonl")
+    assert 0 < result["skipped_steps"] < 39
+    assert log[-1]["skipped_steps"] == result["skipped_steps"]
+    assert log[0]["grad_norm"] == 0
+    assert log[-1]["grad_norm"] > 0
+    monkeypatch.setattr(train, "SKIPS", 3)
+    forget_accelerate()
+    with pytest.raises(FloatingPointError, match="gradients overflow in fp16, 3 times in a row, up to step 3: stopped"):
+        fit(tmp_path / "endless", steps=20)
 
 
 SHARDED = """
@@ -482,7 +669,6 @@ def test_class_conditional_training_and_guidance(tmp_path):
     seeds = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 2, "output_type": "np"}
     assert pipe(class_labels=[3], guidance_scale=2.0, **seeds).images.shape == (1, 8, 8, 1)
     trained = load_file(tmp_path / "run" / WEIGHTS[1])["class_embedding.weight"]
-    torch.manual_seed(0)
     fit(tmp_path / "never", class_conditional=True, label_dropout=0.0)
     assert GeneralizedDDIMPipeline.from_pretrained(tmp_path / "never").unet.config.num_class_embeds == 10
     assert trained.shape == (11, 32)
@@ -494,11 +680,11 @@ def test_dropped_labels_train_the_last_embedding(tmp_path):
     for share, folder in folders.items():
         unet = UNET | {"num_class_embeds": 11 if share else 10}
         fit(folder, class_conditional=True, label_dropout=share, unet=unet, steps=2, warmup_steps=0)
-    torch.manual_seed(0)
     moved = load_file(folders[0.999999] / WEIGHTS[1])["class_embedding.weight"]
     ema = load_file(folders[0.999999] / WEIGHTS[0])["class_embedding.weight"]
-    changed = (moved != ema).any(1)
-    assert changed.tolist() == [False] * 10 + [True]
+    assert (moved != ema).any(1).tolist() == [False] * 10 + [True]
+    moved, ema = (load_file(folders[0.0] / name)["class_embedding.weight"] for name in WEIGHTS[::-1])
+    assert 1 < (moved != ema).any(1).sum() <= 10
 
 
 def test_a_compiled_network_is_the_same_network(tmp_path, monkeypatch):
@@ -539,8 +725,11 @@ def test_what_a_run_leaves(tmp_path):
 
 
 def test_an_earlier_pipeline_stays_until_there_is_a_new_one(tmp_path, monkeypatch):
-    output, old = tmp_path / "run", tmp_path / "run.old"
+    output, old = tmp_path / "run", tmp_path / "run" / ".earlier"
     fit(output)
+    (output / "mine.txt").write_text("a thesis")
+    backup = tmp_path / "run.old"
+    backup.mkdir()
     before = (output / WEIGHTS[0]).read_bytes()
     monkeypatch.setattr(train, "loop", lambda *arguments: 1 / 0)
     for _ in range(2):
@@ -551,6 +740,8 @@ def test_an_earlier_pipeline_stays_until_there_is_a_new_one(tmp_path, monkeypatc
     fit(output, overwrite=True, seed=1)
     assert not old.exists()
     assert (output / WEIGHTS[0]).read_bytes() != before
+    assert (output / "mine.txt").read_text() == "a thesis"  # what the run did not write stays
+    assert backup.exists()
 
 
 def test_only_whole_lines_of_a_log_are_read_and_later_ones_forgotten(tmp_path):
@@ -617,6 +808,12 @@ def test_presets(name, channels, parameters):
         ({"memory_gb": 0}, "say --resolution"),
         ({"resume": "latest", "overwrite": True}, "choose one"),
         ({"resume": "nowhere"}, "cannot resume from nowhere"),
+        ({"preview_steps": 0}, "preview_steps must be positive"),
+        ({"eval_images": 0}, "eval_images must be positive"),
+        ({"resolution": 0}, "resolution must be positive"),
+        ({"unet": UNET | {"sample_size": [8]}}, r"sample_size in \[unet\] must be a side, or"),
+        ({"scheduler": {"variance_type": "optimal"}}, "is measured on a trained network"),
+        ({"label_column": "kind"}, "add --class_conditional"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"workers": -1}, "workers must not be negative"),
         ({"times": "often"}, "unknown times 'often'"),
@@ -643,8 +840,33 @@ def test_another_run_is_not_overwritten(tmp_path):
         fit(output)
 
 
+def test_output_and_data_lie_apart(tmp_path):
+    (tmp_path / "set").mkdir()
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(tmp_path / "set" / "a.png")
+    for output in (tmp_path / "set" / "run", tmp_path, tmp_path / "set"):
+        with pytest.raises(ValueError, match="lie in one another: keep them apart"):
+            fit(output, data=str(tmp_path / "set"), overwrite=True)
+    assert [each.name for each in (tmp_path / "set").iterdir()] == ["a.png"]
+
+
+def test_held_out_pictures_are_others(tmp_path):
+    for folder, classes in (("train", "abc"), ("test", "bc"), ("odd", "bd")):
+        for kind in classes:
+            (tmp_path / folder / kind).mkdir(parents=True)
+            Image.fromarray(np.full((8, 8), ord(kind), dtype=np.uint8)).save(tmp_path / folder / kind / "1.png")
+    settings = {"data": str(tmp_path / "train"), "class_conditional": True, "eval_every": 6, "batch_size": 2}
+    with pytest.raises(ValueError, match="has no split 'test', as it has no splits: name another data set"):
+        fit(tmp_path / "run", **settings)
+    with pytest.raises(ValueError, match="has classes that are not trained: d"):
+        fit(tmp_path / "run", **settings, eval_data=str(tmp_path / "odd"))
+    run = train.build(build(train.TrainConfig, SMALL | settings | {"output": "x", "eval_data": str(tmp_path / "test")}))
+    images, labels = run.eval_set
+    assert labels.tolist() == [1, 2]  # as in training
+    assert images[:, 0, 0, 0].tolist() == [ord("b"), ord("c")]
+
+
 def test_a_disk_without_room(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(OSError, match="GB free; the run needs"):
+    with pytest.raises(OSError, match="MB free; the run needs"):
         fit(tmp_path / "run")
     assert not (tmp_path / "run").exists()
