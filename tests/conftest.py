@@ -44,6 +44,12 @@ def make_unet():
 
 
 @pytest.fixture
+def streams_end_at_once(monkeypatch):
+    """`datasets` waits for seconds at the end of each epoch of a stream, for threads of its own."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+
+
+@pytest.fixture
 def quiet_diffusers():
     """Collect what diffusers logs at the level of warnings: its conversions warn there, not through `warnings`."""
     import logging

@@ -198,7 +198,8 @@ def test_sets_that_cannot_be_read(tmp_path, kind):
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="cannot read the data set nobody/nothing"):
         open_pictures("nobody/nothing")
 
@@ -276,7 +277,7 @@ def test_batches_do_not_depend_on_processes_workers_or_where_they_begin(parquet,
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
-def test_streams(parquet, kind):
+def test_streams(parquet, kind, streams_end_at_once):
     name = parquet
     if kind == "saved":
         name = parquet / "saved"
