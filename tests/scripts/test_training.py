@@ -214,9 +214,9 @@ def test_a_stream_goes_on_where_it_was(tmp_path, streams_end_at_once):
     settings = {"data": str(tmp_path / "set"), "streaming": True, "resolution": 8, "class_conditional": True}
     fit(tmp_path / "whole", **settings)
     fit(tmp_path / "parts", **settings, steps=5)  # beyond two epochs
-    assert json.loads((tmp_path / "parts" / "checkpoints" / "step-00000005" / "stream-0.json").read_text()) == {
-        "epochs": [20, 20]
-    }
+    checkpoint = tmp_path / "parts" / "checkpoints" / "step-00000005"
+    epochs = json.loads((checkpoint / "stream-0.json").read_text())["epochs"]
+    assert epochs[:2] == [20, 20]  # and what was read ahead
     fit(tmp_path / "parts", **settings, resume="latest")
     same_weights(tmp_path / "whole", tmp_path / "parts")
 
