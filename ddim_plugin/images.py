@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -103,13 +103,17 @@ def open_image(
     `resize` crops to the shape of `size` and resizes to it (Lanczos); without, another size is refused, with `hint`.
     Raises ValueError naming a file that is damaged, has more than 8 bits, or transparency.
     """
+    return fit(open_upright(file, f"the image {file}"), channels, size, resize, str(file), hint)
+
+
+def open_upright(file: str | Path | BinaryIO, name: str) -> Image.Image:
+    """An image file, by its path or opened, turned as its EXIF says. Raises ValueError with `name` where damaged."""
     try:
         with Image.open(file) as opened:
             opened.load()
-            image = ImageOps.exif_transpose(opened)
+            return ImageOps.exif_transpose(opened)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {file}: {error}") from error
-    return fit(image, channels, size, resize, str(file), hint)
+        raise ValueError(f"cannot read {name}: {error}") from error
 
 
 def fit(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import process
 from .gaussian import discretized_log_likelihood, kl
-from .prediction import check_prediction, split_variance
+from .prediction import check_prediction, learned_log_variance, split_variance
 
 LOSSES = ("simple", "theorem1", "min_snr", "soft_min_snr", "bound", "hybrid")
 """See `Objective`."""
@@ -135,7 +135,7 @@ class Objective:
         """Bits per dimension, (B,), whose expectation over uniform t and ε is the bound."""
         names = ("mean_error", "log_variance_q", "log_variance_low", "log_variance_high")
         mean_error, log_variance_q, low, high = self._at(batch.t, *names)
-        log_variance = low if variance is None else low + (variance + 1) * (0.5 * (high - low))
+        log_variance = low if variance is None else learned_log_variance(variance, (low, high))
         difference = mean_error * error  # of the means of q and p; at t = 1 it is x_0 − x̂0
         nats = kl(difference, log_variance_q, torch.zeros_like(difference), log_variance)
         first = (batch.t == 1).view(-1, 1, 1, 1)

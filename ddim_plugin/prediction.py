@@ -65,9 +65,14 @@ def split_variance(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
 
 
 def learned_std(variance: Tensor, log_variance: tuple[Coefficient, Coefficient]) -> Tensor:
-    """√exp(v·ln β + (1 − v)·ln β̃), v = (`variance` + 1)/2 (Nichol & Dhariwal 2021, Eq. 15)."""
+    """√exp of `learned_log_variance`."""
+    return torch.exp(0.5 * learned_log_variance(variance, log_variance))
+
+
+def learned_log_variance(variance: Tensor, log_variance: tuple[Coefficient, Coefficient]) -> Tensor:
+    """v·ln β + (1 − v)·ln β̃, v = (`variance` + 1)/2, from (ln β̃, ln β) (Nichol & Dhariwal 2021, Eq. 15)."""
     low, high = log_variance
-    return torch.exp(0.5 * (low + (variance + 1) * (0.5 * (high - low))))
+    return low + (variance + 1) * (0.5 * (high - low))
 
 
 def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:

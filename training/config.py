@@ -116,8 +116,13 @@ def revision() -> str | None:
 
 
 def write_json(path: str | Path, result: dict[str, Any]) -> None:
-    """`result` as JSON, written aside and renamed, so that a reader never meets half a file."""
+    """`result` as JSON, whole or not at all."""
+    write_whole(path, json.dumps(result, indent=2) + "\n")
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """A text file, written aside and renamed, so that a reader never meets half of it."""
     path = Path(path)
     aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(result, indent=2) + "\n")
+    aside.write_text(text)
     aside.replace(path)

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddim_plugin.images import MODES, SUFFIXES, fit, image_files, open_image
+from ddim_plugin.images import MODES, SUFFIXES, fit, image_files, open_image, open_upright
 
 HELD_OUT = 297
 """How many of the 1797 digits, the last ones, are the test split."""
@@ -124,8 +124,10 @@ def open_pictures(
         kinds = (labels.numpy(), tuple("0123456789")) if labelled else (None, ())
         return Pictures(name, len(images), lambda i: Image.fromarray(images[i, 0].numpy()), *kinds)
     _check_split(name, split)
-    if Path(name).is_dir() and not _row_files(Path(name)):
-        return _folder(Path(name), labelled)
+    if Path(name).is_dir():
+        files, rows = _files(Path(name))
+        if not rows:
+            return _folder(Path(name), files, labelled)
     rows = _open(name, split)
     column = _image_column(rows.features, name, image_column)
     labels, classes = _row_labels(rows, name, label_column, labelled)
@@ -183,15 +185,19 @@ def _words(file: Path, folder: Path) -> set[str]:
     return set(re.split(r"[^a-z0-9]+", str(file.relative_to(folder)).lower()))
 
 
-def _row_files(folder: Path) -> list[Path]:
-    """The parquet, or else the arrow files in a folder without pictures, at any depth."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    if any(file.suffix.lower() in SUFFIXES for file in files):
-        return []
+def _files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(pictures, rows) in a folder at any depth: without pictures, rows are its parquet, or else its arrow files."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in (*SUFFIXES, *FILES) and file.is_file())
+    if pictures := [file for file in files if file.suffix.lower() in SUFFIXES]:
+        return pictures, []
     for suffix in FILES:
         if found := [file for file in files if file.suffix == suffix]:
-            return found
-    return []
+            return [], found
+    return [], []
+
+
+def _row_files(folder: Path) -> list[Path]:
+    return _files(folder)[1]
 
 
 def has_splits(name: str) -> bool:
@@ -208,9 +214,8 @@ def _check_split(name: str, split: str) -> None:
         raise ValueError(f"{name} has no split {split!r}, as it has no splits: name another data set for it")
 
 
-def _folder(folder: Path, labelled: bool) -> Pictures:
-    """Images at any depth, in the order of their names."""
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+def _folder(folder: Path, files: list[Path], labelled: bool) -> Pictures:
+    """The image files of a folder, in the order of their names."""
     if not files:
         raise ValueError(f"there is no image in {folder}: it needs files such as .png or .jpg, or .parquet or .arrow")
     labels, classes = None, ()
@@ -266,13 +271,17 @@ def _open(name: str, split: str, streaming: bool = False) -> Any:
         raise ValueError(f"cannot read the data set {name}: {error}") from error
 
 
+def _named_column(features: Any, name: str, named: str) -> str:
+    if named not in features:
+        raise ValueError(f"{name} has no column {named!r}: its columns are {', '.join(features)}")
+    return named
+
+
 def _image_column(features: Any, name: str, named: str | None = None) -> str:
     import datasets
 
     if named is not None:
-        if named not in features:
-            raise ValueError(f"{name} has no column {named!r}: its columns are {', '.join(features)}")
-        return named
+        return _named_column(features, name, named)
     for column, kind in features.items():
         if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and kind.keys() >= {"bytes", "path"}):
             return column
@@ -283,9 +292,7 @@ def _label_column(features: Any, name: str, named: str | None) -> str:
     import datasets
 
     if named is not None:
-        if named not in features:
-            raise ValueError(f"{name} has no column {named!r}: its columns are {', '.join(features)}")
-        return named
+        return _named_column(features, name, named)
     typed = [column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     found = typed or [column for column in LABELS if column in features]
     if not found:
@@ -321,9 +328,7 @@ def _decode(value: Any, name: str) -> Image.Image:
 
             image = datasets.Image().decode_example(value)  # it knows the paths of the Hub
         else:
-            with Image.open(value["path"] if value.get("bytes") is None else io.BytesIO(value["bytes"])) as opened:
-                opened.load()
-                image = ImageOps.exif_transpose(opened)
+            image = open_upright(value["path"] if value.get("bytes") is None else io.BytesIO(value["bytes"]), name)
     except (OSError, SyntaxError, AttributeError, TypeError, KeyError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read {name}: {error}") from error
     return to_8_bits(image, name)
@@ -354,11 +359,10 @@ class Frame:
     def canvas(self, picture: Image.Image, name: str) -> np.ndarray:
         """A picture as uint8 (C, h, w): of the frame's size, or larger where it will be cropped at random."""
         height, width = self.size
-        picture = fit(picture, self.channels, None, False, name)
         if self.resize is None and self.crop == "center":
-            if picture.size != (width, height):
-                picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+            picture = fit(picture, self.channels, self.size, True, name)
         else:
+            picture = fit(picture, self.channels, None, False, name)
             scale = max(width / picture.width, height / picture.height)
             if self.resize is not None:
                 scale = self.resize / min(picture.size)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from config import write_whole
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -79,9 +80,7 @@ class Log:
         if self.main:
             path.parent.mkdir(parents=True, exist_ok=True)
             kept = [line for line in read_log(path) if line["step"] <= step]  # what a resumed run will do again goes
-            aside = path.with_suffix(".part")
-            aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            aside.replace(path)
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.bar = tqdm(initial=step, total=steps, desc="training", unit="step", disable=not self.main, mininterval=0.5)
 
     def write(self, step: int, **values: Any) -> None:

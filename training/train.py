@@ -42,6 +42,11 @@ SKIPS = 50
 SCHEDULES = ("constant", "cosine", "linear")
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
+POSITIVE = ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "keep_checkpoints", "resolution")
+POSITIVE += ("resize", "preview_images", "preview_steps", "eval_images")
+NOT_NEGATIVE = ("workers", "memory_gb", "warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon", "seed")
+NOT_NEGATIVE += ("checkpoint_every", "preview_every", "eval_every")
+
 FREE = ("output", "resume", "overwrite", "workers", "memory_gb", "trackers", "project", "log_every", "preview_every")
 FREE += ("preview_images", "preview_steps", "eval_every", "eval_images", "eval_split", "eval_data", "checkpoint_every")
 FREE += ("keep_checkpoints",)
@@ -133,17 +138,11 @@ class TrainConfig:
 
 def check(config: TrainConfig, processes: int) -> None:
     """Raise ValueError for settings that cannot work, before anything is read."""
-    for name in ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "keep_checkpoints"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
-    for name in ("workers", "memory_gb", "warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon", "seed"):
-        if not getattr(config, name) >= 0:
-            raise ValueError(f"{name} must not be negative, not {getattr(config, name)}")
-    for name in ("preview_images", "preview_steps", "eval_images", "resolution", "resize"):
+    for name in POSITIVE:
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
-    for name in ("checkpoint_every", "preview_every", "eval_every"):
-        if getattr(config, name) < 0:
+    for name in NOT_NEGATIVE:
+        if not getattr(config, name) >= 0:
             raise ValueError(f"{name} must not be negative, not {getattr(config, name)}")
     parts = processes * config.gradient_accumulation_steps
     if config.batch_size % parts:
@@ -496,10 +495,10 @@ class Run:
             save_file({name: value.contiguous() for name, value in weights.items()}, folder / "ema.safetensors")
             if self.importance is not None:
                 save_file(self.importance.state_dict(), folder / "times.safetensors")
-            state = {"step": step, "processes": self.share.processes, "skipped": self.skipped, "data": self.set()}
+            state = {"step": step, "processes": self.share.processes, "skipped": self.skipped, "data": self.data_set()}
             write_json(folder / "run.json", state | {"config": dataclasses.asdict(self.config)})
 
-    def set(self) -> dict[str, Any]:
+    def data_set(self) -> dict[str, Any]:
         """What the data set is known by."""
         pictures = self.feed.pictures
         count = pictures.count if isinstance(pictures, Pictures) else None
@@ -508,8 +507,8 @@ class Run:
     def read(self, folder: Path) -> int:
         """Take over the state of a checkpoint, and return its step."""
         state = json.loads((folder / "run.json").read_text())
-        if state["data"] != self.set():
-            raise ValueError(f"the data set is not the one of {folder}: {state['data']}, now {self.set()}")
+        if state["data"] != self.data_set():
+            raise ValueError(f"the data set is not the one of {folder}: {state['data']}, now {self.data_set()}")
         if self.share.processes != state["processes"]:
             change = f"{state['processes']} processes, now {self.share.processes}"
             self.accelerator.print(f"note: this run had {change}: other noise from here on")
@@ -643,12 +642,11 @@ def main(config: TrainConfig) -> dict[str, Any]:
     accelerator, output = run.accelerator, Path(config.output).resolve()
     checkpoints = Checkpoints(output / "checkpoints", config.keep_checkpoints, accelerator)
     step = resume(run, checkpoints)
-    result = record(config) | {
+    result = record(config) | run.data_set()
+    result |= {
         "status": "running",
         "parameters": run.ema.unet.num_parameters(),
-        "images": run.feed.pictures.count if isinstance(run.feed.pictures, Pictures) else None,
         "in_memory": run.feed.images is not None,
-        "classes": list(run.classes),
         "processes": run.share.processes,
         "device": device_name(accelerator),
         "mixed_precision": accelerator.mixed_precision,
@@ -683,6 +681,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
     finished = step == config.steps
     result |= {
         "status": "finished" if finished else f"stopped at step {step}",
+        "step": step,
         "checkpoint": saved,
         "loss": sum(line["loss"] for line in last) / len(last) if last else None,
         "seconds": seconds,
@@ -805,7 +804,8 @@ def resume(run: Run, checkpoints: Checkpoints) -> int:
             raise ValueError(
                 f"cannot resume from {folder}: {problem}. Say latest, or such as OUTPUT/checkpoints/step-00005000"
             )
-    before, now = json.loads((folder / "run.json").read_text())["config"], json.loads(as_json(config))
+    before = json.loads((folder / "run.json").read_text())["config"]
+    now = json.loads(json.dumps(dataclasses.asdict(config)))  # with lists for tuples, as it was written
     changed = [key for key in now if key not in FREE and now[key] != before.get(key)]
     for key in changed:
         if key in BOUND:
@@ -820,10 +820,6 @@ def resume(run: Run, checkpoints: Checkpoints) -> int:
     checkpoints.forget_after(step)
     accelerator.print(f"resuming after step {step} from {folder}")
     return step
-
-
-def as_json(config: TrainConfig) -> str:
-    return json.dumps(dataclasses.asdict(config))
 
 
 def set_aside(output: Path) -> None:
@@ -896,7 +892,7 @@ if __name__ == "__main__":
         code = 128 + done["signal"]
         if main_process:
             name = signal.Signals(done["signal"]).name
-            saved = int(done["status"].split()[-1]) == done["checkpoint"]
+            saved = done["step"] == done["checkpoint"]
             kept = "which is saved" if saved else f"which could not be saved: the last is step {done['checkpoint']}"
             print(f"{name}: {done['status']}, {kept}. Go on with --resume latest", file=sys.stderr)
     elif main_process and done["seconds"]:
