@@ -1,4 +1,4 @@
-"""The command line: ddim-plugin sample | encode | reconstruct | interpolate MODEL …"""
+"""The command line: ddim-plugin sample | encode | reconstruct | interpolate | push MODEL …"""
 
 import argparse
 import json
@@ -20,13 +20,14 @@ from .images import check_channels, grid, image_files, open_image, read
 from .inversion import InversionReport
 from .pipeline import TOLERANCE, GeneralizedDDIMPipeline
 from .process import VARIANCES
+from .push import DRAWN, draw, has_samples, push_folder, variants
 from .schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, keep_learned
 from .tau import SPACINGS
 from .version import __version__
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LATENTS = "latents.safetensors"
-HIDDEN = ("run", "files", "found", "command")  # of the arguments: not settings
+HIDDEN = ("run", "files", "found", "command", "token")  # of the arguments: not settings
 
 Made = dict[str, Any]
 """File name → what goes into it: an image, a tensor or a dictionary."""
@@ -44,15 +45,17 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, files: Sequence[str], summary: str, example: str) -> argparse.ArgumentParser:
+        writes = f"\n\nwrites into --output: {', '.join(files)}" if files else ""
         sub = commands.add_parser(
             name,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
-            epilog=f"example:\n  ddim-plugin {name} {example}\n\nwrites into --output: {', '.join(files)}",
+            epilog=f"example:\n  ddim-plugin {name} {example}{writes}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         sub.set_defaults(run=run, files=files)
-        sub.add_argument("model", metavar="MODEL", help="a folder written by save_pretrained, or a Hub id")
+        if files:
+            sub.add_argument("model", metavar="MODEL", help="a folder written by save_pretrained, or a Hub id")
         return sub
 
     sub = command(
@@ -112,6 +115,28 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--points", type=int, default=11, help="images on a path (default: %(default)s)")
     _refinement(sub)
     _shared(sub)
+
+    sub = command(
+        "push",
+        push,
+        (),
+        "push a saved pipeline to the Hub, with a card made from its records",
+        "out/digits user/ddim-digits --private --license cc-by-4.0",
+    )
+    sub.add_argument("folder", metavar="FOLDER", help="what save_pretrained or the training script wrote")
+    sub.add_argument("repo_id", metavar="USER/MODEL", help="id of the repo, which is made where it does not exist")
+    sub.add_argument("--private", action="store_true", help="make it private")
+    sub.add_argument("--revision", metavar="BRANCH", help="the branch (default: main)")
+    sub.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    sub.add_argument("--message", help="title of the commit")
+    sub.add_argument("--license", help="licence of the weights, as the Hub names it: mit, cc-by-4.0, …")
+    sub.add_argument(
+        "--records", metavar="FOLDER", help="where results.json, training.json, pictures are (default: there)"
+    )
+    sub.add_argument(
+        "--samples", type=int, metavar="N", help="pictures to draw for the card (default: 16 if it has none)"
+    )
+    sub.add_argument("--token", help="token that may write (default: HF_TOKEN, or that of `hf auth login`)")
     return top
 
 
@@ -170,6 +195,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     start = time.perf_counter()
     try:
+        if args.command == "push":
+            print(push(args))
+            return 0
         _check(args)
         made = args.run(args)
         made[f"{args.command}.json"] |= {
@@ -286,6 +314,38 @@ def interpolate(args: argparse.Namespace) -> Made:
     rows = _rows(_array(made), args.points)
     ends = {} if args.latents else {LATENTS: z}
     return {"interpolation.png": grid(rows), "interpolate.json": result, **ends}
+
+
+def push(args: argparse.Namespace) -> str:
+    """Where the commit, or the pull request, is."""
+    if args.samples is not None and args.samples < 0:
+        raise ValueError(f"--samples must not be negative, not {args.samples}")
+    if not Path(args.folder).is_dir():
+        raise ValueError(f"there is no folder {args.folder}")
+    records = args.records or args.folder
+    if not Path(records).is_dir():
+        raise ValueError(f"there is no folder {records}")
+    samples = (0 if has_samples(records) else DRAWN) if args.samples is None else args.samples
+    drawn, caption = None, ""
+    if samples:
+        pipe = GeneralizedDDIMPipeline.from_pretrained(args.folder, variant=variants(args.folder)[0])
+        pipe.to(_accelerator())
+        pipe.set_progress_bar_config(desc="drawing samples", leave=False)
+        drawn, caption = draw(pipe, samples)
+    commit = push_folder(
+        args.folder,
+        args.repo_id,
+        commit_message=args.message,
+        private=args.private or None,
+        token=args.token,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        license=args.license,
+        records=records,
+        drawn=drawn,
+        caption=caption,
+    )
+    return commit.pr_url or commit.commit_url
 
 
 # ---- pieces ----------------------------------------------------------------------------------------------------

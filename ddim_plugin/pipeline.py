@@ -2,20 +2,26 @@
 
 import inspect
 import math
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import CommitInfo
 from torch import Tensor
 
 from . import images as pictures
 from . import inversion, process
 from .gaussian import slerp
+from .hub import opened, plain_index, write_index
 from .inversion import InversionReport
+from .push import DRAWN, draw, has_samples, push_folder
 from .schedulers import (
     GeneralizedDDIMScheduler,
     GeneralizedDDIMSchedulerOutput,
@@ -150,6 +156,133 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         images = self._images(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    # ---- sharing -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+        """A pipeline from a folder or from the Hub. No code of a repo is run, and no flag is needed.
+
+        Opens what this class or the training script saved, and any unconditional pipeline of diffusers whose network is
+        a `UNet2DModel` (`DDPMPipeline`, `DDIMPipeline`, `PNDMPipeline`): the scheduler of such a one becomes a
+        `GeneralizedDDIMScheduler`, and what that takes over and changes is logged.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or the id of a repo.
+            kwargs: those of `DiffusionPipeline.from_pretrained`: `revision`, `token`, `cache_dir`, `local_files_only`,
+                `variant`, `torch_dtype`, …; and `unet` or `scheduler` to take instead of those in the repo.
+
+        Raises:
+            OSError: for a repo, revision or file that is not there, not allowed, or damaged.
+            ValueError: for a model of another kind, classes that this process does not know, weights that do not fit.
+        """
+        folder, kwargs = opened(cls, pretrained_model_name_or_path, kwargs)
+        pipe = super().from_pretrained(folder, **kwargs)
+        pipe.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
+        return pipe
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any):
+        """What `model_index.json` holds, naming the classes of this process where the file names code of its repo."""
+        loaded = super().load_config(*args, **kwargs)
+        return (plain_index(loaded[0]), *loaded[1:]) if isinstance(loaded, tuple) else plain_index(loaded)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Save into a folder that loads with this package, with diffusers alone, and into the classes of diffusers.
+
+        Args:
+            save_directory: the folder; other files in it stay.
+            safe_serialization: safetensors, not pickles.
+            variant: name of the weights beside the ordinary ones, such as "fp16".
+            max_shard_size: of a file of weights.
+            push_to_hub: also push it; `kwargs` are then those of the method `push_to_hub`, with `repo_id` (by default
+                the folder's name).
+        """
+        super().save_pretrained(save_directory, safe_serialization, variant=variant, max_shard_size=max_shard_size)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write `model_index.json` and the code files it names."""
+        if type(self) is GeneralizedDDIMPipeline:
+            write_index(self, save_directory)
+        else:
+            super().save_config(save_directory)  # a class of somebody's own: its code is not known here
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        revision: str | None = None,
+        license: str | None = None,
+        records: str | os.PathLike | None = None,
+        samples: int | None = None,
+    ) -> CommitInfo:
+        """Push to the Hub in one commit: weights, configs, code files, card, pictures and results.
+
+        Nothing local is changed. Where nothing has changed since the last push there is no commit. A card on the Hub
+        that somebody wrote stays.
+
+        Args:
+            repo_id: id of the repo, such as "user/model"; it is made where it does not exist.
+            commit_message: the commit's title.
+            private: whether a repo that is made is private. Refused where True and the repo is public.
+            token: a token that may write; by default the one of `hf auth login`, or HF_TOKEN.
+            create_pr: open a pull request instead of writing to the branch.
+            safe_serialization: must be True: pickles are not pushed.
+            variant: name of the weights, such as "fp16" for a network in half precision.
+            revision: the branch; main by default, made where it does not exist.
+            license: the Hub's id of the licence of the weights, for the card.
+            records: folder with `results.json`, `training.json` and pictures for the card; by default the one that this
+                pipeline was loaded from.
+            samples: number of pictures to draw for the card, at 20 steps; by default 16 where there is no picture yet.
+
+        Returns:
+            the commit, which reads as its URL.
+
+        Raises:
+            ValueError: before anything is sent, for settings and records that are not right.
+            OSError: where the Hub cannot be reached, or refuses.
+        """
+        if not safe_serialization:
+            raise ValueError("pickles are not pushed: leave out safe_serialization=False")
+        if type(self) is not GeneralizedDDIMPipeline:
+            raise ValueError(
+                f"a {type(self).__name__} has code of its own, which cannot be pushed: push a GeneralizedDDIMPipeline"
+            )
+        if records is None and os.path.isdir(self.name_or_path or ""):
+            records = self.name_or_path
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, variant=variant)
+            if samples is None:
+                samples = 0 if has_samples(records or folder) else DRAWN
+            drawn, caption = draw(self, samples) if samples else (None, "")
+            return push_folder(
+                folder,
+                repo_id,
+                commit_message=commit_message,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                license=license,
+                records=records,
+                drawn=drawn,
+                caption=caption,
+            )
 
     # ---- latents -----------------------------------------------------------------------------------------------
 

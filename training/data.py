@@ -200,6 +200,13 @@ def _row_files(folder: Path) -> list[Path]:
     return _files(folder)[1]
 
 
+def origin(name: str) -> str:
+    """Where the data set of that name comes from: "digits" (scikit-learn), "files" or "hub"."""
+    if name == "digits":
+        return name
+    return "files" if Path(name).exists() or glob.has_magic(name) else "hub"
+
+
 def has_splits(name: str) -> bool:
     """Whether a data set says which of its pictures are for training, and which are not."""
     path = Path(name)

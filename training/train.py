@@ -4,7 +4,6 @@ accelerate launch training/train.py --config training/configs/digits.toml --outp
 """
 
 import ctypes
-import dataclasses
 import inspect
 import json
 import math
@@ -22,19 +21,34 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
 from checkpoints import Checkpoints, damage
-from config import parse, record, write_json
-from data import Feed, Pictures, Share, Stream, find_frame, held_out, in_memory, open_pictures, open_stream, to_model
+from config import parse, record, settings, write_json
+from data import (
+    Feed,
+    Pictures,
+    Share,
+    Stream,
+    find_frame,
+    held_out,
+    in_memory,
+    open_pictures,
+    open_stream,
+    origin,
+    to_model,
+)
 from diffusers import UNet2DModel
 from ema import EMA
+from huggingface_hub import HfApi
 from report import Clock, Log, Spikes, Window, plot_loss, preview, read_log
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.hub import CODE
 from ddim_plugin.objective import TIMES, ImportanceTimes, Objective, draw_times
+from ddim_plugin.push import open_repo, push_folder
 
 SKIPS = 50
 """Steps in a row that fp16's scaler may skip; each halves its scale."""
@@ -49,7 +63,7 @@ NOT_NEGATIVE += ("checkpoint_every", "preview_every", "eval_every")
 
 FREE = ("output", "resume", "overwrite", "workers", "memory_gb", "trackers", "project", "log_every", "preview_every")
 FREE += ("preview_images", "preview_steps", "eval_every", "eval_images", "eval_split", "eval_data", "checkpoint_every")
-FREE += ("keep_checkpoints",)
+FREE += ("keep_checkpoints", "push_to_hub", "hub_private", "hub_revision", "hub_create_pr", "hub_license")
 """Settings that may change when a run is resumed, without a word."""
 
 BOUND = ("unet", "scheduler", "resolution", "channels", "class_conditional", "label_dropout", "loss", "times")
@@ -131,6 +145,17 @@ class TrainConfig:
     eval_split: str | None = field(default=None, metadata={"help": "their split; test, or train of eval_data"})
     resume: str | None = field(default=None, metadata={"help": "latest, or the folder of a checkpoint"})
     overwrite: bool = field(default=False, metadata={"help": "replace the output of an earlier run"})
+
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "repo to push the finished pipeline to: user/model"}
+    )
+    hub_private: bool = field(default=False, metadata={"help": "make that repo private"})
+    hub_revision: str | None = field(default=None, metadata={"help": "its branch; main by default"})
+    hub_create_pr: bool = field(default=False, metadata={"help": "open a pull request instead"})
+    hub_license: str | None = field(default=None, metadata={"help": "licence of the weights, as the Hub names it"})
+    hub_token: str | None = field(
+        default=None, repr=False, metadata={"help": "token that may write; by default as logged in", "secret": True}
+    )
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
@@ -496,7 +521,7 @@ class Run:
             if self.importance is not None:
                 save_file(self.importance.state_dict(), folder / "times.safetensors")
             state = {"step": step, "processes": self.share.processes, "skipped": self.skipped, "data": self.data_set()}
-            write_json(folder / "run.json", state | {"config": dataclasses.asdict(self.config)})
+            write_json(folder / "run.json", state | {"config": settings(self.config)})
 
     def data_set(self) -> dict[str, Any]:
         """What the data set is known by."""
@@ -639,11 +664,14 @@ def memory_needed(pictures: Pictures, frame: Any) -> int:
 def main(config: TrainConfig) -> dict[str, Any]:
     """Train, save the pipeline and `training.json` into `config.output`, and return what the latter holds."""
     run = build(config)
+    if config.push_to_hub is not None:
+        open_repo_first(config, run.accelerator)
     accelerator, output = run.accelerator, Path(config.output).resolve()
     checkpoints = Checkpoints(output / "checkpoints", config.keep_checkpoints, accelerator)
     step = resume(run, checkpoints)
     result = record(config) | run.data_set()
     result |= {
+        "data_from": origin(config.data),
         "status": "running",
         "parameters": run.ema.unet.num_parameters(),
         "in_memory": run.feed.images is not None,
@@ -658,7 +686,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
         write_json(output / "training.json", result)
     accelerator.wait_for_everyone()
     if accelerator.log_with:
-        flat = {key: str(value) for key, value in dataclasses.asdict(config).items()}
+        flat = {key: str(value) for key, value in settings(config).items()}
         again = {"tensorboard": {"purge_step": step + 1}} if step else {}  # what will be done again goes
         accelerator.init_trackers(config.project, config=flat, init_kwargs=again)
     log = Log(output / "log.jsonl", accelerator, step, config.steps)
@@ -697,6 +725,8 @@ def main(config: TrainConfig) -> dict[str, Any]:
         pipe, raw = run.pipeline(), accelerator.get_state_dict(run.network)
         if accelerator.is_main_process:
             save(pipe, raw, result, lines, config)
+            if config.push_to_hub is not None:
+                result["not_pushed"] = push(config)
     elif accelerator.is_main_process:
         write_json(output / "training.json", result)
     accelerator.wait_for_everyone()
@@ -805,7 +835,7 @@ def resume(run: Run, checkpoints: Checkpoints) -> int:
                 f"cannot resume from {folder}: {problem}. Say latest, or such as OUTPUT/checkpoints/step-00005000"
             )
     before = json.loads((folder / "run.json").read_text())["config"]
-    now = json.loads(json.dumps(dataclasses.asdict(config)))  # with lists for tuples, as it was written
+    now = json.loads(json.dumps(settings(config)))  # with lists for tuples, as it was written
     changed = [key for key in now if key not in FREE and now[key] != before.get(key)]
     for key in changed:
         if key in BOUND:
@@ -828,7 +858,7 @@ def set_aside(output: Path) -> None:
     if finished:
         shutil.rmtree(earlier, ignore_errors=True)
         earlier.mkdir()
-    for part in (output / name for name in WRITTEN):
+    for part in (*(output / name for name in WRITTEN), *code_files(output)):
         if finished and part.exists():
             part.rename(earlier / part.name)
         elif part.is_dir():
@@ -859,13 +889,53 @@ def save(
     write_json(output / "training.json", result)
     plot_loss(lines, output / "loss.png")
     (output / "model_index.json").unlink(missing_ok=True)
-    for part in ("unet", "scheduler", "model_index.json"):
-        target = output / part
+    for old in code_files(output):
+        old.unlink()
+    for part in sorted(aside.iterdir(), key=lambda part: part.name == "model_index.json"):
+        target = output / part.name
         if target.is_dir():
             shutil.rmtree(target)
-        (aside / part).rename(target)
-    shutil.rmtree(aside)
+        part.rename(target)
+    aside.rmdir()
     shutil.rmtree(output / EARLIER, ignore_errors=True)
+
+
+def code_files(output: Path) -> list[Path]:
+    """The code files of the pipeline."""
+    return [path for path in output.glob("*.py") if CODE.fullmatch(path.name)]
+
+
+def open_repo_first(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Raise ValueError or OSError, on all processes, where the pipeline could not be pushed once it is trained."""
+    problem: list[Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            open_repo(HfApi(token=config.hub_token), config.push_to_hub, config.hub_private or None)
+        except (ValueError, OSError) as error:
+            problem = [error]
+    broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise problem[0]
+
+
+def push(config: TrainConfig) -> str | None:
+    """Push the finished pipeline. What is in the way is printed, and returned: the pipeline is saved all the same."""
+    try:
+        commit = push_folder(
+            config.output,
+            config.push_to_hub,
+            private=config.hub_private or None,
+            token=config.hub_token,
+            revision=config.hub_revision,
+            create_pr=config.hub_create_pr,
+            license=config.hub_license,
+        )
+    except (ValueError, OSError) as error:
+        again = f"ddim-plugin push {config.output} {config.push_to_hub}"
+        print(f"train.py: not pushed: {error}. The pipeline is saved: {again}", file=sys.stderr)
+        return str(error)
+    print(f"pushed: {commit.pr_url or commit.commit_url}")
+    return None
 
 
 def device_name(accelerator: Accelerator) -> str:
@@ -895,7 +965,9 @@ if __name__ == "__main__":
             saved = done["step"] == done["checkpoint"]
             kept = "which is saved" if saved else f"which could not be saved: the last is step {done['checkpoint']}"
             print(f"{name}: {done['status']}, {kept}. Go on with --resume latest", file=sys.stderr)
-    elif main_process and done["seconds"]:
+    elif done.get("not_pushed"):
+        code = 1
+    if main_process and done["status"] == "finished" and done["seconds"]:
         speed = f"{done['images_per_second']:.0f} images/s"
         print(f"trained {arguments.steps} steps in {done['seconds']:.0f} s ({speed}), loss {done['loss']:.4f}")
     PartialState().destroy_process_group()  # only here, where nothing that communicates is left

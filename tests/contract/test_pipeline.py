@@ -384,14 +384,9 @@ def test_a_fresh_process_makes_the_same_images(make_pipe, tmp_path):
     assert np.array_equal(np.load(tmp_path / "images.npy"), images)
 
 
-def test_the_file_format_names_the_package_root(make_pipe, tmp_path):
-    """Module paths are written into model_index.json: they are frozen here."""
-    make_pipe().save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index["_class_name"] == "GeneralizedDDIMPipeline"
-    assert index["scheduler"] == ["ddim_plugin", "GeneralizedDDIMScheduler"]
-    assert index["unet"] == ["diffusers", "UNet2DModel"]
-    for name in ("GeneralizedDDIMPipeline", "GeneralizedDDIMScheduler"):
+def test_classes_live_at_the_package_root():
+    """Their module is a file format: it is written into folders by whatever else saves them."""
+    for name in ("GeneralizedDDIMPipeline", "GeneralizedDDIMScheduler", "InverseDDIMScheduler"):
         assert getattr(ddim_plugin, name).__module__ == "ddim_plugin"
     assert ddim_plugin.SchedulerMixin is diffusers.SchedulerMixin
     assert ddim_plugin.ModelMixin is diffusers.ModelMixin

@@ -1,0 +1,363 @@
+"""Model cards: one template, filled from what was written by the scripts that trained and measured the model.
+
+`results.json` holds a list under "results". An entry has
+    metric: its id ("fid"), and optionally name ("FID") and standard_error;
+    value, and nfe: evaluations of the network for an image;
+    dataset: {"name", and optionally "id" on the Hub and "split"}, what the value was measured against;
+and optionally the settings it was measured with: num_inference_steps, eta, variance_type, timestep_spacing, scheduler,
+images, seed. `training.json` is the record that the training script leaves.
+"""
+
+import json
+import math
+from numbers import Real
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import EvalResult, ModelCardData
+
+from .version import __version__
+
+TASK = "unconditional-image-generation"
+"""The Hub's name for the task of these pipelines."""
+
+SETTINGS = ("num_inference_steps", "eta", "variance_type", "timestep_spacing", "scheduler", "images", "seed")
+"""What a result may tell of how it was measured."""
+
+MARK = "*Written by ddim-plugin"
+"""Stands in a card that was made here, and not in one that somebody wrote."""
+
+WITH_PLUGIN = "from ddim_plugin import GeneralizedDDIMPipeline"
+
+TEMPLATE = Template("""# $title
+
+$summary
+
+$picture
+
+## Use
+
+With the plugin (`pip install ddim-plugin`), which runs no code of this repo:
+
+```python
+$with_plugin
+
+pipe = GeneralizedDDIMPipeline.from_pretrained("$repo")
+images = pipe(batch_size=16, num_inference_steps=20$labels).images
+```
+
+With diffusers alone. The flag runs the `ddim_plugin_….py` files of this repo: read them, and pin the commit you read.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("$repo", trust_remote_code=True, revision="THE COMMIT YOU READ")
+```
+
+$stock
+
+## Settings
+
+$settings
+
+## Figures
+
+$figures
+
+## Training
+
+$training
+
+## Limits and biases
+
+- The pictures resemble the training data, with whatever it over- or underrepresents; nothing filters them, and nothing
+  was done to find out what they may show.
+- A picture may come close to one of the training set. Do not take pictures for evidence of anything real.
+- Made for $size pictures and for research on sampling; at other sizes the network is out of its range.
+- The fewer the steps, the further the pictures are from those of the model's own process: compare at equal
+  evaluations of the network (NFE).
+
+## Licence
+
+$licence
+
+## Citation
+
+```bibtex
+@inproceedings{song2021denoising,
+  title     = {Denoising Diffusion Implicit Models},
+  author    = {Song, Jiaming and Meng, Chenlin and Ermon, Stefano},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2021}
+}
+```
+
+$mark $version from `results.json`, `training.json` and the configs of this repo.*
+""")
+
+STOCK = """With the classes of diffusers only:
+
+```python
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+unet = UNet2DModel.from_pretrained("$repo", subfolder="unet")
+scheduler = DDIMScheduler.from_pretrained("$repo", subfolder="scheduler")
+images = DDIMPipeline(unet, scheduler)(batch_size=16, num_inference_steps=20).images
+```"""
+
+LOOP = """The parts load into the classes of diffusers too: `UNet2DModel.from_pretrained("$repo", subfolder="unet")` and
+`DDIMScheduler.from_pretrained("$repo", subfolder="scheduler")`; `DDIMPipeline` does not know $unknown."""
+
+TAU_NAMES = {
+    "linear": "linear, τ_i = ⌊T·i/S⌋",
+    "quadratic": "quadratic, τ_i = max(i, ⌊T·i²/S²⌋)",
+    "paper_linear": "linear, as the authors' code",
+    "paper_quadratic": "quadratic, as the authors' code",
+}
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_results(file: str | Path) -> list[dict[str, Any]]:
+    """The entries of a `results.json`. Raises ValueError naming what does not fit the format."""
+    content = read_object(file)
+    entries = content.get("results")
+    if not isinstance(entries, list):
+        raise ValueError(f'{file} holds no list under "results"')
+    for i, entry in enumerate(entries):
+        problem = _problem(entry)
+        if problem:
+            raise ValueError(f"{file}: entry {i} of results {problem}")
+    return entries
+
+
+def read_object(file: str | Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError naming a file that holds none."""
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"cannot read {file}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no JSON object")
+    return content
+
+
+def _problem(entry: Any) -> str | None:
+    if not isinstance(entry, dict):
+        return f"is no object: {entry!r}"
+    for key in ("metric", "value", "nfe", "dataset"):
+        if key not in entry:
+            return f"has no {key}"
+    if not isinstance(entry["metric"], str) or not entry["metric"]:
+        return f"has the metric {entry['metric']!r}: give its id, such as fid"
+    for key in ("value", "nfe", "standard_error"):
+        value = entry.get(key)
+        if not (key == "standard_error" and value is None) and not _finite(value):
+            return f"has {key}={value!r}: it must be a finite number"
+    if entry["nfe"] <= 0:
+        return f"has nfe={entry['nfe']!r}: it must be positive"
+    if not isinstance(entry["dataset"], dict) or not entry["dataset"].get("name"):
+        return f"has the dataset {entry['dataset']!r}: give at least its name"
+    return None
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def public(value: Any) -> Any:
+    """A record without the places of this machine: of an absolute path the last part is left."""
+    if isinstance(value, dict):
+        return {key: public(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(each) for each in value]
+    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~")):
+        return Path(value).name
+    return value
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def card(
+    repo_id: str,
+    unet: dict[str, Any],
+    scheduler: dict[str, Any],
+    parameters: int,
+    results: list[dict[str, Any]] | None = None,
+    training: dict[str, Any] | None = None,
+    picture: str | None = None,
+    caption: str = "",
+    license: str | None = None,
+) -> str:
+    """The card of a model, as Markdown with its metadata in front.
+
+    Args:
+        repo_id: id of the repo on the Hub.
+        unet, scheduler: the configs of the two.
+        parameters: number of the network's parameters.
+        results, training: what `results.json` lists, and what `training.json` holds, where there are such.
+        picture, caption: name of a sample grid in the repo, and what is said below it.
+        license: the Hub's id of the licence of the weights.
+    """
+    results, training = results or [], training or {}
+    title = repo_id.split("/")[-1]
+    height, width = size = _size(unet)
+    classes = unet.get("num_class_embeds")
+    kind = "class-conditional" if classes else "unconditional"
+    colours = {1: "grayscale", 3: "RGB"}.get(unet["in_channels"], f"{unet['in_channels']}-channel")
+    unknown = _unknown_to_stock(unet, scheduler)
+    body = TEMPLATE.substitute(
+        title=title,
+        repo=repo_id,
+        summary=f"A {kind} diffusion model of {height}×{width} {colours} pictures: a `{unet.get('_class_name')}` of "
+        f"{parameters:,} parameters, sampled by the generalized process of "
+        "[Denoising Diffusion Implicit Models](https://arxiv.org/abs/2010.02502) (DDIM).",
+        picture=f"![samples]({picture})\n\n*{caption}*" if picture else "*No pictures were pushed with this model.*",
+        with_plugin=WITH_PLUGIN,
+        labels=", class_labels=0" if classes else "",
+        stock=Template(LOOP if unknown else STOCK).substitute(repo=repo_id, unknown=unknown),
+        settings=_table(_settings(unet, scheduler)),
+        figures=_figures(results),
+        training=_table(_training(training)) if training else "How these weights were trained was not recorded.",
+        size=f"{height}×{width}" if all(size) else "such",
+        licence=f"The weights: {license}. The code files: Apache-2.0."
+        if license
+        else "Nothing is said of the licence of the weights; that of the data may bind them. The code: Apache-2.0.",
+        mark=MARK,
+        version=__version__,
+    )
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        license=license,
+        tags=["ddim", "diffusion", "ddim-plugin"],
+        datasets=[training["config"]["data"]] if training.get("data_from") == "hub" else None,
+        model_name=title,
+        eval_results=[_eval_result(entry) for entry in results] or None,
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def eval_results(results: list[dict[str, Any]]) -> dict[str, str]:
+    """`.eval_results/*.yaml` for what was measured against data sets of the Hub: name → text.
+
+    Nothing where `huggingface_hub` is too old to know that format.
+    """
+    if not hasattr(huggingface_hub, "EvalResultEntry"):
+        return {}
+    import yaml
+
+    files: dict[str, list[Any]] = {}
+    for entry in results:
+        if entry["dataset"].get("id"):
+            made = huggingface_hub.EvalResultEntry(
+                entry["dataset"]["id"], TASK, float(entry["value"]), notes=_notes(entry)
+            )
+            files.setdefault(entry["dataset"]["id"].replace("/", "--"), []).append(made)
+    return {
+        f".eval_results/{name}.yaml": yaml.safe_dump(huggingface_hub.eval_result_entries_to_yaml(entries))
+        for name, entries in files.items()
+    }
+
+
+def _eval_result(entry: dict[str, Any]) -> EvalResult:
+    dataset = entry["dataset"]
+    return EvalResult(
+        task_type=TASK,
+        dataset_type=dataset.get("id") or dataset["name"],
+        dataset_name=dataset["name"],
+        dataset_split=dataset.get("split"),
+        metric_type=entry["metric"],
+        metric_name=f"{_name(entry)} ({_notes(entry)})",
+        metric_value=float(entry["value"]),
+        metric_args={"nfe": entry["nfe"]} | {key: entry[key] for key in SETTINGS if entry.get(key) is not None},
+    )
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return entry.get("name") or entry["metric"].upper()
+
+
+def _notes(entry: dict[str, Any]) -> str:
+    """How a result was measured, in a line."""
+    known = {"num_inference_steps": "S", "eta": "η", "variance_type": "variance", "timestep_spacing": "τ"}
+    said = [f"{known.get(key, key)} = {entry[key]}" for key in SETTINGS[:5] if entry.get(key) is not None]
+    return ", ".join([f"NFE = {entry['nfe']}", *said])
+
+
+def _size(unet: dict[str, Any]) -> tuple[Any, Any]:
+    size = unet.get("sample_size") or ("?", "?")
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _unknown_to_stock(unet: dict[str, Any], scheduler: dict[str, Any]) -> str:
+    """What of this model the stock DDIM pipeline has no word for."""
+    if unet.get("num_class_embeds"):
+        return "class labels"
+    return "learned variances" if unet.get("out_channels") != unet["in_channels"] else ""
+
+
+def _settings(unet: dict[str, Any], scheduler: dict[str, Any]) -> list[tuple[str, Any]]:
+    schedule, ends = scheduler.get("beta_schedule"), (scheduler.get("beta_start"), scheduler.get("beta_end"))
+    spacing = scheduler.get("timestep_spacing")
+    clipped = scheduler.get("clip_sample")
+    return [
+        ("scheduler", f"`{scheduler.get('_class_name')}`"),
+        ("T", scheduler.get("num_train_timesteps")),
+        ("β", f"{schedule}, {ends[0]:g} to {ends[1]:g}" if all(map(_finite, ends)) else schedule),
+        ("prediction", scheduler.get("prediction_type")),
+        ("τ", TAU_NAMES.get(spacing, spacing)),
+        ("η", scheduler.get("eta")),
+        ("variance", scheduler.get("variance_type")),
+        ("x̂0 clipped", None if clipped is None else f"to ±{scheduler.get('clip_sample_range'):g}" if clipped else "no"),
+        ("classes", unet.get("num_class_embeds")),
+    ]
+
+
+def _figures(results: list[dict[str, Any]]) -> str:
+    if not results:
+        return "None have been measured for these weights."
+    heads = ("metric", "value", "NFE", "S", "η", "variance", "τ", "scheduler", "images", "against")
+    rows = []
+    for entry in results:
+        error = entry.get("standard_error")
+        value = f"{entry['value']:.4g}" + ("" if error is None else f" ± {error:.2g}")
+        dataset = " ".join(filter(None, (entry["dataset"]["name"], entry["dataset"].get("split"))))
+        rows.append((_name(entry), value, entry["nfe"], *(entry.get(key) for key in SETTINGS[:-1]), dataset))
+    used = [i for i in range(len(heads)) if any(row[i] is not None for row in rows)]
+    lines = [heads, ["---"] * len(heads), *rows]
+    table = ["| " + " | ".join("" if row[i] is None else str(row[i]) for i in used) + " |" for row in lines]
+    return "\n".join(table) + "\n\nNFE counts evaluations of the network for an image. All of it is in `results.json`."
+
+
+def _training(training: dict[str, Any]) -> list[tuple[str, Any]]:
+    config = training.get("config", {})
+    steps, batch, seconds = config.get("steps"), config.get("batch_size"), training.get("seconds")
+    seen = f"{steps * batch:,} in {steps:,} steps of {batch}" if steps and batch else None
+    hours = None if seconds is None else f"{seconds / 3600:.2f} h on {training.get('processes')} × {training['device']}"
+    rate = training.get("images_per_second")
+    revision = training.get("revision")
+    return [
+        ("data", f"{config.get('data')}, {config.get('split')}"),
+        ("pictures in the set", None if training.get("images") is None else f"{training['images']:,}"),
+        ("pictures seen", seen),
+        ("loss", config.get("loss")),
+        ("optimizer", f"{config.get('optimizer')}, learning rate {config.get('learning_rate')}"),
+        ("weights", f"exponential average, decay {config.get('ema_decay')}"),
+        ("precision", training.get("mixed_precision")),
+        ("seed", config.get("seed")),
+        ("last loss", None if training.get("loss") is None else f"{training['loss']:.4g}"),
+        ("cost", hours),
+        ("pictures a second", None if rate is None else f"{rate:.4g}"),
+        ("code", None if revision is None else f"revision {revision}"),
+        ("status", training.get("status")),
+    ]
+
+
+def _table(rows: list[tuple[str, Any]]) -> str:
+    lines = [f"| {name} | {value} |" for name, value in rows if value is not None]
+    return "\n".join(["| | |", "|---|---|", *lines])
