@@ -17,6 +17,7 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.utils import yaml_dump
 
 from .version import __version__
 
@@ -249,8 +250,6 @@ def eval_results(results: list[dict[str, Any]]) -> dict[str, str]:
     """
     if not hasattr(huggingface_hub, "EvalResultEntry"):
         return {}
-    import yaml
-
     files: dict[str, list[Any]] = {}
     for entry in results:
         if entry["dataset"].get("id"):
@@ -259,7 +258,7 @@ def eval_results(results: list[dict[str, Any]]) -> dict[str, str]:
             )
             files.setdefault(entry["dataset"]["id"].replace("/", "--"), []).append(made)
     return {
-        f".eval_results/{name}.yaml": yaml.safe_dump(huggingface_hub.eval_result_entries_to_yaml(entries))
+        f".eval_results/{name}.yaml": yaml_dump(huggingface_hub.eval_result_entries_to_yaml(entries))
         for name, entries in files.items()
     }
 

@@ -293,10 +293,12 @@ def open_unet(folder: Path, index: dict[str, Any], name: str, settings: dict[str
         key = "dtype" if "dtype" in settings else "torch_dtype"
         settings = settings | {key: dtype.get("unet", dtype.get("default", torch.float32))}
     part = _part(folder, "unet")
+    found = sorted(file.name for file in part.glob("*") if file.suffix in (".safetensors", ".bin"))
+    if settings.get("use_safetensors") is None:  # or diffusers says that it looks for others
+        settings = settings | {"use_safetensors": any(name.endswith(".safetensors") for name in found)}
     try:
         unet, report = known.from_pretrained(part, output_loading_info=True, **settings)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        found = sorted(file.name for file in part.glob("*") if file.suffix in (".safetensors", ".bin"))
         raise OSError(
             f"cannot load the network of {name}: {_line(error)}. Its weights: {', '.join(found) or 'none'}. Where a "
             "download is damaged, force_download=True mends it"

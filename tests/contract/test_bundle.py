@@ -92,7 +92,21 @@ def test_diffusers_finds_nothing_to_copy_or_to_install(code_file, monkeypatch):
     dynamic.check_imports(code_file)
     assert {"torch", "numpy", "diffusers"} < set(asked)
     standard = {"collections", "contextlib", "dataclasses", "functools", "itertools", "numbers", "pathlib", "typing"}
-    standard |= {"inspect", "io", "json", "logging", "math", "os", "re", "string", "sys", "tempfile", "types", "warnings"}
+    standard |= {
+        "importlib",
+        "inspect",
+        "io",
+        "json",
+        "logging",
+        "math",
+        "os",
+        "re",
+        "string",
+        "sys",
+        "tempfile",
+        "types",
+        "warnings",
+    }
     brought = {"torch", "numpy", "diffusers", "PIL", "huggingface_hub"}  # by torch and diffusers
     assert set(asked) <= standard | brought
 

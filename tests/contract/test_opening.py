@@ -1,0 +1,299 @@
+"""Opening folders: models of other pipelines, old layouts, and what is damaged or unknown, with a sentence for each."""
+
+import json
+import logging
+import shutil
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, PNDMPipeline, PNDMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, InverseDDIMScheduler
+
+OPEN = GeneralizedDDIMPipeline.from_pretrained
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def told(caplog):
+    """What the package logs, as one text."""
+    caplog.set_level(logging.WARNING, logger="ddim_plugin")
+    return lambda: "\n".join(record.getMessage() for record in caplog.records if record.name == "ddim_plugin")
+
+
+@pytest.fixture
+def saved(make_unet, tmp_path):
+    folder = tmp_path / "model"
+    GeneralizedDDIMPipeline(make_unet(), GeneralizedDDIMScheduler(eta=0.2)).save_pretrained(folder)
+    return folder
+
+
+def images(pipe, steps=5):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(2, steps, generator=[torch.Generator().manual_seed(i) for i in range(2)], output_type="latent").images
+
+
+def change(file, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+# ---- models of others ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "scheduler", "clips"),
+    [
+        (DDPMPipeline, DDPMScheduler(variance_type="fixed_large"), True),
+        (DDIMPipeline, DDIMScheduler(), True),
+        (DDIMPipeline, DDIMScheduler(clip_sample=False, beta_schedule="squaredcos_cap_v2"), False),
+        (PNDMPipeline, PNDMScheduler(beta_end=0.012), False),
+        (DDPMPipeline, DDPMScheduler(prediction_type="v_prediction", num_train_timesteps=50, beta_end=0.4), True),
+    ],
+)
+def test_a_stock_pipeline_opens(pipeline, scheduler, clips, make_unet, tmp_path, told, quiet_diffusers):
+    unet = make_unet()
+    pipeline(unet, scheduler).save_pretrained(tmp_path)
+    pipe = OPEN(tmp_path)
+    config = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())  # where all is said outright
+    expected = GeneralizedDDIMScheduler.from_config(config)
+    assert isinstance(pipe.scheduler, GeneralizedDDIMScheduler)
+    for key in ("beta_schedule", "beta_end", "num_train_timesteps", "prediction_type", "clip_sample", "eta"):
+        assert pipe.scheduler.config[key] == expected.config[key]
+    assert torch.equal(images(pipe), images(GeneralizedDDIMPipeline(unet, expected)))
+    assert pipe.scheduler.config.clip_sample == clips
+    assert f"is a {pipeline.__name__}. Its {type(scheduler).__name__} became a GeneralizedDDIMScheduler" in told()
+    assert f"beta_end={scheduler.config.beta_end}" in told()
+    assert ("x̂0 is clipped in each step" in told()) == clips
+    assert quiet_diffusers == []
+
+
+def test_what_is_another_now_is_said(make_unet, tmp_path, told):
+    """An old config is silent of clipping, which its class did by default."""
+    DDPMPipeline(make_unet(), DDPMScheduler(variance_type="fixed_large")).save_pretrained(tmp_path)
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    old = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "num_train_timesteps": 1000}
+    old |= {"_class_name": "DDPMScheduler", "_diffusers_version": "0.1.1", "variance_type": "fixed_large"}
+    file.write_text(json.dumps(old | {"timestep_values": None, "tensor_format": "pt"}))
+    pipe = OPEN(tmp_path)
+    assert pipe.scheduler.config.clip_sample is False
+    assert "clip_sample=False (was True)" in told()
+    assert "variance_type='fixed_small' (was 'fixed_large')" in told()
+    assert "timestep_spacing='linear' (was 'leading')" in told()
+    assert "left out: timestep_values, tensor_format" in told()
+    assert "taken over: num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02" in told()
+
+
+def test_the_oldest_layout_opens(make_unet, tmp_path, told, quiet_diffusers):
+    """All files in one folder, as `google/ddpm-cifar10-32` has them; pickled weights, of tensors only."""
+    unet = make_unet(channels=3)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path, safe_serialization=False)
+    for file in (*tmp_path.glob("unet/*"), *tmp_path.glob("scheduler/*")):
+        file.rename(tmp_path / file.name)
+    shutil.rmtree(tmp_path / "unet")
+    shutil.rmtree(tmp_path / "scheduler")
+    assert (tmp_path / "diffusion_pytorch_model.bin").is_file()
+    pipe = OPEN(tmp_path)
+    assert pipe.scheduler.config.clip_sample is True
+    assert torch.equal(images(pipe), images(GeneralizedDDIMPipeline(unet, pipe.scheduler)))
+    assert "became a GeneralizedDDIMScheduler" in told()
+    assert quiet_diffusers == []
+
+
+def test_a_scheduler_of_ones_own_is_taken(make_unet, tmp_path, told):
+    DDPMPipeline(make_unet(), DDPMScheduler()).save_pretrained(tmp_path)
+    scheduler, unet = GeneralizedDDIMScheduler(eta=0.7), make_unet(seed=5)
+    pipe = OPEN(tmp_path, scheduler=scheduler, unet=unet)
+    assert pipe.scheduler is scheduler
+    assert pipe.unet is unet
+    assert told() == ""
+
+
+def test_schedulers_of_ours_stay_as_saved(make_unet, tmp_path, told):
+    """Also a stock one in our pipeline: it was chosen."""
+    for scheduler in (InverseDDIMScheduler(timestep_spacing="quadratic"), PNDMScheduler(), DDPMScheduler()):
+        folder = tmp_path / type(scheduler).__name__
+        GeneralizedDDIMPipeline(make_unet(), scheduler).save_pretrained(folder)
+        again = OPEN(folder).scheduler
+        assert type(again) is type(scheduler)
+        assert {k: v for k, v in again.config.items() if k[0] != "_"} == {
+            k: v for k, v in scheduler.config.items() if k[0] != "_"
+        }
+    assert told() == ""
+
+
+def test_a_folder_of_an_earlier_format_opens(saved):
+    """Before the code files: plain names, and no code."""
+    for file in (*saved.glob("*.py"), *saved.glob("scheduler/*.py")):
+        file.unlink()
+    plain = {"_class_name": "GeneralizedDDIMPipeline", "scheduler": ["ddim_plugin", "GeneralizedDDIMScheduler"]}
+    change(saved / "model_index.json", **plain)
+    pipe = OPEN(saved)
+    assert pipe.scheduler.config.eta == 0.2
+    pipe.save_pretrained(saved)
+    assert len([*saved.glob("*.py"), *saved.glob("scheduler/*.py")]) == 4
+
+
+# ---- settings ------------------------------------------------------------------------------------------------------
+
+
+def test_weights_by_variant_and_type(saved, make_unet):
+    half = make_unet(seed=3).half()
+    GeneralizedDDIMPipeline(half, GeneralizedDDIMScheduler()).save_pretrained(saved, variant="fp16")
+    assert OPEN(saved).unet.dtype == torch.float32
+    pipe = OPEN(saved, variant="fp16", torch_dtype=torch.float16)
+    assert pipe.unet.dtype == torch.float16
+    assert torch.equal(pipe.unet.conv_in.weight, half.conv_in.weight)
+    assert OPEN(saved, torch_dtype={"unet": torch.bfloat16, "default": torch.float64}).unet.dtype == torch.bfloat16
+    assert OPEN(saved, torch_dtype={"default": torch.float64}).unet.dtype == torch.float64
+    with pytest.raises(OSError, match=r"cannot load the network.*Its weights: .*fp16\.safetensors"):
+        OPEN(saved, variant="ema")
+
+
+def test_where_it_came_from_is_known(saved):
+    assert OPEN(saved).name_or_path == str(saved)
+    assert "_name_or_path" not in json.loads((saved / "model_index.json").read_text())
+    config = GeneralizedDDIMPipeline.load_config(saved)
+    assert config["_class_name"] == "GeneralizedDDIMPipeline"
+    assert config["scheduler"] == ["ddim_plugin", "GeneralizedDDIMScheduler"]
+
+
+def test_a_subclass_saves_no_code_of_ours(make_unet, tmp_path):
+    class Mine(GeneralizedDDIMPipeline):
+        pass
+
+    Mine(make_unet(), GeneralizedDDIMScheduler(eta=0.3)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "Mine"
+    assert not list(tmp_path.glob("*.py"))
+    pipe = Mine.from_pretrained(tmp_path)
+    assert type(pipe) is Mine
+    assert pipe.scheduler.config.eta == 0.3
+    with pytest.raises(ValueError, match="code of its own"):
+        pipe.push_to_hub("ada/mine")
+
+
+def test_saving_over_another_version_leaves_one_code(saved, make_unet):
+    for name in ("ddim_plugin_0_0_9_01234567.py", "ddim_plugin_0_0_9_01234567_pipeline.py", "my_ddim_plugin.py"):
+        (saved / name).write_text("")
+    (saved / "scheduler" / "ddim_plugin_0_0_9_01234567_scheduler.py").write_text("")
+    (saved / "notes.txt").write_text("mine")
+    GeneralizedDDIMPipeline(make_unet(), DDIMScheduler()).save_pretrained(saved)
+    assert len(list(saved.glob("ddim_plugin_*.py"))) == 2
+    assert not list(saved.glob("scheduler/*.py"))  # a stock scheduler needs none
+    assert (saved / "my_ddim_plugin.py").is_file()
+    assert (saved / "notes.txt").read_text() == "mine"
+
+
+# ---- damage --------------------------------------------------------------------------------------------------------
+
+
+def test_truncated_weights(saved):
+    content = (saved / WEIGHTS).read_bytes()
+    for length in (len(content) - 100, 50, 3, 0):
+        (saved / WEIGHTS).write_bytes(content[:length])
+        with pytest.raises(OSError, match=r"cannot load the network of .*force_download"):
+            OPEN(saved)
+
+
+def test_weights_that_do_not_fit(saved):
+    weights = load_file(saved / WEIGHTS)
+    for changed, said in [
+        (
+            {k: v for k, v in weights.items() if "conv_out" not in k},
+            "do not fit its config: 2 missing, such as conv_out",
+        ),
+        (weights | {"more": torch.zeros(3)}, "1 unexpected, such as more"),
+    ]:
+        save_file(changed, saved / WEIGHTS)
+        with pytest.raises(ValueError, match=said):
+            OPEN(saved)
+    save_file(weights, saved / WEIGHTS)
+    change(saved / "unet" / "config.json", block_out_channels=[8, 32])
+    with pytest.raises((OSError, ValueError), match="network|fit"):
+        OPEN(saved)
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ({"unet": ["os", "system"]}, "names system of os for the unet"),
+        ({"unet": ["subprocess", "Popen"]}, "this process knows no such ModelMixin"),
+        ({"unet": ["somewhere", "Net"]}, "names Net of somewhere for the unet"),
+        ({"unet": ["diffusers", "Net"]}, "names Net of diffusers for the unet"),
+        ({"unet": ["diffusers", "UNet2DConditionModel"]}, "has a UNet2DConditionModel"),
+        ({"scheduler": ["diffusers", "UNet2DModel"]}, "no such SchedulerMixin"),
+        ({"scheduler": ["their_scheduler", "TheirScheduler"]}, "trust_remote_code=True and a pinned revision"),
+        ({"unet": "UNet2DModel"}, "names no unet"),
+        ({"unet": ["UNet2DModel"]}, "which is not a module and a class"),
+        ({"unet": [None, None]}, "names no unet"),
+        ({"vae": ["diffusers", "AutoencoderKL"]}, "has vae beside a network and a scheduler"),
+        (
+            {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
+            "another family",
+        ),
+    ],
+)
+def test_an_index_with_unknown_classes(saved, index, said):
+    change(saved / "model_index.json", **index)
+    with pytest.raises(ValueError, match=said):
+        OPEN(saved)
+
+
+def test_what_is_no_model(saved, tmp_path):
+    with pytest.raises(OSError, match="is no pipeline: it has no model_index.json"):
+        OPEN(tmp_path)
+    with pytest.raises(OSError, match="there is no folder"):
+        OPEN(str(tmp_path / "gone"))
+    (saved / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cannot read .*model_index\.json"):
+        OPEN(saved)
+    (saved / "model_index.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds no JSON object"):
+        OPEN(saved)
+
+
+def test_parts_that_are_missing(saved):
+    (saved / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(OSError, match=r"has no scheduler_config\.json"):
+        OPEN(saved)
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(OSError, match="Its weights: none"):
+        OPEN(saved, scheduler=GeneralizedDDIMScheduler())
+
+
+def test_code_of_others_is_not_asked_for(saved):
+    with pytest.raises(ValueError, match="runs no code of a repo"):
+        OPEN(saved, custom_pipeline="ada/mine")
+
+
+def test_pickles_hold_tensors_only(saved, make_unet, tmp_path):
+    """A .bin that would run code when it is read is refused, and does not."""
+    ran = tmp_path / "ran"
+
+    class Trap:
+        def __reduce__(self):
+            return open, (str(ran), "w")
+
+    (saved / WEIGHTS).unlink()
+    torch.save({"conv_in.weight": Trap()}, saved / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(OSError, match="cannot load the network"):
+        OPEN(saved)
+    assert not ran.exists()
+
+
+def test_a_network_of_ones_own_module(make_unet, tmp_path, monkeypatch):
+    """Known because it was imported, not because the folder names it."""
+    import sys
+    import types
+
+    module = types.ModuleType("my_networks")
+    module.MyNet = type("MyNet", (UNet2DModel,), {"__module__": "my_networks"})
+    module.ModelMixin = diffusers.ModelMixin
+    monkeypatch.setitem(sys.modules, "my_networks", module)
+    network = module.MyNet(**{k: v for k, v in make_unet().config.items() if not k.startswith("_")})
+    GeneralizedDDIMPipeline(network, GeneralizedDDIMScheduler()).save_pretrained(tmp_path)
+    assert type(OPEN(tmp_path).unet) is module.MyNet
+    monkeypatch.delitem(sys.modules, "my_networks")
+    with pytest.raises(ValueError, match="names MyNet of my_networks for the unet"):
+        OPEN(tmp_path)

@@ -1,0 +1,116 @@
+"""A reader of shared models, as a process: python reader.py plugin|diffusers|stock < cases.json
+
+Each case is {"source", "kwargs", "call"} and maybe "save_to", "push_to" or "same_class"; the answers, as JSON on the
+last line, are what was opened and the images it made, or the error. The readers without the plugin cannot import it.
+"""
+
+import hashlib
+import json
+import logging
+import sys
+import traceback
+
+KEPT = []
+"""The pipelines of this process, in their order."""
+
+
+class Missing:
+    """Stands in the way of an installed plugin."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "ddim_plugin":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+
+class Records(logging.Handler):
+    """Collects what diffusers says at the level of warnings."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.said = []
+
+    def emit(self, record):
+        self.said.append(record.getMessage())
+
+
+def open_pipeline(kind, source, kwargs):
+    import diffusers
+
+    if kind == "plugin":
+        from ddim_plugin import GeneralizedDDIMPipeline
+
+        return GeneralizedDDIMPipeline.from_pretrained(source, **kwargs)
+    if kind == "diffusers":
+        return diffusers.DiffusionPipeline.from_pretrained(source, trust_remote_code=True, **kwargs)
+    hub = {key: value for key, value in kwargs.items() if key not in ("variant", "torch_dtype")}
+    return diffusers.DDIMPipeline(
+        diffusers.UNet2DModel.from_pretrained(source, subfolder="unet", **kwargs),
+        diffusers.DDIMScheduler.from_pretrained(source, subfolder="scheduler", **hub),
+    )
+
+
+def read(kind, case, records):
+    import torch
+
+    records.said.clear()
+    kwargs = dict(case.get("kwargs", {}))
+    if "torch_dtype" in kwargs:
+        kwargs["torch_dtype"] = getattr(torch, kwargs["torch_dtype"])
+    pipe = open_pipeline(kind, case["source"], kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    answer = {
+        "pipeline": type(pipe).__name__,
+        "module": type(pipe).__module__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "eta": pipe.scheduler.config.get("eta"),
+        "dtype": str(pipe.unet.dtype),
+        "said": list(records.said),
+    }
+    if "call" in case:
+        seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+        images = pipe(batch_size=2, generator=seeds, output_type="np", **case["call"]).images
+        answer |= {"images": images.tolist(), "sha": hashlib.sha256(images.tobytes()).hexdigest()}
+    if "save_to" in case:
+        pipe.save_pretrained(case["save_to"])
+    if "push_to" in case:
+        answer["pushed"] = str(pipe.push_to_hub(case["push_to"], samples=0))
+    if case.get("same_class"):
+        answer["same"] = type(KEPT[0]) is type(pipe) and isinstance(KEPT[0].scheduler, type(pipe.scheduler))
+        answer["encoded"] = list(KEPT[0].encode(torch.rand(1, 1, 8, 8), num_inference_steps=3).shape)
+    KEPT.append(pipe)
+    return answer
+
+
+def main(kind):
+    if kind != "plugin":
+        sys.meta_path.insert(0, Missing())
+        try:
+            import ddim_plugin  # noqa: F401
+        except ModuleNotFoundError:
+            pass
+        else:
+            raise AssertionError("the plugin can be imported")
+    import torch
+
+    torch.set_num_threads(1)
+    records = Records()
+    for name in ("diffusers", "ddim_plugin"):
+        logging.getLogger(name).addHandler(records)
+    answers = []
+    for case in json.load(sys.stdin):
+        try:
+            answers.append(read(kind, case, records))
+        except Exception as error:
+            answers.append(
+                {
+                    "error": type(error).__name__,
+                    "message": str(error),
+                    "trace": traceback.format_exc(),
+                    "said": records.said[:],
+                }
+            )
+    print("\n" + json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
