@@ -337,7 +337,9 @@ def _training(training: dict[str, Any]) -> list[tuple[str, Any]]:
     config = training.get("config", {})
     steps, batch, seconds = config.get("steps"), config.get("batch_size"), training.get("seconds")
     seen = f"{steps * batch:,} in {steps:,} steps of {batch}" if steps and batch else None
-    hours = None if seconds is None else f"{seconds / 3600:.2f} h on {training.get('processes')} × {training['device']}"
+    hours = None if seconds is None else f"{seconds / 3600:.2f} h on {training.get('device')}"
+    if hours and training.get("processes", 1) > 1:
+        hours += f", {training['processes']} processes"
     rate = training.get("images_per_second")
     revision = training.get("revision")
     return [

@@ -19,7 +19,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
-from huggingface_hub import constants
+from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -179,7 +179,7 @@ def _download(name: str, hub: dict[str, Any], kwargs: dict[str, Any]) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise OSError(f"there is no folder {name}")
     wanted = {key: kwargs[key] for key in ("variant", "use_safetensors") if key in kwargs}
-    with told(name, hub.get("revision"), hub.get("token")):
+    with told(name, hub.get("token"), hub.get("revision")):
         return Path(_Download.download(name, **hub, **wanted))
 
 
@@ -299,8 +299,11 @@ def open_unet(folder: Path, index: dict[str, Any], name: str, settings: dict[str
     try:
         unet, report = known.from_pretrained(part, output_loading_info=True, **settings)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        said = _line(error).split(" If you want")[0]
+        if "shape" in said or "size mismatch" in said:
+            raise ValueError(f"the weights of {name} do not fit its config: {said}") from error
         raise OSError(
-            f"cannot load the network of {name}: {_line(error)}. Its weights: {', '.join(found) or 'none'}. Where a "
+            f"cannot load the network of {name}: {said}. Its weights: {', '.join(found) or 'none'}. Where a "
             "download is damaged, force_download=True mends it"
         ) from error
     wrong = {
@@ -316,23 +319,23 @@ def open_unet(folder: Path, index: dict[str, Any], name: str, settings: dict[str
 
 
 @contextmanager
-def told(name: str, revision: str | None = None, token: Any = None) -> Iterator[None]:
-    """Failures of the Hub's client in here become an OSError that says what to do, and never the token."""
+def told(name: str, token: Any = None, revision: str | None = None, to: str = "read") -> Iterator[None]:
+    """Failures of the Hub's client in here become an OSError that says what to do, and never the token.
+
+    `to` "read" or "write" is what is being tried with the repo.
+    """
+    used = token if isinstance(token, str) else None if token is False else get_token()
+    if used and not (used.isascii() and used.isprintable() and " " not in used):  # the client's error would show it
+        raise OSError("the token has characters that no token has: copy it again")
     try:
         yield
     except Exception as error:
         if isinstance(error, ValueError) and not isinstance(error, OSError | HFValidationError):
             raise
-        chain = list(_causes(error))
-        tokens = [
-            each.strip() for each in (token, os.environ.get("HF_TOKEN")) if isinstance(each, str) and each.strip()
-        ]
-        if any(each in str(cause) or each in repr(cause) for cause in chain for each in tokens):
-            raise OSError(f"{name}: the token has characters that no token has") from None
-        raise OSError(_meaning(chain, name, revision)) from error
+        raise OSError(_meaning(list(_causes(error)), name, revision, to)) from error
 
 
-def _meaning(chain: list[BaseException], name: str, revision: str | None) -> str:
+def _meaning(chain: list[BaseException], name: str, revision: str | None, to: str) -> str:
     where = constants.ENDPOINT
 
     def has(*kinds: type) -> bool:
@@ -344,11 +347,11 @@ def _meaning(chain: list[BaseException], name: str, revision: str | None) -> str
     if has(RevisionNotFoundError):
         return f"{name} has no revision {revision!r} on {where}: give a branch, a tag or a commit that is there"
     if has(GatedRepoError):
-        return f"{name} is gated: accept its conditions at {where}/{name}, and use a token that may read it"
+        return f"{name} is gated: accept its conditions at {where}/{name}, and log in"
     if has(LocalTokenNotFoundError) or (status == 401 and not has(RepositoryNotFoundError)):
         return f"{where} needs another token for {name}: log in with `hf auth login`, set HF_TOKEN, or pass a token"
     if has(RepositoryNotFoundError):
-        return f"there is no {name} on {where}, or it is private: check the name, or use a token that may read it"
+        return f"there is no {name} on {where} for all to {to}: check the name, or log in with a token that may {to} it"
     if status == 403:
         return f"the token may not write to {name} on {where}: use one that may"
     if status is not None and status != 404:

@@ -64,7 +64,7 @@ def push_folder(
     own_card = isinstance(files[README], Path)
     api = HfApi(token=token)
     repo_id = open_repo(api, repo_id, private)
-    with told(repo_id, revision, token):
+    with told(repo_id, token, revision, to="write"):
         if revision is not None and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         info = api.model_info(repo_id, revision=revision)
@@ -84,7 +84,7 @@ def open_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
 
     Raises OSError where the Hub cannot be reached or refuses, ValueError where `private` and the repo is public.
     """
-    with told(repo_id, token=api.token):
+    with told(repo_id, api.token, to="write"):
         validate_repo_id(repo_id)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo_id).private:

@@ -281,8 +281,8 @@ def test_no_code_of_a_repo_is_run(hub, place, tmp_path):
 
 def test_what_is_not_there_is_said(hub, place, tmp_path):
     cases = {
-        "there is no ada/nothing": {"source": "ada/nothing"},
-        "there is no ada/private.v1 on .*, or it is private": {"source": "ada/private.v1"},
+        "there is no ada/nothing on .* for all to read": {"source": "ada/nothing"},
+        "there is no ada/private.v1 on .* for all to read: .* log in with a token": {"source": "ada/private.v1"},
         "no revision 'gone'": {"source": "ada/plain", "kwargs": {"revision": "gone"}},
         "needs another token": {"source": "ada/noisy", "kwargs": {"token": "hf_wrong"}},
         "variant=ema": {"source": "ada/plain", "kwargs": {"variant": "ema"}},

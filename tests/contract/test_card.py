@@ -1,0 +1,176 @@
+"""The card: every number from the records, metadata that the Hub takes, refusals of records that are not in order."""
+
+import json
+import re
+
+import pytest
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from ddim_plugin.card import MARK, card, eval_results, public, read_results
+
+RESULT = {"metric": "fid", "name": "FID", "value": 4.1613, "nfe": 100, "num_inference_steps": 100, "eta": 0.0}
+RESULT |= {"variance_type": "fixed_small", "timestep_spacing": "quadratic", "images": 50000, "seed": 3}
+RESULT |= {"dataset": {"name": "CIFAR-10", "id": "uoft-cs/cifar10", "split": "train"}}
+OTHER = {"metric": "bits_per_dim", "value": 3.70123, "standard_error": 0.0123, "nfe": 1000, "dataset": {"name": "mine"}}
+RESULTS = [RESULT, RESULT | {"value": 13.3612, "nfe": 10, "num_inference_steps": 10}, OTHER]
+
+TRAINING = {
+    "config": {
+        "data": "uoft-cs/cifar10",
+        "split": "train",
+        "steps": 1234,
+        "batch_size": 64,
+        "loss": "simple",
+        "seed": 7,
+    }
+    | {"optimizer": "adam", "learning_rate": 0.0002, "ema_decay": 0.999},
+    "data_from": "hub",
+    "images": 50000,
+    "seconds": 5400.0,
+    "images_per_second": 14.6,
+    "processes": 1,
+    "device": "a CPU, 2 threads",
+    "mixed_precision": "bf16",
+    "loss": 0.0314159,
+    "revision": "abc1234",
+    "status": "finished",
+}
+UNET = {"_class_name": "UNet2DModel", "sample_size": 32, "in_channels": 3, "out_channels": 3, "num_class_embeds": None}
+SCHEDULER = {"_class_name": "GeneralizedDDIMScheduler", "num_train_timesteps": 1000, "beta_schedule": "linear"}
+SCHEDULER |= {"beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilon", "timestep_spacing": "quadratic"}
+SCHEDULER |= {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False}
+
+
+def make(**changes):
+    settings = {"results": RESULTS, "training": TRAINING, "picture": "samples.png", "caption": "S = 20."}
+    return card("ada/cifar", UNET, SCHEDULER, 1_698_337, **settings | {"license": "mit"} | changes)
+
+
+def section(text, name):
+    return re.search(rf"## {name}\n\n(.*?)(?=\n## |\Z)", text, re.DOTALL)[1]
+
+
+def rows(text):
+    """The cells of a Markdown table, without its head."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_metadata_is_that_of_the_records():
+    data = ModelCard(make()).data
+    assert (data.library_name, data.pipeline_tag, data.license) == (
+        "diffusers",
+        "unconditional-image-generation",
+        "mit",
+    )
+    assert data.datasets == ["uoft-cs/cifar10"]
+    assert data.model_name == "cifar"
+    found = [(each.metric_type, each.metric_value, each.dataset_name) for each in data.eval_results]
+    assert found == [("fid", 4.1613, "CIFAR-10"), ("fid", 13.3612, "CIFAR-10"), ("bits_per_dim", 3.70123, "mine")]
+    assert [each.metric_args["nfe"] for each in data.eval_results] == [100, 10, 1000]
+    assert data.eval_results[0].metric_args["timestep_spacing"] == "quadratic"
+    index = data.to_dict()["model-index"]
+    assert len(model_index_to_eval_results(index)[1]) == 3
+    assert isinstance(ModelCardData(**data.to_dict()), ModelCardData)
+
+
+def test_the_figures_equal_the_json():
+    head, _, *found = rows(section(make(), "Figures"))
+    assert head[:3] == ["metric", "value", "NFE"]
+    for result, row in zip(RESULTS, found, strict=True):
+        cells = dict(zip(head, row, strict=True))
+        value = float(cells["value"].split(" ±")[0])
+        assert value == float(f"{result['value']:.4g}")
+        assert cells["NFE"] == str(result["nfe"])
+        for title, key in (("S", "num_inference_steps"), ("η", "eta"), ("τ", "timestep_spacing"), ("images", "images")):
+            assert cells[title] == str(result.get(key, ""))
+    assert found[2][1] == "3.701 ± 0.012"
+
+
+def test_the_training_is_that_of_the_record():
+    told = dict(row[:2] for row in rows(section(make(), "Training")))
+    assert told["pictures seen"] == f"{1234 * 64:,} in 1,234 steps of 64"
+    assert told["cost"] == "1.50 h on a CPU, 2 threads"
+    assert told["last loss"] == "0.03142"
+    assert told["seed"] == "7"
+    assert told["data"] == "uoft-cs/cifar10, train"
+
+
+def test_what_was_not_recorded_is_said_to_be_so():
+    text = make(results=None, training=None, picture=None, license=None)
+    data = ModelCard(text).data
+    assert data.eval_results is None
+    assert data.license is None
+    assert "None have been measured for these weights." in text
+    assert "How these weights were trained was not recorded." in text
+    assert "No pictures were pushed" in text
+    assert MARK in text
+    assert "None" not in section(text, "Settings") + section(text, "Training")
+
+
+def test_three_ways_to_load_with_a_pinned_revision():
+    use = section(make(), "Use")
+    assert 'GeneralizedDDIMPipeline.from_pretrained("ada/cifar")' in use
+    assert 'trust_remote_code=True, revision="' in use
+    assert 'DDIMScheduler.from_pretrained("ada/cifar", subfolder="scheduler")' in use
+    for block in re.findall(r"```python\n(.*?)```", use, re.DOTALL):
+        compile(block, "card", "exec")
+
+
+@pytest.mark.parametrize(
+    ("unet", "said"), [({"num_class_embeds": 11}, "class labels"), ({"out_channels": 6}, "learned variances")]
+)
+def test_what_the_stock_pipeline_cannot_do_is_said(unet, said):
+    text = card("ada/cifar", UNET | unet, SCHEDULER, 10)
+    assert f"`DDIMPipeline` does not know {said}" in text
+    assert ("class_labels=0" in text) == ("num_class_embeds" in unet)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"fid": 3}, 'no list under "results"'),
+        ([], "holds no JSON object"),
+        ({"results": [RESULT, {}]}, "entry 1 of results has no metric"),
+        ({"results": [RESULT | {"value": "4.16"}]}, "value='4.16': it must be a finite number"),
+        ({"results": [RESULT | {"value": True}]}, "must be a finite number"),
+        ({"results": [RESULT | {"value": float("nan")}]}, "must be a finite number"),
+        ({"results": [RESULT | {"nfe": 0}]}, "nfe=0: it must be positive"),
+        ({"results": [RESULT | {"standard_error": "x"}]}, "standard_error='x'"),
+        ({"results": [RESULT | {"dataset": "CIFAR-10"}]}, "give at least its name"),
+        ({"results": [{k: v for k, v in RESULT.items() if k != "nfe"}]}, "has no nfe"),
+        ({"results": ["4.16"]}, "is no object"),
+    ],
+)
+def test_results_that_are_not_in_order(content, said, tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=said):
+        read_results(file)
+
+
+def test_half_a_file_of_results(tmp_path):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps({"results": RESULTS})[:50])
+    with pytest.raises(ValueError, match=r"cannot read .*results\.json"):
+        read_results(file)
+
+
+def test_evaluation_files_name_data_sets_of_the_hub():
+    huggingface_hub = pytest.importorskip("huggingface_hub", minversion="1.0")
+    import yaml
+
+    files = eval_results(RESULTS)
+    assert list(files) == [".eval_results/uoft-cs--cifar10.yaml"]
+    entries = yaml.safe_load(files[".eval_results/uoft-cs--cifar10.yaml"])
+    assert [entry["value"] for entry in entries] == [4.1613, 13.3612]
+    assert entries[0]["dataset"] == {"id": "uoft-cs/cifar10", "task_id": "unconditional-image-generation"}
+    assert "NFE = 100, S = 100, η = 0.0" in entries[0]["notes"]
+    assert hasattr(huggingface_hub, "EvalResultEntry")
+
+
+def test_no_place_of_this_machine_is_published():
+    record = {"config": {"output": "/home/ada/out/run", "data": "~/pictures", "files": ["/a/b.png", 3]}, "loss": 0.1}
+    expected = {"config": {"output": "run", "data": "pictures", "files": ["b.png", 3]}, "loss": 0.1}
+    assert public(record) == expected
