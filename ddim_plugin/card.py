@@ -190,6 +190,7 @@ def card(
     parameters: int,
     results: list[dict[str, Any]] | None = None,
     training: dict[str, Any] | None = None,
+    conversion: dict[str, Any] | None = None,
     picture: str | None = None,
     caption: str = "",
     license: str | None = None,
@@ -200,11 +201,13 @@ def card(
         repo_id: id of the repo on the Hub.
         unet, scheduler: the configs of the two.
         parameters: number of the network's parameters.
-        results, training: what `results.json` lists, and what `training.json` holds, where there are such.
+        results, training, conversion: what `results.json` lists, and what `training.json` and `conversion.json` hold,
+            where there are such.
         picture, caption: name of a sample grid in the repo, and what is said below it.
         license: the Hub's id of the licence of the weights.
     """
     results, training = results or [], training or {}
+    origin = _training(training) if training else _conversion(conversion) if conversion else []
     title = repo_id.split("/")[-1]
     height, width = size = _size(unet)
     classes = unet.get("num_class_embeds")
@@ -223,7 +226,7 @@ def card(
         stock=Template(LOOP if unknown else STOCK).substitute(repo=repo_id, unknown=unknown),
         settings=_table(_settings(unet, scheduler)),
         figures=_figures(results),
-        training=_table(_training(training)) if training else "How these weights were trained was not recorded.",
+        training=_table(origin) if origin else "How these weights were trained was not recorded.",
         size=f"{height}×{width}" if all(size) else "such",
         licence=f"The weights: {license}. The code files: Apache-2.0."
         if license
@@ -356,6 +359,17 @@ def _training(training: dict[str, Any]) -> list[tuple[str, Any]]:
         ("pictures a second", None if rate is None else f"{rate:.4g}"),
         ("code", None if revision is None else f"revision {revision}"),
         ("status", training.get("status")),
+    ]
+
+
+def _conversion(conversion: dict[str, Any]) -> list[tuple[str, Any]]:
+    source = conversion.get("source", {})
+    return [
+        ("converted from", source.get("file")),
+        ("its SHA-256", source.get("sha256")),
+        ("published as", source.get("published")),
+        ("weights", conversion.get("weights")),
+        ("step", source.get("step")),
     ]
 
 

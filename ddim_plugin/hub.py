@@ -341,7 +341,8 @@ def _meaning(chain: list[BaseException], name: str, revision: str | None, to: st
     def has(*kinds: type) -> bool:
         return any(isinstance(each, kinds) for each in chain)
 
-    status = next((each.response.status_code for each in chain if isinstance(each, HfHubHTTPError)), None)
+    answers = [each.response for each in chain if isinstance(each, HfHubHTTPError)]
+    status = next((answer.status_code for answer in answers if answer is not None), None)
     if has(HFValidationError):
         return f"{name!r} is no id of a repo: it must be like user/model"
     if has(RevisionNotFoundError):

@@ -15,7 +15,7 @@ from .card import MARK, card, eval_results, public, read_object, read_results
 from .hub import CODE, INDEX, components, is_ours, open_scheduler, open_unet, read_index, told, with_code
 from .images import grid
 
-README, RESULTS, TRAINING = "README.md", "results.json", "training.json"
+README, RESULTS, TRAINING, CONVERSION = "README.md", "results.json", "training.json", "conversion.json"
 GRID = "samples.png"
 DRAWN, DRAWN_STEPS = 16, 20
 """Pictures of the grid that is drawn where there is none, and S for it."""
@@ -40,7 +40,8 @@ def push_folder(
     """Push what `save_pretrained` or the training script wrote, in one commit; nothing in the folder is changed.
 
     The weights of all variants there go along, and from the folder `records` (the same, if not given) `results.json`,
-    `training.json` and the pictures. A README.md there is the card; else one is written from those (see `card`).
+    `training.json`, `conversion.json` and the pictures. A README.md that somebody wrote there is the card; else one is
+    written from those (see `card`).
 
     Args:
         repo_id: id of the repo; it is made where it does not exist.
@@ -111,11 +112,12 @@ def contents(
     for variant in variants(folder):
         parameters = open_unet(folder, index, str(folder), {"variant": variant}).num_parameters()
 
-    results = read_results(records / RESULTS) if (records / RESULTS).is_file() else []
-    training = public(read_object(records / TRAINING)) if (records / TRAINING).is_file() else {}
-    for name in (RESULTS, TRAINING):
-        if (records / name).is_file():
-            files[name] = _json(records / name)
+    found = {name: records / name for name in (RESULTS, TRAINING, CONVERSION) if (records / name).is_file()}
+    results = read_results(found[RESULTS]) if RESULTS in found else []
+    training, conversion = (
+        public(read_object(found[name])) if name in found else {} for name in (TRAINING, CONVERSION)
+    )
+    files |= {name: _json(path) for name, path in found.items()}
     pictures = _pictures(records)
     if drawn is not None:
         pictures[GRID] = _png(drawn)
@@ -134,12 +136,13 @@ def contents(
         parameters,
         results,
         training,
+        conversion,
         GRID if GRID in pictures else None,
         caption,
         license,
     )
     files[README] = text.encode()
-    return files, bool(results or training or pictures or license)
+    return files, bool(results or training or conversion or pictures or license)
 
 
 def _component(folder: Path, component: str) -> dict[str, Path | bytes]:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import types
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from ddim_plugin.hub import CODE, INDEX
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -119,6 +122,24 @@ def revision() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+changes" if dirty.stdout.strip() else "")
+
+
+def move_in(aside: Path, output: Path) -> None:
+    """Move a pipeline saved aside into its place, `model_index.json` last, so that what reads as one is one."""
+    (output / INDEX).unlink(missing_ok=True)
+    for old in code_files(output):
+        old.unlink()
+    for part in sorted(aside.iterdir(), key=lambda part: part.name == INDEX):
+        target = output / part.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        part.replace(target)
+    aside.rmdir()
+
+
+def code_files(output: Path) -> list[Path]:
+    """The code files of a pipeline."""
+    return [path for path in output.glob("*.py") if CODE.fullmatch(path.name)]
 
 
 def write_json(path: str | Path, result: dict[str, Any]) -> None:

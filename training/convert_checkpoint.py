@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from config import parse, record, write_json
+from config import move_in, parse, record, write_json
 from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -73,7 +73,7 @@ PUBLISHED = {
 }
 """pesser's files by the MD5 published with them. Each holds one set of weights, and does not say which."""
 
-RECORD, INDEX, PART = "conversion.json", "model_index.json", "pipeline.part"
+RECORD, PART = "conversion.json", "pipeline.part"
 
 
 @dataclass(frozen=True)
@@ -327,23 +327,15 @@ def main(config: ConvertConfig) -> dict[str, Any]:
 
 
 def save(pipe: GeneralizedDDIMPipeline, result: dict[str, Any], output: Path) -> None:
-    """The pipeline and its record, written aside and moved into place.
-
-    `conversion.json` is moved first and `model_index.json` last, so that a folder that reads as a pipeline is one.
-    Other files in the folder stay.
-    """
+    """The pipeline and its record, written aside and moved into place, the record first. Other files there stay."""
     aside = output / PART
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         pipe.save_pretrained(aside)
         write_json(aside / RECORD, result)
-        (output / INDEX).unlink(missing_ok=True)
-        for part in sorted(aside.iterdir(), key=lambda each: (each.name == INDEX, each.name != RECORD)):
-            target = output / part.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            part.replace(target)
+        (aside / RECORD).replace(output / RECORD)
+        move_in(aside, output)
     except SafetensorError as error:
         raise OSError(f"cannot save the pipeline: {error}") from error
     finally:

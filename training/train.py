@@ -23,7 +23,7 @@ import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
 from checkpoints import Checkpoints, damage
-from config import parse, record, settings, write_json
+from config import code_files, move_in, parse, record, settings, write_json
 from data import (
     Feed,
     Pictures,
@@ -46,7 +46,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.hub import CODE
 from ddim_plugin.objective import TIMES, ImportanceTimes, Objective, draw_times
 from ddim_plugin.push import open_repo, push_folder
 
@@ -872,7 +871,7 @@ def save(
 ) -> None:
     """The pipeline with the averaged weights, and beside them the raw ones as the variant "non_ema".
 
-    It is written aside and moved into place, `model_index.json` last, so that a folder that reads as a pipeline is one.
+    It is written aside and moved into place.
     """
     output = Path(config.output).resolve()
     aside = output / "pipeline.part"
@@ -888,21 +887,8 @@ def save(
         raise OSError(f"cannot save the pipeline: {error}. Make room, and go on with --resume latest") from error
     write_json(output / "training.json", result)
     plot_loss(lines, output / "loss.png")
-    (output / "model_index.json").unlink(missing_ok=True)
-    for old in code_files(output):
-        old.unlink()
-    for part in sorted(aside.iterdir(), key=lambda part: part.name == "model_index.json"):
-        target = output / part.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        part.rename(target)
-    aside.rmdir()
+    move_in(aside, output)
     shutil.rmtree(output / EARLIER, ignore_errors=True)
-
-
-def code_files(output: Path) -> list[Path]:
-    """The code files of the pipeline."""
-    return [path for path in output.glob("*.py") if CODE.fullmatch(path.name)]
 
 
 def open_repo_first(config: TrainConfig, accelerator: Accelerator) -> None:

@@ -109,6 +109,14 @@ def test_what_was_not_recorded_is_said_to_be_so():
     assert "None" not in section(text, "Settings") + section(text, "Training")
 
 
+def test_a_conversion_is_told():
+    source = {"file": "model-790000.ckpt", "sha256": "0123abcd", "published": "ema_cifar10", "step": 790000}
+    text = make(training=None, conversion={"source": source, "weights": "ema"})
+    told = dict(row[:2] for row in rows(section(text, "Training")))
+    assert (told["converted from"], told["its SHA-256"]) == ("model-790000.ckpt", "0123abcd")
+    assert (told["weights"], told["step"]) == ("ema", "790000")
+
+
 def test_three_ways_to_load_with_a_pinned_revision():
     use = section(make(), "Use")
     assert 'GeneralizedDDIMPipeline.from_pretrained("ada/cifar")' in use
