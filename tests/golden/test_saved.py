@@ -1,0 +1,69 @@
+"""Folders that earlier versions saved, code and all: they open, and make the pictures they made."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from freeze import CALL, SAVED, draw
+
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, bundle
+
+FOLDERS = sorted(folder for folder in SAVED.iterdir() if folder.is_dir())
+READER = Path(__file__).parents[1] / "reader.py"
+TOLERANCE = 1e-5  # convolutions differ between versions of torch and between processors
+
+
+def frozen(folder):
+    return np.array(json.loads((folder / "images.json").read_text()))
+
+
+def test_there_are_some():
+    assert FOLDERS
+    for folder in FOLDERS:
+        inside = frozen(folder)
+        assert ((inside > 0) & (inside < 1)).mean() > 0.5
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_with_the_package(folder):
+    assert np.abs(draw(GeneralizedDDIMPipeline.from_pretrained(folder)) - frozen(folder)).max() < TOLERANCE
+
+
+def test_without_it_all_versions_in_one_process(tmp_path, make_unet):
+    """Those that are frozen, by their own code, and the one at hand."""
+    now = tmp_path / "now"
+    GeneralizedDDIMPipeline(make_unet(), GeneralizedDDIMScheduler(prediction_type="sample")).save_pretrained(now)
+    cases = [{"source": str(folder), "call": CALL} for folder in FOLDERS]
+    cases += [{"source": str(now), "call": {"num_inference_steps": 3}}, *cases]
+    done = subprocess.run(
+        [sys.executable, str(READER), "diffusers"],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert [answer.get("trace") for answer in answers] == [None] * len(cases)
+    for folder, answer in zip([*FOLDERS, None, *FOLDERS], answers, strict=True):
+        if folder is None:
+            assert answer["module"] == bundle.code().name
+        else:
+            [entry] = folder.glob("ddim_plugin_*_pipeline.py")
+            assert answer["module"] == entry.stem.removesuffix("_pipeline")
+            assert np.abs(np.array(answer["images"]) - frozen(folder)).max() < TOLERANCE
+
+
+def test_a_frozen_config_is_saved_again_as_it_was(tmp_path):
+    for folder in FOLDERS:
+        pipe = GeneralizedDDIMPipeline.from_pretrained(folder)
+        pipe.save_pretrained(tmp_path)
+        before = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        after = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+        assert before | {"_diffusers_version": None} == after | {"_diffusers_version": None}
+        assert torch.isfinite(pipe.unet.conv_in.weight).all()
