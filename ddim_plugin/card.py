@@ -40,7 +40,7 @@ $picture
 
 ## Use
 
-With the plugin (`pip install ddim-plugin`), which runs no code of this repo:
+With ddim-plugin installed, which runs no code of this repo:
 
 ```python
 $with_plugin
@@ -211,13 +211,17 @@ def card(
     title = repo_id.split("/")[-1]
     height, width = size = _size(unet)
     classes = unet.get("num_class_embeds")
-    kind = "class-conditional" if classes else "unconditional"
+    kind = "A class-conditional" if classes else "An unconditional"
     colours = {1: "grayscale", 3: "RGB"}.get(unet["in_channels"], f"{unet['in_channels']}-channel")
     unknown = _unknown_to_stock(unet, scheduler)
+    data_set = training["config"].get("data") if training.get("data_from") == "hub" else None
+    data = "under its own licence, which may bind the weights"
+    if data_set:
+        data = f"[{data_set}](https://huggingface.co/datasets/{data_set}), {data}"
     body = TEMPLATE.substitute(
         title=title,
         repo=repo_id,
-        summary=f"A {kind} diffusion model of {height}×{width} {colours} pictures: a `{unet.get('_class_name')}` of "
+        summary=f"{kind} diffusion model of {height}×{width} {colours} pictures: a `{unet.get('_class_name')}` of "
         f"{parameters:,} parameters, sampled by the generalized process of "
         "[Denoising Diffusion Implicit Models](https://arxiv.org/abs/2010.02502) (DDIM).",
         picture=f"![samples]({picture})\n\n*{caption}*" if picture else "*No pictures were pushed with this model.*",
@@ -228,22 +232,20 @@ def card(
         figures=_figures(results),
         training=_table(origin) if origin else "How these weights were trained was not recorded.",
         size=f"{height}×{width}" if all(size) else "such",
-        licence=f"The weights: {license}. The code files: Apache-2.0."
-        if license
-        else "Nothing is said of the licence of the weights; that of the data may bind them. The code: Apache-2.0.",
+        licence=f"The weights: {license or 'nothing is said'}. The training data: {data}. The code files: Apache-2.0.",
         mark=MARK,
         version=__version__,
     )
-    data = ModelCardData(
+    metadata = ModelCardData(
         library_name="diffusers",
         pipeline_tag=TASK,
         license=license,
         tags=["ddim", "diffusion", "ddim-plugin"],
-        datasets=[training["config"]["data"]] if training.get("data_from") == "hub" else None,
+        datasets=[data_set] if data_set else None,
         model_name=title,
         eval_results=[_eval_result(entry) for entry in results] or None,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+    return f"---\n{metadata.to_yaml()}\n---\n\n{body}"
 
 
 def eval_results(results: list[dict[str, Any]]) -> dict[str, str]:
