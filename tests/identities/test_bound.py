@@ -1,0 +1,346 @@
+"""The bound and the ODE's likelihood against data whose likelihood is known, and τ that minimises the bound."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator
+
+from ddim_plugin import betas, search
+from ddim_plugin.bound import (
+    BITS,
+    VariationalBound,
+    objective_weights,
+    ode_bits,
+    ode_log_density,
+    prior_nats,
+    time_of,
+    transition_nats,
+)
+from ddim_plugin.gaussian import discretized_log_likelihood
+from ddim_plugin.objective import Objective
+from ddim_plugin.process import beta_tilde, sigma, x0_weight
+from ddim_plugin.tau import linear, quadratic
+
+MEAN, VARIANCE = 0.3, 0.25
+TRUE = 0.5 * math.log(2 * math.pi * math.e * VARIANCE) * BITS  # E −log p of N(MEAN, VARIANCE), for a dimension
+
+
+def table(T=1000):
+    scale = 1000 / T
+    return betas.alpha_bar(betas.betas("linear", T, 1e-4 * scale, min(0.02 * scale, 0.999)))
+
+
+ALPHA = table()
+
+
+def exact_network(alpha_bar):
+    """ε of N(MEAN, VARIANCE) at the paper's time t, real or whole."""
+    angles = np.arccos(np.sqrt(alpha_bar))
+
+    def network(x, t):
+        if bool((t == t.round()).all()):
+            a = torch.as_tensor(alpha_bar)[t.long()]
+        else:  # between times: the inverse of `time_of`
+            assert len(set(t.tolist())) == 1
+            low, high = 0.0, float(angles[-1])
+            for _ in range(60):
+                middle = (low + high) / 2
+                low, high = (middle, high) if time_of(middle, angles) < float(t[0]) else (low, middle)
+            a = torch.full_like(t, math.cos(low) ** 2)
+        a = a.view(-1, 1, 1, 1).to(x)
+        return (1 - a).sqrt() * (x - a.sqrt() * MEAN) / (a * VARIANCE + 1 - a)
+
+    return network
+
+
+def exact_errors(alpha_bar):
+    """E(x_0 − x̂0)² and E ε̂² of the exact network, for every time."""
+    a = np.asarray(alpha_bar)
+    marginal = a * VARIANCE + 1 - a
+    return search.Errors(VARIANCE * (1 - a) / marginal, (1 - a) / marginal, MEAN**2 + VARIANCE)
+
+
+def exact_bound(alpha_bar, tau, variance_type, eta):
+    """The expectation of the bound over the data, in bits, with the best Gaussian decoder as a density."""
+    errors, t, s = exact_errors(alpha_bar), tau[1:], tau[:-1]
+    nats = transition_nats(alpha_bar, t, s, errors.x0[t], variance_type, eta, errors.eps_mean_square).sum()
+    decoder = 0.5 * (math.log(2 * math.pi * errors.x0[tau[0]]) + 1)
+    return (prior_nats(alpha_bar[tau[-1]], errors.x0_mean_square) + nats + decoder) * BITS
+
+
+def data(count, seed=0, shape=(1, 2, 2)):
+    x = torch.randn(count, *shape, generator=Generator().manual_seed(seed), dtype=torch.float64)
+    return MEAN + math.sqrt(VARIANCE) * x
+
+
+# ---- the bound -----------------------------------------------------------------------------------------------------
+
+
+def test_the_bound_meets_the_truth_where_it_should():
+    """With many steps and β̃; and with the optimal variance at η = 1 for any τ, where the chain is the data's own."""
+    gaps = []
+    for T in (100, 1000, 10_000, 100_000):
+        log_snr = np.linspace(14, -14, T)
+        alpha_bar = np.concatenate([[1.0], 1 / (1 + np.exp(-log_snr))])
+        gaps.append(exact_bound(alpha_bar, np.arange(1, T + 1), "fixed_small", 1.0) - TRUE)
+    assert all(first > 9 * second > 0 for first, second in itertools.pairwise(gaps))  # it falls as 1/T
+    assert gaps[-1] < 5e-3
+    for S in (1, 3, 10, 100, 1000):
+        gap = exact_bound(ALPHA, linear(S, 1000), "optimal", 1.0) - TRUE
+        assert 0 <= gap < 2e-5  # the prior's: ᾱ_T is not 0
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "optimal"])
+@pytest.mark.parametrize("eta", [0.1, 0.2, 0.5, 1.0])
+def test_the_bound_lies_above_the_truth(variance_type, eta):
+    if variance_type == "fixed_large" and eta != 1:
+        pytest.skip("stands at η = 1")
+    for tau in (linear(1, 1000), linear(7, 1000), quadratic(10, 1000), linear(100, 1000), np.array([3, 50, 600])):
+        assert exact_bound(ALPHA, tau, variance_type, eta) > TRUE - 1e-9
+
+
+def test_the_optimal_variance_never_worsens_the_bound():
+    for eta, S, spacing in itertools.product((0.2, 0.5, 1.0), (2, 5, 10, 50, 1000), (linear, quadratic)):
+        tau = spacing(S, 1000)
+        best = exact_bound(ALPHA, tau, "optimal", eta)
+        assert best <= exact_bound(ALPHA, tau, "fixed_small", eta) + 1e-12
+        assert eta < 1 or best <= exact_bound(ALPHA, tau, "fixed_large", eta) + 1e-12
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "optimal"])
+def test_terms_have_the_expected_means(variance_type):
+    """What is drawn from the network agrees with the closed form, within its standard error."""
+    tau = quadratic(6, 1000)
+    bound = VariationalBound(
+        ALPHA,
+        tau,
+        variance_type=variance_type,
+        eps_mean_square=exact_errors(ALPHA).eps_mean_square,
+        decoder="optimal",
+        density=True,
+    )
+    terms = bound.exact(exact_network(ALPHA), data(60_000), Generator().manual_seed(1))
+    assert terms.transitions.shape == (60_000, 5)
+    expected = exact_bound(ALPHA, tau, variance_type, 1.0)
+    error = float(terms.total.std() / math.sqrt(60_000))
+    assert error < 0.03
+    assert abs(float(terms.total.mean()) - expected) < 4 * error
+
+
+def test_the_estimate_is_unbiased():
+    bound = VariationalBound(ALPHA, linear(5, 1000), density=True)
+    x0, network = data(40_000), exact_network(ALPHA)
+    exact = bound.exact(network, x0, Generator().manual_seed(2)).total
+    for draws in (1, 3):
+        drawn = bound.sampled(network, x0, Generator().manual_seed(3), draws)
+        error = math.hypot(float(drawn.std()), float(exact.std())) / 200
+        assert abs(float(drawn.mean() - exact.mean())) < 4 * error
+
+
+def test_images_do_not_depend_on_the_batch():
+    bound = VariationalBound(ALPHA, linear(5, 1000), density=True)
+    x0, network = data(6), exact_network(ALPHA)
+
+    def seeds():
+        return [Generator().manual_seed(i) for i in range(6)]
+
+    together = bound.exact(network, x0, seeds())
+    apart = [bound.exact(network, x0[i : i + 1], seeds()[i : i + 1]).total for i in range(6)]
+    assert torch.equal(together.total, torch.cat(apart))
+    drawn = bound.sampled(network, x0, seeds(), 2)
+    assert torch.equal(drawn[3:], bound.sampled(network, x0[3:], seeds()[3:], 2))
+
+
+@pytest.mark.parametrize(
+    ("variance_type", "loss"), [("fixed_small", "bound"), ("fixed_large", "bound"), ("learned_range", "bound")]
+)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_hos_conventions_are_those_of_the_loss(variance_type, loss, prediction_type, network):
+    """The terms of the full chain are those that training minimises (`Objective`), bytes and decoder included."""
+    T = 40
+    alpha_bar, x0 = table(T), (torch.randint(0, 256, (4, 1, 3, 3)).float() / 127.5 - 1)
+    objective = Objective(alpha_bar, prediction_type, loss, variance_type)
+    bound = VariationalBound(alpha_bar, None, prediction_type, variance_type)
+    learned = variance_type == "learned_range"
+
+    def call(x, t):
+        output = network(x, t.view(-1, 1, 1, 1))
+        return torch.cat([output, torch.sin(3 * output)], 1) if learned else output
+
+    for i, (t, _) in enumerate(bound.pairs):
+        seeds = [Generator().manual_seed(k) for k in range(4)]
+        noise = torch.cat([torch.randn(1, 1, 3, 3, generator=Generator().manual_seed(k)) for k in range(4)])
+        batch = objective.noised(x0, noise, torch.full((4,), t))
+        expected = objective(call(batch.x, batch.t), batch)
+        term = bound._term(call, x0, torch.full((4,), i), seeds)
+        assert torch.allclose(term * T + bound._prior(x0), expected.double(), rtol=2e-4, atol=2e-4), t
+
+
+def test_clipping_can_only_bring_x0_nearer():
+    x0 = (torch.randint(0, 2, (64, 1, 2, 2)) * 2 - 1).double()
+    free = VariationalBound(ALPHA, linear(10, 1000), density=True)
+    clipped = VariationalBound(ALPHA, linear(10, 1000), clip=1.0, density=True)
+    network = exact_network(ALPHA)
+    one = free.exact(network, x0, Generator().manual_seed(0))
+    other = clipped.exact(network, x0, Generator().manual_seed(0))
+    assert bool((other.transitions <= one.transitions + 1e-12).all())
+    assert float(other.total.mean()) < float(one.total.mean())
+
+
+def test_bins_sum_to_one():
+    levels = (torch.arange(256, dtype=torch.float64) / 127.5 - 1).view(-1, 1)
+    for mean, std in ((0.0, 0.01), (-1.3, 0.3), (0.999, 1e-4), (0.2, 5.0)):
+        mass = discretized_log_likelihood(levels, torch.tensor(mean), torch.tensor(std)).exp().sum()
+        assert abs(float(mass) - 1) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"eta": 0.0}, "infinite"),
+        ({"tau": [5, 3]}, "increasing times"),
+        ({"tau": []}, "increasing times"),
+        ({"tau": [0, 3]}, "increasing times"),
+        ({"tau": [3, 1001]}, "increasing times in 1..1000"),
+        ({"decoder": "best"}, "unknown decoder 'best'"),
+        ({"decoder": "optimal"}, "needs eps_mean_square"),
+        ({"variance_type": "optimal"}, "needs eps_mean_square"),
+        ({"clip": 0}, "clip must be positive"),
+        ({"prediction_type": "score"}, "unknown prediction_type"),
+        ({"eta": 5.0}, "too large"),
+    ],
+)
+def test_bounds_that_do_not_exist(settings, said):
+    with pytest.raises(ValueError, match=said):
+        VariationalBound(ALPHA, **settings)
+
+
+# ---- the paper's objective -----------------------------------------------------------------------------------------
+
+
+def test_j_and_its_gamma_form_differ_by_a_constant():
+    """For any two networks, that is for any two tables of their errors of ε: Theorem 1 with the factors it lost."""
+    T, eta, tau = 30, 0.5, [4, 11, 30]
+    a, rng = table(T), np.random.default_rng(0)
+    deviation = np.sqrt(1 - a)
+    gamma = objective_weights(a, tau, eta, deviation)
+
+    def j(eps_error):
+        total, x0_error = 0.0, (1 - a) / a * eps_error
+        for t, s in ((30, 11), (11, 4)):
+            sig, c = sigma(a[t], a[s], eta), x0_weight(a[t], a[s], eta)
+            total += c**2 * x0_error[t] / (2 * sig**2)  # KL of two Gaussians of one variance
+        for t in set(range(1, T + 1)) - {11, 30}:
+            density = 0.5 * (np.log(2 * np.pi * deviation[t] ** 2) + x0_error[t] / deviation[t] ** 2)
+            total += density
+        return total
+
+    first, second = rng.uniform(0, 1, T + 1), rng.uniform(0, 1, T + 1)
+    assert np.isclose(j(first) - j(second), (gamma * first)[1:].sum() - (gamma * second)[1:].sum(), rtol=1e-12)
+    with pytest.raises(ValueError, match="infinite"):
+        objective_weights(a, tau, 0.0, deviation)
+
+
+# ---- the ODE -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hutchinson", [False, True])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_likelihood_of_the_ode_is_the_datas(hutchinson, prediction_type):
+    x0, eps = data(8), exact_network(ALPHA)
+    angles = np.arccos(np.sqrt(ALPHA))
+
+    def network(x, t):
+        if prediction_type == "epsilon":
+            return eps(x, t)
+        low, high = 0.0, float(angles[-1])
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if time_of(middle, angles) < float(t[0]) else (low, middle)
+        noise = eps(x, t)
+        return (noise - math.sin(low) * x) / math.cos(low)
+
+    probes = Generator().manual_seed(0) if hutchinson else None
+    found, latents, evaluations = ode_log_density(network, x0, ALPHA, prediction_type, probes, tolerance=1e-6)
+    a = ALPHA[-1]
+    slope = math.sqrt(
+        (a * VARIANCE + 1 - a) / VARIANCE
+    )  # of the ODE's map, which carries N(0, 1) at the top to the model
+    expected = math.sqrt(a) * MEAN + (x0 - MEAN) * slope
+    model = (-0.5 * (expected**2 + math.log(2 * math.pi)) + math.log(slope)).flatten(1).sum(1)
+    assert (found - model).abs().max() / 4 * BITS < 1e-4
+    assert (latents - expected).abs().max() < 1e-3
+    true = -0.5 * ((x0 - MEAN) ** 2 / VARIANCE + math.log(2 * math.pi * VARIANCE)).flatten(1).sum(1)
+    assert (model - true).abs().max() / 4 * BITS < 5e-3  # ᾱ_T is not 0
+    assert 20 < evaluations < 2000
+
+
+def test_bits_of_bytes():
+    """Of data that are Gaussian but for their bins, the ODE's bits are their entropy, within the standard error."""
+    grid = (torch.arange(256, dtype=torch.float64) + 0.5) / 128 - 1
+    mass = torch.exp(-((grid - MEAN) ** 2) / (2 * VARIANCE))
+    mass = mass / mass.sum()
+    entropy = float(-(mass * mass.log2()).sum())
+    images = torch.multinomial(mass, 4000 * 4, replacement=True, generator=Generator().manual_seed(0))
+    images = images.view(4000, 1, 2, 2).to(torch.uint8)
+    found = ode_bits(exact_network(ALPHA), images, ALPHA, generator=Generator().manual_seed(1))
+    error = float(found.bits.std()) / math.sqrt(4000)
+    outside = -math.log2(float(torch.special.ndtr(torch.tensor((1 - MEAN) / math.sqrt(VARIANCE)))))  # mass beyond white
+    assert abs(float(found.bits.mean()) - entropy - outside) < 4 * error + 0.01
+    with pytest.raises(ValueError, match="uint8"):
+        ode_bits(exact_network(ALPHA), images.float(), ALPHA, generator=Generator())
+    with pytest.raises(ValueError, match="pass a generator"):
+        ode_bits(exact_network(ALPHA), images, ALPHA)
+
+
+def test_times_between_the_trained_ones():
+    angles = np.arccos(np.sqrt(ALPHA))
+    for t in (1, 2, 500, 1000):
+        assert abs(time_of(float(angles[t]), angles) - t) < 1e-6
+    times = [time_of(theta, angles) for theta in np.linspace(0, angles[-1], 500)]
+    assert times[0] == 0
+    assert all(earlier < later for earlier, later in itertools.pairwise(times))
+
+
+# ---- τ -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_search_finds_what_trying_all_finds():
+    T = 9
+    a = table(T)
+    costs, start = search.bound_costs(a, exact_errors(a))
+    for S in range(1, T + 1):
+        tried = [search.bound_of(a, np.array(tau), costs, start) for tau in itertools.combinations(range(1, T + 1), S)]
+        found = search.search_bound(a, exact_errors(a), T)[S - 1]
+        assert len(found.tau) == S
+        assert np.isclose(found.cost, min(tried), rtol=1e-12)
+        assert np.isclose(search.bound_of(a, found.tau, costs, start), found.cost, rtol=1e-12)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "optimal"])
+def test_the_searched_tau_is_never_worse(variance_type):
+    errors = exact_errors(ALPHA)
+    costs, start = search.bound_costs(ALPHA, errors, variance_type)
+    for found in search.search_bound(ALPHA, errors, 25, variance_type):
+        S = len(found.tau)
+        assert (np.diff(found.tau) > 0).all()
+        for spacing in (linear, quadratic):
+            assert found.cost <= search.bound_of(ALPHA, spacing(S, 1000), costs, start) + 1e-12
+
+
+def test_searches_that_cannot_be():
+    with pytest.raises(ValueError, match="has 1..9 moves, not 10"):
+        search.search_bound(table(9), exact_errors(table(9)), 10)
+    blocked = np.full((5, 5), np.inf)
+    with pytest.raises(ValueError, match="no path of 1 moves"):
+        search.best_paths(blocked, np.zeros(5), 2)
+
+
+def test_beta_tilde_is_what_the_bound_has_of_it():
+    """σ² of q in `transition_nats` at η = 1 is β̃: without an error the KL to itself is 0."""
+    assert transition_nats(ALPHA, 700, 300, 0.0) == pytest.approx(0.0, abs=1e-15)
+    assert transition_nats(ALPHA, 700, 300, 0.0, "fixed_large") > 0
+    assert beta_tilde(ALPHA[700], ALPHA[300]) == pytest.approx(sigma(ALPHA[700], ALPHA[300], 1.0) ** 2)
