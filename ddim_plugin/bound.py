@@ -9,7 +9,7 @@ likelihood itself. Networks here are functions (x_t, t) ↦ output of the paper'
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,9 +24,8 @@ from .gaussian import BIN, discretized_log_likelihood, kl
 BITS = 1 / math.log(2)
 """Bits in a nat."""
 
-DECODERS = ("next", "beta", "optimal")
-"""Variance of p(x_0|x_{τ_1}), where σ(η) is 0: that of the move above (Ho's code), β = 1 − ᾱ_{τ_1}, or the mean squared
-error of x̂0, which `eps_mean_square` gives."""
+DECODERS = ("next", "beta")
+"""Variance of p(x_0|x_{τ_1}), where σ(η) is 0: that of the move above (Ho's code), or β = 1 − ᾱ_{τ_1}."""
 
 Network = Callable[[Tensor, Tensor], Tensor]
 
@@ -55,7 +54,8 @@ class VariationalBound:
         eta: η of the process; 1 for "fixed_large" and "learned_range".
         eps_mean_square: E‖ε̂‖²/d for t = 0..T, for "optimal".
         clip: x̂0 is clipped to ± this, and ε̂ follows it (Ho's convention: 1). None does not clip.
-        decoder: one of `DECODERS`; by default "optimal" with "optimal", else "next". Of one step "next" is "beta".
+        decoder: one of `DECODERS`, or a variance for each t = 0..T (`Errors.decoder_variance`). Of one step "next" is
+            "beta".
         density: evaluate p(x_0|x_{τ_1}) as a density, for data that are not bytes.
 
     Raises:
@@ -71,7 +71,7 @@ class VariationalBound:
         eta: float = 1.0,
         eps_mean_square: NDArray[np.float64] | None = None,
         clip: float | None = None,
-        decoder: str | None = None,
+        decoder: str | NDArray[np.float64] = "next",
         density: bool = False,
     ):
         p.check_prediction(prediction_type)
@@ -80,9 +80,8 @@ class VariationalBound:
         times = np.arange(1, len(alpha_bar)) if tau is None else np.asarray(tau)
         if len(times) == 0 or (np.diff(times, prepend=0) <= 0).any() or times[-1] >= len(alpha_bar):
             raise ValueError(f"tau must be increasing times in 1..{len(alpha_bar) - 1}")
-        decoder = decoder or ("optimal" if variance_type == "optimal" else "next")
-        if decoder not in DECODERS:
-            raise ValueError(f"unknown decoder {decoder!r}: use one of {', '.join(DECODERS)}")
+        if isinstance(decoder, str) and decoder not in DECODERS:
+            raise ValueError(f"unknown decoder {decoder!r}: use one of {', '.join(DECODERS)}, or variances")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be positive, not {clip!r}")
         self.prediction_type, self.clip, self.density = prediction_type, clip, density
@@ -90,7 +89,7 @@ class VariationalBound:
         self.top = float(alpha_bar[times[-1]])
         self.pairs = process.downwards(times)
         rows = [_row(alpha_bar, t, s, prediction_type, variance_type, eta, eps_mean_square) for t, s in self.pairs]
-        rows[-1] = _decoder_row(rows, alpha_bar, int(times[0]), decoder, variance_type, eps_mean_square)
+        rows[-1] = _decoder_row(rows, alpha_bar, int(times[0]), decoder, variance_type)
         self._rows = torch.tensor(rows, dtype=torch.float64)
 
     def __len__(self) -> int:
@@ -184,17 +183,13 @@ def _decoder_row(
     rows: list[list[float]],
     alpha_bar: NDArray[np.float64],
     t: int,
-    decoder: str,
+    decoder: str | NDArray[np.float64],
     variance_type: str,
-    eps_mean_square: NDArray[np.float64] | None,
 ) -> list[float]:
     """The last row, with the decoder's variance."""
-    a_t = float(alpha_bar[t])
-    high = math.log(1 - a_t)
-    if decoder == "optimal":
-        if eps_mean_square is None:
-            raise ValueError("decoder='optimal' needs eps_mean_square: E‖ε̂‖²/d for each time")
-        low = high = math.log(max((1 - a_t) / a_t * (1 - float(eps_mean_square[t])), BIN**2 / 100))
+    high = math.log(1 - float(alpha_bar[t]))
+    if not isinstance(decoder, str):
+        low = high = math.log(float(decoder[t]))
     elif decoder == "next" and len(rows) > 1:
         low = rows[-2][6]  # of q: both of Ho's kinds begin with β̃_2
         high = high if variance_type == "learned_range" else low
@@ -215,6 +210,71 @@ def _each(
 
 
 # ---- from tables: any τ at once ------------------------------------------------------------------------------------
+
+
+class Errors(NamedTuple):
+    """What the bound of any τ follows from, for t = 0..T; entry 0 is never read.
+
+    `x0` is E‖x_0 − x̂0(x_t, t)‖²/d, `eps_mean_square` E‖ε̂‖²/d, both (T + 1,); `decoders` −E log p(x_0|x_t)/d in nats,
+    (T + 1, K), with each of the K `variances`, (T + 1, K); `x0_mean_square` is E‖x_0‖²/d of the data.
+    """
+
+    x0: NDArray[np.float64]
+    eps_mean_square: NDArray[np.float64]
+    variances: NDArray[np.float64]
+    decoders: NDArray[np.float64]
+    x0_mean_square: float
+
+    @property
+    def decoder(self) -> NDArray[np.float64]:
+        """−E log p(x_0|x_t)/d with the best variance for each t, (T + 1,), in nats."""
+        return self.decoders.min(axis=1)
+
+    @property
+    def decoder_variance(self) -> NDArray[np.float64]:
+        """That variance, (T + 1,)."""
+        return np.take_along_axis(self.variances, self.decoders.argmin(axis=1)[:, None], 1)[:, 0]
+
+    def explained(self, alpha_bar: NDArray[np.float64]) -> NDArray[np.float64]:
+        """1 − E‖ε − ε̂‖²/d for every time: equal to `eps_mean_square` where ε̂ is the exact conditional mean.
+
+        In its place it gives the variance that minimises the bound of this network on these data.
+        """
+        explained = np.ones_like(alpha_bar)
+        explained[1:] = 1 - alpha_bar[1:] / (1 - alpha_bar[1:]) * self.x0[1:]
+        return np.clip(explained, 0.0, 1.0)
+
+
+@torch.no_grad()
+def measure_errors(
+    network: Network,
+    x0: Tensor,
+    alpha_bar: NDArray[np.float64],
+    prediction_type: str,
+    generator: Generator | list[Generator],
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> Errors:
+    """`Errors` over a batch of images, T evaluations an image; of several batches take the mean.
+
+    `x0` are 8-bit images in −1..1, of the data or the model's own; `progress` may wrap the times, to show them.
+    """
+    T = len(alpha_bar) - 1
+    errors, squares = np.zeros(T + 1), np.ones(T + 1)
+    variances = np.geomspace(BIN**2 / 10, np.maximum(1 - alpha_bar, BIN**2), 12, axis=1)
+    decoders = np.zeros_like(variances)
+    for t in progress(range(1, T + 1)):
+        a_t = float(alpha_bar[t])
+        predicted = p.prediction(prediction_type, a_t)
+        noise = _each(generator, len(x0), lambda size, one: torch.randn(*size, *x0.shape[1:], generator=one)).to(x0)
+        x = math.sqrt(a_t) * x0 + math.sqrt(1 - a_t) * noise
+        output = network(x, torch.full((len(x0),), t, device=x0.device))[:, : x0.shape[1]].to(x0.dtype)
+        guess = predicted.x0_x * x + predicted.x0_out * output
+        errors[t] = float((x0 - guess).double().square().mean())
+        squares[t] = float((predicted.eps_x * x + predicted.eps_out * output).double().square().mean())
+        for k, variance in enumerate(variances[t]):
+            deviation = torch.tensor(math.sqrt(variance)).to(x0)
+            decoders[t, k] = -float(discretized_log_likelihood(x0, guess, deviation).double().mean())
+    return Errors(errors, squares, variances, decoders, float(x0.double().square().mean()))
 
 
 def transition_nats(
@@ -249,11 +309,6 @@ def transition_nats(
 def prior_nats(alpha_bar_top: float | NDArray[np.float64], x0_mean_square: float) -> NDArray[np.float64]:
     """KL(q(x_t|x_0) ‖ N(0, I))/d in nats, for data with E‖x_0‖²/d = `x0_mean_square`."""
     return 0.5 * (alpha_bar_top * (x0_mean_square - 1) - np.log(1 - alpha_bar_top))
-
-
-def decoder_nats(error: float | NDArray[np.float64], variance: float | NDArray[np.float64]) -> NDArray[np.float64]:
-    """−E log p(x_0|x_t)/d in nats by the density at the middle of a bin times its width, which ignores its ends."""
-    return 0.5 * (np.log(2 * np.pi * np.asarray(variance)) + error / variance) - math.log(2 * BIN)
 
 
 def objective_weights(

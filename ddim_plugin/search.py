@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import bound, process
-from .bound import BITS, decoder_nats, prior_nats, transition_nats
+from . import process
+from .bound import BITS, Errors, prior_nats, transition_nats
 
 Array = NDArray[np.float64]
 
@@ -55,24 +55,12 @@ def best_paths(costs: Array, start: Array, largest: int) -> list[Found]:
     return found
 
 
-class Errors(NamedTuple):
-    """What the bound of any τ follows from, for t = 0..T, (T + 1,); entry 0 is never read.
-
-    `x0` is E‖x_0 − x̂0(x_t, t)‖²/d; `eps_mean_square` E‖ε̂‖²/d; `x0_mean_square` E‖x_0‖²/d of the data.
-    """
-
-    x0: Array
-    eps_mean_square: Array
-    x0_mean_square: float
-
-
 def bound_costs(
     alpha_bar: Array, errors: Errors, variance_type: str = "fixed_small", eta: float = 1.0
 ) -> tuple[Array, Array]:
     """Costs of all moves, (T + 1, T + 1), and of beginning at each time, (T + 1,), in bits per dimension.
 
-    Their sum over a path is the variational bound of the sampler along it, with the decoder whose variance is the mean
-    squared error of x̂0 at τ_1.
+    Their sum over a path is the variational bound of the sampler along it, with the decoder `errors` found best.
     """
     T = len(alpha_bar) - 1
     t, s = np.arange(1, T + 1)[:, None], np.arange(T + 1)[None, :]
@@ -80,7 +68,7 @@ def bound_costs(
     with np.errstate(divide="ignore", invalid="ignore"):
         nats = transition_nats(alpha_bar, t, s, errors.x0[1:, None], variance_type, eta, errors.eps_mean_square)
         costs[1:] = np.where((s < t) & (s > 0), nats, np.inf)
-        costs[1:, 0] = decoder_nats(errors.x0[1:], np.maximum(errors.x0[1:], bound.BIN**2 / 100))
+        costs[1:, 0] = errors.decoder[1:]
         start = prior_nats(np.asarray(alpha_bar), errors.x0_mean_square)
     return costs * BITS, start * BITS
 

@@ -11,7 +11,9 @@ from torch import Generator
 from ddim_plugin import betas, search
 from ddim_plugin.bound import (
     BITS,
+    Errors,
     VariationalBound,
+    measure_errors,
     objective_weights,
     ode_bits,
     ode_log_density,
@@ -60,15 +62,17 @@ def exact_errors(alpha_bar):
     """E(x_0 − x̂0)² and E ε̂² of the exact network, for every time."""
     a = np.asarray(alpha_bar)
     marginal = a * VARIANCE + 1 - a
-    return search.Errors(VARIANCE * (1 - a) / marginal, (1 - a) / marginal, MEAN**2 + VARIANCE)
+    error = VARIANCE * (1 - a) / marginal
+    with np.errstate(divide="ignore"):
+        density = 0.5 * (np.log(2 * np.pi * error) + 1)
+    return Errors(error, (1 - a) / marginal, error[:, None], density[:, None], MEAN**2 + VARIANCE)
 
 
 def exact_bound(alpha_bar, tau, variance_type, eta):
     """The expectation of the bound over the data, in bits, with the best Gaussian decoder as a density."""
     errors, t, s = exact_errors(alpha_bar), tau[1:], tau[:-1]
     nats = transition_nats(alpha_bar, t, s, errors.x0[t], variance_type, eta, errors.eps_mean_square).sum()
-    decoder = 0.5 * (math.log(2 * math.pi * errors.x0[tau[0]]) + 1)
-    return (prior_nats(alpha_bar[tau[-1]], errors.x0_mean_square) + nats + decoder) * BITS
+    return (prior_nats(alpha_bar[tau[-1]], errors.x0_mean_square) + nats + errors.decoder[tau[0]]) * BITS
 
 
 def data(count, seed=0, shape=(1, 2, 2)):
@@ -119,7 +123,7 @@ def test_terms_have_the_expected_means(variance_type):
         tau,
         variance_type=variance_type,
         eps_mean_square=exact_errors(ALPHA).eps_mean_square,
-        decoder="optimal",
+        decoder=exact_errors(ALPHA).decoder_variance,
         density=True,
     )
     terms = bound.exact(exact_network(ALPHA), data(60_000), Generator().manual_seed(1))
@@ -206,7 +210,6 @@ def test_bins_sum_to_one():
         ({"tau": [0, 3]}, "increasing times"),
         ({"tau": [3, 1001]}, "increasing times in 1..1000"),
         ({"decoder": "best"}, "unknown decoder 'best'"),
-        ({"decoder": "optimal"}, "needs eps_mean_square"),
         ({"variance_type": "optimal"}, "needs eps_mean_square"),
         ({"clip": 0}, "clip must be positive"),
         ({"prediction_type": "score"}, "unknown prediction_type"),
@@ -216,6 +219,31 @@ def test_bins_sum_to_one():
 def test_bounds_that_do_not_exist(settings, said):
     with pytest.raises(ValueError, match=said):
         VariationalBound(ALPHA, **settings)
+
+
+def test_errors_are_measured():
+    found = measure_errors(exact_network(ALPHA), data(4000), ALPHA, "epsilon", Generator().manual_seed(0))
+    expected = exact_errors(ALPHA)
+    assert np.allclose(found.x0[1:], expected.x0[1:], rtol=0.15)
+    assert np.allclose(found.eps_mean_square[1:], expected.eps_mean_square[1:], rtol=0.1)
+    assert found.x0_mean_square == pytest.approx(expected.x0_mean_square, rel=0.05)
+    assert np.allclose(expected.explained(ALPHA)[1:], expected.eps_mean_square[1:], rtol=1e-9)
+
+
+def test_the_decoder_that_is_found_best_is_near_the_error():
+    """Of data far from the ends and errors far above a bin, the best variance is the mean squared error."""
+    x0 = (torch.randn(2000, 1, 2, 2, generator=Generator().manual_seed(0)) * 0.1 * 127.5).round() / 127.5
+    a = table(100)
+
+    def network(x, t):  # ε of N(0, 0.01)
+        ratio = torch.as_tensor(a)[t].view(-1, 1, 1, 1).to(x)
+        return (1 - ratio).sqrt() * x / (ratio * 0.01 + 1 - ratio)
+
+    found = measure_errors(network, x0, a, "epsilon", Generator().manual_seed(1))
+    ratio = found.decoder_variance[50:] / found.x0[50:]
+    assert ((ratio > 0.4) & (ratio < 2.5)).all()
+    density = 0.5 * (np.log(2 * np.pi * found.x0[50:]) + 1) - math.log(2 / 255)
+    assert np.allclose(found.decoder[50:], density, atol=0.15)
 
 
 # ---- the paper's objective -----------------------------------------------------------------------------------------

@@ -1,0 +1,144 @@
+"""Distances between sets of features: the Fréchet distance, and what torch-fidelity computes from the same features.
+
+Features are float32 (N, D), logits (N, K). Nothing here knows where they come from.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+BLOCK = 1024
+"""Rows at a time on their way into a covariance."""
+
+KID_SUBSETS, INCEPTION_SPLITS, NEIGHBOURS, LIBRARY_SEED = 100, 10, 3, 2020
+"""torch-fidelity's defaults, written down: they are part of what the numbers mean."""
+
+
+class Features(NamedTuple):
+    """What an extractor sees in pictures: features (N, D) and, of a classifier, logits (N, K)."""
+
+    features: np.ndarray
+    logits: np.ndarray | None = None
+
+
+class Gaussian(NamedTuple):
+    """Mean (D,) and covariance (D, D, divided by N − 1) of features, in float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+def gaussian(features: np.ndarray) -> Gaussian:
+    """The mean and covariance of features (N, D), in float64 whatever they are in: the mean first, then what is left.
+
+    Raises ValueError where N ≤ D, as the covariance is then singular, and for features that are not finite.
+    """
+    check_count(*features.shape)
+    if not np.isfinite(features).all():
+        raise ValueError("the features hold NaN or infinity: the pictures or the extractor are broken")
+    mean = features.mean(0, dtype=np.float64)
+    scatter = np.zeros((len(mean), len(mean)))
+    for start in range(0, len(features), BLOCK):
+        centred = features[start : start + BLOCK].astype(np.float64) - mean
+        scatter += centred.T @ centred
+    return Gaussian(mean, scatter / (len(features) - 1))
+
+
+def check_count(count: int, dimension: int, what: str = "pictures") -> None:
+    """Raise ValueError where so few images span no covariance of this many features."""
+    if count <= dimension:
+        raise ValueError(
+            f"{count} {what} are too few for a Fréchet distance on {dimension} features: it needs at least "
+            f"{dimension + 1}. Take more, an extractor with fewer features, or the metric kid"
+        )
+
+
+def frechet(one: Gaussian, other: Gaussian) -> float:
+    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) (Dowson & Landau 1982).
+
+    Σ₁Σ₂ has the eigenvalues of the symmetric Σ₁^½ Σ₂ Σ₁^½, which are real and not negative.
+    """
+    values, vectors = np.linalg.eigh(one.covariance)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    product = root @ other.covariance @ root
+    cross = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(0)).sum()
+    difference = one.mean - other.mean
+    return float(difference @ difference + np.trace(one.covariance) + np.trace(other.covariance) - 2 * cross)
+
+
+# ---- torch-fidelity ------------------------------------------------------------------------------------------------
+
+
+def library(what: str) -> Any:
+    """The package torch_fidelity. Raises ValueError with the remedy where it, or its torchvision, is not installed."""
+    try:
+        import torch_fidelity
+        import torch_fidelity.metric_isc
+        import torch_fidelity.metric_kid
+        import torch_fidelity.metric_prc
+        import torch_fidelity.utils
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+        raise ValueError(
+            f"{what} needs torch-fidelity, which cannot be imported ({error}): pip install torch-fidelity torchvision; "
+            "without them there are --metrics fd, and as --extractors any image classifier of transformers"
+        ) from error
+    return torch_fidelity
+
+
+def kid(samples: Features, reference: Features, subset_size: int) -> dict[str, tuple[float, float | None]]:
+    """Kernel distance (Bińkowski et al. 2018): the mean over subsets, and their deviation."""
+    compute = library("the metric kid").metric_kid.kid_features_to_metric
+    settings = {"kid_subsets": KID_SUBSETS, "kid_subset_size": subset_size, "rng_seed": LIBRARY_SEED, "verbose": False}
+    found = compute(_tensor(samples.features), _tensor(reference.features), **settings)
+    return {"kid": (found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"])}
+
+
+def inception_score(samples: Features, *_: Any) -> dict[str, tuple[float, float | None]]:
+    """exp E KL(p(y|x) ‖ p(y)) (Salimans et al. 2016): the mean over splits, and their deviation."""
+    compute = library("the metric is").metric_isc.isc_features_to_metric
+    found = compute(_tensor(samples.logits), splits=INCEPTION_SPLITS, shuffle=True, rng_seed=LIBRARY_SEED)
+    return {"is": (found["inception_score_mean"], found["inception_score_std"])}
+
+
+def precision_recall(samples: Features, reference: Features, *_: Any) -> dict[str, tuple[float, float | None]]:
+    """Shares of samples near the data, and of data near samples (Kynkäänniemi et al. 2019), by three neighbours."""
+    compute = library("the metric pr").metric_prc.prc_features_to_metric
+    settings = {"prc_neighborhood": NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
+    found = compute(_tensor(samples.features), _tensor(reference.features), **settings)
+    return {"precision": (found["precision"], None), "recall": (found["recall"], None)}
+
+
+def _tensor(array: np.ndarray | None) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric is computed from. `compute` takes samples, reference and the size of KID's subsets."""
+
+    compute: Callable[..., dict[str, tuple[float, float | None]]] | None  # None: the Fréchet distance, from Gaussians
+    against: bool = True
+    logits: bool = False
+
+
+METRICS = {
+    "fd": Metric(None),
+    "kid": Metric(kid),
+    "is": Metric(inception_score, against=False, logits=True),
+    "pr": Metric(precision_recall),
+}
+"""Names of metrics: Fréchet distance, kernel distance, inception score, precision and recall."""
+
+
+def check_metrics(metrics: tuple[str, ...]) -> None:
+    """Raise ValueError for a metric that does not exist, twice the same, none, or whose library is not there."""
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics or len(set(metrics)) < len(metrics):
+        wrong = f"unknown metric {unknown[0]!r}" if unknown else f"metrics must be distinct names, not {metrics}"
+        raise ValueError(f"{wrong}: use some of {', '.join(METRICS)}")
+    for name in metrics:
+        if METRICS[name].compute:
+            library(f"the metric {name}")
