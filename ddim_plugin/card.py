@@ -8,8 +8,9 @@ and optionally the settings it was measured with: num_inference_steps, eta, vari
 images, seed. `training.json` is the record that the training script leaves.
 """
 
+import hashlib
 import json
-import math
+import re
 from numbers import Real
 from pathlib import Path
 from string import Template
@@ -28,9 +29,9 @@ SETTINGS = ("num_inference_steps", "eta", "variance_type", "timestep_spacing", "
 """What a result may tell of how it was measured."""
 
 MARK = "*Written by ddim-plugin"
-"""Stands in a card that was made here, and not in one that somebody wrote."""
+"""Begins the last line of a card that was made here, which ends with a digest of the text above it."""
 
-WITH_PLUGIN = "from ddim_plugin import GeneralizedDDIMPipeline"
+WITH_PLUGIN = "from ddim_plugin import GeneralizedDDIMPipeline"  # diffusers would miss it, at the head of a line
 
 TEMPLATE = Template("""# $title
 
@@ -45,8 +46,8 @@ With ddim-plugin installed, which runs no code of this repo:
 ```python
 $with_plugin
 
-pipe = GeneralizedDDIMPipeline.from_pretrained("$repo")
-images = pipe(batch_size=16, num_inference_steps=20$labels).images
+pipe = GeneralizedDDIMPipeline.from_pretrained("$repo"$variant$revision)
+${sampler}images = pipe(batch_size=16, num_inference_steps=20$labels).images
 ```
 
 With diffusers alone. The flag runs the `ddim_plugin_….py` files of this repo: read them, and pin the commit you read.
@@ -54,7 +55,7 @@ With diffusers alone. The flag runs the `ddim_plugin_….py` files of this repo:
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("$repo", trust_remote_code=True, revision="THE COMMIT YOU READ")
+pipe = DiffusionPipeline.from_pretrained("$repo"$variant, trust_remote_code=True, revision="THE COMMIT YOU READ")
 ```
 
 $stock
@@ -94,8 +95,6 @@ $licence
   year      = {2021}
 }
 ```
-
-$mark $version from `results.json`, `training.json` and the configs of this repo.*
 """)
 
 STOCK = """With the classes of diffusers only:
@@ -103,13 +102,19 @@ STOCK = """With the classes of diffusers only:
 ```python
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-unet = UNet2DModel.from_pretrained("$repo", subfolder="unet")
-scheduler = DDIMScheduler.from_pretrained("$repo", subfolder="scheduler")
+unet = UNet2DModel.from_pretrained("$repo", subfolder="unet"$variant$revision)
+scheduler = DDIMScheduler.from_pretrained("$repo", subfolder="scheduler"$revision)
 images = DDIMPipeline(unet, scheduler)(batch_size=16, num_inference_steps=20).images
-```"""
+```$other"""
 
-LOOP = """The parts load into the classes of diffusers too: `UNet2DModel.from_pretrained("$repo", subfolder="unet")` and
-`DDIMScheduler.from_pretrained("$repo", subfolder="scheduler")`; `DDIMPipeline` does not know $unknown."""
+LOOP = """The parts load into the classes of diffusers too, `UNet2DModel.from_pretrained("$repo", subfolder="unet")` and
+`$scheduler.from_pretrained("$repo", subfolder="scheduler")`; `DDIMPipeline` does not know $unknown."""
+
+SAMPLING = """pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config)  # the saved one encodes
+"""
+
+RANGED = ("linear", "scaled_linear", "const", "sigmoid")
+"""β schedules that have a range."""
 
 TAU_NAMES = {
     "linear": "linear, τ_i = ⌊T·i/S⌋",
@@ -139,7 +144,7 @@ def read_object(file: str | Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError naming a file that holds none."""
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"cannot read {file}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no JSON object")
@@ -160,23 +165,29 @@ def _problem(entry: Any) -> str | None:
             return f"has {key}={value!r}: it must be a finite number"
     if entry["nfe"] <= 0:
         return f"has nfe={entry['nfe']!r}: it must be positive"
-    if not isinstance(entry["dataset"], dict) or not entry["dataset"].get("name"):
-        return f"has the dataset {entry['dataset']!r}: give at least its name"
+    dataset = entry["dataset"]
+    texts = isinstance(dataset, dict) and all(isinstance(dataset.get(key, ""), str) for key in ("name", "id", "split"))
+    if not texts or not dataset.get("name"):
+        return f"has the dataset {dataset!r}: give at least its name; name, id and split are texts"
     return None
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+PLACE = re.compile(r"(?<![\w:/.])(?:file://)?(?:(?:~|\.\.?)?/|[A-Za-z]:[\\/]|\\\\)[^\s\"'|;,]*")
+"""A place on a machine: from the root, the home or a folder above, of any system, also within a text."""
 
 
 def public(value: Any) -> Any:
-    """A record without the places of this machine: of an absolute path the last part is left."""
+    """A record without the places of this machine: of each the last part is left."""
     if isinstance(value, dict):
         return {key: public(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [public(each) for each in value]
-    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~")):
-        return Path(value).name
+    if isinstance(value, str):
+        return PLACE.sub(lambda found: re.split(r"[\\/]+", found[0].rstrip("\\/"))[-1], value)
     return value
 
 
@@ -194,6 +205,8 @@ def card(
     picture: str | None = None,
     caption: str = "",
     license: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
 ) -> str:
     """The card of a model, as Markdown with its metadata in front.
 
@@ -205,36 +218,57 @@ def card(
             where there are such.
         picture, caption: name of a sample grid in the repo, and what is said below it.
         license: the Hub's id of the licence of the weights.
+        variant: the weights to load, where there are no ordinary ones.
+        revision: the branch of the repo, if not main.
+
+    Raises:
+        ValueError: for a licence that is no id.
     """
+    if license is not None and not re.fullmatch(r"[a-z0-9.+-]+", license):
+        raise ValueError(f"license must be as the Hub names it, such as mit or cc-by-4.0, not {license!r}")
     results, training = results or [], training or {}
     origin = _training(training) if training else _conversion(conversion) if conversion else []
     title = repo_id.split("/")[-1]
-    height, width = size = _size(unet)
+    height, width = _size(unet)
     classes = unet.get("num_class_embeds")
     kind = "A class-conditional" if classes else "An unconditional"
     colours = {1: "grayscale", 3: "RGB"}.get(unet["in_channels"], f"{unet['in_channels']}-channel")
+    inverse = scheduler.get("_class_name") == "InverseDDIMScheduler"
+    ours = "eta" in scheduler  # a stock scheduler has none
     unknown = _unknown_to_stock(unet, scheduler)
+    words = {
+        "repo": repo_id,
+        "variant": f', variant="{variant}"' if variant else "",
+        "revision": f', revision="{revision}"' if revision else "",
+        "scheduler": "DDIMScheduler" if ours else scheduler.get("_class_name"),
+        "unknown": unknown,
+        "other": _other_sampler(scheduler),
+    }
+    process = "sampled by the generalized process of"
+    if not ours:
+        process = f"sampled by a {scheduler.get('_class_name')}, and by that of"
+    known = training.get("classes")
+    labels = len(known) if isinstance(known, list) and known else classes
     data_set = training["config"].get("data") if training.get("data_from") == "hub" else None
     data = "under its own licence, which may bind the weights"
     if data_set:
         data = f"[{data_set}](https://huggingface.co/datasets/{data_set}), {data}"
     body = TEMPLATE.substitute(
+        words,
         title=title,
-        repo=repo_id,
         summary=f"{kind} diffusion model of {height}×{width} {colours} pictures: a `{unet.get('_class_name')}` of "
-        f"{parameters:,} parameters, sampled by the generalized process of "
+        f"{parameters:,} parameters, {process} "
         "[Denoising Diffusion Implicit Models](https://arxiv.org/abs/2010.02502) (DDIM).",
-        picture=f"![samples]({picture})\n\n*{caption}*" if picture else "*No pictures were pushed with this model.*",
-        with_plugin=WITH_PLUGIN,
+        picture=f"![samples]({picture})\n\n*{caption}*" if picture else "*There is no sample grid.*",
+        with_plugin=WITH_PLUGIN + (", GeneralizedDDIMScheduler" if inverse else ""),
+        sampler=SAMPLING if inverse else "",
         labels=", class_labels=0" if classes else "",
-        stock=Template(LOOP if unknown else STOCK).substitute(repo=repo_id, unknown=unknown),
-        settings=_table(_settings(unet, scheduler)),
+        stock=Template(LOOP if unknown else STOCK).substitute(words),
+        settings=_table([*_settings(scheduler), ("classes", labels)]),
         figures=_figures(results),
         training=_table(origin) if origin else "How these weights were trained was not recorded.",
-        size=f"{height}×{width}" if all(size) else "such",
+        size=f"{height}×{width}",
         licence=f"The weights: {license or 'nothing is said'}. The training data: {data}. The code files: Apache-2.0.",
-        mark=MARK,
-        version=__version__,
     )
     metadata = ModelCardData(
         library_name="diffusers",
@@ -245,7 +279,18 @@ def card(
         model_name=title,
         eval_results=[_eval_result(entry) for entry in results] or None,
     )
-    return f"---\n{metadata.to_yaml()}\n---\n\n{body}"
+    return _signed(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
+
+
+def _signed(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{text}\n{MARK} {__version__} from the records and configs of this repo ({digest}).*\n"
+
+
+def is_written_here(text: str) -> bool:
+    """Whether a card was made here, and nobody has changed it since."""
+    above, _, mark = text.replace("\r\n", "\n").rpartition(f"\n{MARK}")
+    return mark.rstrip().endswith(f"({hashlib.sha256(above.encode()).hexdigest()[:8]}).*")
 
 
 def eval_results(results: list[dict[str, Any]]) -> dict[str, str]:
@@ -302,23 +347,46 @@ def _unknown_to_stock(unet: dict[str, Any], scheduler: dict[str, Any]) -> str:
     """What of this model the stock DDIM pipeline has no word for."""
     if unet.get("num_class_embeds"):
         return "class labels"
+    if "eta" not in scheduler:
+        return f"what is another in {scheduler.get('_class_name')}"
     return "learned variances" if unet.get("out_channels") != unet["in_channels"] else ""
 
 
-def _settings(unet: dict[str, Any], scheduler: dict[str, Any]) -> list[tuple[str, Any]]:
+def _other_sampler(scheduler: dict[str, Any]) -> str:
+    """What is to be said where the stock pipeline, which has η = 0 and its own τ, makes other pictures."""
+    told = [] if scheduler.get("timestep_spacing") in ("leading", "trailing", "linspace") else ["its own τ"]
+    if scheduler.get("eta") or scheduler.get("variance_type") in ("fixed_large", "optimal"):
+        told.append("η = 0")
+    if scheduler.get("beta_schedule") and scheduler.get("use_clipped_model_output"):
+        told.append("the network's ε̂ beside a clipped x̂0")
+    return f"\n\nThat is another sampler than the one above: it has {', '.join(told)}." if told else ""
+
+
+def _settings(scheduler: dict[str, Any]) -> list[tuple[str, Any]]:
+    derived = "trained_betas" in (scheduler.get("_ddim_plugin") or {})  # from a schedule with a name
     schedule, ends = scheduler.get("beta_schedule"), (scheduler.get("beta_start"), scheduler.get("beta_end"))
+    betas = schedule
+    if scheduler.get("trained_betas") is not None and not derived:
+        betas = "given as numbers, in the config"
+    elif schedule in RANGED and all(map(_finite, ends)):
+        betas = f"{schedule}, {ends[0]:g} to {ends[1]:g}"
+    if betas and scheduler.get("rescale_betas_zero_snr"):
+        betas += ", rescaled to zero terminal SNR"
+    constraint = "not constrained"
+    if scheduler.get("thresholding"):
+        constraint = f"thresholded dynamically, ratio {scheduler.get('dynamic_thresholding_ratio')}"
+    elif scheduler.get("clip_sample"):
+        constraint = f"clipped to ±{scheduler.get('clip_sample_range')}"
     spacing = scheduler.get("timestep_spacing")
-    clipped = scheduler.get("clip_sample")
     return [
         ("scheduler", f"`{scheduler.get('_class_name')}`"),
         ("T", scheduler.get("num_train_timesteps")),
-        ("β", f"{schedule}, {ends[0]:g} to {ends[1]:g}" if all(map(_finite, ends)) else schedule),
+        ("β", betas),
         ("prediction", scheduler.get("prediction_type")),
         ("τ", TAU_NAMES.get(spacing, spacing)),
         ("η", scheduler.get("eta")),
         ("variance", scheduler.get("variance_type")),
-        ("x̂0 clipped", None if clipped is None else f"to ±{scheduler.get('clip_sample_range'):g}" if clipped else "no"),
-        ("classes", unet.get("num_class_embeds")),
+        ("x̂0", constraint),
     ]
 
 
@@ -334,7 +402,7 @@ def _figures(results: list[dict[str, Any]]) -> str:
         rows.append((_name(entry), value, entry["nfe"], *(entry.get(key) for key in SETTINGS[:-1]), dataset))
     used = [i for i in range(len(heads)) if any(row[i] is not None for row in rows)]
     lines = [heads, ["---"] * len(heads), *rows]
-    table = ["| " + " | ".join("" if row[i] is None else str(row[i]) for i in used) + " |" for row in lines]
+    table = ["| " + " | ".join("" if row[i] is None else _cell(row[i]) for i in used) + " |" for row in lines]
     return "\n".join(table) + "\n\nNFE counts evaluations of the network for an image. All of it is in `results.json`."
 
 
@@ -375,6 +443,11 @@ def _conversion(conversion: dict[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
+def _cell(value: Any) -> str:
+    """A value in a table of Markdown."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
 def _table(rows: list[tuple[str, Any]]) -> str:
-    lines = [f"| {name} | {value} |" for name, value in rows if value is not None]
+    lines = [f"| {name} | {_cell(value)} |" for name, value in rows if value is not None]
     return "\n".join(["| | |", "|---|---|", *lines])

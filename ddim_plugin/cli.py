@@ -16,11 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
+from .hub import check_repo_id
 from .images import check_channels, grid, image_files, open_image, read
 from .inversion import InversionReport
 from .pipeline import TOLERANCE, GeneralizedDDIMPipeline
 from .process import VARIANCES
-from .push import DRAWN, draw, has_samples, push_folder, variants
+from .push import DRAWN, classes_of, draw, has_samples, push_folder, variants
 from .schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, keep_learned
 from .tau import SPACINGS
 from .version import __version__
@@ -326,12 +327,13 @@ def push(args: argparse.Namespace) -> str:
     if not Path(records).is_dir():
         raise ValueError(f"there is no folder {records}")
     samples = (0 if has_samples(records) else DRAWN) if args.samples is None else args.samples
+    check_repo_id(args.repo_id)
     drawn, caption = None, ""
     if samples:
         pipe = GeneralizedDDIMPipeline.from_pretrained(args.folder, variant=variants(args.folder)[0])
         pipe.to(_accelerator())
         pipe.set_progress_bar_config(desc="drawing samples", leave=False)
-        drawn, caption = draw(pipe, samples)
+        drawn, caption = draw(pipe, samples, classes=classes_of(records))
     commit = push_folder(
         args.folder,
         args.repo_id,

@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from .bundle import code
 from .card import read_object
@@ -69,13 +70,18 @@ if "{name}" not in sys.modules:
         del sys.modules["{name}"]
         raise
 
+sys.modules.setdefault("{name}_scheduler", sys.modules["{name}"])  # where diffusers looks for what it is given instead
 {takes}
 '''
 
+WEIGHTS = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[^.-]+))?(-\d+-of-\d+)?\.(safetensors|bin)")
+"""Names of a network's weights."""
+
 HUB_SETTINGS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 WEIGHT_SETTINGS = ("torch_dtype", "dtype", "variant", "use_safetensors", "low_cpu_mem_usage", "disable_mmap")
-PLACEMENT = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config", "use_flashpack")
-"""Keywords of `from_pretrained`: where files come from, how weights are read, and what diffusers alone can do."""
+WEIGHT_SETTINGS += ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
+WEIGHT_SETTINGS += ("use_flashpack",)
+"""Keywords of `from_pretrained`: where files come from, and how a network is read and placed."""
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -96,12 +102,26 @@ def write_index(pipe: DiffusionPipeline, folder: str | Path) -> None:
             path.unlink()
 
 
+def variant_of(name: str) -> str | None:
+    """The variant of a file of weights, by its name or path; or of the index of several."""
+    name = name.rpartition("/")[2]
+    if match := WEIGHTS.fullmatch(name):
+        return match["variant"]
+    return name.partition(".index.")[2].removesuffix("json").removesuffix(".") or None
+
+
+def weight_files(folder: str | Path, variant: str | None) -> dict[Path, int]:
+    """The files of the network's weights of a variant in a folder, in any form, and when each was changed."""
+    files = [path for path in (Path(folder) / "unet").glob("diffusion_pytorch_model*") if path.is_file()]
+    return {path: path.stat().st_mtime_ns for path in files if variant_of(path.name) == variant}
+
+
 def with_code(index: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """What `model_index.json` holds, with entries that name code files; and those files, names and texts."""
     name, text = code()
     files = {f"{name}.py": text, f"{name}_pipeline.py": _entry([PIPELINE])}
     index = index | {"_class_name": [f"{name}_pipeline", PIPELINE]}
-    if _scheduler_is_ours(index):
+    if scheduler_is_ours(index):
         files |= {f"scheduler/{name}.py": text, f"scheduler/{name}_scheduler.py": _entry(list(SCHEDULERS))}
         index["scheduler"] = [f"{name}_scheduler", index["scheduler"][1]]
     return index, files
@@ -131,14 +151,14 @@ class _Download(DiffusionPipeline):
     def __init__(self, unet: Any, scheduler: Any): ...
 
     @classmethod
-    def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        index = super()._dict_from_json_file(*args, **kwargs)
-        known = {key: ["diffusers", "ModelMixin"] for key, value in index.items() if isinstance(value, list)}
-        return index | known | {"_class_name": cls.__name__}
+    def _dict_from_json_file(cls, json_file: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        index = read_object(json_file)
+        ours = {key: ["diffusers", "ModelMixin"] for key in ("unet", "scheduler") if key in components(index)}
+        return {"_class_name": cls.__name__} | ours
 
 
-def opened(cls: Any, source: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The folder of a model, and keywords with which `DiffusionPipeline.from_pretrained` makes a `cls` of it.
+def parts(cls: Any, source: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with which to make a `cls` of what is in a folder or a repo.
 
     Nothing of a repo is run: scheduler and network are made here, from classes that this process knows. Raises
     ValueError or OSError that says what to do.
@@ -150,35 +170,42 @@ def opened(cls: Any, source: str | os.PathLike, kwargs: dict[str, Any]) -> tuple
         )
     kwargs.pop("trust_remote_code", None)  # there is nothing to trust
     hub = {key: kwargs.pop(key) for key in HUB_SETTINGS if key in kwargs}
-    folder = Path(name) if os.path.isdir(name) else _download(name, hub, kwargs)
+    weights = {key: kwargs.pop(key) for key in WEIGHT_SETTINGS if key in kwargs}
+    wanted = inspect.signature(cls.__init__).parameters.keys() - {"self"}
+    if kwargs.keys() - wanted:
+        raise TypeError(f"{cls.__name__}.from_pretrained() got an unexpected keyword {min(kwargs.keys() - wanted)!r}")
+    folder = Path(name) if os.path.isdir(name) else _download(name, hub, weights)
     index = read_index(folder, name)
-    others = components(index).keys() - inspect.signature(cls.__init__).parameters.keys()
+    others = components(index).keys() - wanted
     if others:
         raise ValueError(
             f"{name} has {', '.join(sorted(others))} beside a network and a scheduler: open it with DiffusionPipeline, "
             "and give that pipeline a scheduler of this package"
         )
-    if kwargs.get("scheduler") is None:
-        kwargs["scheduler"] = open_scheduler(folder, index, name)
-    if kwargs.get("unet") is None and all(kwargs.get(key) is None for key in PLACEMENT):
-        weights = {key: kwargs.pop(key) for key in WEIGHT_SETTINGS if key in kwargs}
-        kwargs["unet"] = open_unet(folder, index, name, weights)
-    return folder, kwargs
+    made = {key: value for key, value in kwargs.items() if value is not None}
+    if "scheduler" not in made:
+        made["scheduler"] = open_scheduler(folder, index, name)
+    if "unet" not in made:
+        made["unet"] = open_unet(folder, index, name, weights)
+    for key in components(index).keys() - made.keys():  # of a subclass
+        made[key] = _class(name, key, *index[key], object).from_pretrained(folder / key)
+    return made
 
 
 def plain_index(index: dict[str, Any]) -> dict[str, Any]:
     """What `model_index.json` holds, naming no code files but the modules of this process."""
     plain = index | {"_class_name": _class_name(index.get("_class_name"))}
-    if _scheduler_is_ours(index):
+    if scheduler_is_ours(index):
         plain["scheduler"] = [GeneralizedDDIMScheduler.__module__, index["scheduler"][1]]
     return plain
 
 
-def _download(name: str, hub: dict[str, Any], kwargs: dict[str, Any]) -> Path:
+def _download(name: str, hub: dict[str, Any], weights: dict[str, Any]) -> Path:
     """The folder of a snapshot of a repo, with the weights that are asked for."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise OSError(f"there is no folder {name}")
-    wanted = {key: kwargs[key] for key in ("variant", "use_safetensors") if key in kwargs}
+    check_repo_id(name)
+    wanted = {key: weights[key] for key in ("variant", "use_safetensors") if key in weights}
     with told(name, hub.get("token"), hub.get("revision")):
         return Path(_Download.download(name, **hub, **wanted))
 
@@ -194,9 +221,7 @@ def read_index(folder: Path, name: str) -> dict[str, Any]:
             raise ValueError(f"{name}: {INDEX} says {key}={value!r}, which is not a module and a class")
     missing = [key for key in ("unet", "scheduler") if key not in components(index)]
     if missing:
-        raise ValueError(
-            f"{name}: {INDEX} names no {' and no '.join(missing)}, so it is no model of this pipeline's kind"
-        )
+        raise ValueError(f"{name}: {INDEX} names no {' and no '.join(missing)}, so it is no model of this kind")
     return index
 
 
@@ -205,11 +230,8 @@ def is_ours(index: dict[str, Any]) -> bool:
     return _class_name(index.get("_class_name")) == PIPELINE
 
 
-def _class_name(value: Any) -> Any:
-    return value[1] if isinstance(value, list | tuple) else value
-
-
-def _scheduler_is_ours(index: dict[str, Any]) -> bool:
+def scheduler_is_ours(index: dict[str, Any]) -> bool:
+    """Whether the scheduler that a `model_index.json` names is of this package."""
     module, name = components(index).get("scheduler", ("", ""))
     return name in SCHEDULERS and OURS.fullmatch(module) is not None
 
@@ -220,6 +242,10 @@ def components(index: dict[str, Any]) -> dict[str, list[str]]:
     return {key: value for key, value in named.items() if None not in value}
 
 
+def _class_name(value: Any) -> Any:
+    return value[1] if isinstance(value, list | tuple) else value
+
+
 def _part(folder: Path, component: str) -> Path:
     """Where the files of a component are: old repos keep all in one folder."""
     return folder / component if (folder / component).is_dir() else folder
@@ -228,7 +254,7 @@ def _part(folder: Path, component: str) -> Path:
 def _class(name: str, component: str, module: str, class_name: str, base: type) -> Any:
     """A class that this process knows: of diffusers, or of a module that was imported before."""
     found = getattr(diffusers if module == "diffusers" else sys.modules.get(module), class_name, None)
-    if not (isinstance(found, type) and issubclass(found, base)):
+    if not (isinstance(found, type) and issubclass(found, base) and hasattr(found, "from_pretrained")):
         raise ValueError(
             f"{name}: {INDEX} names {class_name} of {module} for the {component}, and this process knows no such "
             f"{base.__name__}. Import that module before, or pass {component}=…. If it is code of the repo, read it "
@@ -239,17 +265,20 @@ def _class(name: str, component: str, module: str, class_name: str, base: type) 
 
 def open_scheduler(folder: Path, index: dict[str, Any], name: str) -> SchedulerMixin:
     """The scheduler of a folder. That of a stock pipeline becomes one of ours, and what that changes is logged."""
-    module, class_name = index["scheduler"]
-    part = _part(folder, "scheduler")
-    if not (part / "scheduler_config.json").is_file():
+    file = _part(folder, "scheduler") / "scheduler_config.json"
+    if not file.is_file():
         raise OSError(f"{name} has no scheduler_config.json")
-    config = read_object(part / "scheduler_config.json")
-    if _scheduler_is_ours(index):
-        return SCHEDULERS[class_name].from_config(config)
-    known = _class(name, "scheduler", module, class_name, SchedulerMixin)
-    if is_ours(index):
-        return known.from_config(config)
-    scheduler, story = adopt(config, known)
+    config = read_object(file)
+    if scheduler_is_ours(index):
+        known, adopts = SCHEDULERS[index["scheduler"][1]], False
+    else:
+        known, adopts = _class(name, "scheduler", *index["scheduler"], SchedulerMixin), not is_ours(index)
+    try:
+        if not adopts:
+            return known.from_config(config)
+        scheduler, story = adopt(config, known)
+    except (TypeError, AttributeError, ArithmeticError, MemoryError, LookupError) as error:
+        raise ValueError(f"{name}: the settings in scheduler_config.json make no scheduler: {_line(error)}") from error
     logger.warning("%s is a %s. %s", name, _class_name(index.get("_class_name")), story)
     return scheduler
 
@@ -263,11 +292,10 @@ def adopt(config: dict[str, Any], known: type) -> tuple[GeneralizedDDIMScheduler
     scheduler = GeneralizedDDIMScheduler.from_config(taken)
     before = theirs | {key: value for key, value in config.items() if key in theirs}
     after = {key: scheduler.config[key] for key in ours if key in before}
+    changed = {key: value for key, value in after.items() if value != before[key]}
     said = {
-        "taken over": [f"{key}={value!r}" for key, value in after.items() if key in config and value == before[key]],
-        "another now": [
-            f"{key}={value!r} (was {before[key]!r})" for key, value in after.items() if value != before[key]
-        ],
+        "taken over": [f"{key}={value!r}" for key, value in after.items() if key in config and key not in changed],
+        "another now": [f"{key}={value!r} (was {before[key]!r})" for key, value in changed.items()],
         "left out": [key for key in config if key not in taken],
     }
     lines = [f"Its {known.__name__} became a GeneralizedDDIMScheduler with η = {scheduler.config.eta:g}."]
@@ -288,34 +316,55 @@ def open_unet(folder: Path, index: dict[str, Any], name: str, settings: dict[str
     known = _class(name, "unet", *index["unet"], ModelMixin)
     if known.__module__.startswith("diffusers.") and not issubclass(known, UNet2DModel):
         raise ValueError(f"{name} has a {known.__name__}; this pipeline is for a UNet2DModel")
+    settings = {key: value for key, value in settings.items() if value is not None}
     dtype = settings.get("dtype", settings.get("torch_dtype"))
     if isinstance(dtype, dict):
         key = "dtype" if "dtype" in settings else "torch_dtype"
-        settings = settings | {key: dtype.get("unet", dtype.get("default", torch.float32))}
-    part = _part(folder, "unet")
-    found = sorted(file.name for file in part.glob("*") if file.suffix in (".safetensors", ".bin"))
-    if settings.get("use_safetensors") is None:  # or diffusers says that it looks for others
-        settings = settings | {"use_safetensors": any(name.endswith(".safetensors") for name in found)}
+        settings[key] = dtype.get("unet", dtype.get("default", torch.float32))
+    part, variant = _part(folder, "unet"), settings.get("variant")
+    found = sorted(path.name for path in part.glob("*") if WEIGHTS.fullmatch(path.name))
+    fitting = [file for file in found if WEIGHTS.fullmatch(file)["variant"] == variant]
+    if known.__module__.startswith("diffusers.") and not fitting:
+        wanted = "weights of a network" if variant is None else f"weights of the variant {variant!r}"
+        raise OSError(f"{name} has no {wanted}; it has {', '.join(found) or 'none at all'}")
+    if "use_safetensors" not in settings:  # or diffusers says that it looks for others
+        settings["use_safetensors"] = any(file.endswith(".safetensors") for file in fitting)
     try:
-        unet, report = known.from_pretrained(part, output_loading_info=True, **settings)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        unet, report = _from_pretrained(known, part, settings)
+    except Exception as error:  # settings and files of any kind reach the class, which fails in as many ways
         said = _line(error).split(" If you want")[0]
         if "shape" in said or "size mismatch" in said:
             raise ValueError(f"the weights of {name} do not fit its config: {said}") from error
-        raise OSError(
-            f"cannot load the network of {name}: {said}. Its weights: {', '.join(found) or 'none'}. Where a "
-            "download is damaged, force_download=True mends it"
-        ) from error
-    wrong = {
-        key: sorted(report[f"{key}_keys"]) for key in ("missing", "unexpected", "mismatched") if report[f"{key}_keys"]
-    }
+        again = "" if os.path.isdir(name) else ". Where the download is damaged, force_download=True mends it"
+        raise OSError(f"cannot load the network of {name} ({', '.join(fitting)}): {said}{again}") from error
+    kinds = ("missing", "unexpected", "mismatched")
+    wrong = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in kinds if report[f"{kind}_keys"]}
     if wrong:
-        said = "; ".join(f"{len(keys)} {key}, such as {keys[0]}" for key, keys in wrong.items())
+        said = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items())
         raise ValueError(f"the weights of {name} do not fit its config: {said}")
     return unet
 
 
+def _from_pretrained(known: Any, part: Path, settings: dict[str, Any]) -> tuple[ModelMixin, dict[str, Any]]:
+    """A network and what diffusers says of its loading; `dtype` by the name that this version has for it."""
+    try:
+        return known.from_pretrained(part, output_loading_info=True, **settings)
+    except TypeError as error:
+        if "dtype" not in settings or "'dtype'" not in str(error):
+            raise
+        settings = {"torch_dtype" if key == "dtype" else key: value for key, value in settings.items()}
+        return known.from_pretrained(part, output_loading_info=True, **settings)
+
+
 # ---- failures of the Hub's client ----------------------------------------------------------------------------------
+
+
+def check_repo_id(name: str) -> None:
+    """Raise OSError for what is no id of a repo."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise OSError(f"{name!r} is no id of a repo: it must be like user/model") from error
 
 
 @contextmanager
@@ -325,8 +374,8 @@ def told(name: str, token: Any = None, revision: str | None = None, to: str = "r
     `to` "read" or "write" is what is being tried with the repo.
     """
     used = token if isinstance(token, str) else None if token is False else get_token()
-    if used and not (used.isascii() and used.isprintable() and " " not in used):  # the client's error would show it
-        raise OSError("the token has characters that no token has: copy it again")
+    if used is not None and not (used and used.isascii() and used.isprintable() and " " not in used):
+        raise OSError("the token is empty, or has characters that no token has: copy it again")  # the client shows it
     try:
         yield
     except Exception as error:
@@ -343,8 +392,6 @@ def _meaning(chain: list[BaseException], name: str, revision: str | None, to: st
 
     answers = [each.response for each in chain if isinstance(each, HfHubHTTPError)]
     status = next((answer.status_code for answer in answers if answer is not None), None)
-    if has(HFValidationError):
-        return f"{name!r} is no id of a repo: it must be like user/model"
     if has(RevisionNotFoundError):
         return f"{name} has no revision {revision!r} on {where}: give a branch, a tag or a commit that is there"
     if has(GatedRepoError):
@@ -355,6 +402,8 @@ def _meaning(chain: list[BaseException], name: str, revision: str | None, to: st
         return f"there is no {name} on {where} for all to {to}: check the name, or log in with a token that may {to} it"
     if status == 403:
         return f"the token may not write to {name} on {where}: use one that may"
+    if status == 412:
+        return f"somebody else pushed to {name} at the same time: push again"
     if status is not None and status != 404:
         return f"{where} answered {name} with status {status}: try again later"
     if has(LocalEntryNotFoundError, ConnectionError) or any("Connect" in type(each).__name__ for each in chain):

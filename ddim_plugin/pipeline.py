@@ -19,9 +19,9 @@ from torch import Tensor
 from . import images as pictures
 from . import inversion, process
 from .gaussian import slerp
-from .hub import opened, plain_index, write_index
+from .hub import check_repo_id, parts, plain_index, weight_files, write_index
 from .inversion import InversionReport
-from .push import DRAWN, draw, has_samples, push_folder
+from .push import DRAWN, classes_of, draw, has_samples, push_folder, same_weights
 from .schedulers import (
     GeneralizedDDIMScheduler,
     GeneralizedDDIMSchedulerOutput,
@@ -170,14 +170,14 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: a folder, or the id of a repo.
             kwargs: those of `DiffusionPipeline.from_pretrained`: `revision`, `token`, `cache_dir`, `local_files_only`,
-                `variant`, `torch_dtype`, …; and `unet` or `scheduler` to take instead of those in the repo.
+                `variant`, `torch_dtype`, `device_map` (of the network), …; and `unet` or `scheduler` to take instead of
+                those in the repo.
 
         Raises:
             OSError: for a repo, revision or file that is not there, not allowed, or damaged.
             ValueError: for a model of another kind, classes that this process does not know, weights that do not fit.
         """
-        folder, kwargs = opened(cls, pretrained_model_name_or_path, kwargs)
-        pipe = super().from_pretrained(folder, **kwargs)
+        pipe = cls(**parts(cls, pretrained_model_name_or_path, kwargs))
         pipe.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         return pipe
 
@@ -206,7 +206,13 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             push_to_hub: also push it; `kwargs` are then those of the method `push_to_hub`, with `repo_id` (by default
                 the folder's name).
         """
+        if kwargs and not push_to_hub:
+            raise TypeError(f"save_pretrained() got an unexpected keyword {min(kwargs)!r}")
+        before = weight_files(save_directory, variant)
         super().save_pretrained(save_directory, safe_serialization, variant=variant, max_shard_size=max_shard_size)
+        for path, changed in before.items():  # another form of these weights, which would be read in their place
+            if path.is_file() and path.stat().st_mtime_ns == changed:
+                path.unlink()
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
 
@@ -247,7 +253,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             revision: the branch; main by default, made where it does not exist.
             license: the Hub's id of the licence of the weights, for the card.
             records: folder with `results.json`, `training.json` and pictures for the card; by default the one that this
-                pipeline was loaded from.
+                pipeline was loaded from, where the weights are still those.
             samples: number of pictures to draw for the card, at 20 steps; by default 16 where there is no picture yet.
 
         Returns:
@@ -263,13 +269,16 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             raise ValueError(
                 f"a {type(self).__name__} has code of its own, which cannot be pushed: push a GeneralizedDDIMPipeline"
             )
-        if records is None and os.path.isdir(self.name_or_path or ""):
-            records = self.name_or_path
+        if samples is not None and (not is_integer(samples) or samples < 0):
+            raise ValueError(f"samples must be a non-negative integer, not {samples!r}")
+        check_repo_id(repo_id)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant)
+            if records is None and same_weights(folder, self.name_or_path, variant):
+                records = self.name_or_path
             if samples is None:
                 samples = 0 if has_samples(records or folder) else DRAWN
-            drawn, caption = draw(self, samples) if samples else (None, "")
+            drawn, caption = draw(self, samples, classes=classes_of(records or folder)) if samples else (None, "")
             return push_folder(
                 folder,
                 repo_id,
@@ -635,7 +644,10 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         scheduler, config = self.scheduler, self.scheduler.config
         remedy = "pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config"
         if not isinstance(scheduler, GeneralizedDDIMScheduler) or isinstance(scheduler, InverseDDIMScheduler):
-            raise ValueError(f"latents need a GeneralizedDDIMScheduler, not {type(scheduler).__name__}: {remedy})")
+            given = f"{type(scheduler).__module__}.{type(scheduler).__name__}"
+            raise ValueError(
+                f"latents need a GeneralizedDDIMScheduler of {__name__.split('.')[0]}, not {given}: {remedy})"
+            )
         if process.adds_noise(config.variance_type, config.eta):
             raise ValueError(
                 f"latents need the deterministic process: with noise (eta={config.eta:g}, "

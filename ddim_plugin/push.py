@@ -1,5 +1,6 @@
 """Pushing a saved pipeline to the Hub: one commit with weights, configs, code, card, pictures and results."""
 
+import hashlib
 import io
 import json
 import re
@@ -7,20 +8,40 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from torch import Generator
 
-from .card import MARK, card, eval_results, public, read_object, read_results
-from .hub import CODE, INDEX, components, is_ours, open_scheduler, open_unet, read_index, told, with_code
+from .card import card, eval_results, is_written_here, public, read_object, read_results
+from .hub import (
+    CODE,
+    INDEX,
+    check_repo_id,
+    components,
+    is_ours,
+    open_scheduler,
+    open_unet,
+    read_index,
+    scheduler_is_ours,
+    told,
+    variant_of,
+    with_code,
+)
 from .images import grid
+from .schedulers import GeneralizedDDIMScheduler, InverseDDIMScheduler
 
 README, RESULTS, TRAINING, CONVERSION = "README.md", "results.json", "training.json", "conversion.json"
-GRID = "samples.png"
+GRID, LOSS = "samples.png", "loss.png"
+RECORDS = (RESULTS, TRAINING, CONVERSION)
 DRAWN, DRAWN_STEPS = 16, 20
 """Pictures of the grid that is drawn where there is none, and S for it."""
 
-WEIGHTS = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[^.-]+))?(-\d+-of-\d+)?\.safetensors")
+STATE = re.compile(r"unet/diffusion_pytorch_model.*\.(safetensors|bin|json)")
+OWNED = re.compile(
+    rf"{CODE.pattern}|{STATE.pattern}|results\.json|training\.json|conversion\.json|{GRID}|{LOSS}|\.eval_results/.*"
+)
+"""Names in a repo that a push writes, and takes away where they are not of the model that it pushes."""
+
+Content = Path | bytes
 
 
 def push_folder(
@@ -40,8 +61,9 @@ def push_folder(
     """Push what `save_pretrained` or the training script wrote, in one commit; nothing in the folder is changed.
 
     The weights of all variants there go along, and from the folder `records` (the same, if not given) `results.json`,
-    `training.json`, `conversion.json` and the pictures. A README.md that somebody wrote there is the card; else one is
-    written from those (see `card`).
+    `training.json`, `conversion.json`, `samples.png` (or the last of `previews/`), `loss.png`, and the pictures that
+    `results.json` lists under "pictures". A README.md that somebody wrote, there or in the repo, is the card; else one
+    is written from the records (see `card`). Where other weights are in the repo, what was said of them goes.
 
     Args:
         repo_id: id of the repo; it is made where it does not exist.
@@ -50,7 +72,7 @@ def push_folder(
         revision: the branch, made where it does not exist; main by default.
         create_pr: open a pull request instead.
         license: the Hub's id of the licence of the weights.
-        drawn, caption: a grid of samples for the card, where the folder has none.
+        drawn, caption: a grid of samples for the card, instead of one in `records`.
 
     Returns:
         the commit; where nothing has changed, the last one.
@@ -59,25 +81,35 @@ def push_folder(
         ValueError: before anything is sent, for a folder, record or id that is not right.
         OSError: where the Hub cannot be reached or refuses. The branch is then as it was; a new repo may be left empty.
     """
-    with told(repo_id):
-        validate_repo_id(repo_id)  # before the folder is read
-    files, said = contents(Path(folder), repo_id, Path(records or folder), license, drawn, caption)
-    own_card = isinstance(files[README], Path)
+    check_repo_id(repo_id)
+    folder, records = Path(folder), Path(records or folder)
+    if not records.is_dir():
+        raise ValueError(f"there is no folder {records}")
+    branch = None if create_pr else revision
+    files, said = contents(folder, repo_id, records, license, drawn, caption, branch)
     api = HfApi(token=token)
     repo_id = open_repo(api, repo_id, private)
     with told(repo_id, token, revision, to="write"):
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        info = api.model_info(repo_id, revision=revision)
-        there = {each.rfilename for each in info.siblings or ()}
-        if README in there and not own_card:
+        if branch is not None:
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+        there = {each.rfilename: each for each in info.siblings or ()}
+        same = _same_model(there, files)
+        if README in there and not isinstance(files[README], Path):
             remote = Path(api.hf_hub_download(repo_id, README, revision=info.sha)).read_text(encoding="utf-8")
-            if MARK not in remote or not said:
-                del files[README]  # somebody wrote it, or it says more
+            if not is_written_here(remote) or (same and not said):
+                del files[README]  # somebody wrote it, or it says more of these weights
+        kept = CODE if same else OWNED
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
-        operations += [CommitOperationDelete(name) for name in there if CODE.fullmatch(name) and name not in files]
-        message = commit_message or "Upload GeneralizedDDIMPipeline"
-        return api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
+        operations += [CommitOperationDelete(name) for name in there if kept.fullmatch(name) and name not in files]
+        return api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message or "Upload GeneralizedDDIMPipeline",
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=info.sha,
+        )
 
 
 def open_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
@@ -85,35 +117,58 @@ def open_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
 
     Raises OSError where the Hub cannot be reached or refuses, ValueError where `private` and the repo is public.
     """
+    check_repo_id(repo_id)
     with told(repo_id, api.token, to="write"):
-        validate_repo_id(repo_id)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo_id).private:
             raise ValueError(f"{repo_id} is public, and private=True changes no repo that exists: nothing was pushed")
         return repo_id
 
 
+def _same_model(there: dict[str, Any], files: dict[str, Content]) -> bool:
+    """Whether the repo has these weights, or none of their variants, so that they are another form of its model."""
+    weights = {name: content for name, content in files.items() if STATE.fullmatch(name)}
+    pushed = {variant_of(name) for name in weights}
+    if not any(STATE.fullmatch(name) and variant_of(name) in pushed for name in there):
+        return True
+    return all(name in there and _digest(content, there[name]) for name, content in weights.items())
+
+
+def _digest(content: Content, there: Any) -> bool:
+    """Whether a file in the repo has this content, by the digest that the Hub keeps of it."""
+    data = content.read_bytes() if isinstance(content, Path) else content
+    if there.lfs is not None:
+        return hashlib.sha256(data).hexdigest() == there.lfs["sha256"]
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == there.blob_id
+
+
+# ---- what is pushed ------------------------------------------------------------------------------------------------
+
+
 def contents(
-    folder: Path, repo_id: str, records: Path, license: str | None, drawn: Image.Image | None, caption: str
-) -> tuple[dict[str, Path | bytes], bool]:
+    folder: Path,
+    repo_id: str,
+    records: Path,
+    license: str | None,
+    drawn: Image.Image | None,
+    caption: str,
+    revision: str | None,
+) -> tuple[dict[str, Content], bool]:
     """What is pushed, by its name in the repo; and whether the card tells more than the configs do.
 
     Raises ValueError or OSError for a folder that would not load again, or records that are not in order.
     """
-    index = read_index(folder, str(folder))
-    if not is_ours(index):
-        raise ValueError(
-            f"{folder} is a {index.get('_class_name')}: open it with GeneralizedDDIMPipeline.from_pretrained, push that"
-        )
-    files: dict[str, Path | bytes] = {}
-    for component in components(index):
-        files |= _component(folder, component)
-    files |= _code(folder, index)
-    for variant in variants(folder):
-        parameters = open_unet(folder, index, str(folder), {"variant": variant}).num_parameters()
+    index = _index(folder)
+    files = _code(folder, index) | _state(folder)
+    for name in ("unet/config.json", "scheduler/scheduler_config.json"):
+        files[name] = _json(folder / name)
+    names = variants(folder)
+    for variant in names:
+        unet = open_unet(folder, index, str(folder), {"variant": variant})
+    scheduler = open_scheduler(folder, index, str(folder))
 
-    found = {name: records / name for name in (RESULTS, TRAINING, CONVERSION) if (records / name).is_file()}
-    results = read_results(found[RESULTS]) if RESULTS in found else []
+    found = {name: records / name for name in RECORDS if (records / name).is_file()}
+    results = public(read_results(found[RESULTS])) if RESULTS in found else []
     training, conversion = (
         public(read_object(found[name])) if name in found else {} for name in (TRAINING, CONVERSION)
     )
@@ -121,63 +176,102 @@ def contents(
     pictures = _pictures(records)
     if drawn is not None:
         pictures[GRID] = _png(drawn)
-    elif GRID in pictures:
-        caption = _caption(records, training)
     files |= pictures | {name: text.encode() for name, text in eval_results(results).items()}
 
-    if (folder / README).is_file() and MARK not in (folder / README).read_text(encoding="utf-8"):
-        files[README] = folder / README
-        return files, True
-    scheduler = open_scheduler(folder, index, str(folder))
-    text = card(
-        repo_id,
-        read_object(folder / "unet" / "config.json"),
-        dict(scheduler.config) | {"_class_name": type(scheduler).__name__},
-        parameters,
-        results,
-        training,
-        conversion,
-        GRID if GRID in pictures else None,
-        caption,
-        license,
-    )
-    files[README] = text.encode()
-    return files, bool(results or training or conversion or pictures or license)
+    own = folder / README
+    if own.is_file() and not is_written_here(own.read_text(encoding="utf-8")):
+        return files | {README: own}, True
+    try:
+        if drawn is None and GRID in pictures:
+            caption = _caption(records, training)
+        text = card(
+            repo_id,
+            dict(unet.config),
+            dict(scheduler.config) | {"_class_name": type(scheduler).__name__},
+            unet.num_parameters(),
+            results,
+            training,
+            conversion,
+            GRID if GRID in pictures else None,
+            caption,
+            license,
+            names[0],
+            revision,
+        )
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"the records in {records} are not as the scripts write them: {error!r}") from error
+    return files | {README: text.encode()}, bool(results or training or conversion or pictures or license)
 
 
-def _component(folder: Path, component: str) -> dict[str, Path | bytes]:
-    """Configs and weights of a component."""
-    files: dict[str, Path | bytes] = {}
-    for path in sorted((folder / component).glob("*")):
-        if path.suffix == ".json":
-            files[f"{component}/{path.name}"] = _json(path)
-        elif path.suffix == ".safetensors":
-            files[f"{component}/{path.name}"] = path
-    return files
+def _index(folder: Path) -> dict[str, Any]:
+    """What `model_index.json` holds, where all readers can open what it names."""
+    index = read_index(folder, str(folder))
+    if not is_ours(index):
+        raise ValueError(
+            f"{folder} is a {index.get('_class_name')}: open it with GeneralizedDDIMPipeline.from_pretrained, push that"
+        )
+    for key, (module, name) in components(index).items():
+        if key not in ("unet", "scheduler") or not (
+            module == "diffusers" or (key == "scheduler" and scheduler_is_ours(index))
+        ):
+            raise ValueError(f"{folder}: {INDEX} names {name} of {module} for {key}, which others do not have")
+    return index
 
 
 def variants(folder: str | Path) -> list[str | None]:
     """The variants of the network's weights in a folder, the ordinary ones, None, first."""
-    matches = [WEIGHTS.fullmatch(path.name) for path in (Path(folder) / "unet").glob("*.safetensors")]
-    found = {match["variant"] for match in matches if match}
+    found = {variant_of(name) for name in _state(Path(folder)) if name.endswith(".safetensors")}
     if not found:
         raise ValueError(f"{folder} has no weights as safetensors: open it, and save_pretrained into a new folder")
     return sorted(found, key=lambda variant: variant or "")
 
 
-def _code(folder: Path, index: dict[str, Any]) -> dict[str, Path | bytes]:
-    """`model_index.json` and the code files: those of the folder, or where it has none, ours."""
-    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
-    files: dict[str, Path | bytes] = {name: path for name, path in names.items() if CODE.fullmatch(name)}
-    if not isinstance(index["_class_name"], list):
-        index, made = with_code(index)
-        files = {name: text.encode() for name, text in made.items()}
-    return files | {INDEX: (json.dumps(public(index), indent=2) + "\n").encode()}
+def same_weights(folder: str | Path, other: str | Path | None, variant: str | None) -> bool:
+    """Whether another folder holds the network's weights of this one, in the same files."""
+    ours = [name for name in _state(Path(folder)) if variant_of(name) == variant]
+    if not other or not all((Path(other) / name).is_file() for name in ours):
+        return False
+    return all((Path(other) / name).read_bytes() == (Path(folder) / name).read_bytes() for name in ours)
 
 
-def _pictures(records: Path) -> dict[str, Path | bytes]:
-    """The pictures in a folder; of previews the last, where there are no samples."""
-    pictures: dict[str, Path | bytes] = {path.name: path for path in sorted(records.glob("*.png"))}
+def _state(folder: Path) -> dict[str, Content]:
+    """The network's weights as safetensors, and the indexes of those in several files."""
+    names = {f"unet/{path.name}": path for path in sorted((folder / "unet").glob("diffusion_pytorch_model*"))}
+    return {name: path for name, path in names.items() if STATE.fullmatch(name) and not name.endswith(".bin")}
+
+
+def _code(folder: Path, index: dict[str, Any]) -> dict[str, Content]:
+    """`model_index.json` and the code files it names: those of the folder, or where some are missing, ours.
+
+    Raises ValueError for a file whose content is not the one its name was made from.
+    """
+    made, ours = with_code(index)
+    files: dict[str, Content] = {name: text.encode() for name, text in ours.items()}
+    if isinstance(index["_class_name"], list):
+        stem, new = (each["_class_name"][0].removesuffix("_pipeline") for each in (index, made))
+        there = {name.replace(new, stem): folder / name.replace(new, stem) for name in ours}
+        if all(path.is_file() for path in there.values()):
+            for path in there.values():
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+                if path.stem == stem and not stem.endswith(f"_{digest}"):
+                    raise ValueError(f"{path} was changed since it was saved: save the pipeline again")
+            made, files = index, dict(there)
+    return files | {INDEX: (json.dumps(public(made), indent=2) + "\n").encode()}
+
+
+def _pictures(records: Path) -> dict[str, Content]:
+    """The pictures in a folder that belong to the model; of previews the last, where there are no samples."""
+    names = [GRID, LOSS]
+    if (records / RESULTS).is_file():
+        listed = read_object(records / RESULTS).get("pictures", [])
+        if not isinstance(listed, list) or not all(
+            isinstance(each, str) and re.fullmatch(r"[\w-]+\.png", each) for each in listed
+        ):
+            raise ValueError(
+                f'{records / RESULTS} must list names such as figure4.png under "pictures", not {listed!r}'
+            )
+        names += listed
+    pictures: dict[str, Content] = {name: records / name for name in names if (records / name).is_file()}
     previews = sorted(records.glob("previews/*.png"))
     return pictures if GRID in pictures or not previews else pictures | {GRID: previews[-1]}
 
@@ -190,9 +284,9 @@ def has_samples(records: str | Path) -> bool:
 def _caption(records: Path, training: dict[str, Any]) -> str:
     """What is known of the samples: from the file that the command line writes beside them, or from the training."""
     if (records / GRID).is_file():
-        if not (records / "sample.json").is_file():
-            return "Samples."
-        settings = read_object(records / "sample.json").get("settings", {})
+        settings = {}
+        if (records / "sample.json").is_file():
+            settings = read_object(records / "sample.json").get("settings", {})
         known = {"S": settings.get("steps"), "η": settings.get("eta"), "the first seed": settings.get("seed")}
         return (
             ", ".join(["Samples", *(f"{name} = {value}" for name, value in known.items() if value is not None)]) + "."
@@ -200,22 +294,41 @@ def _caption(records: Path, training: dict[str, Any]) -> str:
     return f"Samples at S = {training.get('config', {}).get('preview_steps')}, η = 0."
 
 
-def draw(pipe: Any, number: int = DRAWN, steps: int = DRAWN_STEPS) -> tuple[Image.Image, str]:
-    """A grid of samples for the card, in rows of 8, and what is said below it; image i from seed i."""
+def draw(
+    pipe: Any, number: int = DRAWN, steps: int = DRAWN_STEPS, classes: int | None = None
+) -> tuple[Image.Image, str]:
+    """A grid of samples for the card, in rows of 8, and what is said below it; image i from seed i.
+
+    Of a conditional network image i is of class i modulo `classes`, by default as many as it has labels.
+    """
+    kept = pipe.scheduler
+    if isinstance(kept, InverseDDIMScheduler):
+        pipe.scheduler = GeneralizedDDIMScheduler.from_config(kept.config)
     steps = min(steps, pipe.scheduler.config.num_train_timesteps)
-    classes = pipe.unet.config.num_class_embeds
+    classes = classes or pipe.unet.config.num_class_embeds
     labels = [i % classes for i in range(number)] if classes else None
     generators = [Generator().manual_seed(i) for i in range(number)]
     images = pipe(number, steps, generator=generators, class_labels=labels, output_type="np").images
     eta = getattr(pipe.scheduler.config, "eta", None)
     said = f"{type(pipe.scheduler).__name__}, S = {steps}" + ("" if eta is None else f", η = {eta:g}")
+    pipe.scheduler = kept
     return grid([images[i : i + 8] for i in range(0, number, 8)]), f"{said}, seeds 0 to {number - 1}."
 
 
+def classes_of(records: str | Path) -> int | None:
+    """How many classes the training had; the network may have a label more, for none of them."""
+    file = Path(records) / TRAINING
+    classes = read_object(file).get("classes") if file.is_file() else None
+    return len(classes) if isinstance(classes, list) and classes else None
+
+
 def _json(path: Path) -> bytes:
-    """A JSON file without the places of this machine."""
+    """A JSON file without the places of this machine. Raises ValueError for numbers that JSON does not have."""
     content = {key: value for key, value in read_object(path).items() if key != "_name_or_path"}
-    return (json.dumps(public(content), indent=2) + "\n").encode()
+    try:
+        return (json.dumps(public(content), indent=2, allow_nan=False) + "\n").encode()
+    except ValueError as error:
+        raise ValueError(f"{path} holds a number that is not finite, which JSON does not have") from error
 
 
 def _png(image: Image.Image) -> bytes:

@@ -56,6 +56,10 @@ def read(kind, case, records):
     kwargs = dict(case.get("kwargs", {}))
     if "torch_dtype" in kwargs:
         kwargs["torch_dtype"] = getattr(torch, kwargs["torch_dtype"])
+    if "scheduler" in case:
+        import diffusers
+
+        kwargs["scheduler"] = getattr(diffusers, case["scheduler"])()
     pipe = open_pipeline(kind, case["source"], kwargs)
     pipe.set_progress_bar_config(disable=True)
     answer = {

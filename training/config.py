@@ -99,18 +99,12 @@ def _base_type(hint: Any) -> Any:
 def record(config: Any) -> dict[str, Any]:
     """What a result is written with: the settings, the revision of the code, versions, and the kind of machine."""
     return {
-        "config": settings(config),
+        "config": dataclasses.asdict(config),
         "revision": revision(),
         "machine": {"system": platform.system(), "processor": platform.machine(), "cpus": os.cpu_count()},
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("ddim-plugin", "torch", "diffusers", "accelerate")},
     }
-
-
-def settings(config: Any) -> dict[str, Any]:
-    """The settings without those that are secret, which no file and no tracker may hold."""
-    secret = {field.name for field in dataclasses.fields(config) if field.metadata.get("secret")}
-    return {key: value for key, value in dataclasses.asdict(config).items() if key not in secret}
 
 
 def revision() -> str | None:

@@ -159,7 +159,8 @@ def sets(content: Any, published: str | None) -> dict[str, Mapping[str, Tensor]]
     pesser one set a file.
     """
     if isinstance(content, list) and len(content) in (4, 5):
-        found = dict(zip(("raw", "ema"), (content[0], *content[4:]), strict=False))
+        both = zip(("raw", "ema"), (content[0], *content[4:]), strict=False)
+        found = {kind: weights for kind, weights in both if weights is not None}
     else:
         kind = "unlabelled" if published is None else "ema" if published.startswith("ema_") else "raw"
         found = {kind: content}
@@ -316,7 +317,7 @@ def main(config: ConvertConfig) -> dict[str, Any]:
     trained = {"epoch": content[2], "step": content[3]} if isinstance(content, list) else {}
     settings = {key: value for key, value in unet.config.items() if not key.startswith("_")}
     result = record(config) | {
-        "source": source | {key: value for key, value in trained.items() if isinstance(value, int)},
+        "source": source | {key: value for key, value in trained.items() if type(value) is int},
         "weights": kind,
         "tensors": len(weights),
         "parameters": unet.num_parameters(),

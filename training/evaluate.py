@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,13 @@ from features import (
     open_extractor,
     open_reference,
     read_parts,
+    save_whole,
     statistics,
     weights_digest,
     work,
 )
 from metrics import METRICS, Features, check_count, check_metrics, frechet, gaussian
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from torch import Generator, Tensor
 
 import ddim_plugin
@@ -103,6 +104,7 @@ PAPER: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
 KINDS = ("fixed_small", "fixed_large", "learned_range", "optimal")
 CLIPS = {SAVED: {}, "always": True, "never": False, "fixed_large": None}
 STOCK_SPACINGS = ("leading", "trailing", "linspace")
+OPENED = ("GeneralizedDDIMPipeline", "DDPMPipeline", "DDIMPipeline", "PNDMPipeline")  # others as diffusers opens them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 SHOWN = 10
@@ -333,7 +335,7 @@ class Model:
             if self.pipe.image_size is None:
                 raise ValueError("the network's config has no sample_size: set it there")
             return (self.pipe.unet.config.in_channels, *self.pipe.image_size)
-        self.pipe.scheduler, eta = make_scheduler(Cell(SAVED, SAVED, SAVED, 2), self.saved, SAVED)
+        eta = self.prepare(Cell(SAVED, SAVED, SAVED, 2))["eta"]
         return tuple(self.pictures(range(1), 2, eta).shape[1:])
 
     def prepare(self, cell: Cell) -> dict[str, Any]:
@@ -344,6 +346,8 @@ class Model:
         self.pipe.scheduler = scheduler
         if self.ours:
             self.pipe._check_channels()
+        else:
+            self.seed(scheduler)
         kind, said = cell.noise[0], scheduler.config.get("eta") if cell.variance == SAVED else eta
         return {
             "scheduler": type(scheduler).__name__,
@@ -358,19 +362,40 @@ class Model:
             },
         }
 
+    def seed(self, scheduler: SchedulerMixin) -> None:
+        """Make its steps take the pictures' generators where the pipeline gives them none, as several forget to."""
+        step = scheduler.step
+        if "generator" not in inspect.signature(step).parameters:
+            return
+
+        @wraps(step)
+        def seeded(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("generator") is None:
+                kwargs["generator"] = self.generators
+            return step(*args, **kwargs)
+
+        scheduler.step = seeded
+
     def pictures(self, numbers: range, steps: int, eta: float | None) -> Tensor:
         """Pictures of these numbers as uint8 (B, C, H, W) on the device, rounded as when saved to files."""
+        self.generators = [Generator().manual_seed(self.config.seed + i) for i in numbers]
         given: dict[str, Any] = {
             "batch_size": len(numbers),
             "num_inference_steps": steps,
-            "generator": [Generator().manual_seed(self.config.seed + i) for i in numbers],
+            "generator": self.generators,
             "output_type": "pt" if self.ours else "np",
         }
         if eta is not None and "eta" in self.known:
             given["eta"] = eta
         if self.classes:
             given["class_labels"] = [i % self.classes for i in numbers]
+        before = random_state(self.device)
         images = self.pipe(**given).images
+        if random_state(self.device) != before:
+            raise ValueError(
+                f"{type(self.pipe).__name__} with {type(self.pipe.scheduler).__name__} draws noise that no picture's "
+                "seed decides: the numbers would depend on the batch size. Take another scheduler, or variance 0"
+            )
         if not isinstance(images, Tensor):
             images = torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2)
         if len(images) != len(numbers):
@@ -414,9 +439,11 @@ class Model:
 
 def open_pipe(name: str) -> Any:
     """Our pipeline where the model fits it, else the one of diffusers that the model names."""
-    index = DiffusionPipeline.load_config(name)
-    parts = {key for key, value in index.items() if not key.startswith("_") and isinstance(value, list | tuple)}
-    if parts == {"unet", "scheduler"}:
+    try:
+        named = DiffusionPipeline.load_config(name)["_class_name"]
+    except OSError:
+        return GeneralizedDDIMPipeline.from_pretrained(name)  # which says what is wrong
+    if (named[-1] if isinstance(named, list | tuple) else named) in OPENED:
         return GeneralizedDDIMPipeline.from_pretrained(name)
     pipe = DiffusionPipeline.from_pretrained(name)
     known = inspect.signature(pipe.__call__).parameters
@@ -425,6 +452,12 @@ def open_pipe(name: str) -> Any:
         wanted = f"takes no {', '.join(sorted(missing))}" if missing else "has no unet and scheduler"
         raise ValueError(f"{name} is no unconditional pipeline: its {type(pipe).__name__} {wanted}")
     return pipe
+
+
+def random_state(device: torch.device) -> list[bytes]:
+    """Of the generators that belong to no picture."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    return [state.numpy().tobytes() for state in states]
 
 
 def rows_of(args: tuple, kwargs: dict[str, Any]) -> int:
@@ -605,7 +638,7 @@ class Run:
         finished = {"cell": vars_of(cell), "settings": settings, "results": results, "versions": versions(self.config)}
         file = self.done(self.key(settings))
         file.parent.mkdir(exist_ok=True)
-        save_file({"pictures": arrays["pictures"]}, file.with_suffix(".safetensors"))
+        save_whole({"pictures": arrays["pictures"]}, file.with_suffix(".safetensors"))
         write_json(file, finished)
         return finished
 
@@ -615,13 +648,18 @@ def start_processes(device: str | None) -> PartialState:
     patience = InitProcessGroupKwargs(timeout=timedelta(days=2))
     Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
     state = PartialState()
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if state.num_processes != launched:
-        raise ValueError(
-            f"{launched} processes were launched that do not know of each other: on the CPU, use accelerate launch --cpu "
-            "or set ACCELERATE_USE_CPU=true"
-        )
+    check_launched(state.num_processes)
     return state
+
+
+def check_launched(processes: int) -> None:
+    """Raise ValueError where more processes were launched than know of each other: each would do all the work."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes != launched:
+        raise ValueError(
+            f"{launched} processes were launched that do not know of each other: on the CPU use accelerate launch "
+            "--cpu, or set ACCELERATE_USE_CPU=true"
+        )
 
 
 def vars_of(cell: Cell) -> dict[str, Any]:
@@ -784,7 +822,7 @@ def measured(result: dict[str, Any]) -> dict[tuple[str, str, str], list[tuple[di
 
 
 def table(result: dict[str, Any]) -> str:
-    """Table 1 in Markdown, for each metric, split, scheduler and spacing: variances by S; the paper's under a preset."""
+    """Table 1 in Markdown, for each metric, split, scheduler and spacing: variances by S, and the paper's."""
     config = result["config"]
     counts = {each["split"]: each["images"] for each in result["references"]}
     preset = "table1" if config["table1"] else "table3" if config["table3"] else None
@@ -848,11 +886,11 @@ def plot_quality(result: dict[str, Any], path: Path) -> None:
             seconds = [1000 * entry["seconds"] / entry["images"] for entry in entries]
             by_time.plot(seconds, values, marker="o", label=label)
         positive = all(entry["value"] > 0 for _, entry in pairs)
-        by_steps.set(xscale="log", yscale="log" if positive else "linear", xlabel="S", ylabel=f"{name}\n{data} {split}")
-        by_time.set(xscale="log", xlabel=f"seconds for 1000 pictures, {result['device']}")
+        by_steps.set(xlabel="S", ylabel=f"{name}\n{data} {split}")
+        by_time.set(xlabel=f"seconds for 1000 pictures, {result['device']}")
         by_steps.legend()
         for each in (by_steps, by_time):
-            each.grid(alpha=0.3)
+            logarithmic(each, *("xy" if positive else "x"))
     figure.savefig(path, dpi=110)
 
 
@@ -865,10 +903,23 @@ def plot_time(result: dict[str, Any], path: Path) -> None:
     for label, entries in series(next(iter(measured(result).values())), vars_of_all(result)).items():
         hours = [50_000 * entry["seconds"] / entry["images"] / 3600 for entry in entries]
         axes.plot([entry["num_inference_steps"] for entry in entries], hours, marker="o", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="S", ylabel=f"hours for 50,000 pictures, {result['device']}")
-    axes.grid(alpha=0.3)
+    axes.set(xlabel="S", ylabel=f"hours for 50,000 pictures, {result['device']}")
     axes.legend()
+    logarithmic(axes, "x", "y")
     figure.savefig(path, dpi=110)
+
+
+def logarithmic(axes: Any, *names: str) -> None:
+    """The x or y axis on a logarithmic scale, with plain numbers at 1, 2, 5, 10, …"""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.grid(alpha=0.3)
+    for name in names:
+        axes.set(**{f"{name}scale": "log"})
+        axis = getattr(axes, f"{name}axis")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from data import Frame, Pictures, origin
 from huggingface_hub.errors import EntryNotFoundError
 from metrics import Features, Gaussian, gaussian, library
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
 from ddim_plugin.images import MODES
@@ -252,7 +252,7 @@ def part_file(folder: Path, part: range) -> Path:
 def save_whole(arrays: dict[str, np.ndarray], file: Path, said: dict[str, str] | None = None) -> None:
     """Arrays as a file, written aside and renamed."""
     aside = file.with_name(file.name + ".part")
-    save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, aside, said)
+    aside.write_bytes(save({key: np.ascontiguousarray(array) for key, array in arrays.items()}, said))
     aside.replace(file)
 
 

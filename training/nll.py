@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from config import parse, record, settings, write_json, write_whole
+from config import parse, record, write_json, write_whole
 from data import load_images, origin
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
@@ -311,7 +311,7 @@ def earlier_cells(output: Path, config: NLLConfig) -> dict[str, Any]:
 def fitted(config: NLLConfig) -> dict[str, Any]:
     """The settings that the errors depend on."""
     keys = ("model", "fit_images", "fit_data", "fit_split", "class_label", "seed")
-    return {key: settings(config)[key] for key in keys} | {"data": config.fit_data or config.data}
+    return {key: getattr(config, key) for key in keys} | {"data": config.fit_data or config.data}
 
 
 def read_errors(file: Path, config: NLLConfig) -> Errors | None:

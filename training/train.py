@@ -4,6 +4,7 @@ accelerate launch training/train.py --config training/configs/digits.toml --outp
 """
 
 import ctypes
+import dataclasses
 import inspect
 import json
 import math
@@ -23,7 +24,7 @@ import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
 from checkpoints import Checkpoints, damage
-from config import code_files, move_in, parse, record, settings, write_json
+from config import code_files, move_in, parse, record, write_json
 from data import (
     Feed,
     Pictures,
@@ -46,8 +47,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.bundle import code
 from ddim_plugin.objective import TIMES, ImportanceTimes, Objective, draw_times
-from ddim_plugin.push import open_repo, push_folder
+from ddim_plugin.push import classes_of, draw, has_samples, open_repo, push_folder
 
 SKIPS = 50
 """Steps in a row that fp16's scaler may skip; each halves its scale."""
@@ -152,9 +154,6 @@ class TrainConfig:
     hub_revision: str | None = field(default=None, metadata={"help": "its branch; main by default"})
     hub_create_pr: bool = field(default=False, metadata={"help": "open a pull request instead"})
     hub_license: str | None = field(default=None, metadata={"help": "licence of the weights, as the Hub names it"})
-    hub_token: str | None = field(
-        default=None, repr=False, metadata={"help": "token that may write; by default as logged in", "secret": True}
-    )
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
@@ -520,7 +519,7 @@ class Run:
             if self.importance is not None:
                 save_file(self.importance.state_dict(), folder / "times.safetensors")
             state = {"step": step, "processes": self.share.processes, "skipped": self.skipped, "data": self.data_set()}
-            write_json(folder / "run.json", state | {"config": settings(self.config)})
+            write_json(folder / "run.json", state | {"config": dataclasses.asdict(self.config)})
 
     def data_set(self) -> dict[str, Any]:
         """What the data set is known by."""
@@ -551,6 +550,7 @@ class Run:
 def build(config: TrainConfig) -> Run:
     """Check everything, and make all that a run needs. Raises ValueError or OSError before anything is written."""
     output = Path(config.output).resolve()
+    code()  # as it is now, not as the checkout is when the pipeline is saved
     accelerator = make_accelerator(config, output)
     check(config, accelerator.num_processes)
     share = Share(
@@ -685,7 +685,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
         write_json(output / "training.json", result)
     accelerator.wait_for_everyone()
     if accelerator.log_with:
-        flat = {key: str(value) for key, value in settings(config).items()}
+        flat = {key: str(value) for key, value in dataclasses.asdict(config).items()}
         again = {"tensorboard": {"purge_step": step + 1}} if step else {}  # what will be done again goes
         accelerator.init_trackers(config.project, config=flat, init_kwargs=again)
     log = Log(output / "log.jsonl", accelerator, step, config.steps)
@@ -725,7 +725,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
         if accelerator.is_main_process:
             save(pipe, raw, result, lines, config)
             if config.push_to_hub is not None:
-                result["not_pushed"] = push(config)
+                result["not_pushed"] = push(config, pipe)
     elif accelerator.is_main_process:
         write_json(output / "training.json", result)
     accelerator.wait_for_everyone()
@@ -834,7 +834,7 @@ def resume(run: Run, checkpoints: Checkpoints) -> int:
                 f"cannot resume from {folder}: {problem}. Say latest, or such as OUTPUT/checkpoints/step-00005000"
             )
     before = json.loads((folder / "run.json").read_text())["config"]
-    now = json.loads(json.dumps(settings(config)))  # with lists for tuples, as it was written
+    now = json.loads(json.dumps(dataclasses.asdict(config)))  # with lists for tuples, as it was written
     changed = [key for key in now if key not in FREE and now[key] != before.get(key)]
     for key in changed:
         if key in BOUND:
@@ -896,7 +896,7 @@ def open_repo_first(config: TrainConfig, accelerator: Accelerator) -> None:
     problem: list[Exception | None] = [None]
     if accelerator.is_main_process:
         try:
-            open_repo(HfApi(token=config.hub_token), config.push_to_hub, config.hub_private or None)
+            open_repo(HfApi(), config.push_to_hub, config.hub_private or None)
         except (ValueError, OSError) as error:
             problem = [error]
     broadcast_object_list(problem)
@@ -904,17 +904,21 @@ def open_repo_first(config: TrainConfig, accelerator: Accelerator) -> None:
         raise problem[0]
 
 
-def push(config: TrainConfig) -> str | None:
+def push(config: TrainConfig, pipe: GeneralizedDDIMPipeline) -> str | None:
     """Push the finished pipeline. What is in the way is printed, and returned: the pipeline is saved all the same."""
     try:
+        drawn, caption = None, ""
+        if not has_samples(config.output):
+            drawn, caption = draw(pipe, classes=classes_of(config.output))
         commit = push_folder(
             config.output,
             config.push_to_hub,
             private=config.hub_private or None,
-            token=config.hub_token,
             revision=config.hub_revision,
             create_pr=config.hub_create_pr,
             license=config.hub_license,
+            drawn=drawn,
+            caption=caption,
         )
     except (ValueError, OSError) as error:
         again = f"ddim-plugin push {config.output} {config.push_to_hub}"

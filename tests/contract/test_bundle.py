@@ -93,6 +93,7 @@ def test_diffusers_finds_nothing_to_copy_or_to_install(code_file, monkeypatch):
     assert {"torch", "numpy", "diffusers"} < set(asked)
     standard = {"collections", "contextlib", "dataclasses", "functools", "itertools", "numbers", "pathlib", "typing"}
     standard |= {
+        "hashlib",
         "importlib",
         "inspect",
         "io",

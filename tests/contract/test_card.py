@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from ddim_plugin.card import MARK, card, eval_results, public, read_results
+from ddim_plugin.card import MARK, card, eval_results, is_written_here, public, read_results
 
 RESULT = {"metric": "fid", "name": "FID", "value": 4.1613, "nfe": 100, "num_inference_steps": 100, "eta": 0.0}
 RESULT |= {"variance_type": "fixed_small", "timestep_spacing": "quadratic", "images": 50000, "seed": 3}
@@ -104,8 +104,9 @@ def test_what_was_not_recorded_is_said_to_be_so():
     assert data.license is None
     assert "None have been measured for these weights." in text
     assert "How these weights were trained was not recorded." in text
-    assert "No pictures were pushed" in text
+    assert "There is no sample grid" in text
     assert MARK in text
+    assert is_written_here(text)
     assert "None" not in section(text, "Settings") + section(text, "Training")
 
 
@@ -149,6 +150,8 @@ def test_what_the_stock_pipeline_cannot_do_is_said(unet, said):
         ({"results": [RESULT | {"dataset": "CIFAR-10"}]}, "give at least its name"),
         ({"results": [{k: v for k, v in RESULT.items() if k != "nfe"}]}, "has no nfe"),
         ({"results": ["4.16"]}, "is no object"),
+        ({"results": [RESULT | {"value": 10**400}]}, "must be a finite number"),
+        ({"results": [RESULT | {"dataset": {"name": "x", "id": 3}}]}, "name, id and split are texts"),
     ],
 )
 def test_results_that_are_not_in_order(content, said, tmp_path):
@@ -182,3 +185,69 @@ def test_no_place_of_this_machine_is_published():
     record = {"config": {"output": "/home/ada/out/run", "data": "~/pictures", "files": ["/a/b.png", 3]}, "loss": 0.1}
     expected = {"config": {"output": "run", "data": "pictures", "files": ["b.png", 3]}, "loss": 0.1}
     assert public(record) == expected
+    for text, left in [
+        ("cannot read /home/ada/secret/x.png: damaged", "cannot read x.png: damaged"),
+        ("file:///home/ada/x", "x"),
+        (r"C:\Users\ada\x", "x"),
+        ("../private/photos", "photos"),
+        ("uoft-cs/cifar10", "uoft-cs/cifar10"),
+        ("https://huggingface.co/datasets/a/b", "https://huggingface.co/datasets/a/b"),
+        ("1,670 images/s at 1/2", "1,670 images/s at 1/2"),
+    ]:
+        assert public(text) == left
+
+
+def test_a_card_that_somebody_changed_is_theirs():
+    text = make()
+    assert is_written_here(text)
+    assert is_written_here(text.replace("\n", "\r\n"))
+    assert not is_written_here(text.replace("## Licence", "## My own notes\n\nHello.\n\n## Licence"))
+    assert not is_written_here(text + "\nmine\n")
+    assert not is_written_here("# By hand\n")
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        ({"trained_betas": [0.1, 0.2]}, "| β | given as numbers, in the config |"),
+        ({"trained_betas": [0.1], "beta_schedule": "jsd", "_ddim_plugin": {"trained_betas": None}}, "| β | jsd |"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "| β | squaredcos_cap_v2 |"),
+        ({"rescale_betas_zero_snr": True}, "| β | linear, 0.0001 to 0.02, rescaled to zero terminal SNR |"),
+        ({"thresholding": True, "dynamic_thresholding_ratio": 0.9}, "| x̂0 | thresholded dynamically, ratio 0.9 |"),
+        ({"clip_sample": True, "clip_sample_range": 1.0}, "| x̂0 | clipped to ±1.0 |"),
+        ({}, "another sampler than the one above: it has its own τ."),
+        ({"timestep_spacing": "trailing", "eta": 0.5}, "another sampler than the one above: it has η = 0."),
+        (
+            {"_class_name": "InverseDDIMScheduler"},
+            "pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler",
+        ),
+    ],
+)
+def test_settings_are_told_as_they_are(scheduler, said):
+    text = card("ada/cifar", UNET, SCHEDULER | scheduler, 10)
+    assert said in text
+
+
+def test_the_snippets_fit_the_repo():
+    text = card("ada/cifar", UNET, SCHEDULER | {"timestep_spacing": "trailing"}, 10, variant="fp16", revision="b")
+    assert 'GeneralizedDDIMPipeline.from_pretrained("ada/cifar", variant="fp16", revision="b")' in text
+    assert 'UNet2DModel.from_pretrained("ada/cifar", subfolder="unet", variant="fp16", revision="b")' in text
+    assert "another sampler" not in text
+    stock = {key: value for key, value in SCHEDULER.items() if key != "eta"} | {
+        "_class_name": "UniPCMultistepScheduler"
+    }
+    text = card("ada/cifar", UNET, stock, 10)
+    assert "sampled by a UniPCMultistepScheduler" in text
+    assert 'UniPCMultistepScheduler.from_pretrained("ada/cifar", subfolder="scheduler")' in text
+    dropped = card(
+        "ada/cifar", UNET | {"num_class_embeds": 11}, SCHEDULER, 10, training=TRAINING | {"classes": ["a"] * 10}
+    )
+    assert "| classes | 10 |" in dropped
+
+
+def test_odd_texts_do_not_break_tables():
+    entry = OTHER | {"name": "a | b\nc", "dataset": {"name": "x|y"}}
+    found = section(make(results=[entry]), "Figures")
+    assert r"a \| b c" in found
+    with pytest.raises(ValueError, match="license must be as the Hub names it"):
+        make(license="mit\nand more")

@@ -432,8 +432,14 @@ def test_bad_interpolations(untouched):
     [
         (GeneralizedDDIMScheduler(eta=1.0), "latents need the deterministic process: with noise .eta=1"),
         (GeneralizedDDIMScheduler(variance_type="fixed_large"), "latents need the deterministic process"),
-        (InverseDDIMScheduler(), "latents need a GeneralizedDDIMScheduler, not InverseDDIMScheduler"),
-        (diffusers.DDIMScheduler(), "need a GeneralizedDDIMScheduler, not DDIMScheduler: pipe.scheduler = "),
+        (
+            InverseDDIMScheduler(),
+            "latents need a GeneralizedDDIMScheduler of ddim_plugin, not ddim_plugin.InverseDDIMScheduler",
+        ),
+        (
+            diffusers.DDIMScheduler(),
+            "need a GeneralizedDDIMScheduler of ddim_plugin, not diffusers.*: pipe.scheduler = ",
+        ),
     ],
 )
 def test_schedulers_without_latents(untouched, scheduler, message):

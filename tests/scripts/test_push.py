@@ -212,6 +212,88 @@ def test_branches_and_requests(hub, folder):
     assert "/discussions/1" in commit.pr_url
 
 
+# ---- other weights in the repo -------------------------------------------------------------------------------------
+
+
+def test_what_was_said_of_other_weights_goes(hub, folder, make_unet):
+    push_folder(folder, REPO)
+    other = GeneralizedDDIMPipeline(make_unet(seed=9), GeneralizedDDIMScheduler(eta=1.0, timestep_spacing="trailing"))
+    other.push_to_hub(REPO, samples=0)
+    files = hub.files(REPO)
+    assert "4.161" not in card(hub)
+    assert "| η | 1.0 |" in card(hub)
+    assert not {"results.json", "training.json", "samples.png", "loss.png"} & files.keys()
+    assert not [name for name in files if name.startswith(".eval_results")]
+
+
+def test_other_forms_of_the_weights_go_from_the_repo(hub, make_unet, tmp_path):
+    first, second = (GeneralizedDDIMPipeline(make_unet(seed=i), GeneralizedDDIMScheduler()) for i in (1, 2))
+    first.save_pretrained(tmp_path / "first", max_shard_size="50KB")
+    push_folder(tmp_path / "first", REPO)
+    assert len([name for name in hub.files(REPO) if "-of-" in name]) > 1
+    assert torch.equal(pipeline(REPO).unet.conv_in.weight, first.unet.conv_in.weight)
+    second.push_to_hub(REPO, samples=0)
+    assert torch.equal(pipeline(REPO).unet.conv_in.weight, second.unet.conv_in.weight)
+    second.unet.half()
+    second.push_to_hub(REPO, variant="fp16", samples=0)  # another form of the same model: the first stays
+    names = {name for name in hub.files(REPO) if name.startswith("unet/diffusion")}
+    assert names == {f"unet/diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".fp16")}
+    first.push_to_hub(REPO, samples=0)
+    assert {name for name in hub.files(REPO) if name.startswith("unet/diffusion")} == {
+        "unet/diffusion_pytorch_model.safetensors"
+    }
+
+
+def test_records_are_of_the_weights_they_were_measured_on(hub, folder, make_unet):
+    pipe = pipeline(folder)
+    pipe.push_to_hub("ada/same")
+    assert "4.161" in hub.files("ada/same")["README.md"].decode()
+    pipe.unet = make_unet(seed=9)
+    pipe.push_to_hub("ada/swapped", samples=0)
+    assert "4.161" not in hub.files("ada/swapped")["README.md"].decode()
+    assert "results.json" not in hub.files("ada/swapped")
+
+
+def test_only_files_of_the_model_are_sent(hub, folder):
+    for name in ("unet/notes.json", "unet/optimizer.safetensors", "holiday.png", "figure4.png", "unet/.env.json"):
+        (folder / name).write_bytes(b"{}")
+    listed = RESULTS | {"pictures": ["figure4.png", "gone.png"]}
+    (folder / "results.json").write_text(json.dumps(listed))
+    push_folder(folder, REPO)
+    assert "figure4.png" in hub.files(REPO)
+    assert not [name for name in hub.files(REPO) if "notes" in name or "optimizer" in name or "holiday" in name]
+    assert not [name for name in hub.files(REPO) if ".env" in name]
+    (folder / "results.json").write_text(json.dumps(RESULTS | {"pictures": ["../secret.png"]}))
+    with pytest.raises(ValueError, match="must list names such as figure4.png"):
+        push_folder(folder, REPO)
+
+
+def test_places_in_results_are_not_published(hub, folder):
+    entry = RESULTS["results"][0] | {"dataset": {"name": "/home/ada/faces", "split": "train"}}
+    (folder / "results.json").write_text(json.dumps({"results": [entry]}))
+    push_folder(folder, REPO)
+    assert b"/home/ada" not in b"".join(hub.files(REPO).values())
+    assert "| faces train |" in card(hub)
+
+
+def test_somebody_elses_commit_meanwhile(hub, folder):
+    push_folder(folder, REPO)
+    hub.fail_next("POST", "/preupload/", call=lambda: hub.change(REPO, {"README.md": b"# Mine\n"}, title="by hand"))
+    (folder / "results.json").unlink()
+    with pytest.raises(OSError, match="somebody else pushed to ada/digits at the same time"):
+        push_folder(folder, REPO)
+    assert card(hub) == "# Mine\n"
+
+
+def test_a_card_with_notes_of_somebody_stays(hub, folder):
+    push_folder(folder, REPO)
+    noted = card(hub) + "\n## My notes\n"
+    hub.change(REPO, {"README.md": noted.encode()}, title="by hand")
+    (folder / "results.json").write_text(json.dumps({"results": RESULTS["results"] * 2}))
+    push_folder(folder, REPO)
+    assert card(hub) == noted
+
+
 # ---- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +313,20 @@ def broken(folder, problem):
         weights.rename(weights.with_suffix(".bin"))
     elif problem == "empty":
         (folder / "model_index.json").unlink()
+    elif problem == "tampered":
+        [code] = [file for file in folder.glob("ddim_plugin_*.py") if "pipeline" not in file.name]
+        code.write_text(code.read_text() + "\nprint('mine')\n")
+    elif problem == "mine":
+        index = json.loads((folder / "model_index.json").read_text()) | {"unet": ["my_nets", "MyNet"]}
+        (folder / "model_index.json").write_text(json.dumps(index))
+    elif problem == "component":
+        index = json.loads((folder / "model_index.json").read_text()) | {"../secret": ["diffusers", "UNet2DModel"]}
+        (folder / "model_index.json").write_text(json.dumps(index))
+    elif problem in ("config", "seconds"):
+        record = {"config": None} if problem == "config" else {"config": {}, "seconds": "x"}
+        (folder / "training.json").write_text(json.dumps(record))
+    elif problem == "nan":
+        (folder / "training.json").write_text('{"config": {}, "loss": NaN}')
     elif problem == "foreign":
         DDPMPipeline(pipeline(folder).unet, DDPMScheduler()).save_pretrained(folder)
     return folder
@@ -246,12 +342,38 @@ def broken(folder, problem):
         ("pickles", "no weights as safetensors"),
         ("empty", r"no model_index\.json"),
         ("foreign", "is a DDPMPipeline: open it with"),
+        ("tampered", "was changed since it was saved"),
+        ("mine", "names MyNet of my_nets for unet, which others do not have"),
+        ("component", r"for \.\./secret, which others do not have"),
+        ("config", "are not as the scripts write them"),
+        ("seconds", "are not as the scripts write them"),
+        ("nan", "not finite, which JSON does not have"),
     ],
 )
 def test_nothing_is_sent_of_what_is_not_right(hub, folder, problem, said):
     with pytest.raises((ValueError, OSError), match=said):
         push_folder(broken(folder, problem), REPO)
     assert hub.requests == []
+
+
+def test_settings_are_checked_first(hub, folder):
+    pipe = pipeline(folder)
+    for settings, said in [
+        ({"samples": -1}, "samples must be a non-negative integer"),
+        ({"samples": 1.5}, "samples must be a non-negative integer"),
+        ({"records": "nowhere", "samples": 0}, "there is no folder nowhere"),
+        ({"license": "my own"}, "license must be as the Hub names it"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            pipe.push_to_hub(REPO, **settings)
+    assert hub.requests == []
+
+
+def test_code_that_is_missing_is_made_anew(hub, folder):
+    for file in folder.glob("*.py"):
+        file.unlink()
+    push_folder(folder, REPO)
+    assert f"{bundle.code().name}.py" in hub.files(REPO)
 
 
 def test_ids_are_checked_first(hub, folder):
@@ -278,6 +400,7 @@ def test_a_public_repo_does_not_get_what_is_private(hub, folder):
         ("hf_nobody", "needs another token for ada/digits"),
         (False, "log in with"),
         ("hf_bad\ntoken", "characters that no token has"),
+        ("", "the token is empty"),
     ],
 )
 def test_tokens(hub, folder, token, said, caplog):
@@ -395,13 +518,11 @@ TRAIN = {
     "checkpoint_every": 2,
     "push_to_hub": REPO,
     "hub_license": "cc-by-4.0",
-    "hub_token": TOKEN,
 }
 
 
 @pytest.fixture
-def fit(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "")
+def fit(tmp_path):
     yield lambda **settings: train.main(build(train.TrainConfig, TRAIN | {"output": str(tmp_path / "run")} | settings))
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
@@ -426,7 +547,6 @@ def test_training_pushes_what_it_made(hub, fit, tmp_path):
 
 def test_training_asks_for_the_repo_first(hub, fit, tmp_path):
     for settings, said in [
-        ({"hub_token": "hf_nobody"}, "needs another token"),
         ({"push_to_hub": "no id"}, "is no id of a repo"),
         ({"push_to_hub": "eve/digits"}, "may not write|no eve/digits"),
     ]:
@@ -449,7 +569,7 @@ def test_training_keeps_what_could_not_be_pushed(hub, fit, tmp_path, capsys):
 def test_the_script_ends_with_an_error_where_it_could_not_push(hub, tmp_path):
     """As a process: the pipeline is there, the status says that the push is not."""
     config = tmp_path / "config.toml"
-    lines = [f"{key} = {json.dumps(value)}" for key, value in TRAIN.items() if key not in ("unet", "hub_token")]
+    lines = [f"{key} = {json.dumps(value)}" for key, value in TRAIN.items() if key != "unet"]
     lines += ["[unet]", *(f"{key} = {json.dumps(value)}" for key, value in TRAIN["unet"].items())]
     config.write_text("\n".join(lines))
     hub.fail_next("POST", "/commit/", status=507)

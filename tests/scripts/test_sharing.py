@@ -123,6 +123,7 @@ def answers(hub, place, sources):
         "stock": {name: case for name, case in sources.items() if name in STOCK or "noisy" in name}
         | {"private": private | {"kwargs": {"token": TOKEN}}},
     }
+    asked["diffusers"]["swapped"] = sources["hub noisy"] | {"scheduler": "DDIMScheduler"}
     asked["diffusers"]["again"] = sources["hub plain"] | {
         "save_to": str(place / "again"),
         "push_to": "ada/again",
@@ -228,6 +229,10 @@ def test_what_diffusers_does_not_allow(answers):
     offline = answers["diffusers offline"]["hub"]  # older versions did not ask
     assert offline.get("error") == "OfflineModeIsEnabled" or offline["sha"] == answers["diffusers"]["hub plain"]["sha"]
     assert answers["diffusers private"]["private"]["sha"] == answers["plugin"]["private"]["sha"]
+
+
+def test_a_scheduler_may_be_given_instead(answers):
+    assert answers["diffusers"]["swapped"].get("scheduler") == "DDIMScheduler", answers["diffusers"]["swapped"]
 
 
 def test_versions_live_side_by_side(answers):
