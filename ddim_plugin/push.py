@@ -161,7 +161,7 @@ def contents(
     index = _index(folder)
     files = _code(folder, index) | _state(folder)
     for name in ("unet/config.json", "scheduler/scheduler_config.json"):
-        files[name] = _json(folder / name)
+        files[name] = _json(folder / name, finite=False)  # some schedulers of diffusers have infinite settings
     names = variants(folder)
     for variant in names:
         unet = open_unet(folder, index, str(folder), {"variant": variant})
@@ -322,11 +322,11 @@ def classes_of(records: str | Path) -> int | None:
     return len(classes) if isinstance(classes, list) and classes else None
 
 
-def _json(path: Path) -> bytes:
+def _json(path: Path, finite: bool = True) -> bytes:
     """A JSON file without the places of this machine. Raises ValueError for numbers that JSON does not have."""
     content = {key: value for key, value in read_object(path).items() if key != "_name_or_path"}
     try:
-        return (json.dumps(public(content), indent=2, allow_nan=False) + "\n").encode()
+        return (json.dumps(public(content), indent=2, allow_nan=not finite) + "\n").encode()
     except ValueError as error:
         raise ValueError(f"{path} holds a number that is not finite, which JSON does not have") from error
 

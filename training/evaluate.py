@@ -102,7 +102,7 @@ PAPER: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
 """FID in the paper, by dataset and variance, at the preset's S."""
 
 KINDS = ("fixed_small", "fixed_large", "learned_range", "optimal")
-CLIPS = {SAVED: {}, "always": True, "never": False, "fixed_large": None}
+CLIPS = (SAVED, "always", "never", "fixed_large")
 STOCK_SPACINGS = ("leading", "trailing", "linspace")
 OPENED = ("GeneralizedDDIMPipeline", "DDPMPipeline", "DDIMPipeline", "PNDMPipeline")  # others as diffusers opens them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -277,11 +277,11 @@ def make_scheduler(cell: Cell, saved: SchedulerMixin, clip: str) -> tuple[Schedu
         changes["variance_type"], eta = kind, None
     elif kind and (kind != "fixed_small" or "eta" not in inspect.signature(cls.step).parameters):
         raise ValueError(f"{cls.__name__} knows no variance {cell.variance!r}: measure {cell.scheduler}:{SAVED}")
-    clipped = (kind == "fixed_large") if clip == "fixed_large" else CLIPS[clip]
-    if clip != SAVED and cell.variance != SAVED and ("clip_sample" in known or clipped):
-        if "clip_sample" not in known:
+    clipped = {"always": True, "never": False, "fixed_large": kind == "fixed_large"}.get(clip)
+    if clipped is not None and cell.variance != SAVED:
+        if clipped and "clip_sample" not in known:
             raise ValueError(f"{cls.__name__} does not clip: measure {cell.scheduler}:{SAVED}")
-        changes["clip_sample"] = clipped
+        changes |= {"clip_sample": clipped} if "clip_sample" in known else {}
     try:
         made = cls.from_config(config, **changes)
         T = made.config.get("num_train_timesteps")
@@ -322,7 +322,7 @@ class Model:
         embedded = getattr(network, "class_embedding", None) is not None
         self.classes = network.config.num_class_embeds if embedded else None
         if embedded and (not self.ours or not self.classes):
-            raise ValueError(f"{config.model} is class-conditional, and does not say how many classes it has")
+            raise ValueError(f"{config.model} takes class labels, and does not say how many there are")
         self.on_call: Callable[[int], None] = lambda rows: None
         network.register_forward_pre_hook(
             lambda module, args, kwargs: self.on_call(rows_of(args, kwargs)), with_kwargs=True
@@ -401,6 +401,10 @@ class Model:
         if len(images) != len(numbers):
             raise ValueError(
                 f"{type(self.pipe).__name__} made {len(images)} pictures where {len(numbers)} were asked for"
+            )
+        if not images.isfinite().all():
+            raise ValueError(
+                f"the pictures hold NaN or infinity, at S={steps} with {type(self.pipe.scheduler).__name__}"
             )
         return (images.float() * 255).round().to(torch.uint8)
 

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from config import write_json
 from data import Frame, Pictures, origin
 from huggingface_hub.errors import EntryNotFoundError
-from metrics import Features, Gaussian, gaussian, library
+from metrics import Features, Gaussian, fit, gaussian, library
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
@@ -263,11 +263,17 @@ def read_parts(folder: Path, count: int, size: int) -> tuple[dict[str, np.ndarra
     for file in files:
         with safe_open(file, "np") as opened:
             said.append({key: json.loads(value) for key, value in (opened.metadata() or {}).items()})
-    return join([load_file(file) for file in files]), said
+    return join(map(load_file, files)), said
 
 
-def join(found: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def read_features(files: list[Path]) -> Iterator[np.ndarray]:
+    """The features of one part after the other."""
+    return (load_file(file)["features"] for file in files)
+
+
+def join(found: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     """Arrays of the same names, one after the other."""
+    found = list(found)
     return {key: np.concatenate([each[key] for each in found]) for key in found[0]}
 
 
@@ -357,9 +363,9 @@ def read(pictures: Pictures, frame: Frame, numbers: range, workers: int) -> np.n
 
 
 def statistics(
-    reference: Reference, extractor: Extractor, cache: Path, batch_size: int, fit: bool, whole: bool
+    reference: Reference, extractor: Extractor, cache: Path, batch_size: int, fitted: bool, whole: bool
 ) -> Statistics:
-    """A reference seen by an extractor: its Gaussian where `fit`, its features where `whole`.
+    """A reference seen by an extractor: its Gaussian where `fitted`, its features where `whole`.
 
     From the cache, or computed by all processes and put there. The main process alone gets them.
     """
@@ -378,13 +384,14 @@ def statistics(
         folder = cache / file.stem
         work(folder, reference.pictures.count, CHUNK, make, f"{reference.split} pictures of {reference.name}")
         if state.is_main_process:
-            features = read_parts(folder, reference.pictures.count, CHUNK)[0]["features"]
-            save_whole({"features": features} if whole else gaussian(features)._asdict(), file)
+            files = [part_file(folder, part) for part in parts(reference.pictures.count, CHUNK)]
+            arrays = join(map(load_file, files)) if whole else fit(lambda: read_features(files))._asdict()
+            save_whole(arrays, file)
             shutil.rmtree(folder)
         state.wait_for_everyone()
     if not state.is_main_process:
         return Statistics(None, None)
     arrays = load_file(file)
     if not whole:
-        return Statistics(Gaussian(**arrays) if fit else None, None)
-    return Statistics(gaussian(arrays["features"]) if fit else None, Features(arrays["features"]))
+        return Statistics(Gaussian(**arrays) if fitted else None, None)
+    return Statistics(gaussian(arrays["features"]) if fitted else None, Features(arrays["features"]))

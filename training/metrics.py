@@ -3,7 +3,7 @@
 Features are float32 (N, D), logits (N, K). Nothing here knows where they come from.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,19 +32,29 @@ class Gaussian(NamedTuple):
 
 
 def gaussian(features: np.ndarray) -> Gaussian:
-    """The mean and covariance of features (N, D), in float64 whatever they are in: the mean first, then what is left.
+    """The mean and covariance of features (N, D); see `fit`."""
+    return fit(lambda: (features[i : i + BLOCK] for i in range(0, len(features), BLOCK)))
 
-    Raises ValueError where N ≤ D, as the covariance is then singular, and for features that are not finite.
+
+def fit(blocks: Callable[[], Iterable[np.ndarray]]) -> Gaussian:
+    """The mean and covariance of blocks of features (n, D), in float64 whatever they are in: the mean first.
+
+    `blocks()` is gone through twice. Raises ValueError where all of them are no more rows than D, as the covariance is
+    then singular, and for features that are not finite.
     """
-    check_count(*features.shape)
-    if not np.isfinite(features).all():
-        raise ValueError("the features hold NaN or infinity: the pictures or the extractor are broken")
-    mean = features.mean(0, dtype=np.float64)
+    count, total = 0, np.zeros(0)
+    for block in blocks():
+        if not np.isfinite(block).all():
+            raise ValueError("the features hold NaN or infinity: the pictures or the extractor are broken")
+        added = block.sum(0, dtype=np.float64)
+        count, total = count + len(block), total + added if count else added
+    check_count(count, len(total))
+    mean = total / count
     scatter = np.zeros((len(mean), len(mean)))
-    for start in range(0, len(features), BLOCK):
-        centred = features[start : start + BLOCK].astype(np.float64) - mean
+    for block in blocks():
+        centred = block.astype(np.float64) - mean
         scatter += centred.T @ centred
-    return Gaussian(mean, scatter / (len(features) - 1))
+    return Gaussian(mean, scatter / (count - 1))
 
 
 def check_count(count: int, dimension: int, what: str = "pictures") -> None:
