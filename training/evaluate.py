@@ -323,6 +323,7 @@ class Model:
         self.classes = network.config.num_class_embeds if embedded else None
         if embedded and (not self.ours or not self.classes):
             raise ValueError(f"{config.model} takes class labels, and does not say how many there are")
+        self.generators: list[Generator] = []
         self.on_call: Callable[[int], None] = lambda rows: None
         network.register_forward_pre_hook(
             lambda module, args, kwargs: self.on_call(rows_of(args, kwargs)), with_kwargs=True
@@ -672,12 +673,10 @@ def vars_of(cell: Cell) -> dict[str, Any]:
 
 def named(metric: str, extractor: Extractor) -> dict[str, str]:
     """Id and name of a metric on an extractor's features; FID, KID and IS are those of Inception."""
+    name = {"fd": "FD", "kid": "KID", "is": "IS"}.get(metric, metric.capitalize())
     if extractor.name == INCEPTION:
-        known = {"fd": ("fid", "FID"), "kid": ("kid", "KID"), "is": ("is", "Inception score")}
-        found = known.get(metric, (metric, metric))
-    else:
-        found = (f"{metric}_{extractor.slug}", f"{metric.upper()}, {extractor.slug}")
-    return {"metric": found[0], "name": found[1]}
+        return {"metric": "fid", "name": "FID"} if metric == "fd" else {"metric": metric, "name": name}
+    return {"metric": f"{metric}_{extractor.slug}", "name": f"{name}, {extractor.slug}"}
 
 
 def dataset(reference: Reference, against: bool) -> dict[str, Any]:
@@ -747,8 +746,11 @@ def tell(cost: dict[str, Any], processes: int) -> str:
 def say(finished: dict[str, Any]) -> str:
     """A finished cell in a line."""
     cell = Cell(**finished["cell"])
-    values = [f"{each['name']} {each['dataset'].get('split', '')} {each['value']:.4g}" for each in finished["results"]]
-    return f"{cell.label()}, S = {cell.steps}: " + "; ".join(values)
+    values = []
+    for each in finished["results"]:
+        split = each["dataset"].get("split")
+        values.append(f"{each['name']}{f' ({split})' if split else ''} {each['value']:.4g}")
+    return f"{cell.scheduler}, {cell.label()}, S = {cell.steps}: " + "; ".join(values)
 
 
 def summary(run: Run, finished: dict[Cell, dict[str, Any]]) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""Freeze a folder as this version saves it, once, and commit it: python tests/golden/freeze.py VERSION"""
+"""Freeze folders as this version saves them, once, and commit them: python tests/golden/freeze.py VERSION"""
 
 import json
 import sys
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 
@@ -26,11 +26,15 @@ def main(version):
     unet = UNet2DModel(
         4, 1, 1, block_out_channels=(4, 4), norm_num_groups=2, num_class_embeds=4, attention_head_dim=2, **blocks
     )
-    settings = {"prediction_type": "v_prediction", "timestep_spacing": "quadratic", "beta_schedule": "sigmoid"}
-    scheduler = GeneralizedDDIMScheduler(eta=0.3, **settings)
-    pipe = GeneralizedDDIMPipeline(unet, scheduler)
-    pipe.save_pretrained(SAVED / version)
-    (SAVED / version / "images.json").write_text(json.dumps(draw(pipe).tolist()) + "\n")
+    settings = {"timestep_spacing": "quadratic", "beta_schedule": "sigmoid", "eta": 0.3}
+    for kind, scheduler in {
+        "ours": GeneralizedDDIMScheduler(prediction_type="v_prediction", **settings),
+        "stock": DPMSolverMultistepScheduler(prediction_type="v_prediction"),
+    }.items():
+        folder = SAVED / f"{version}-{kind}"
+        pipe = GeneralizedDDIMPipeline(unet, scheduler)
+        pipe.save_pretrained(folder)
+        (folder / "images.json").write_text(json.dumps(draw(pipe).tolist()) + "\n")
 
 
 if __name__ == "__main__":

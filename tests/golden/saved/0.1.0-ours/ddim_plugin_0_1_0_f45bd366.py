@@ -59,6 +59,7 @@ from typing import BinaryIO
 from typing import ClassVar
 from typing import NamedTuple
 import diffusers
+import hashlib
 import huggingface_hub
 import inspect
 import io
@@ -2154,6 +2155,7 @@ images, seed. `training.json` is the record that the training script leaves.
 
 
 
+
 TASK = "unconditional-image-generation"
 """The Hub's name for the task of these pipelines."""
 
@@ -2161,9 +2163,9 @@ SETTINGS = ("num_inference_steps", "eta", "variance_type", "timestep_spacing", "
 """What a result may tell of how it was measured."""
 
 MARK = "*Written by ddim-plugin"
-"""Stands in a card that was made here, and not in one that somebody wrote."""
+"""Begins the last line of a card that was made here, which ends with a digest of the text above it."""
 
-WITH_PLUGIN = "from ddim_plugin import GeneralizedDDIMPipeline"
+WITH_PLUGIN = "from ddim_plugin import GeneralizedDDIMPipeline"  # diffusers would miss it, at the head of a line
 
 TEMPLATE = Template("""# $title
 
@@ -2173,13 +2175,13 @@ $picture
 
 ## Use
 
-With the plugin (`pip install ddim-plugin`), which runs no code of this repo:
+With ddim-plugin installed, which runs no code of this repo:
 
 ```python
 $with_plugin
 
-pipe = GeneralizedDDIMPipeline.from_pretrained("$repo")
-images = pipe(batch_size=16, num_inference_steps=20$labels).images
+pipe = GeneralizedDDIMPipeline.from_pretrained("$repo"$variant$revision)
+${sampler}images = pipe(batch_size=16, num_inference_steps=20$labels).images
 ```
 
 With diffusers alone. The flag runs the `ddim_plugin_….py` files of this repo: read them, and pin the commit you read.
@@ -2187,7 +2189,7 @@ With diffusers alone. The flag runs the `ddim_plugin_….py` files of this repo:
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("$repo", trust_remote_code=True, revision="THE COMMIT YOU READ")
+pipe = DiffusionPipeline.from_pretrained("$repo"$variant, trust_remote_code=True, revision="THE COMMIT YOU READ")
 ```
 
 $stock
@@ -2227,8 +2229,6 @@ $licence
   year      = {2021}
 }
 ```
-
-$mark $version from `results.json`, `training.json` and the configs of this repo.*
 """)
 
 STOCK = """With the classes of diffusers only:
@@ -2236,13 +2236,19 @@ STOCK = """With the classes of diffusers only:
 ```python
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-unet = UNet2DModel.from_pretrained("$repo", subfolder="unet")
-scheduler = DDIMScheduler.from_pretrained("$repo", subfolder="scheduler")
+unet = UNet2DModel.from_pretrained("$repo", subfolder="unet"$variant$revision)
+scheduler = DDIMScheduler.from_pretrained("$repo", subfolder="scheduler"$revision)
 images = DDIMPipeline(unet, scheduler)(batch_size=16, num_inference_steps=20).images
-```"""
+```$other"""
 
-LOOP = """The parts load into the classes of diffusers too: `UNet2DModel.from_pretrained("$repo", subfolder="unet")` and
-`DDIMScheduler.from_pretrained("$repo", subfolder="scheduler")`; `DDIMPipeline` does not know $unknown."""
+LOOP = """The parts load into the classes of diffusers too, `UNet2DModel.from_pretrained("$repo", subfolder="unet")` and
+`$scheduler.from_pretrained("$repo", subfolder="scheduler")`; `DDIMPipeline` does not know $unknown."""
+
+SAMPLING = """pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config)  # the saved one encodes
+"""
+
+RANGED = ("linear", "scaled_linear", "const", "sigmoid")
+"""β schedules that have a range."""
 
 TAU_NAMES = {
     "linear": "linear, τ_i = ⌊T·i/S⌋",
@@ -2272,7 +2278,7 @@ def read_object(file: str | Path) -> dict[str, Any]:
     """A JSON object. Raises ValueError naming a file that holds none."""
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"cannot read {file}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds no JSON object")
@@ -2293,23 +2299,29 @@ def _problem(entry: Any) -> str | None:
             return f"has {key}={value!r}: it must be a finite number"
     if entry["nfe"] <= 0:
         return f"has nfe={entry['nfe']!r}: it must be positive"
-    if not isinstance(entry["dataset"], dict) or not entry["dataset"].get("name"):
-        return f"has the dataset {entry['dataset']!r}: give at least its name"
+    dataset = entry["dataset"]
+    texts = isinstance(dataset, dict) and all(isinstance(dataset.get(key, ""), str) for key in ("name", "id", "split"))
+    if not texts or not dataset.get("name"):
+        return f"has the dataset {dataset!r}: give at least its name; name, id and split are texts"
     return None
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+PLACE = re.compile(r"(?<![\w:/.])(?:file://)?(?:(?:~|\.\.?)?/|[A-Za-z]:[\\/]|\\\\)[^\s\"'|;,]*")
+"""A place on a machine: from the root, the home or a folder above, of any system, also within a text."""
 
 
 def public(value: Any) -> Any:
-    """A record without the places of this machine: of an absolute path the last part is left."""
+    """A record without the places of this machine: of each the last part is left."""
     if isinstance(value, dict):
         return {key: public(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [public(each) for each in value]
-    if isinstance(value, str) and (Path(value).is_absolute() or value.startswith("~")):
-        return Path(value).name
+    if isinstance(value, str):
+        return PLACE.sub(lambda found: re.split(r"[\\/]+", found[0].rstrip("\\/"))[-1], value)
     return value
 
 
@@ -2327,6 +2339,8 @@ def card(
     picture: str | None = None,
     caption: str = "",
     license: str | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
 ) -> str:
     """The card of a model, as Markdown with its metadata in front.
 
@@ -2338,45 +2352,79 @@ def card(
             where there are such.
         picture, caption: name of a sample grid in the repo, and what is said below it.
         license: the Hub's id of the licence of the weights.
+        variant: the weights to load, where there are no ordinary ones.
+        revision: the branch of the repo, if not main.
+
+    Raises:
+        ValueError: for a licence that is no id.
     """
+    if license is not None and not re.fullmatch(r"[a-z0-9.+-]+", license):
+        raise ValueError(f"license must be as the Hub names it, such as mit or cc-by-4.0, not {license!r}")
     results, training = results or [], training or {}
     origin = _training(training) if training else _conversion(conversion) if conversion else []
     title = repo_id.split("/")[-1]
-    height, width = size = _size(unet)
+    height, width = _size(unet)
     classes = unet.get("num_class_embeds")
-    kind = "class-conditional" if classes else "unconditional"
+    kind = "A class-conditional" if classes else "An unconditional"
     colours = {1: "grayscale", 3: "RGB"}.get(unet["in_channels"], f"{unet['in_channels']}-channel")
+    inverse = scheduler.get("_class_name") == "InverseDDIMScheduler"
+    ours = "eta" in scheduler  # a stock scheduler has none
     unknown = _unknown_to_stock(unet, scheduler)
+    words = {
+        "repo": repo_id,
+        "variant": f', variant="{variant}"' if variant else "",
+        "revision": f', revision="{revision}"' if revision else "",
+        "scheduler": "DDIMScheduler" if ours else scheduler.get("_class_name"),
+        "unknown": unknown,
+        "other": _other_sampler(scheduler),
+    }
+    process = "sampled by the generalized process of"
+    if not ours:
+        process = f"sampled by a {scheduler.get('_class_name')}, and by that of"
+    known = training.get("classes")
+    labels = len(known) if isinstance(known, list) and known else classes
+    data_set = training["config"].get("data") if training.get("data_from") == "hub" else None
+    data = "under its own licence, which may bind the weights"
+    if data_set:
+        data = f"[{data_set}](https://huggingface.co/datasets/{data_set}), {data}"
     body = TEMPLATE.substitute(
+        words,
         title=title,
-        repo=repo_id,
-        summary=f"A {kind} diffusion model of {height}×{width} {colours} pictures: a `{unet.get('_class_name')}` of "
-        f"{parameters:,} parameters, sampled by the generalized process of "
+        summary=f"{kind} diffusion model of {height}×{width} {colours} pictures: a `{unet.get('_class_name')}` of "
+        f"{parameters:,} parameters, {process} "
         "[Denoising Diffusion Implicit Models](https://arxiv.org/abs/2010.02502) (DDIM).",
-        picture=f"![samples]({picture})\n\n*{caption}*" if picture else "*No pictures were pushed with this model.*",
-        with_plugin=WITH_PLUGIN,
+        picture=f"![samples]({picture})\n\n*{caption}*" if picture else "*There is no sample grid.*",
+        with_plugin=WITH_PLUGIN + (", GeneralizedDDIMScheduler" if inverse else ""),
+        sampler=SAMPLING if inverse else "",
         labels=", class_labels=0" if classes else "",
-        stock=Template(LOOP if unknown else STOCK).substitute(repo=repo_id, unknown=unknown),
-        settings=_table(_settings(unet, scheduler)),
+        stock=Template(LOOP if unknown else STOCK).substitute(words),
+        settings=_table([*_settings(scheduler), ("classes", labels)]),
         figures=_figures(results),
         training=_table(origin) if origin else "How these weights were trained was not recorded.",
-        size=f"{height}×{width}" if all(size) else "such",
-        licence=f"The weights: {license}. The code files: Apache-2.0."
-        if license
-        else "Nothing is said of the licence of the weights; that of the data may bind them. The code: Apache-2.0.",
-        mark=MARK,
-        version=__version__,
+        size=f"{height}×{width}",
+        licence=f"The weights: {license or 'nothing is said'}. The training data: {data}. The code files: Apache-2.0.",
     )
-    data = ModelCardData(
+    metadata = ModelCardData(
         library_name="diffusers",
         pipeline_tag=TASK,
         license=license,
         tags=["ddim", "diffusion", "ddim-plugin"],
-        datasets=[training["config"]["data"]] if training.get("data_from") == "hub" else None,
+        datasets=[data_set] if data_set else None,
         model_name=title,
         eval_results=[_eval_result(entry) for entry in results] or None,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+    return _signed(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
+
+
+def _signed(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{text}\n{MARK} {__version__} from the records and configs of this repo ({digest}).*\n"
+
+
+def is_written_here(text: str) -> bool:
+    """Whether a card was made here, and nobody has changed it since."""
+    above, _, mark = text.replace("\r\n", "\n").rpartition(f"\n{MARK}")
+    return mark.rstrip().endswith(f"({hashlib.sha256(above.encode()).hexdigest()[:8]}).*")
 
 
 def eval_results(results: list[dict[str, Any]]) -> dict[str, str]:
@@ -2433,23 +2481,46 @@ def _unknown_to_stock(unet: dict[str, Any], scheduler: dict[str, Any]) -> str:
     """What of this model the stock DDIM pipeline has no word for."""
     if unet.get("num_class_embeds"):
         return "class labels"
+    if "eta" not in scheduler:
+        return f"what is another in {scheduler.get('_class_name')}"
     return "learned variances" if unet.get("out_channels") != unet["in_channels"] else ""
 
 
-def _settings(unet: dict[str, Any], scheduler: dict[str, Any]) -> list[tuple[str, Any]]:
+def _other_sampler(scheduler: dict[str, Any]) -> str:
+    """What is to be said where the stock pipeline, which has η = 0 and its own τ, makes other pictures."""
+    told = [] if scheduler.get("timestep_spacing") in ("leading", "trailing", "linspace") else ["its own τ"]
+    if scheduler.get("eta") or scheduler.get("variance_type") in ("fixed_large", "optimal"):
+        told.append("η = 0")
+    if scheduler.get("beta_schedule") and scheduler.get("use_clipped_model_output"):
+        told.append("the network's ε̂ beside a clipped x̂0")
+    return f"\n\nThat is another sampler than the one above: it has {', '.join(told)}." if told else ""
+
+
+def _settings(scheduler: dict[str, Any]) -> list[tuple[str, Any]]:
+    derived = "trained_betas" in (scheduler.get("_ddim_plugin") or {})  # from a schedule with a name
     schedule, ends = scheduler.get("beta_schedule"), (scheduler.get("beta_start"), scheduler.get("beta_end"))
+    betas = schedule
+    if scheduler.get("trained_betas") is not None and not derived:
+        betas = "given as numbers, in the config"
+    elif schedule in RANGED and all(map(_finite, ends)):
+        betas = f"{schedule}, {ends[0]:g} to {ends[1]:g}"
+    if betas and scheduler.get("rescale_betas_zero_snr"):
+        betas += ", rescaled to zero terminal SNR"
+    constraint = "not constrained"
+    if scheduler.get("thresholding"):
+        constraint = f"thresholded dynamically, ratio {scheduler.get('dynamic_thresholding_ratio')}"
+    elif scheduler.get("clip_sample"):
+        constraint = f"clipped to ±{scheduler.get('clip_sample_range')}"
     spacing = scheduler.get("timestep_spacing")
-    clipped = scheduler.get("clip_sample")
     return [
         ("scheduler", f"`{scheduler.get('_class_name')}`"),
         ("T", scheduler.get("num_train_timesteps")),
-        ("β", f"{schedule}, {ends[0]:g} to {ends[1]:g}" if all(map(_finite, ends)) else schedule),
+        ("β", betas),
         ("prediction", scheduler.get("prediction_type")),
         ("τ", TAU_NAMES.get(spacing, spacing)),
         ("η", scheduler.get("eta")),
         ("variance", scheduler.get("variance_type")),
-        ("x̂0 clipped", None if clipped is None else f"to ±{scheduler.get('clip_sample_range'):g}" if clipped else "no"),
-        ("classes", unet.get("num_class_embeds")),
+        ("x̂0", constraint),
     ]
 
 
@@ -2465,7 +2536,7 @@ def _figures(results: list[dict[str, Any]]) -> str:
         rows.append((_name(entry), value, entry["nfe"], *(entry.get(key) for key in SETTINGS[:-1]), dataset))
     used = [i for i in range(len(heads)) if any(row[i] is not None for row in rows)]
     lines = [heads, ["---"] * len(heads), *rows]
-    table = ["| " + " | ".join("" if row[i] is None else str(row[i]) for i in used) + " |" for row in lines]
+    table = ["| " + " | ".join("" if row[i] is None else _cell(row[i]) for i in used) + " |" for row in lines]
     return "\n".join(table) + "\n\nNFE counts evaluations of the network for an image. All of it is in `results.json`."
 
 
@@ -2506,8 +2577,13 @@ def _conversion(conversion: dict[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
+def _cell(value: Any) -> str:
+    """A value in a table of Markdown."""
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
 def _table(rows: list[tuple[str, Any]]) -> str:
-    lines = [f"| {name} | {value} |" for name, value in rows if value is not None]
+    lines = [f"| {name} | {_cell(value)} |" for name, value in rows if value is not None]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
@@ -2519,6 +2595,7 @@ A folder has, beside the weights and configs, the package as one file (see `bund
 entry to it, which `model_index.json` names: that is what diffusers needs to load it where this package is missing. Here
 those files are never run: classes are taken by their names, from what this process knows.
 """
+
 
 
 
@@ -2584,13 +2661,18 @@ if "{name}" not in sys.modules:
         del sys.modules["{name}"]
         raise
 
+sys.modules.setdefault("{name}_scheduler", sys.modules["{name}"])  # where diffusers looks for what it is given instead
 {takes}
 '''
 
+WEIGHTS = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[^.-]+))?(-\d+-of-\d+)?\.(safetensors|bin)")
+"""Names of a network's weights."""
+
 HUB_SETTINGS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 WEIGHT_SETTINGS = ("torch_dtype", "dtype", "variant", "use_safetensors", "low_cpu_mem_usage", "disable_mmap")
-PLACEMENT = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config", "use_flashpack")
-"""Keywords of `from_pretrained`: where files come from, how weights are read, and what diffusers alone can do."""
+WEIGHT_SETTINGS += ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
+WEIGHT_SETTINGS += ("use_flashpack",)
+"""Keywords of `from_pretrained`: where files come from, and how a network is read and placed."""
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -2611,12 +2693,26 @@ def write_index(pipe: DiffusionPipeline, folder: str | Path) -> None:
             path.unlink()
 
 
+def variant_of(name: str) -> str | None:
+    """The variant of a file of weights, by its name or path; or of the index of several."""
+    name = name.rpartition("/")[2]
+    if match := WEIGHTS.fullmatch(name):
+        return match["variant"]
+    return name.partition(".index.")[2].removesuffix("json").removesuffix(".") or None
+
+
+def weight_files(folder: str | Path, variant: str | None) -> dict[Path, int]:
+    """The files of the network's weights of a variant in a folder, in any form, and when each was changed."""
+    files = [path for path in (Path(folder) / "unet").glob("diffusion_pytorch_model*") if path.is_file()]
+    return {path: path.stat().st_mtime_ns for path in files if variant_of(path.name) == variant}
+
+
 def with_code(index: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """What `model_index.json` holds, with entries that name code files; and those files, names and texts."""
     name, text = code()
     files = {f"{name}.py": text, f"{name}_pipeline.py": _entry([PIPELINE])}
     index = index | {"_class_name": [f"{name}_pipeline", PIPELINE]}
-    if _scheduler_is_ours(index):
+    if scheduler_is_ours(index):
         files |= {f"scheduler/{name}.py": text, f"scheduler/{name}_scheduler.py": _entry(list(SCHEDULERS))}
         index["scheduler"] = [f"{name}_scheduler", index["scheduler"][1]]
     return index, files
@@ -2646,14 +2742,14 @@ class _Download(DiffusionPipeline):
     def __init__(self, unet: Any, scheduler: Any): ...
 
     @classmethod
-    def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        index = super()._dict_from_json_file(*args, **kwargs)
-        known = {key: ["diffusers", "ModelMixin"] for key, value in index.items() if isinstance(value, list)}
-        return index | known | {"_class_name": cls.__name__}
+    def _dict_from_json_file(cls, json_file: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        index = read_object(json_file)
+        ours = {key: ["diffusers", "ModelMixin"] for key in ("unet", "scheduler") if key in components(index)}
+        return {"_class_name": cls.__name__} | ours
 
 
-def opened(cls: Any, source: str | os.PathLike, kwargs: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The folder of a model, and keywords with which `DiffusionPipeline.from_pretrained` makes a `cls` of it.
+def parts(cls: Any, source: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with which to make a `cls` of what is in a folder or a repo.
 
     Nothing of a repo is run: scheduler and network are made here, from classes that this process knows. Raises
     ValueError or OSError that says what to do.
@@ -2665,35 +2761,42 @@ def opened(cls: Any, source: str | os.PathLike, kwargs: dict[str, Any]) -> tuple
         )
     kwargs.pop("trust_remote_code", None)  # there is nothing to trust
     hub = {key: kwargs.pop(key) for key in HUB_SETTINGS if key in kwargs}
-    folder = Path(name) if os.path.isdir(name) else _download(name, hub, kwargs)
+    weights = {key: kwargs.pop(key) for key in WEIGHT_SETTINGS if key in kwargs}
+    wanted = inspect.signature(cls.__init__).parameters.keys() - {"self"}
+    if kwargs.keys() - wanted:
+        raise TypeError(f"{cls.__name__}.from_pretrained() got an unexpected keyword {min(kwargs.keys() - wanted)!r}")
+    folder = Path(name) if os.path.isdir(name) else _download(name, hub, weights)
     index = read_index(folder, name)
-    others = components(index).keys() - inspect.signature(cls.__init__).parameters.keys()
+    others = components(index).keys() - wanted
     if others:
         raise ValueError(
             f"{name} has {', '.join(sorted(others))} beside a network and a scheduler: open it with DiffusionPipeline, "
             "and give that pipeline a scheduler of this package"
         )
-    if kwargs.get("scheduler") is None:
-        kwargs["scheduler"] = open_scheduler(folder, index, name)
-    if kwargs.get("unet") is None and all(kwargs.get(key) is None for key in PLACEMENT):
-        weights = {key: kwargs.pop(key) for key in WEIGHT_SETTINGS if key in kwargs}
-        kwargs["unet"] = open_unet(folder, index, name, weights)
-    return folder, kwargs
+    made = {key: value for key, value in kwargs.items() if value is not None}
+    if "scheduler" not in made:
+        made["scheduler"] = open_scheduler(folder, index, name)
+    if "unet" not in made:
+        made["unet"] = open_unet(folder, index, name, weights)
+    for key in components(index).keys() - made.keys():  # of a subclass
+        made[key] = _class(name, key, *index[key], object).from_pretrained(folder / key)
+    return made
 
 
 def plain_index(index: dict[str, Any]) -> dict[str, Any]:
     """What `model_index.json` holds, naming no code files but the modules of this process."""
     plain = index | {"_class_name": _class_name(index.get("_class_name"))}
-    if _scheduler_is_ours(index):
+    if scheduler_is_ours(index):
         plain["scheduler"] = [GeneralizedDDIMScheduler.__module__, index["scheduler"][1]]
     return plain
 
 
-def _download(name: str, hub: dict[str, Any], kwargs: dict[str, Any]) -> Path:
+def _download(name: str, hub: dict[str, Any], weights: dict[str, Any]) -> Path:
     """The folder of a snapshot of a repo, with the weights that are asked for."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise OSError(f"there is no folder {name}")
-    wanted = {key: kwargs[key] for key in ("variant", "use_safetensors") if key in kwargs}
+    check_repo_id(name)
+    wanted = {key: weights[key] for key in ("variant", "use_safetensors") if key in weights}
     with told(name, hub.get("token"), hub.get("revision")):
         return Path(_Download.download(name, **hub, **wanted))
 
@@ -2709,9 +2812,7 @@ def read_index(folder: Path, name: str) -> dict[str, Any]:
             raise ValueError(f"{name}: {INDEX} says {key}={value!r}, which is not a module and a class")
     missing = [key for key in ("unet", "scheduler") if key not in components(index)]
     if missing:
-        raise ValueError(
-            f"{name}: {INDEX} names no {' and no '.join(missing)}, so it is no model of this pipeline's kind"
-        )
+        raise ValueError(f"{name}: {INDEX} names no {' and no '.join(missing)}, so it is no model of this kind")
     return index
 
 
@@ -2720,11 +2821,8 @@ def is_ours(index: dict[str, Any]) -> bool:
     return _class_name(index.get("_class_name")) == PIPELINE
 
 
-def _class_name(value: Any) -> Any:
-    return value[1] if isinstance(value, list | tuple) else value
-
-
-def _scheduler_is_ours(index: dict[str, Any]) -> bool:
+def scheduler_is_ours(index: dict[str, Any]) -> bool:
+    """Whether the scheduler that a `model_index.json` names is of this package."""
     module, name = components(index).get("scheduler", ("", ""))
     return name in SCHEDULERS and OURS.fullmatch(module) is not None
 
@@ -2735,6 +2833,10 @@ def components(index: dict[str, Any]) -> dict[str, list[str]]:
     return {key: value for key, value in named.items() if None not in value}
 
 
+def _class_name(value: Any) -> Any:
+    return value[1] if isinstance(value, list | tuple) else value
+
+
 def _part(folder: Path, component: str) -> Path:
     """Where the files of a component are: old repos keep all in one folder."""
     return folder / component if (folder / component).is_dir() else folder
@@ -2743,7 +2845,7 @@ def _part(folder: Path, component: str) -> Path:
 def _class(name: str, component: str, module: str, class_name: str, base: type) -> Any:
     """A class that this process knows: of diffusers, or of a module that was imported before."""
     found = getattr(diffusers if module == "diffusers" else sys.modules.get(module), class_name, None)
-    if not (isinstance(found, type) and issubclass(found, base)):
+    if not (isinstance(found, type) and issubclass(found, base) and hasattr(found, "from_pretrained")):
         raise ValueError(
             f"{name}: {INDEX} names {class_name} of {module} for the {component}, and this process knows no such "
             f"{base.__name__}. Import that module before, or pass {component}=…. If it is code of the repo, read it "
@@ -2754,17 +2856,20 @@ def _class(name: str, component: str, module: str, class_name: str, base: type) 
 
 def open_scheduler(folder: Path, index: dict[str, Any], name: str) -> SchedulerMixin:
     """The scheduler of a folder. That of a stock pipeline becomes one of ours, and what that changes is logged."""
-    module, class_name = index["scheduler"]
-    part = _part(folder, "scheduler")
-    if not (part / "scheduler_config.json").is_file():
+    file = _part(folder, "scheduler") / "scheduler_config.json"
+    if not file.is_file():
         raise OSError(f"{name} has no scheduler_config.json")
-    config = read_object(part / "scheduler_config.json")
-    if _scheduler_is_ours(index):
-        return SCHEDULERS[class_name].from_config(config)
-    known = _class(name, "scheduler", module, class_name, SchedulerMixin)
-    if is_ours(index):
-        return known.from_config(config)
-    scheduler, story = adopt(config, known)
+    config = read_object(file)
+    if scheduler_is_ours(index):
+        known, adopts = SCHEDULERS[index["scheduler"][1]], False
+    else:
+        known, adopts = _class(name, "scheduler", *index["scheduler"], SchedulerMixin), not is_ours(index)
+    try:
+        if not adopts:
+            return known.from_config(config)
+        scheduler, story = adopt(config, known)
+    except (TypeError, AttributeError, ArithmeticError, MemoryError, LookupError) as error:
+        raise ValueError(f"{name}: the settings in scheduler_config.json make no scheduler: {_line(error)}") from error
     logger.warning("%s is a %s. %s", name, _class_name(index.get("_class_name")), story)
     return scheduler
 
@@ -2778,11 +2883,10 @@ def adopt(config: dict[str, Any], known: type) -> tuple[GeneralizedDDIMScheduler
     scheduler = GeneralizedDDIMScheduler.from_config(taken)
     before = theirs | {key: value for key, value in config.items() if key in theirs}
     after = {key: scheduler.config[key] for key in ours if key in before}
+    changed = {key: value for key, value in after.items() if value != before[key]}
     said = {
-        "taken over": [f"{key}={value!r}" for key, value in after.items() if key in config and value == before[key]],
-        "another now": [
-            f"{key}={value!r} (was {before[key]!r})" for key, value in after.items() if value != before[key]
-        ],
+        "taken over": [f"{key}={value!r}" for key, value in after.items() if key in config and key not in changed],
+        "another now": [f"{key}={value!r} (was {before[key]!r})" for key, value in changed.items()],
         "left out": [key for key in config if key not in taken],
     }
     lines = [f"Its {known.__name__} became a GeneralizedDDIMScheduler with η = {scheduler.config.eta:g}."]
@@ -2803,34 +2907,55 @@ def open_unet(folder: Path, index: dict[str, Any], name: str, settings: dict[str
     known = _class(name, "unet", *index["unet"], ModelMixin)
     if known.__module__.startswith("diffusers.") and not issubclass(known, UNet2DModel):
         raise ValueError(f"{name} has a {known.__name__}; this pipeline is for a UNet2DModel")
+    settings = {key: value for key, value in settings.items() if value is not None}
     dtype = settings.get("dtype", settings.get("torch_dtype"))
     if isinstance(dtype, dict):
         key = "dtype" if "dtype" in settings else "torch_dtype"
-        settings = settings | {key: dtype.get("unet", dtype.get("default", torch.float32))}
-    part = _part(folder, "unet")
-    found = sorted(file.name for file in part.glob("*") if file.suffix in (".safetensors", ".bin"))
-    if settings.get("use_safetensors") is None:  # or diffusers says that it looks for others
-        settings = settings | {"use_safetensors": any(name.endswith(".safetensors") for name in found)}
+        settings[key] = dtype.get("unet", dtype.get("default", torch.float32))
+    part, variant = _part(folder, "unet"), settings.get("variant")
+    found = sorted(path.name for path in part.glob("*") if WEIGHTS.fullmatch(path.name))
+    fitting = [file for file in found if WEIGHTS.fullmatch(file)["variant"] == variant]
+    if known.__module__.startswith("diffusers.") and not fitting:
+        wanted = "weights of a network" if variant is None else f"weights of the variant {variant!r}"
+        raise OSError(f"{name} has no {wanted}; it has {', '.join(found) or 'none at all'}")
+    if "use_safetensors" not in settings:  # or diffusers says that it looks for others
+        settings["use_safetensors"] = any(file.endswith(".safetensors") for file in fitting)
     try:
-        unet, report = known.from_pretrained(part, output_loading_info=True, **settings)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        unet, report = _from_pretrained(known, part, settings)
+    except Exception as error:  # settings and files of any kind reach the class, which fails in as many ways
         said = _line(error).split(" If you want")[0]
         if "shape" in said or "size mismatch" in said:
             raise ValueError(f"the weights of {name} do not fit its config: {said}") from error
-        raise OSError(
-            f"cannot load the network of {name}: {said}. Its weights: {', '.join(found) or 'none'}. Where a "
-            "download is damaged, force_download=True mends it"
-        ) from error
-    wrong = {
-        key: sorted(report[f"{key}_keys"]) for key in ("missing", "unexpected", "mismatched") if report[f"{key}_keys"]
-    }
+        again = "" if os.path.isdir(name) else ". Where the download is damaged, force_download=True mends it"
+        raise OSError(f"cannot load the network of {name} ({', '.join(fitting)}): {said}{again}") from error
+    kinds = ("missing", "unexpected", "mismatched")
+    wrong = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in kinds if report[f"{kind}_keys"]}
     if wrong:
-        said = "; ".join(f"{len(keys)} {key}, such as {keys[0]}" for key, keys in wrong.items())
+        said = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items())
         raise ValueError(f"the weights of {name} do not fit its config: {said}")
     return unet
 
 
+def _from_pretrained(known: Any, part: Path, settings: dict[str, Any]) -> tuple[ModelMixin, dict[str, Any]]:
+    """A network and what diffusers says of its loading; `dtype` by the name that this version has for it."""
+    try:
+        return known.from_pretrained(part, output_loading_info=True, **settings)
+    except TypeError as error:
+        if "dtype" not in settings or "'dtype'" not in str(error):
+            raise
+        settings = {"torch_dtype" if key == "dtype" else key: value for key, value in settings.items()}
+        return known.from_pretrained(part, output_loading_info=True, **settings)
+
+
 # ---- failures of the Hub's client ----------------------------------------------------------------------------------
+
+
+def check_repo_id(name: str) -> None:
+    """Raise OSError for what is no id of a repo."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise OSError(f"{name!r} is no id of a repo: it must be like user/model") from error
 
 
 @contextmanager
@@ -2840,8 +2965,8 @@ def told(name: str, token: Any = None, revision: str | None = None, to: str = "r
     `to` "read" or "write" is what is being tried with the repo.
     """
     used = token if isinstance(token, str) else None if token is False else get_token()
-    if used and not (used.isascii() and used.isprintable() and " " not in used):  # the client's error would show it
-        raise OSError("the token has characters that no token has: copy it again")
+    if used is not None and not (used and used.isascii() and used.isprintable() and " " not in used):
+        raise OSError("the token is empty, or has characters that no token has: copy it again")  # the client shows it
     try:
         yield
     except Exception as error:
@@ -2858,8 +2983,6 @@ def _meaning(chain: list[BaseException], name: str, revision: str | None, to: st
 
     answers = [each.response for each in chain if isinstance(each, HfHubHTTPError)]
     status = next((answer.status_code for answer in answers if answer is not None), None)
-    if has(HFValidationError):
-        return f"{name!r} is no id of a repo: it must be like user/model"
     if has(RevisionNotFoundError):
         return f"{name} has no revision {revision!r} on {where}: give a branch, a tag or a commit that is there"
     if has(GatedRepoError):
@@ -2870,6 +2993,8 @@ def _meaning(chain: list[BaseException], name: str, revision: str | None, to: st
         return f"there is no {name} on {where} for all to {to}: check the name, or log in with a token that may {to} it"
     if status == 403:
         return f"the token may not write to {name} on {where}: use one that may"
+    if status == 412:
+        return f"somebody else pushed to {name} at the same time: push again"
     if status is not None and status != 404:
         return f"{where} answered {name} with status {status}: try again later"
     if has(LocalEntryNotFoundError, ConnectionError) or any("Connect" in type(each).__name__ for each in chain):
@@ -2908,12 +3033,33 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 
+
+
+
+
+
+
+
+
+
+
+
+
+
+
 README, RESULTS, TRAINING, CONVERSION = "README.md", "results.json", "training.json", "conversion.json"
-GRID = "samples.png"
+GRID, LOSS = "samples.png", "loss.png"
+RECORDS = (RESULTS, TRAINING, CONVERSION)
 DRAWN, DRAWN_STEPS = 16, 20
 """Pictures of the grid that is drawn where there is none, and S for it."""
 
-WEIGHTS = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[^.-]+))?(-\d+-of-\d+)?\.safetensors")
+STATE = re.compile(r"unet/diffusion_pytorch_model.*\.(safetensors|bin|json)")
+OWNED = re.compile(
+    rf"{CODE.pattern}|{STATE.pattern}|results\.json|training\.json|conversion\.json|{GRID}|{LOSS}|\.eval_results/.*"
+)
+"""Names in a repo that a push writes, and takes away where they are not of the model that it pushes."""
+
+Content = Path | bytes
 
 
 def push_folder(
@@ -2933,8 +3079,9 @@ def push_folder(
     """Push what `save_pretrained` or the training script wrote, in one commit; nothing in the folder is changed.
 
     The weights of all variants there go along, and from the folder `records` (the same, if not given) `results.json`,
-    `training.json`, `conversion.json` and the pictures. A README.md that somebody wrote there is the card; else one is
-    written from those (see `card`).
+    `training.json`, `conversion.json`, `samples.png` (or the last of `previews/`), `loss.png`, and the pictures that
+    `results.json` lists under "pictures". A README.md that somebody wrote, there or in the repo, is the card; else one
+    is written from the records (see `card`). Where other weights are in the repo, what was said of them goes.
 
     Args:
         repo_id: id of the repo; it is made where it does not exist.
@@ -2943,7 +3090,7 @@ def push_folder(
         revision: the branch, made where it does not exist; main by default.
         create_pr: open a pull request instead.
         license: the Hub's id of the licence of the weights.
-        drawn, caption: a grid of samples for the card, where the folder has none.
+        drawn, caption: a grid of samples for the card, instead of one in `records`.
 
     Returns:
         the commit; where nothing has changed, the last one.
@@ -2952,25 +3099,35 @@ def push_folder(
         ValueError: before anything is sent, for a folder, record or id that is not right.
         OSError: where the Hub cannot be reached or refuses. The branch is then as it was; a new repo may be left empty.
     """
-    with told(repo_id):
-        validate_repo_id(repo_id)  # before the folder is read
-    files, said = contents(Path(folder), repo_id, Path(records or folder), license, drawn, caption)
-    own_card = isinstance(files[README], Path)
+    check_repo_id(repo_id)
+    folder, records = Path(folder), Path(records or folder)
+    if not records.is_dir():
+        raise ValueError(f"there is no folder {records}")
+    branch = None if create_pr else revision
+    files, said = contents(folder, repo_id, records, license, drawn, caption, branch)
     api = HfApi(token=token)
     repo_id = open_repo(api, repo_id, private)
     with told(repo_id, token, revision, to="write"):
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        info = api.model_info(repo_id, revision=revision)
-        there = {each.rfilename for each in info.siblings or ()}
-        if README in there and not own_card:
+        if branch is not None:
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+        there = {each.rfilename: each for each in info.siblings or ()}
+        same = _same_model(there, files)
+        if README in there and not isinstance(files[README], Path):
             remote = Path(api.hf_hub_download(repo_id, README, revision=info.sha)).read_text(encoding="utf-8")
-            if MARK not in remote or not said:
-                del files[README]  # somebody wrote it, or it says more
+            if not is_written_here(remote) or (same and not said):
+                del files[README]  # somebody wrote it, or it says more of these weights
+        kept = CODE if same else OWNED
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
-        operations += [CommitOperationDelete(name) for name in there if CODE.fullmatch(name) and name not in files]
-        message = commit_message or "Upload GeneralizedDDIMPipeline"
-        return api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
+        operations += [CommitOperationDelete(name) for name in there if kept.fullmatch(name) and name not in files]
+        return api.create_commit(
+            repo_id,
+            operations,
+            commit_message=commit_message or "Upload GeneralizedDDIMPipeline",
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=info.sha,
+        )
 
 
 def open_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
@@ -2978,35 +3135,58 @@ def open_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
 
     Raises OSError where the Hub cannot be reached or refuses, ValueError where `private` and the repo is public.
     """
+    check_repo_id(repo_id)
     with told(repo_id, api.token, to="write"):
-        validate_repo_id(repo_id)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo_id).private:
             raise ValueError(f"{repo_id} is public, and private=True changes no repo that exists: nothing was pushed")
         return repo_id
 
 
+def _same_model(there: dict[str, Any], files: dict[str, Content]) -> bool:
+    """Whether the repo has these weights, or none of their variants, so that they are another form of its model."""
+    weights = {name: content for name, content in files.items() if STATE.fullmatch(name)}
+    pushed = {variant_of(name) for name in weights}
+    if not any(STATE.fullmatch(name) and variant_of(name) in pushed for name in there):
+        return True
+    return all(name in there and _digest(content, there[name]) for name, content in weights.items())
+
+
+def _digest(content: Content, there: Any) -> bool:
+    """Whether a file in the repo has this content, by the digest that the Hub keeps of it."""
+    data = content.read_bytes() if isinstance(content, Path) else content
+    if there.lfs is not None:
+        return hashlib.sha256(data).hexdigest() == there.lfs["sha256"]
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == there.blob_id
+
+
+# ---- what is pushed ------------------------------------------------------------------------------------------------
+
+
 def contents(
-    folder: Path, repo_id: str, records: Path, license: str | None, drawn: Image.Image | None, caption: str
-) -> tuple[dict[str, Path | bytes], bool]:
+    folder: Path,
+    repo_id: str,
+    records: Path,
+    license: str | None,
+    drawn: Image.Image | None,
+    caption: str,
+    revision: str | None,
+) -> tuple[dict[str, Content], bool]:
     """What is pushed, by its name in the repo; and whether the card tells more than the configs do.
 
     Raises ValueError or OSError for a folder that would not load again, or records that are not in order.
     """
-    index = read_index(folder, str(folder))
-    if not is_ours(index):
-        raise ValueError(
-            f"{folder} is a {index.get('_class_name')}: open it with GeneralizedDDIMPipeline.from_pretrained, push that"
-        )
-    files: dict[str, Path | bytes] = {}
-    for component in components(index):
-        files |= _component(folder, component)
-    files |= _code(folder, index)
-    for variant in variants(folder):
-        parameters = open_unet(folder, index, str(folder), {"variant": variant}).num_parameters()
+    index = _index(folder)
+    files = _code(folder, index) | _state(folder)
+    for name in ("unet/config.json", "scheduler/scheduler_config.json"):
+        files[name] = _json(folder / name, finite=False)  # some schedulers of diffusers have infinite settings
+    names = variants(folder)
+    for variant in names:
+        unet = open_unet(folder, index, str(folder), {"variant": variant})
+    scheduler = open_scheduler(folder, index, str(folder))
 
-    found = {name: records / name for name in (RESULTS, TRAINING, CONVERSION) if (records / name).is_file()}
-    results = read_results(found[RESULTS]) if RESULTS in found else []
+    found = {name: records / name for name in RECORDS if (records / name).is_file()}
+    results = public(read_results(found[RESULTS])) if RESULTS in found else []
     training, conversion = (
         public(read_object(found[name])) if name in found else {} for name in (TRAINING, CONVERSION)
     )
@@ -3014,63 +3194,102 @@ def contents(
     pictures = _pictures(records)
     if drawn is not None:
         pictures[GRID] = _png(drawn)
-    elif GRID in pictures:
-        caption = _caption(records, training)
     files |= pictures | {name: text.encode() for name, text in eval_results(results).items()}
 
-    if (folder / README).is_file() and MARK not in (folder / README).read_text(encoding="utf-8"):
-        files[README] = folder / README
-        return files, True
-    scheduler = open_scheduler(folder, index, str(folder))
-    text = card(
-        repo_id,
-        read_object(folder / "unet" / "config.json"),
-        dict(scheduler.config) | {"_class_name": type(scheduler).__name__},
-        parameters,
-        results,
-        training,
-        conversion,
-        GRID if GRID in pictures else None,
-        caption,
-        license,
-    )
-    files[README] = text.encode()
-    return files, bool(results or training or conversion or pictures or license)
+    own = folder / README
+    if own.is_file() and not is_written_here(own.read_text(encoding="utf-8")):
+        return files | {README: own}, True
+    try:
+        if drawn is None and GRID in pictures:
+            caption = _caption(records, training)
+        text = card(
+            repo_id,
+            dict(unet.config),
+            dict(scheduler.config) | {"_class_name": type(scheduler).__name__},
+            unet.num_parameters(),
+            results,
+            training,
+            conversion,
+            GRID if GRID in pictures else None,
+            caption,
+            license,
+            names[0],
+            revision,
+        )
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"the records in {records} are not as the scripts write them: {error!r}") from error
+    return files | {README: text.encode()}, bool(results or training or conversion or pictures or license)
 
 
-def _component(folder: Path, component: str) -> dict[str, Path | bytes]:
-    """Configs and weights of a component."""
-    files: dict[str, Path | bytes] = {}
-    for path in sorted((folder / component).glob("*")):
-        if path.suffix == ".json":
-            files[f"{component}/{path.name}"] = _json(path)
-        elif path.suffix == ".safetensors":
-            files[f"{component}/{path.name}"] = path
-    return files
+def _index(folder: Path) -> dict[str, Any]:
+    """What `model_index.json` holds, where all readers can open what it names."""
+    index = read_index(folder, str(folder))
+    if not is_ours(index):
+        raise ValueError(
+            f"{folder} is a {index.get('_class_name')}: open it with GeneralizedDDIMPipeline.from_pretrained, push that"
+        )
+    for key, (module, name) in components(index).items():
+        if key not in ("unet", "scheduler") or not (
+            module == "diffusers" or (key == "scheduler" and scheduler_is_ours(index))
+        ):
+            raise ValueError(f"{folder}: {INDEX} names {name} of {module} for {key}, which others do not have")
+    return index
 
 
 def variants(folder: str | Path) -> list[str | None]:
     """The variants of the network's weights in a folder, the ordinary ones, None, first."""
-    matches = [WEIGHTS.fullmatch(path.name) for path in (Path(folder) / "unet").glob("*.safetensors")]
-    found = {match["variant"] for match in matches if match}
+    found = {variant_of(name) for name in _state(Path(folder)) if name.endswith(".safetensors")}
     if not found:
         raise ValueError(f"{folder} has no weights as safetensors: open it, and save_pretrained into a new folder")
     return sorted(found, key=lambda variant: variant or "")
 
 
-def _code(folder: Path, index: dict[str, Any]) -> dict[str, Path | bytes]:
-    """`model_index.json` and the code files: those of the folder, or where it has none, ours."""
-    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.py")}
-    files: dict[str, Path | bytes] = {name: path for name, path in names.items() if CODE.fullmatch(name)}
-    if not isinstance(index["_class_name"], list):
-        index, made = with_code(index)
-        files = {name: text.encode() for name, text in made.items()}
-    return files | {INDEX: (json.dumps(public(index), indent=2) + "\n").encode()}
+def same_weights(folder: str | Path, other: str | Path | None, variant: str | None) -> bool:
+    """Whether another folder holds the network's weights of this one, in the same files."""
+    ours = [name for name in _state(Path(folder)) if variant_of(name) == variant]
+    if not other or not all((Path(other) / name).is_file() for name in ours):
+        return False
+    return all((Path(other) / name).read_bytes() == (Path(folder) / name).read_bytes() for name in ours)
 
 
-def _pictures(records: Path) -> dict[str, Path | bytes]:
-    """The pictures in a folder; of previews the last, where there are no samples."""
-    pictures: dict[str, Path | bytes] = {path.name: path for path in sorted(records.glob("*.png"))}
+def _state(folder: Path) -> dict[str, Content]:
+    """The network's weights as safetensors, and the indexes of those in several files."""
+    names = {f"unet/{path.name}": path for path in sorted((folder / "unet").glob("diffusion_pytorch_model*"))}
+    return {name: path for name, path in names.items() if STATE.fullmatch(name) and not name.endswith(".bin")}
+
+
+def _code(folder: Path, index: dict[str, Any]) -> dict[str, Content]:
+    """`model_index.json` and the code files it names: those of the folder, or where some are missing, ours.
+
+    Raises ValueError for a file whose content is not the one its name was made from.
+    """
+    made, ours = with_code(index)
+    files: dict[str, Content] = {name: text.encode() for name, text in ours.items()}
+    if isinstance(index["_class_name"], list):
+        stem, new = (each["_class_name"][0].removesuffix("_pipeline") for each in (index, made))
+        there = {name.replace(new, stem): folder / name.replace(new, stem) for name in ours}
+        if all(path.is_file() for path in there.values()):
+            for path in there.values():
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+                if path.stem == stem and not stem.endswith(f"_{digest}"):
+                    raise ValueError(f"{path} was changed since it was saved: save the pipeline again")
+            made, files = index, dict(there)
+    return files | {INDEX: (json.dumps(public(made), indent=2) + "\n").encode()}
+
+
+def _pictures(records: Path) -> dict[str, Content]:
+    """The pictures in a folder that belong to the model; of previews the last, where there are no samples."""
+    names = [GRID, LOSS]
+    if (records / RESULTS).is_file():
+        listed = read_object(records / RESULTS).get("pictures", [])
+        if not isinstance(listed, list) or not all(
+            isinstance(each, str) and re.fullmatch(r"[\w-]+\.png", each) for each in listed
+        ):
+            raise ValueError(
+                f'{records / RESULTS} must list names such as figure4.png under "pictures", not {listed!r}'
+            )
+        names += listed
+    pictures: dict[str, Content] = {name: records / name for name in names if (records / name).is_file()}
     previews = sorted(records.glob("previews/*.png"))
     return pictures if GRID in pictures or not previews else pictures | {GRID: previews[-1]}
 
@@ -3083,9 +3302,9 @@ def has_samples(records: str | Path) -> bool:
 def _caption(records: Path, training: dict[str, Any]) -> str:
     """What is known of the samples: from the file that the command line writes beside them, or from the training."""
     if (records / GRID).is_file():
-        if not (records / "sample.json").is_file():
-            return "Samples."
-        settings = read_object(records / "sample.json").get("settings", {})
+        settings = {}
+        if (records / "sample.json").is_file():
+            settings = read_object(records / "sample.json").get("settings", {})
         known = {"S": settings.get("steps"), "η": settings.get("eta"), "the first seed": settings.get("seed")}
         return (
             ", ".join(["Samples", *(f"{name} = {value}" for name, value in known.items() if value is not None)]) + "."
@@ -3093,22 +3312,41 @@ def _caption(records: Path, training: dict[str, Any]) -> str:
     return f"Samples at S = {training.get('config', {}).get('preview_steps')}, η = 0."
 
 
-def draw(pipe: Any, number: int = DRAWN, steps: int = DRAWN_STEPS) -> tuple[Image.Image, str]:
-    """A grid of samples for the card, in rows of 8, and what is said below it; image i from seed i."""
+def draw(
+    pipe: Any, number: int = DRAWN, steps: int = DRAWN_STEPS, classes: int | None = None
+) -> tuple[Image.Image, str]:
+    """A grid of samples for the card, in rows of 8, and what is said below it; image i from seed i.
+
+    Of a conditional network image i is of class i modulo `classes`, by default as many as it has labels.
+    """
+    kept = pipe.scheduler
+    if isinstance(kept, InverseDDIMScheduler):
+        pipe.scheduler = GeneralizedDDIMScheduler.from_config(kept.config)
     steps = min(steps, pipe.scheduler.config.num_train_timesteps)
-    classes = pipe.unet.config.num_class_embeds
+    classes = classes or pipe.unet.config.num_class_embeds
     labels = [i % classes for i in range(number)] if classes else None
     generators = [Generator().manual_seed(i) for i in range(number)]
     images = pipe(number, steps, generator=generators, class_labels=labels, output_type="np").images
     eta = getattr(pipe.scheduler.config, "eta", None)
     said = f"{type(pipe.scheduler).__name__}, S = {steps}" + ("" if eta is None else f", η = {eta:g}")
+    pipe.scheduler = kept
     return grid([images[i : i + 8] for i in range(0, number, 8)]), f"{said}, seeds 0 to {number - 1}."
 
 
-def _json(path: Path) -> bytes:
-    """A JSON file without the places of this machine."""
+def classes_of(records: str | Path) -> int | None:
+    """How many classes the training had; the network may have a label more, for none of them."""
+    file = Path(records) / TRAINING
+    classes = read_object(file).get("classes") if file.is_file() else None
+    return len(classes) if isinstance(classes, list) and classes else None
+
+
+def _json(path: Path, finite: bool = True) -> bytes:
+    """A JSON file without the places of this machine. Raises ValueError for numbers that JSON does not have."""
     content = {key: value for key, value in read_object(path).items() if key != "_name_or_path"}
-    return (json.dumps(public(content), indent=2) + "\n").encode()
+    try:
+        return (json.dumps(public(content), indent=2, allow_nan=not finite) + "\n").encode()
+    except ValueError as error:
+        raise ValueError(f"{path} holds a number that is not finite, which JSON does not have") from error
 
 
 def _png(image: Image.Image) -> bytes:
@@ -3291,14 +3529,14 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: a folder, or the id of a repo.
             kwargs: those of `DiffusionPipeline.from_pretrained`: `revision`, `token`, `cache_dir`, `local_files_only`,
-                `variant`, `torch_dtype`, …; and `unet` or `scheduler` to take instead of those in the repo.
+                `variant`, `torch_dtype`, `device_map` (of the network), …; and `unet` or `scheduler` to take instead of
+                those in the repo.
 
         Raises:
             OSError: for a repo, revision or file that is not there, not allowed, or damaged.
             ValueError: for a model of another kind, classes that this process does not know, weights that do not fit.
         """
-        folder, kwargs = opened(cls, pretrained_model_name_or_path, kwargs)
-        pipe = super().from_pretrained(folder, **kwargs)
+        pipe = cls(**parts(cls, pretrained_model_name_or_path, kwargs))
         pipe.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
         return pipe
 
@@ -3327,7 +3565,13 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             push_to_hub: also push it; `kwargs` are then those of the method `push_to_hub`, with `repo_id` (by default
                 the folder's name).
         """
+        if kwargs and not push_to_hub:
+            raise TypeError(f"save_pretrained() got an unexpected keyword {min(kwargs)!r}")
+        before = weight_files(save_directory, variant)
         super().save_pretrained(save_directory, safe_serialization, variant=variant, max_shard_size=max_shard_size)
+        for path, changed in before.items():  # another form of these weights, which would be read in their place
+            if path.is_file() and path.stat().st_mtime_ns == changed:
+                path.unlink()
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
 
@@ -3368,7 +3612,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             revision: the branch; main by default, made where it does not exist.
             license: the Hub's id of the licence of the weights, for the card.
             records: folder with `results.json`, `training.json` and pictures for the card; by default the one that this
-                pipeline was loaded from.
+                pipeline was loaded from, where the weights are still those.
             samples: number of pictures to draw for the card, at 20 steps; by default 16 where there is no picture yet.
 
         Returns:
@@ -3384,13 +3628,16 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             raise ValueError(
                 f"a {type(self).__name__} has code of its own, which cannot be pushed: push a GeneralizedDDIMPipeline"
             )
-        if records is None and os.path.isdir(self.name_or_path or ""):
-            records = self.name_or_path
+        if samples is not None and (not is_integer(samples) or samples < 0):
+            raise ValueError(f"samples must be a non-negative integer, not {samples!r}")
+        check_repo_id(repo_id)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant)
+            if records is None and same_weights(folder, self.name_or_path, variant):
+                records = self.name_or_path
             if samples is None:
                 samples = 0 if has_samples(records or folder) else DRAWN
-            drawn, caption = draw(self, samples) if samples else (None, "")
+            drawn, caption = draw(self, samples, classes=classes_of(records or folder)) if samples else (None, "")
             return push_folder(
                 folder,
                 repo_id,
@@ -3756,7 +4003,10 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         scheduler, config = self.scheduler, self.scheduler.config
         remedy = "pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config"
         if not isinstance(scheduler, GeneralizedDDIMScheduler) or isinstance(scheduler, InverseDDIMScheduler):
-            raise ValueError(f"latents need a GeneralizedDDIMScheduler, not {type(scheduler).__name__}: {remedy})")
+            given = f"{type(scheduler).__module__}.{type(scheduler).__name__}"
+            raise ValueError(
+                f"latents need a GeneralizedDDIMScheduler of {__name__.split('.')[0]}, not {given}: {remedy})"
+            )
         if process.adds_noise(config.variance_type, config.eta):
             raise ValueError(
                 f"latents need the deterministic process: with noise (eta={config.eta:g}, "
