@@ -200,7 +200,8 @@ class Bench:
             generators = [Generator().manual_seed(config.seed + i) for i in range(config.fit_images)]
             labels = {} if config.class_label is None else {"class_labels": config.class_label}
             self.pipe.set_progress_bar_config(desc="samples", leave=False)
-            made = self.pipe(config.fit_images, 50, eta=1.0, generator=generators, output_type="pt", **labels).images
+            steps = min(50, self.T)
+            made = self.pipe(config.fit_images, steps, eta=1.0, generator=generators, output_type="pt", **labels).images
             images = (made.float().cpu() * 255).round().to(torch.uint8)
         else:
             images = self.load(config.fit_data or config.data, config.fit_split, config.fit_images)
@@ -264,9 +265,9 @@ def main(config: NLLConfig) -> dict[str, Any]:
     found = {}
     if config.searched:
         for variance in (each for each in config.variances if each != "learned_range"):
-            known = errors._replace(eps_mean_square=eps)
-            costs = bound_costs(bench.alpha_bar, known, variance, 1.0 if variance in ETA_FREE else config.eta)
-            paths = search_bound(bench.alpha_bar, known, max(config.steps), variance, config.eta)
+            known, eta = errors._replace(eps_mean_square=eps), 1.0 if variance in ETA_FREE else config.eta
+            costs = bound_costs(bench.alpha_bar, known, variance, eta)
+            paths = search_bound(bench.alpha_bar, known, max(config.steps), variance, eta)
             for S, times in bench.tau.items():
                 found[S, variance] = paths[S - 1].tau, paths[S - 1].cost, bound_of(bench.alpha_bar, times, *costs)
     for S, times in bench.tau.items():

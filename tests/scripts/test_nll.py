@@ -1,0 +1,150 @@
+"""training/nll.py: bits per dimension as a command, continued where it was stopped, saved with the model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from config import build
+from nll import NLLConfig, main
+
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.card import read_results
+
+T = 30
+
+
+@pytest.fixture(scope="module")
+def model(make_unet, tmp_path_factory):
+    """A tiny network that is a little like one of digits: its output is small, and grows with x."""
+    folder = tmp_path_factory.mktemp("nll") / "model"
+    unet = make_unet()
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.05, generator=torch.Generator().manual_seed(0))
+    scheduler = GeneralizedDDIMScheduler(num_train_timesteps=T, beta_start=0.003, beta_end=0.4)
+    GeneralizedDDIMPipeline(unet, scheduler).save_pretrained(folder)
+    return folder
+
+
+def run(model, output, **settings):
+    small = {"images": 6, "steps": [3, T], "fit_images": 4, "ode": False, "batch_size": 4}
+    return main(build(NLLConfig, small | {"model": str(model), "output": str(output)} | settings))
+
+
+def test_bits_and_their_terms(model, tmp_path):
+    result = run(model, tmp_path, ode=True, ode_images=2, tolerance=1e-3)
+    cells = result["cells"]
+    assert list(cells) == [f"S = {S}, {v}" for S in (3, T) for v in ("fixed_small", "fixed_large", "optimal")] + ["ODE"]
+    for cell in (cell for name, cell in cells.items() if name != "ODE"):
+        assert cell["bits"] == pytest.approx(cell["prior"] + cell["transitions"] + cell["decoder"])
+        assert (cell["nfe"], cell["images"], cell["eta"]) == (cell["S"], 6, 1.0)
+        assert cell["standard_error"] > 0
+    entries = read_results(tmp_path / "results.json")
+    assert [entry["value"] for entry in entries] == [cell["bits"] for cell in cells.values()]
+    assert entries[0]["dataset"] == {"name": "digits", "split": "test"}
+    assert entries[-1]["variance_type"] == "ODE"
+    table = (tmp_path / "nll.md").read_text()
+    assert f"{cells['S = 3, optimal']['bits']:.4f} ±" in table
+
+
+def test_the_batch_does_not_matter(model, tmp_path):
+    one, other = run(model, tmp_path / "a", batch_size=1), run(model, tmp_path / "b", batch_size=6)
+    for name, cell in one["cells"].items():
+        assert cell["bits"] == pytest.approx(other["cells"][name]["bits"], rel=1e-5)
+
+
+def test_a_stopped_run_goes_on(model, tmp_path, monkeypatch):
+    whole = run(model, tmp_path / "whole")
+    measured = []
+    import nll
+
+    bound = nll.Bench.bound
+
+    def stop(self, images, times, variance, *rest):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append((len(times), variance))
+        return bound(self, images, times, variance, *rest)
+
+    monkeypatch.setattr(nll.Bench, "bound", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "run")
+    measured.append("later")
+    again = run(model, tmp_path / "run")
+    assert measured == [
+        (3, "fixed_small"),
+        (3, "fixed_large"),
+        "later",
+        (3, "optimal"),
+        *[(T, v) for v in ("fixed_small", "fixed_large", "optimal")],
+    ]
+    for name, cell in whole["cells"].items():
+        assert again["cells"][name]["bits"] == cell["bits"]
+    with pytest.raises(ValueError, match="has results with another seed"):
+        run(model, tmp_path / "run", seed=1)
+
+
+def test_the_searched_tau_is_not_worse_where_it_was_fitted(model, tmp_path):
+    result = run(model, tmp_path, searched=True, steps=[2, 5], variances=["fixed_small", "optimal"])
+    searched = [cell for name, cell in result["cells"].items() if "searched" in name]
+    assert len(searched) == 4
+    for cell in searched:
+        assert cell["predicted"] <= cell["predicted_spacing"] + 1e-12
+        assert len(cell["times"]) == cell["S"]
+
+
+def test_optimal_with_the_fitted_errors_is_never_worse(model, tmp_path):
+    """On the images that it was fitted to, in expectation over the noise, which is drawn alike for both."""
+    settings = {
+        "fit_split": "test",
+        "images": 200,
+        "fit_images": 200,
+        "estimator": "error",
+        "steps": [5],
+        "batch_size": 200,
+    }
+    result = run(model, tmp_path, variances=["fixed_small", "optimal"], **settings)
+    small, best = (result["cells"][f"S = 5, {v}"] for v in ("fixed_small", "optimal"))
+    assert best["bits"] < small["bits"] + 0.01
+
+
+def test_the_table_is_saved_with_the_model(model, tmp_path):
+    run(model, tmp_path / "run", save_model=str(tmp_path / "model"), variances=["optimal"], steps=[4])
+    pipe = GeneralizedDDIMPipeline.from_pretrained(tmp_path / "model")
+    known = pipe.scheduler.config.eps_mean_square
+    fitted = json.loads((tmp_path / "run" / "errors.json").read_text())
+    assert np.allclose(known, fitted["eps_mean_square"][1:])
+    pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config, variance_type="optimal", eta=1.0)
+    pipe.set_progress_bar_config(disable=True)
+    assert torch.isfinite(pipe(2, 5, output_type="pt", generator=torch.Generator().manual_seed(0)).images).all()
+    again = run(tmp_path / "model", tmp_path / "again", variances=["optimal"], steps=[4], decoder="next")
+    assert not (tmp_path / "again" / "errors.json").exists()  # nothing had to be measured again
+    assert again["cells"]["S = 4, optimal"]["bits"] > 0
+
+
+def test_own_samples_and_drawn_terms(model, tmp_path):
+    result = run(model, tmp_path, fit_data="own", draws=2, variances=["optimal"], steps=[T])
+    assert result["cells"][f"S = {T}, optimal"]["nfe"] == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"eta": 0.0}, "infinite at eta=0"),
+        ({"steps": [T + 1]}, "31"),
+        ({"steps": [0]}, "distinct positive"),
+        ({"variances": ["best"]}, "unknown variances best"),
+        ({"variances": ["learned_range"]}, "no variance of its own"),
+        ({"images": 0}, "images must be positive"),
+        ({"decoder": "best"}, "unknown decoder 'best'"),
+        ({"decoder": "next", "searched": True}, "best with the fitted decoder"),
+        ({"estimator": "best"}, "unknown estimator"),
+        ({"class_label": 1}, "is unconditional"),
+        ({"data": "nowhere.parquet"}, "there is no file"),
+        ({"spacing": "cubic"}, "cubic"),
+        ({"model": "nowhere/at/all"}, "there is no folder"),
+    ],
+)
+def test_bad_input(model, tmp_path, settings, said):
+    with pytest.raises((ValueError, OSError), match=said):
+        run(settings.pop("model", model), tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
