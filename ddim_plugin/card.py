@@ -12,12 +12,12 @@ import hashlib
 import json
 import re
 from numbers import Real
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from string import Template
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
 from .version import __version__
@@ -176,19 +176,25 @@ def _finite(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-PLACE = re.compile(r"(?<![\w:/.])(?:file://)?(?:(?:~|\.\.?)?/|[A-Za-z]:[\\/]|\\\\)[^\s\"'|;,]*")
-"""A place on a machine: from the root, the home or a folder above, of any system, also within a text."""
+PLACE = re.compile(
+    r"(?:^|(?<=[\s\"'=:]))(?!//)(?:file://[^/\s]*)?(?:~|[A-Za-z]:)?[\\/](?:[^\s\"'\\/]+[\\/])+([^\s\"'\\/,;:)]*)"
+)
+"""A place on a machine within a text: two parts or more, from the root or the home."""
 
 
 def public(value: Any) -> Any:
     """A record without the places of this machine: of each the last part is left."""
     if isinstance(value, dict):
-        return {key: public(each) for key, each in value.items()}
+        return {public(key): public(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [public(each) for each in value]
-    if isinstance(value, str):
-        return PLACE.sub(lambda found: re.split(r"[\\/]+", found[0].rstrip("\\/"))[-1], value)
-    return value
+    if not isinstance(value, str):
+        return value
+    if Path(value).is_absolute() or value.startswith(("~/", "../", "./")):
+        return Path(value).name
+    if PureWindowsPath(value).is_absolute():
+        return PureWindowsPath(value).name
+    return PLACE.sub(r"\1", value)
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -224,8 +230,7 @@ def card(
     Raises:
         ValueError: for a licence that is no id.
     """
-    if license is not None and not re.fullmatch(r"[a-z0-9.+-]+", license):
-        raise ValueError(f"license must be as the Hub names it, such as mit or cc-by-4.0, not {license!r}")
+    check_license(license)
     results, training = results or [], training or {}
     origin = _training(training) if training else _conversion(conversion) if conversion else []
     title = repo_id.split("/")[-1]
@@ -246,7 +251,7 @@ def card(
     }
     process = "sampled by the generalized process of"
     if not ours:
-        process = f"sampled by a {scheduler.get('_class_name')}, and by that of"
+        process = f"saved with `{scheduler.get('_class_name')}`, a network as in"
     known = training.get("classes")
     labels = len(known) if isinstance(known, list) and known else classes
     data_set = training["config"].get("data") if training.get("data_from") == "hub" else None
@@ -291,6 +296,20 @@ def is_written_here(text: str) -> bool:
     """Whether a card was made here, and nobody has changed it since."""
     above, _, mark = text.replace("\r\n", "\n").rpartition(f"\n{MARK}")
     return mark.rstrip().endswith(f"({hashlib.sha256(above.encode()).hexdigest()[:8]}).*")
+
+
+def check_license(license: str | None) -> None:
+    """Raise ValueError for what is no id of a licence."""
+    if license is not None and not re.fullmatch(r"[a-z0-9.+-]+", license):
+        raise ValueError(f"license must be as the Hub names it, such as mit or cc-by-4.0, not {license!r}")
+
+
+def license_of(text: str) -> str | None:
+    """The licence that a card names."""
+    try:
+        return ModelCard(text).data.license
+    except ValueError:  # no metadata that can be read
+        return None
 
 
 def eval_results(results: list[dict[str, Any]]) -> dict[str, str]:
@@ -348,7 +367,7 @@ def _unknown_to_stock(unet: dict[str, Any], scheduler: dict[str, Any]) -> str:
     if unet.get("num_class_embeds"):
         return "class labels"
     if "eta" not in scheduler:
-        return f"what is another in {scheduler.get('_class_name')}"
+        return f"the settings of `{scheduler.get('_class_name')}`"
     return "learned variances" if unet.get("out_channels") != unet["in_channels"] else ""
 
 

@@ -16,12 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
-from .hub import check_repo_id
 from .images import check_channels, grid, image_files, open_image, read
 from .inversion import InversionReport
 from .pipeline import TOLERANCE, GeneralizedDDIMPipeline
 from .process import VARIANCES
-from .push import DRAWN, classes_of, draw, has_samples, push_folder, variants
+from .push import push_folder, variants
 from .schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, keep_learned
 from .tau import SPACINGS
 from .version import __version__
@@ -319,21 +318,14 @@ def interpolate(args: argparse.Namespace) -> Made:
 
 def push(args: argparse.Namespace) -> str:
     """Where the commit, or the pull request, is."""
-    if args.samples is not None and args.samples < 0:
-        raise ValueError(f"--samples must not be negative, not {args.samples}")
     if not Path(args.folder).is_dir():
         raise ValueError(f"there is no folder {args.folder}")
-    records = args.records or args.folder
-    if not Path(records).is_dir():
-        raise ValueError(f"there is no folder {records}")
-    samples = (0 if has_samples(records) else DRAWN) if args.samples is None else args.samples
-    check_repo_id(args.repo_id)
-    drawn, caption = None, ""
-    if samples:
+
+    def sampler() -> GeneralizedDDIMPipeline:
         pipe = GeneralizedDDIMPipeline.from_pretrained(args.folder, variant=variants(args.folder)[0])
-        pipe.to(_accelerator())
         pipe.set_progress_bar_config(desc="drawing samples", leave=False)
-        drawn, caption = draw(pipe, samples, classes=classes_of(records))
+        return pipe.to(_accelerator())
+
     commit = push_folder(
         args.folder,
         args.repo_id,
@@ -343,9 +335,9 @@ def push(args: argparse.Namespace) -> str:
         revision=args.revision,
         create_pr=args.create_pr,
         license=args.license,
-        records=records,
-        drawn=drawn,
-        caption=caption,
+        records=args.records,
+        samples=args.samples,
+        sampler=sampler,
     )
     return commit.pr_url or commit.commit_url
 

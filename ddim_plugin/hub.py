@@ -5,6 +5,7 @@ entry to it, which `model_index.json` names: that is what diffusers needs to loa
 those files are never run: classes are taken by their names, from what this process knows.
 """
 
+import hashlib
 import inspect
 import json
 import logging
@@ -74,8 +75,14 @@ sys.modules.setdefault("{name}_scheduler", sys.modules["{name}"])  # where diffu
 {takes}
 '''
 
-WEIGHTS = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[^.-]+))?(-\d+-of-\d+)?\.(safetensors|bin)")
-"""Names of a network's weights."""
+WEIGHTS = re.compile(
+    r"(unet/)?diffusion_pytorch_model((\.(?P<variant>[^/]+?))?(-\d{5}-of-\d{5})?\.(safetensors|bin)"
+    r"|\.(safetensors|bin)\.index(\.(?P<parts>[^/]+))?\.json)"
+)
+"""Names of a network's weights, and of the index of those in several files."""
+
+DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
+"""What this version of diffusers calls it."""
 
 HUB_SETTINGS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 WEIGHT_SETTINGS = ("torch_dtype", "dtype", "variant", "use_safetensors", "low_cpu_mem_usage", "disable_mmap")
@@ -103,17 +110,37 @@ def write_index(pipe: DiffusionPipeline, folder: str | Path) -> None:
 
 
 def variant_of(name: str) -> str | None:
-    """The variant of a file of weights, by its name or path; or of the index of several."""
-    name = name.rpartition("/")[2]
-    if match := WEIGHTS.fullmatch(name):
-        return match["variant"]
-    return name.partition(".index.")[2].removesuffix("json").removesuffix(".") or None
+    """The variant of a file of weights, or of the index of several: "" is none; None for files that are neither."""
+    match = WEIGHTS.fullmatch(name)
+    return None if match is None else match["variant"] or match["parts"] or ""
 
 
-def weight_files(folder: str | Path, variant: str | None) -> dict[Path, int]:
-    """The files of the network's weights of a variant in a folder, in any form, and when each was changed."""
-    files = [path for path in (Path(folder) / "unet").glob("diffusion_pytorch_model*") if path.is_file()]
-    return {path: path.stat().st_mtime_ns for path in files if variant_of(path.name) == variant}
+@contextmanager
+def replaced(folder: str | Path, variant: str | None) -> Iterator[None]:
+    """In here a network's weights are written anew: those that were there, in any form, go; or stay if that fails."""
+    unet = Path(folder) / "unet"
+    files = [path for path in unet.glob("diffusion_pytorch_model*") if variant_of(path.name) == (variant or "")]
+    asides = {path: path.with_name(path.name + ".before") for path in files}
+    for path, aside in asides.items():
+        path.replace(aside)
+    try:
+        yield
+    except BaseException:
+        for path, aside in asides.items():
+            aside.replace(path)
+        raise
+    for aside in asides.values():
+        aside.unlink()
+
+
+def weights_digest(*modules: Any) -> str:
+    """SHA-256 of the names, types, shapes and bytes of all weights."""
+    found = hashlib.sha256()
+    for module in modules:
+        for name, value in module.state_dict().items():
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def with_code(index: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -187,9 +214,10 @@ def parts(cls: Any, source: str | os.PathLike, kwargs: dict[str, Any]) -> dict[s
         made["scheduler"] = open_scheduler(folder, index, name)
     if "unet" not in made:
         made["unet"] = open_unet(folder, index, name, weights)
-    for key in components(index).keys() - made.keys():  # of a subclass
-        made[key] = _class(name, key, *index[key], object).from_pretrained(folder / key)
-    return made
+    missing = components(index).keys() - made.keys()
+    if missing:
+        raise ValueError(f"{name} has {', '.join(sorted(missing))}: a {cls.__name__} is to open that, and pass it on")
+    return {key: value for key, value in index.items() if key in wanted and key not in components(index)} | made
 
 
 def plain_index(index: dict[str, Any]) -> dict[str, Any]:
@@ -277,8 +305,8 @@ def open_scheduler(folder: Path, index: dict[str, Any], name: str) -> SchedulerM
         if not adopts:
             return known.from_config(config)
         scheduler, story = adopt(config, known)
-    except (TypeError, AttributeError, ArithmeticError, MemoryError, LookupError) as error:
-        raise ValueError(f"{name}: the settings in scheduler_config.json make no scheduler: {_line(error)}") from error
+    except (ValueError, TypeError, AttributeError, ArithmeticError, MemoryError, LookupError) as error:
+        raise ValueError(f"{name}: scheduler_config.json makes no scheduler: {_line(error)}") from error
     logger.warning("%s is a %s. %s", name, _class_name(index.get("_class_name")), story)
     return scheduler
 
@@ -317,20 +345,22 @@ def open_unet(folder: Path, index: dict[str, Any], name: str, settings: dict[str
     if known.__module__.startswith("diffusers.") and not issubclass(known, UNet2DModel):
         raise ValueError(f"{name} has a {known.__name__}; this pipeline is for a UNet2DModel")
     settings = {key: value for key, value in settings.items() if value is not None}
-    dtype = settings.get("dtype", settings.get("torch_dtype"))
+    dtype = settings.pop("dtype", None) or settings.pop("torch_dtype", None)
+    settings.pop("torch_dtype", None)
     if isinstance(dtype, dict):
-        key = "dtype" if "dtype" in settings else "torch_dtype"
-        settings[key] = dtype.get("unet", dtype.get("default", torch.float32))
+        dtype = dtype.get("unet", dtype.get("default", torch.float32))
+    if dtype is not None:
+        settings[DTYPE] = dtype
     part, variant = _part(folder, "unet"), settings.get("variant")
-    found = sorted(path.name for path in part.glob("*") if WEIGHTS.fullmatch(path.name))
-    fitting = [file for file in found if WEIGHTS.fullmatch(file)["variant"] == variant]
+    found = sorted(path.name for path in part.glob("*") if variant_of(path.name) is not None)
+    fitting = [file for file in found if variant_of(file) == (variant or "")]
     if known.__module__.startswith("diffusers.") and not fitting:
         wanted = "weights of a network" if variant is None else f"weights of the variant {variant!r}"
         raise OSError(f"{name} has no {wanted}; it has {', '.join(found) or 'none at all'}")
     if "use_safetensors" not in settings:  # or diffusers says that it looks for others
         settings["use_safetensors"] = any(file.endswith(".safetensors") for file in fitting)
     try:
-        unet, report = _from_pretrained(known, part, settings)
+        unet, report = known.from_pretrained(part, output_loading_info=True, **settings)
     except Exception as error:  # settings and files of any kind reach the class, which fails in as many ways
         said = _line(error).split(" If you want")[0]
         if "shape" in said or "size mismatch" in said:
@@ -343,17 +373,6 @@ def open_unet(folder: Path, index: dict[str, Any], name: str, settings: dict[str
         said = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items())
         raise ValueError(f"the weights of {name} do not fit its config: {said}")
     return unet
-
-
-def _from_pretrained(known: Any, part: Path, settings: dict[str, Any]) -> tuple[ModelMixin, dict[str, Any]]:
-    """A network and what diffusers says of its loading; `dtype` by the name that this version has for it."""
-    try:
-        return known.from_pretrained(part, output_loading_info=True, **settings)
-    except TypeError as error:
-        if "dtype" not in settings or "'dtype'" not in str(error):
-            raise
-        settings = {"torch_dtype" if key == "dtype" else key: value for key, value in settings.items()}
-        return known.from_pretrained(part, output_loading_info=True, **settings)
 
 
 # ---- failures of the Hub's client ----------------------------------------------------------------------------------

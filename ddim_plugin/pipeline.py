@@ -19,9 +19,9 @@ from torch import Tensor
 from . import images as pictures
 from . import inversion, process
 from .gaussian import slerp
-from .hub import check_repo_id, parts, plain_index, weight_files, write_index
+from .hub import check_repo_id, logger, parts, plain_index, replaced, write_index
 from .inversion import InversionReport
-from .push import DRAWN, classes_of, draw, has_samples, push_folder, same_weights
+from .push import push_folder, same_weights
 from .schedulers import (
     GeneralizedDDIMScheduler,
     GeneralizedDDIMSchedulerOutput,
@@ -208,11 +208,8 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         """
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained() got an unexpected keyword {min(kwargs)!r}")
-        before = weight_files(save_directory, variant)
-        super().save_pretrained(save_directory, safe_serialization, variant=variant, max_shard_size=max_shard_size)
-        for path, changed in before.items():  # another form of these weights, which would be read in their place
-            if path.is_file() and path.stat().st_mtime_ns == changed:
-                path.unlink()
+        with replaced(save_directory, variant):
+            super().save_pretrained(save_directory, safe_serialization, variant=variant, max_shard_size=max_shard_size)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
 
@@ -269,16 +266,15 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             raise ValueError(
                 f"a {type(self).__name__} has code of its own, which cannot be pushed: push a GeneralizedDDIMPipeline"
             )
-        if samples is not None and (not is_integer(samples) or samples < 0):
-            raise ValueError(f"samples must be a non-negative integer, not {samples!r}")
         check_repo_id(repo_id)
+        source = self.name_or_path or ""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant)
-            if records is None and same_weights(folder, self.name_or_path, variant):
-                records = self.name_or_path
-            if samples is None:
-                samples = 0 if has_samples(records or folder) else DRAWN
-            drawn, caption = draw(self, samples, classes=classes_of(records or folder)) if samples else (None, "")
+            if records is None and os.path.isdir(source):
+                if same_weights(folder, source, variant):
+                    records = source
+                else:
+                    logger.warning("the records in %s are left out: its weights are others, or in other files", source)
             return push_folder(
                 folder,
                 repo_id,
@@ -289,8 +285,8 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
                 create_pr=create_pr,
                 license=license,
                 records=records,
-                drawn=drawn,
-                caption=caption,
+                samples=samples,
+                sampler=None if self.image_size is None else lambda: self,
             )
 
     # ---- latents -----------------------------------------------------------------------------------------------

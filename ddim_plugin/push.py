@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from PIL import Image
 from torch import Generator
 
-from .card import card, eval_results, is_written_here, public, read_object, read_results
+from .card import card, check_license, eval_results, is_written_here, license_of, public, read_object, read_results
 from .hub import (
     CODE,
     INDEX,
@@ -24,22 +25,22 @@ from .hub import (
     scheduler_is_ours,
     told,
     variant_of,
+    weights_digest,
     with_code,
 )
 from .images import grid
 from .schedulers import GeneralizedDDIMScheduler, InverseDDIMScheduler
+from .tau import is_integer
 
 README, RESULTS, TRAINING, CONVERSION = "README.md", "results.json", "training.json", "conversion.json"
 GRID, LOSS = "samples.png", "loss.png"
 RECORDS = (RESULTS, TRAINING, CONVERSION)
+PICTURE = re.compile(r"[\w-]+\.png")
 DRAWN, DRAWN_STEPS = 16, 20
 """Pictures of the grid that is drawn where there is none, and S for it."""
 
-STATE = re.compile(r"unet/diffusion_pytorch_model.*\.(safetensors|bin|json)")
-OWNED = re.compile(
-    rf"{CODE.pattern}|{STATE.pattern}|results\.json|training\.json|conversion\.json|{GRID}|{LOSS}|\.eval_results/.*"
-)
-"""Names in a repo that a push writes, and takes away where they are not of the model that it pushes."""
+SAID = re.compile("|".join([*map(re.escape, (*RECORDS, GRID, LOSS)), r"\.eval_results/[^/]+\.yaml"]))
+"""Names of what a push says of a model, beside its card."""
 
 Content = Path | bytes
 
@@ -55,15 +56,16 @@ def push_folder(
     create_pr: bool = False,
     license: str | None = None,
     records: str | Path | None = None,
-    drawn: Image.Image | None = None,
-    caption: str = "",
+    samples: int | None = None,
+    sampler: Callable[[], Any] | None = None,
 ) -> CommitInfo:
     """Push what `save_pretrained` or the training script wrote, in one commit; nothing in the folder is changed.
 
     The weights of all variants there go along, and from the folder `records` (the same, if not given) `results.json`,
     `training.json`, `conversion.json`, `samples.png` (or the last of `previews/`), `loss.png`, and the pictures that
-    `results.json` lists under "pictures". A README.md that somebody wrote, there or in the repo, is the card; else one
-    is written from the records (see `card`). Where other weights are in the repo, what was said of them goes.
+    `results.json` lists under "pictures". A README.md that somebody wrote in the folder, else one in the repo, is the
+    card; else one is written from the records (see `card`). Where a model of this package with other weights is in the
+    repo, what was said of it goes.
 
     Args:
         repo_id: id of the repo; it is made where it does not exist.
@@ -72,7 +74,8 @@ def push_folder(
         revision: the branch, made where it does not exist; main by default.
         create_pr: open a pull request instead.
         license: the Hub's id of the licence of the weights.
-        drawn, caption: a grid of samples for the card, instead of one in `records`.
+        samples: number of pictures to draw for the card; by default 16 where `records` has none, and there is a
+            `sampler`, which gives the pipeline to draw them with.
 
     Returns:
         the commit; where nothing has changed, the last one.
@@ -82,26 +85,45 @@ def push_folder(
         OSError: where the Hub cannot be reached or refuses. The branch is then as it was; a new repo may be left empty.
     """
     check_repo_id(repo_id)
+    check_license(license)
+    if samples is not None and (not is_integer(samples) or samples < 0):
+        raise ValueError(f"samples must be a non-negative integer, not {samples!r}")
     folder, records = Path(folder), Path(records or folder)
     if not records.is_dir():
         raise ValueError(f"there is no folder {records}")
-    branch = None if create_pr else revision
-    files, said = contents(folder, repo_id, records, license, drawn, caption, branch)
+    branch = None if revision is None or revision.startswith("refs/") else revision
+    model = Model(folder, records)
     api = HfApi(token=token)
     repo_id = open_repo(api, repo_id, private)
     with told(repo_id, token, revision, to="write"):
-        if branch is not None:
+        if branch is not None and not create_pr:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
         there = {each.rfilename: each for each in info.siblings or ()}
-        same = _same_model(there, files)
-        if README in there and not isinstance(files[README], Path):
-            remote = Path(api.hf_hub_download(repo_id, README, revision=info.sha)).read_text(encoding="utf-8")
-            if not is_written_here(remote) or (same and not said):
-                del files[README]  # somebody wrote it, or it says more of these weights
-        kept = CODE if same else OWNED
-        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
-        operations += [CommitOperationDelete(name) for name in there if kept.fullmatch(name) and name not in files]
+        texts = {}
+        for name in (README, INDEX, RESULTS):
+            if name in there:
+                path = api.hf_hub_download(repo_id, name, revision=info.sha)
+                texts[name] = Path(path).read_text(encoding="utf-8", errors="replace")
+
+    files, same = dict(model.files), _same_model(there, model.files)
+    card_there = texts.get(README, "")
+    ours = is_written_here(card_there)
+    if model.own_card is not None:
+        files[README] = model.own_card
+    elif not card_there or (ours and (model.said or not same)):  # not somebody's, nor one that says more
+        drawn = None
+        if sampler is not None and samples != 0 and (samples or GRID not in model.pictures):
+            drawn = draw(sampler(), samples or DRAWN, classes=model.classes)
+            files[GRID] = _png(drawn[0])
+        license = license or (license_of(card_there) if ours and same else None)
+        files[README] = model.card(repo_id, license, drawn, branch).encode()
+    stale = {name for name in there if CODE.fullmatch(name) or (not same and variant_of(name) is not None)}
+    if _is_pipeline_of_ours(texts.get(INDEX, "")) and (model.said or not same):
+        stale |= {name for name in there if SAID.fullmatch(name)} | set(_listed(texts.get(RESULTS, "")))
+    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
+    operations += [CommitOperationDelete(name) for name in sorted(stale & there.keys() - files.keys())]
+    with told(repo_id, token, revision, to="write"):
         return api.create_commit(
             repo_id,
             operations,
@@ -126,12 +148,29 @@ def open_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
 
 
 def _same_model(there: dict[str, Any], files: dict[str, Content]) -> bool:
-    """Whether the repo has these weights, or none of their variants, so that they are another form of its model."""
-    weights = {name: content for name, content in files.items() if STATE.fullmatch(name)}
+    """Whether the repo has this network already: with these weights, or with none of their variants."""
+    weights = {name: content for name, content in files.items() if variant_of(name) is not None}
     pushed = {variant_of(name) for name in weights}
-    if not any(STATE.fullmatch(name) and variant_of(name) in pushed for name in there):
-        return True
-    return all(name in there and _digest(content, there[name]) for name, content in weights.items())
+    needed = {"unet/config.json": files["unet/config.json"]}
+    if any(variant_of(name) in pushed for name in there):
+        needed |= weights
+    return all(name in there and _digest(content, there[name]) for name, content in needed.items())
+
+
+def _is_pipeline_of_ours(text: str) -> bool:
+    try:
+        return is_ours(json.loads(text))
+    except (ValueError, AttributeError):
+        return False
+
+
+def _listed(text: str) -> list[str]:
+    """The names of pictures that a `results.json` lists."""
+    try:
+        listed = json.loads(text).get("pictures", [])
+    except (ValueError, AttributeError):
+        return []
+    return [name for name in listed if isinstance(name, str) and PICTURE.fullmatch(name)]
 
 
 def _digest(content: Content, there: Any) -> bool:
@@ -145,62 +184,76 @@ def _digest(content: Content, there: Any) -> bool:
 # ---- what is pushed ------------------------------------------------------------------------------------------------
 
 
-def contents(
-    folder: Path,
-    repo_id: str,
-    records: Path,
-    license: str | None,
-    drawn: Image.Image | None,
-    caption: str,
-    revision: str | None,
-) -> tuple[dict[str, Content], bool]:
-    """What is pushed, by its name in the repo; and whether the card tells more than the configs do.
+class Model:
+    """What is pushed of a folder, by its name in the repo (`files`), and what is known of the model.
 
     Raises ValueError or OSError for a folder that would not load again, or records that are not in order.
     """
-    index = _index(folder)
-    files = _code(folder, index) | _state(folder)
-    for name in ("unet/config.json", "scheduler/scheduler_config.json"):
-        files[name] = _json(folder / name, finite=False)  # some schedulers of diffusers have infinite settings
-    names = variants(folder)
-    for variant in names:
-        unet = open_unet(folder, index, str(folder), {"variant": variant})
-    scheduler = open_scheduler(folder, index, str(folder))
 
-    found = {name: records / name for name in RECORDS if (records / name).is_file()}
-    results = public(read_results(found[RESULTS])) if RESULTS in found else []
-    training, conversion = (
-        public(read_object(found[name])) if name in found else {} for name in (TRAINING, CONVERSION)
-    )
-    files |= {name: _json(path) for name, path in found.items()}
-    pictures = _pictures(records)
-    if drawn is not None:
-        pictures[GRID] = _png(drawn)
-    files |= pictures | {name: text.encode() for name, text in eval_results(results).items()}
+    def __init__(self, folder: Path, records: Path):
+        index = _index(folder)
+        self.folder, self.records = folder, records
+        self.files = _code(folder, index) | _state(folder)
+        for name in ("unet/config.json", "scheduler/scheduler_config.json"):
+            self.files[name] = _json(folder / name, finite=False)  # some schedulers have infinite settings
+        self.variants = variants(folder)
+        digests = []
+        for variant in self.variants:
+            self.unet = open_unet(folder, index, str(folder), {"variant": variant})
+            digests.append(weights_digest(self.unet))
+        self.scheduler = open_scheduler(folder, index, str(folder))
 
-    own = folder / README
-    if own.is_file() and not is_written_here(own.read_text(encoding="utf-8")):
-        return files | {README: own}, True
-    try:
-        if drawn is None and GRID in pictures:
-            caption = _caption(records, training)
-        text = card(
-            repo_id,
-            dict(unet.config),
-            dict(scheduler.config) | {"_class_name": type(scheduler).__name__},
-            unet.num_parameters(),
-            results,
-            training,
-            conversion,
-            GRID if GRID in pictures else None,
-            caption,
-            license,
-            names[0],
-            revision,
+        found = {name: records / name for name in RECORDS if (records / name).is_file()}
+        self.results = public(read_results(found[RESULTS])) if RESULTS in found else []
+        self.training, self.conversion = (
+            public(read_object(found[name])) if name in found else {} for name in (TRAINING, CONVERSION)
         )
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"the records in {records} are not as the scripts write them: {error!r}") from error
-    return files | {README: text.encode()}, bool(results or training or conversion or pictures or license)
+        measured = read_object(found[RESULTS]).get("model") if RESULTS in found else None
+        if isinstance(measured, dict) and measured.get("sha256") not in (None, *digests):
+            raise ValueError(f"{found[RESULTS]} was measured on other weights than those in {folder}: measure these")
+        self.pictures = _pictures(records)
+        self.files |= {name: _json(path) for name, path in found.items()} | self.pictures
+        self.files |= {name: text.encode() for name, text in eval_results(self.results).items()}
+        self.said = bool(self.results or self.training or self.conversion or self.pictures)
+        own = folder / README
+        written = own.is_file() and not is_written_here(own.read_text(encoding="utf-8", errors="replace"))
+        self.own_card = own if written else None
+        self.card(
+            "user/model", None, None, None
+        )  # so that records that are not in order are found before anything is sent
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes the training had; the network may have a label more, for none of them."""
+        classes = self.training.get("classes")
+        return len(classes) if isinstance(classes, list) and classes else None
+
+    def card(
+        self, repo_id: str, license: str | None, drawn: tuple[Image.Image, str] | None, revision: str | None
+    ) -> str:
+        """The card, with a grid that was drawn for it, or the one in the records."""
+        caption = ""
+        try:
+            if drawn is not None:
+                caption = drawn[1]
+            elif GRID in self.pictures:
+                caption = _caption(self.records, self.training)
+            return card(
+                repo_id,
+                dict(self.unet.config),
+                dict(self.scheduler.config) | {"_class_name": type(self.scheduler).__name__},
+                self.unet.num_parameters(),
+                self.results,
+                self.training,
+                self.conversion,
+                GRID if drawn is not None or GRID in self.pictures else None,
+                caption,
+                license,
+                self.variants[0],
+                revision,
+            )
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"the records in {self.records} are not as the scripts write them: {error!r}") from error
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -220,24 +273,24 @@ def _index(folder: Path) -> dict[str, Any]:
 
 def variants(folder: str | Path) -> list[str | None]:
     """The variants of the network's weights in a folder, the ordinary ones, None, first."""
-    found = {variant_of(name) for name in _state(Path(folder)) if name.endswith(".safetensors")}
+    found = sorted({variant_of(name) or "" for name in _state(Path(folder)) if not name.endswith(".json")})
     if not found:
         raise ValueError(f"{folder} has no weights as safetensors: open it, and save_pretrained into a new folder")
-    return sorted(found, key=lambda variant: variant or "")
+    return [variant or None for variant in found]
 
 
-def same_weights(folder: str | Path, other: str | Path | None, variant: str | None) -> bool:
+def same_weights(folder: str | Path, other: str | Path, variant: str | None) -> bool:
     """Whether another folder holds the network's weights of this one, in the same files."""
-    ours = [name for name in _state(Path(folder)) if variant_of(name) == variant]
-    if not other or not all((Path(other) / name).is_file() for name in ours):
+    names = [name for name in _state(Path(folder)) if variant_of(name) == (variant or "")]
+    if not all((Path(other) / name).is_file() for name in names):
         return False
-    return all((Path(other) / name).read_bytes() == (Path(folder) / name).read_bytes() for name in ours)
+    return all((Path(other) / name).read_bytes() == (Path(folder) / name).read_bytes() for name in names)
 
 
 def _state(folder: Path) -> dict[str, Content]:
     """The network's weights as safetensors, and the indexes of those in several files."""
     names = {f"unet/{path.name}": path for path in sorted((folder / "unet").glob("diffusion_pytorch_model*"))}
-    return {name: path for name, path in names.items() if STATE.fullmatch(name) and not name.endswith(".bin")}
+    return {name: path for name, path in names.items() if variant_of(name) is not None and ".bin" not in name}
 
 
 def _code(folder: Path, index: dict[str, Any]) -> dict[str, Content]:
@@ -265,7 +318,7 @@ def _pictures(records: Path) -> dict[str, Content]:
     if (records / RESULTS).is_file():
         listed = read_object(records / RESULTS).get("pictures", [])
         if not isinstance(listed, list) or not all(
-            isinstance(each, str) and re.fullmatch(r"[\w-]+\.png", each) for each in listed
+            isinstance(each, str) and PICTURE.fullmatch(each) for each in listed
         ):
             raise ValueError(
                 f'{records / RESULTS} must list names such as figure4.png under "pictures", not {listed!r}'
@@ -274,11 +327,6 @@ def _pictures(records: Path) -> dict[str, Content]:
     pictures: dict[str, Content] = {name: records / name for name in names if (records / name).is_file()}
     previews = sorted(records.glob("previews/*.png"))
     return pictures if GRID in pictures or not previews else pictures | {GRID: previews[-1]}
-
-
-def has_samples(records: str | Path) -> bool:
-    """Whether a folder has a grid of samples for the card."""
-    return GRID in _pictures(Path(records))
 
 
 def _caption(records: Path, training: dict[str, Any]) -> str:
@@ -308,18 +356,13 @@ def draw(
     classes = classes or pipe.unet.config.num_class_embeds
     labels = [i % classes for i in range(number)] if classes else None
     generators = [Generator().manual_seed(i) for i in range(number)]
-    images = pipe(number, steps, generator=generators, class_labels=labels, output_type="np").images
-    eta = getattr(pipe.scheduler.config, "eta", None)
-    said = f"{type(pipe.scheduler).__name__}, S = {steps}" + ("" if eta is None else f", η = {eta:g}")
-    pipe.scheduler = kept
+    try:
+        images = pipe(number, steps, generator=generators, class_labels=labels, output_type="np").images
+        eta = getattr(pipe.scheduler.config, "eta", None)
+        said = f"{type(pipe.scheduler).__name__}, S = {steps}" + ("" if eta is None else f", η = {eta:g}")
+    finally:
+        pipe.scheduler = kept
     return grid([images[i : i + 8] for i in range(0, number, 8)]), f"{said}, seeds 0 to {number - 1}."
-
-
-def classes_of(records: str | Path) -> int | None:
-    """How many classes the training had; the network may have a label more, for none of them."""
-    file = Path(records) / TRAINING
-    classes = read_object(file).get("classes") if file.is_file() else None
-    return len(classes) if isinstance(classes, list) and classes else None
 
 
 def _json(path: Path, finite: bool = True) -> bytes:

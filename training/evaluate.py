@@ -44,7 +44,6 @@ from features import (
     read_parts,
     save_whole,
     statistics,
-    weights_digest,
     work,
 )
 from metrics import METRICS, Features, check_count, check_metrics, frechet, gaussian
@@ -53,6 +52,7 @@ from torch import Generator, Tensor
 
 import ddim_plugin
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.hub import weights_digest
 from ddim_plugin.images import grid
 from ddim_plugin.process import ETA_FREE
 from ddim_plugin.schedulers import keep_learned
@@ -759,7 +759,7 @@ def summary(run: Run, finished: dict[Cell, dict[str, Any]]) -> dict[str, Any]:
     result = record(run.config) | {
         "status": "finished" if len(finished) == len(run.grid) else "running",
         "model": {"name": run.config.model, "pipeline": type(run.model.pipe).__name__, "sha256": run.model.fingerprint},
-        "pictures": {
+        "made": {
             "shape": run.model.shape,
             "classes": run.model.classes,
             "rounded": "to 8 bits before the extractors",

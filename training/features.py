@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
+from ddim_plugin.hub import weights_digest
 from ddim_plugin.images import MODES
 
 FIDELITY = {"inception-v3-compat": ("2048", "logits_unbiased")} | {
@@ -81,16 +82,6 @@ def open_extractor(name: str, device: str | torch.device, shape: tuple[int, int,
             f"--extractors a classifier trained on pictures with {shape[0]}"
         )
     return made
-
-
-def weights_digest(*modules: nn.Module) -> str:
-    """SHA-256 of the names, shapes and bytes of all weights."""
-    found = hashlib.sha256()
-    for module in modules:
-        for name, value in module.state_dict().items():
-            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def digest(value: Any) -> str:

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, tau
 from ddim_plugin.bound import DECODERS, Errors, VariationalBound, measure_errors, ode_bits
 from ddim_plugin.card import read_object
+from ddim_plugin.hub import weights_digest
 from ddim_plugin.process import ETA_FREE, VARIANCES
 from ddim_plugin.search import bound_costs, bound_of, search_bound
 
@@ -234,7 +235,7 @@ def main(config: NLLConfig) -> dict[str, Any]:
     images = bench.load(config.data, config.split, config.images)
     output.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = record(config) | {"device": bench.device, "spacing": bench.spacing, "cells": earlier}
-    result["data_from"] = origin(config.data)
+    result["data_from"], result["model"] = origin(config.data), {"sha256": weights_digest(bench.pipe.unet)}
 
     eps, errors = model_table(bench), None
     needed = config.searched or config.save_model is not None or config.decoder == "fitted"
@@ -253,7 +254,8 @@ def main(config: NLLConfig) -> dict[str, Any]:
             start = time.perf_counter()
             result["cells"][key] = known | measure() | {"seconds": time.perf_counter() - start}
         write_json(output / "nll.json", result)
-        write_json(output / "results.json", {"results": [entry(each, result) for each in result["cells"].values()]})
+        entries = [entry(each, result) for each in result["cells"].values()]
+        write_json(output / "results.json", {"model": result["model"], "results": entries})
         write_whole(output / "nll.md", table(result))
         made = result["cells"][key]
         print(f"{key:42s} {made['bits']:.4f} ± {made['standard_error'] or math.nan:.4f} bits/dim")

@@ -48,8 +48,9 @@ from torch import Tensor
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.bundle import code
+from ddim_plugin.card import check_license
 from ddim_plugin.objective import TIMES, ImportanceTimes, Objective, draw_times
-from ddim_plugin.push import classes_of, draw, has_samples, open_repo, push_folder
+from ddim_plugin.push import open_repo, push_folder
 
 SKIPS = 50
 """Steps in a row that fp16's scaler may skip; each halves its scale."""
@@ -71,8 +72,8 @@ BOUND = ("unet", "scheduler", "resolution", "channels", "class_conditional", "la
 """Settings that may not."""
 
 WRITTEN = ("model_index.json", "unet", "scheduler", "training.json", "loss.png", "log.jsonl", "previews", "checkpoints")
-WRITTEN += ("trackers", "pipeline.part")
-"""What a run writes into its folder, and alone replaces or removes there."""
+WRITTEN += ("trackers", "pipeline.part", "results.json", "samples.png", "sample.json")
+"""What a run writes into its folder, or others of its pipeline, and alone replaces or removes there."""
 
 EARLIER = ".earlier"
 """Where it keeps the run that it replaces, until it is finished."""
@@ -896,6 +897,7 @@ def open_repo_first(config: TrainConfig, accelerator: Accelerator) -> None:
     problem: list[Exception | None] = [None]
     if accelerator.is_main_process:
         try:
+            check_license(config.hub_license)
             open_repo(HfApi(), config.push_to_hub, config.hub_private or None)
         except (ValueError, OSError) as error:
             problem = [error]
@@ -907,9 +909,6 @@ def open_repo_first(config: TrainConfig, accelerator: Accelerator) -> None:
 def push(config: TrainConfig, pipe: GeneralizedDDIMPipeline) -> str | None:
     """Push the finished pipeline. What is in the way is printed, and returned: the pipeline is saved all the same."""
     try:
-        drawn, caption = None, ""
-        if not has_samples(config.output):
-            drawn, caption = draw(pipe, classes=classes_of(config.output))
         commit = push_folder(
             config.output,
             config.push_to_hub,
@@ -917,12 +916,14 @@ def push(config: TrainConfig, pipe: GeneralizedDDIMPipeline) -> str | None:
             revision=config.hub_revision,
             create_pr=config.hub_create_pr,
             license=config.hub_license,
-            drawn=drawn,
-            caption=caption,
+            sampler=lambda: pipe,
         )
     except (ValueError, OSError) as error:
-        again = f"ddim-plugin push {config.output} {config.push_to_hub}"
-        print(f"train.py: not pushed: {error}. The pipeline is saved: {again}", file=sys.stderr)
+        flags = {"--private": config.hub_private, "--create-pr": config.hub_create_pr}
+        named = {"--revision": config.hub_revision, "--license": config.hub_license}
+        again = ["ddim-plugin push", config.output, config.push_to_hub, *(flag for flag, on in flags.items() if on)]
+        again += [f"{flag} {value}" for flag, value in named.items() if value]
+        print(f"train.py: not pushed: {error}. The pipeline is saved: {' '.join(again)}", file=sys.stderr)
         return str(error)
     print(f"pushed: {commit.pr_url or commit.commit_url}")
     return None

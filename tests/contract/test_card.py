@@ -185,6 +185,7 @@ def test_no_place_of_this_machine_is_published():
     record = {"config": {"output": "/home/ada/out/run", "data": "~/pictures", "files": ["/a/b.png", 3]}, "loss": 0.1}
     expected = {"config": {"output": "run", "data": "pictures", "files": ["b.png", 3]}, "loss": 0.1}
     assert public(record) == expected
+    assert public({"/home/ada/x": 1}) == {"x": 1}
     for text, left in [
         ("cannot read /home/ada/secret/x.png: damaged", "cannot read x.png: damaged"),
         ("file:///home/ada/x", "x"),
@@ -193,6 +194,12 @@ def test_no_place_of_this_machine_is_published():
         ("uoft-cs/cifar10", "uoft-cs/cifar10"),
         ("https://huggingface.co/datasets/a/b", "https://huggingface.co/datasets/a/b"),
         ("1,670 images/s at 1/2", "1,670 images/s at 1/2"),
+        ("/home/ada lovelace/My Pictures/secret set", "secret set"),
+        (r"C:\Users\Ada Lovelace\pics", "pics"),
+        ("data:/home/ada/x", "data:x"),
+        ("(a+b)/2 images / second, σ̂/σ, 100%/0%", "(a+b)/2 images / second, σ̂/σ, 100%/0%"),
+        ("https://x.co/g/-/tree/main?next=/b", "https://x.co/g/-/tree/main?next=/b"),
+        ("[x](/datasets/y)", "[x](/datasets/y)"),
     ]:
         assert public(text) == left
 
@@ -237,7 +244,7 @@ def test_the_snippets_fit_the_repo():
         "_class_name": "UniPCMultistepScheduler"
     }
     text = card("ada/cifar", UNET, stock, 10)
-    assert "sampled by a UniPCMultistepScheduler" in text
+    assert "saved with `UniPCMultistepScheduler`" in text
     assert 'UniPCMultistepScheduler.from_pretrained("ada/cifar", subfolder="scheduler")' in text
     dropped = card(
         "ada/cifar", UNET | {"num_class_embeds": 11}, SCHEDULER, 10, training=TRAINING | {"classes": ["a"] * 10}

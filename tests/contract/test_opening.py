@@ -303,10 +303,10 @@ def test_placing_the_network_checks_its_weights_too(saved):
 @pytest.mark.parametrize(
     ("file", "change_", "said"),
     [
-        ("scheduler/scheduler_config.json", {"trained_betas": {}}, "make no scheduler|trained_betas"),
-        ("scheduler/scheduler_config.json", {"beta_end": [1]}, "make no scheduler"),
-        ("scheduler/scheduler_config.json", {"beta_start": None}, "make no scheduler"),
-        ("scheduler/scheduler_config.json", {"timestep_spacing": []}, "make no scheduler|timestep_spacing"),
+        ("scheduler/scheduler_config.json", {"trained_betas": {}}, "makes no scheduler|trained_betas"),
+        ("scheduler/scheduler_config.json", {"beta_end": [1]}, "makes no scheduler"),
+        ("scheduler/scheduler_config.json", {"beta_start": None}, "makes no scheduler"),
+        ("scheduler/scheduler_config.json", {"timestep_spacing": []}, "makes no scheduler|timestep_spacing"),
         ("unet/config.json", {"norm_num_groups": 0}, "cannot load the network"),
         ("unet/config.json", {"down_block_types": ["EvilBlock"]}, "cannot load the network"),
         ("unet/config.json", {"quantization_config": "x"}, "cannot load the network"),
@@ -314,7 +314,7 @@ def test_placing_the_network_checks_its_weights_too(saved):
         (
             "model_index.json",
             {"scheduler": ["diffusers", "SchedulerMixin"]},
-            "make no scheduler|another family|no such",
+            "makes no scheduler|another family|no such",
         ),
     ],
 )
@@ -322,6 +322,55 @@ def test_configs_of_odd_types(saved, file, change_, said):
     change(saved / file, **change_)
     with pytest.raises((ValueError, OSError), match=said):
         OPEN(saved)
+
+
+def test_other_files_beside_the_weights_stay(saved, make_unet):
+    """What only begins like a file of weights is none; variants may have any name."""
+    names = [f"diffusion_pytorch_model{end}" for end in (".safetensors.bak", "_old.safetensors", ".onnx", ".gguf")]
+    for name in names:
+        (saved / "unet" / name).write_bytes(b"mine")
+    other = make_unet(seed=7)
+    GeneralizedDDIMPipeline(other, GeneralizedDDIMScheduler()).save_pretrained(saved, variant="non-ema.2")
+    GeneralizedDDIMPipeline(make_unet(seed=8), GeneralizedDDIMScheduler()).save_pretrained(saved)
+    for name in names:
+        assert (saved / "unet" / name).read_bytes() == b"mine"
+    assert torch.equal(OPEN(saved, variant="non-ema.2").unet.conv_in.weight, other.conv_in.weight)
+
+
+def test_a_save_that_fails_keeps_the_weights(saved, make_unet, monkeypatch):
+    before = OPEN(saved).unet.conv_in.weight.clone()
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left on the device")
+
+    monkeypatch.setattr(diffusers.UNet2DModel, "save_pretrained", fail)
+    with pytest.raises(OSError, match="no space"):
+        GeneralizedDDIMPipeline(make_unet(seed=8), GeneralizedDDIMScheduler()).save_pretrained(saved)
+    assert torch.equal(OPEN(saved).unet.conv_in.weight, before)
+    assert not list((saved / "unet").glob("*.before"))
+
+
+def test_both_names_of_the_type_may_be_given(saved):
+    default = torch.get_default_dtype()
+    assert OPEN(saved, dtype=torch.float16, torch_dtype=torch.float16).unet.dtype == torch.float16
+    assert OPEN(saved, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+    assert torch.get_default_dtype() == default
+
+
+def test_a_subclass_keeps_its_settings(make_unet, tmp_path):
+    class Mine(GeneralizedDDIMPipeline):
+        def __init__(self, unet, scheduler, flag=False, head=None):
+            super().__init__(unet, scheduler)
+            self.register_to_config(flag=flag)
+            if head is not None:
+                self.register_modules(head=head)
+
+    Mine(make_unet(), GeneralizedDDIMScheduler(), flag=True).save_pretrained(tmp_path / "one")
+    assert Mine.from_pretrained(tmp_path / "one").config.flag is True
+    Mine(make_unet(), GeneralizedDDIMScheduler(), head=make_unet(seed=3)).save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="has head: a Mine is to open that, and pass it on"):
+        Mine.from_pretrained(tmp_path / "two")
+    assert Mine.from_pretrained(tmp_path / "two", head=make_unet(seed=3)).head is not None
 
 
 def test_other_forms_of_the_weights_go(saved, make_unet):

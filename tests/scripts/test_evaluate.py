@@ -27,6 +27,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, 
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.card import read_results
+from ddim_plugin.push import Model
 
 ROOT = Path(__file__).parents[2]
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 10}
@@ -113,14 +114,17 @@ def test_the_numbers_are_those_of_the_pipeline_and_the_classifier(places, measur
     assert [(e["eta"], e["variance_type"]) for e in result["results"]] == [
         *[(0.5, "fixed_small"), (None, "fixed_large")] * 2
     ]
-    assert result["pictures"]["classes"] == classes
+    assert result["made"]["classes"] == classes
 
 
-def test_what_is_written(measure, tmp_path):
+def test_what_is_written(measure, tmp_path, places):
     result = measure(variances=("0", "0.5", "fixed_large"), spacings=("linear", "quadratic"), part=16)
     output = tmp_path / "out"
     written = json.loads((output / "results.json").read_text())
     assert written == json.loads(json.dumps(result))
+    model = Model(Path(places["model"]), output)  # what a push takes of it: records that fit the weights
+    assert len(model.results) == len(result["results"])
+    assert f"{result['results'][0]['value']:.4g}" in model.card("ada/digits", None, None, None)
     entries = read_results(output / "results.json")
     assert len(entries) == 2 * 3 * 2 * 2  # S, variances, spacings, splits
     assert {entry["metric"] for entry in entries} == {"fd_classifier"}

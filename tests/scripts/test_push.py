@@ -23,6 +23,7 @@ from loopback_hub import LoopbackHub
 from PIL import Image
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, bundle, cli
+from ddim_plugin.hub import weights_digest
 from ddim_plugin.push import push_folder
 
 TOKEN = "hf_ada_writes"
@@ -252,6 +253,77 @@ def test_records_are_of_the_weights_they_were_measured_on(hub, folder, make_unet
     pipe.push_to_hub("ada/swapped", samples=0)
     assert "4.161" not in hub.files("ada/swapped")["README.md"].decode()
     assert "results.json" not in hub.files("ada/swapped")
+
+
+def test_from_the_hub_and_back_loses_nothing(hub, folder):
+    push_folder(folder, REPO, license="mit")
+    before = hub.files(REPO)
+    pipeline(REPO).push_to_hub(REPO)
+    assert len(hub.commits(REPO)) == 2  # the same weights, and nothing new to say of them
+    half = pipeline(folder)
+    half.unet.half()
+    half.push_to_hub(REPO, variant="fp16")
+    after = hub.files(REPO)
+    assert after.keys() - before.keys() == {"unet/diffusion_pytorch_model.fp16.safetensors"}
+    assert {name for name in before if before[name] != after[name]} == set()
+
+
+def test_the_licence_stays(hub, folder):
+    push_folder(folder, REPO, license="mit")
+    (folder / "results.json").write_text(json.dumps({"results": RESULTS["results"] * 2}))
+    push_folder(folder, REPO)
+    assert ModelCard(card(hub)).data.license == "mit"
+
+
+def test_figures_of_other_weights_are_refused(hub, folder, make_unet):
+    """The scripts that measure note the digest of the weights."""
+    mine = weights_digest(pipeline(folder).unet)
+    (folder / "results.json").write_text(json.dumps(RESULTS | {"model": {"sha256": mine}}))
+    push_folder(folder, REPO)
+    GeneralizedDDIMPipeline(make_unet(seed=4), GeneralizedDDIMScheduler()).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"results\.json was measured on other weights"):
+        push_folder(folder, REPO)
+
+
+def test_another_model_as_a_variant_takes_the_first_away(hub, make_unet):
+    """Its config would not fit the weights that were there."""
+    GeneralizedDDIMPipeline(make_unet(), GeneralizedDDIMScheduler()).push_to_hub(REPO, samples=0)
+    other = GeneralizedDDIMPipeline(make_unet(channels=3, seed=2), GeneralizedDDIMScheduler())
+    other.push_to_hub(REPO, variant="big", samples=0)
+    names = {name for name in hub.files(REPO) if name.startswith("unet/diffusion")}
+    assert names == {"unet/diffusion_pytorch_model.big.safetensors"}
+    assert 'variant="big"' in card(hub)
+    again = GeneralizedDDIMPipeline.from_pretrained(REPO, variant="big")
+    assert torch.equal(again.unet.conv_in.weight, other.unet.conv_in.weight)
+
+
+def test_files_of_others_stay(hub, folder):
+    theirs = {"training.json": b"{}", "loss.png": b"x", ".eval_results/mine.yaml": b"a: 1", "README.md": b"# Theirs\n"}
+    theirs |= {"unet/diffusion_pytorch_model.onnx": b"x", "model_index.json": b'{"_class_name": "DDPMPipeline"}'}
+    hub.add_repo(REPO, theirs)
+    for name in ("training.json", "results.json", "loss.png"):
+        (folder / name).unlink()
+    push_folder(folder, REPO)
+    files = hub.files(REPO)
+    assert {name: files.get(name) for name in theirs if name != "model_index.json"} == {
+        name: content for name, content in theirs.items() if name != "model_index.json"
+    }
+
+
+def test_pictures_that_were_listed_go_with_their_model(hub, folder, make_unet):
+    (folder / "results.json").write_text(json.dumps(RESULTS | {"pictures": ["figure4.png"]}))
+    (folder / "figure4.png").write_bytes((folder / "loss.png").read_bytes())
+    push_folder(folder, REPO)
+    GeneralizedDDIMPipeline(make_unet(seed=9), GeneralizedDDIMScheduler()).push_to_hub(REPO, samples=0)
+    assert not [name for name in hub.files(REPO) if name.endswith(".png")]
+
+
+def test_figures_against_another_set_replace_the_old(hub, folder):
+    push_folder(folder, REPO)
+    entry = RESULTS["results"][0] | {"dataset": {"name": "MNIST", "id": "ylecun/mnist"}}
+    (folder / "results.json").write_text(json.dumps({"results": [entry]}))
+    push_folder(folder, REPO)
+    assert not [name for name in hub.files(REPO) if "cifar10" in name]
 
 
 def test_only_files_of_the_model_are_sent(hub, folder):
@@ -487,7 +559,7 @@ def test_the_command_draws_and_opens_requests(hub, folder, capsys):
     [
         (["nowhere", REPO], "there is no folder nowhere"),
         (["FOLDER", "a b"], "is no id of a repo"),
-        (["FOLDER", REPO, "--samples", "-1"], "--samples must not be negative"),
+        (["FOLDER", REPO, "--samples", "-1"], "samples must be a non-negative integer"),
         (["FOLDER", REPO, "--records", "nowhere"], "there is no folder nowhere"),
         (["FOLDER", REPO, "--token", "hf_nobody"], "needs another token"),
     ],

@@ -33,6 +33,7 @@ from huggingface_hub import CommitOperationAdd
 from huggingface_hub import CommitOperationDelete
 from huggingface_hub import EvalResult
 from huggingface_hub import HfApi
+from huggingface_hub import ModelCard
 from huggingface_hub import ModelCardData
 from huggingface_hub import constants
 from huggingface_hub import get_token
@@ -51,6 +52,7 @@ from numbers import Integral
 from numbers import Real
 from numpy.typing import NDArray
 from pathlib import Path
+from pathlib import PureWindowsPath
 from string import Template
 from torch import Generator
 from torch import Tensor
@@ -2310,19 +2312,25 @@ def _finite(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-PLACE = re.compile(r"(?<![\w:/.])(?:file://)?(?:(?:~|\.\.?)?/|[A-Za-z]:[\\/]|\\\\)[^\s\"'|;,]*")
-"""A place on a machine: from the root, the home or a folder above, of any system, also within a text."""
+PLACE = re.compile(
+    r"(?:^|(?<=[\s\"'=:]))(?!//)(?:file://[^/\s]*)?(?:~|[A-Za-z]:)?[\\/](?:[^\s\"'\\/]+[\\/])+([^\s\"'\\/,;:)]*)"
+)
+"""A place on a machine within a text: two parts or more, from the root or the home."""
 
 
 def public(value: Any) -> Any:
     """A record without the places of this machine: of each the last part is left."""
     if isinstance(value, dict):
-        return {key: public(each) for key, each in value.items()}
+        return {public(key): public(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [public(each) for each in value]
-    if isinstance(value, str):
-        return PLACE.sub(lambda found: re.split(r"[\\/]+", found[0].rstrip("\\/"))[-1], value)
-    return value
+    if not isinstance(value, str):
+        return value
+    if Path(value).is_absolute() or value.startswith(("~/", "../", "./")):
+        return Path(value).name
+    if PureWindowsPath(value).is_absolute():
+        return PureWindowsPath(value).name
+    return PLACE.sub(r"\1", value)
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -2358,8 +2366,7 @@ def card(
     Raises:
         ValueError: for a licence that is no id.
     """
-    if license is not None and not re.fullmatch(r"[a-z0-9.+-]+", license):
-        raise ValueError(f"license must be as the Hub names it, such as mit or cc-by-4.0, not {license!r}")
+    check_license(license)
     results, training = results or [], training or {}
     origin = _training(training) if training else _conversion(conversion) if conversion else []
     title = repo_id.split("/")[-1]
@@ -2380,7 +2387,7 @@ def card(
     }
     process = "sampled by the generalized process of"
     if not ours:
-        process = f"sampled by a {scheduler.get('_class_name')}, and by that of"
+        process = f"saved with `{scheduler.get('_class_name')}`, a network as in"
     known = training.get("classes")
     labels = len(known) if isinstance(known, list) and known else classes
     data_set = training["config"].get("data") if training.get("data_from") == "hub" else None
@@ -2425,6 +2432,20 @@ def is_written_here(text: str) -> bool:
     """Whether a card was made here, and nobody has changed it since."""
     above, _, mark = text.replace("\r\n", "\n").rpartition(f"\n{MARK}")
     return mark.rstrip().endswith(f"({hashlib.sha256(above.encode()).hexdigest()[:8]}).*")
+
+
+def check_license(license: str | None) -> None:
+    """Raise ValueError for what is no id of a licence."""
+    if license is not None and not re.fullmatch(r"[a-z0-9.+-]+", license):
+        raise ValueError(f"license must be as the Hub names it, such as mit or cc-by-4.0, not {license!r}")
+
+
+def license_of(text: str) -> str | None:
+    """The licence that a card names."""
+    try:
+        return ModelCard(text).data.license
+    except ValueError:  # no metadata that can be read
+        return None
 
 
 def eval_results(results: list[dict[str, Any]]) -> dict[str, str]:
@@ -2482,7 +2503,7 @@ def _unknown_to_stock(unet: dict[str, Any], scheduler: dict[str, Any]) -> str:
     if unet.get("num_class_embeds"):
         return "class labels"
     if "eta" not in scheduler:
-        return f"what is another in {scheduler.get('_class_name')}"
+        return f"the settings of `{scheduler.get('_class_name')}`"
     return "learned variances" if unet.get("out_channels") != unet["in_channels"] else ""
 
 
@@ -2627,6 +2648,7 @@ those files are never run: classes are taken by their names, from what this proc
 
 
 
+
 logger = logging.getLogger("ddim_plugin")
 
 INDEX = "model_index.json"
@@ -2665,8 +2687,14 @@ sys.modules.setdefault("{name}_scheduler", sys.modules["{name}"])  # where diffu
 {takes}
 '''
 
-WEIGHTS = re.compile(r"diffusion_pytorch_model(\.(?P<variant>[^.-]+))?(-\d+-of-\d+)?\.(safetensors|bin)")
-"""Names of a network's weights."""
+WEIGHTS = re.compile(
+    r"(unet/)?diffusion_pytorch_model((\.(?P<variant>[^/]+?))?(-\d{5}-of-\d{5})?\.(safetensors|bin)"
+    r"|\.(safetensors|bin)\.index(\.(?P<parts>[^/]+))?\.json)"
+)
+"""Names of a network's weights, and of the index of those in several files."""
+
+DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
+"""What this version of diffusers calls it."""
 
 HUB_SETTINGS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
 WEIGHT_SETTINGS = ("torch_dtype", "dtype", "variant", "use_safetensors", "low_cpu_mem_usage", "disable_mmap")
@@ -2694,17 +2722,37 @@ def write_index(pipe: DiffusionPipeline, folder: str | Path) -> None:
 
 
 def variant_of(name: str) -> str | None:
-    """The variant of a file of weights, by its name or path; or of the index of several."""
-    name = name.rpartition("/")[2]
-    if match := WEIGHTS.fullmatch(name):
-        return match["variant"]
-    return name.partition(".index.")[2].removesuffix("json").removesuffix(".") or None
+    """The variant of a file of weights, or of the index of several: "" is none; None for files that are neither."""
+    match = WEIGHTS.fullmatch(name)
+    return None if match is None else match["variant"] or match["parts"] or ""
 
 
-def weight_files(folder: str | Path, variant: str | None) -> dict[Path, int]:
-    """The files of the network's weights of a variant in a folder, in any form, and when each was changed."""
-    files = [path for path in (Path(folder) / "unet").glob("diffusion_pytorch_model*") if path.is_file()]
-    return {path: path.stat().st_mtime_ns for path in files if variant_of(path.name) == variant}
+@contextmanager
+def replaced(folder: str | Path, variant: str | None) -> Iterator[None]:
+    """In here a network's weights are written anew: those that were there, in any form, go; or stay if that fails."""
+    unet = Path(folder) / "unet"
+    files = [path for path in unet.glob("diffusion_pytorch_model*") if variant_of(path.name) == (variant or "")]
+    asides = {path: path.with_name(path.name + ".before") for path in files}
+    for path, aside in asides.items():
+        path.replace(aside)
+    try:
+        yield
+    except BaseException:
+        for path, aside in asides.items():
+            aside.replace(path)
+        raise
+    for aside in asides.values():
+        aside.unlink()
+
+
+def weights_digest(*modules: Any) -> str:
+    """SHA-256 of the names, types, shapes and bytes of all weights."""
+    found = hashlib.sha256()
+    for module in modules:
+        for name, value in module.state_dict().items():
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def with_code(index: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -2778,9 +2826,10 @@ def parts(cls: Any, source: str | os.PathLike, kwargs: dict[str, Any]) -> dict[s
         made["scheduler"] = open_scheduler(folder, index, name)
     if "unet" not in made:
         made["unet"] = open_unet(folder, index, name, weights)
-    for key in components(index).keys() - made.keys():  # of a subclass
-        made[key] = _class(name, key, *index[key], object).from_pretrained(folder / key)
-    return made
+    missing = components(index).keys() - made.keys()
+    if missing:
+        raise ValueError(f"{name} has {', '.join(sorted(missing))}: a {cls.__name__} is to open that, and pass it on")
+    return {key: value for key, value in index.items() if key in wanted and key not in components(index)} | made
 
 
 def plain_index(index: dict[str, Any]) -> dict[str, Any]:
@@ -2868,8 +2917,8 @@ def open_scheduler(folder: Path, index: dict[str, Any], name: str) -> SchedulerM
         if not adopts:
             return known.from_config(config)
         scheduler, story = adopt(config, known)
-    except (TypeError, AttributeError, ArithmeticError, MemoryError, LookupError) as error:
-        raise ValueError(f"{name}: the settings in scheduler_config.json make no scheduler: {_line(error)}") from error
+    except (ValueError, TypeError, AttributeError, ArithmeticError, MemoryError, LookupError) as error:
+        raise ValueError(f"{name}: scheduler_config.json makes no scheduler: {_line(error)}") from error
     logger.warning("%s is a %s. %s", name, _class_name(index.get("_class_name")), story)
     return scheduler
 
@@ -2908,20 +2957,22 @@ def open_unet(folder: Path, index: dict[str, Any], name: str, settings: dict[str
     if known.__module__.startswith("diffusers.") and not issubclass(known, UNet2DModel):
         raise ValueError(f"{name} has a {known.__name__}; this pipeline is for a UNet2DModel")
     settings = {key: value for key, value in settings.items() if value is not None}
-    dtype = settings.get("dtype", settings.get("torch_dtype"))
+    dtype = settings.pop("dtype", None) or settings.pop("torch_dtype", None)
+    settings.pop("torch_dtype", None)
     if isinstance(dtype, dict):
-        key = "dtype" if "dtype" in settings else "torch_dtype"
-        settings[key] = dtype.get("unet", dtype.get("default", torch.float32))
+        dtype = dtype.get("unet", dtype.get("default", torch.float32))
+    if dtype is not None:
+        settings[DTYPE] = dtype
     part, variant = _part(folder, "unet"), settings.get("variant")
-    found = sorted(path.name for path in part.glob("*") if WEIGHTS.fullmatch(path.name))
-    fitting = [file for file in found if WEIGHTS.fullmatch(file)["variant"] == variant]
+    found = sorted(path.name for path in part.glob("*") if variant_of(path.name) is not None)
+    fitting = [file for file in found if variant_of(file) == (variant or "")]
     if known.__module__.startswith("diffusers.") and not fitting:
         wanted = "weights of a network" if variant is None else f"weights of the variant {variant!r}"
         raise OSError(f"{name} has no {wanted}; it has {', '.join(found) or 'none at all'}")
     if "use_safetensors" not in settings:  # or diffusers says that it looks for others
         settings["use_safetensors"] = any(file.endswith(".safetensors") for file in fitting)
     try:
-        unet, report = _from_pretrained(known, part, settings)
+        unet, report = known.from_pretrained(part, output_loading_info=True, **settings)
     except Exception as error:  # settings and files of any kind reach the class, which fails in as many ways
         said = _line(error).split(" If you want")[0]
         if "shape" in said or "size mismatch" in said:
@@ -2934,17 +2985,6 @@ def open_unet(folder: Path, index: dict[str, Any], name: str, settings: dict[str
         said = "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items())
         raise ValueError(f"the weights of {name} do not fit its config: {said}")
     return unet
-
-
-def _from_pretrained(known: Any, part: Path, settings: dict[str, Any]) -> tuple[ModelMixin, dict[str, Any]]:
-    """A network and what diffusers says of its loading; `dtype` by the name that this version has for it."""
-    try:
-        return known.from_pretrained(part, output_loading_info=True, **settings)
-    except TypeError as error:
-        if "dtype" not in settings or "'dtype'" not in str(error):
-            raise
-        settings = {"torch_dtype" if key == "dtype" else key: value for key, value in settings.items()}
-        return known.from_pretrained(part, output_loading_info=True, **settings)
 
 
 # ---- failures of the Hub's client ----------------------------------------------------------------------------------
@@ -3047,17 +3087,18 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 
+
+
+
 README, RESULTS, TRAINING, CONVERSION = "README.md", "results.json", "training.json", "conversion.json"
 GRID, LOSS = "samples.png", "loss.png"
 RECORDS = (RESULTS, TRAINING, CONVERSION)
+PICTURE = re.compile(r"[\w-]+\.png")
 DRAWN, DRAWN_STEPS = 16, 20
 """Pictures of the grid that is drawn where there is none, and S for it."""
 
-STATE = re.compile(r"unet/diffusion_pytorch_model.*\.(safetensors|bin|json)")
-OWNED = re.compile(
-    rf"{CODE.pattern}|{STATE.pattern}|results\.json|training\.json|conversion\.json|{GRID}|{LOSS}|\.eval_results/.*"
-)
-"""Names in a repo that a push writes, and takes away where they are not of the model that it pushes."""
+SAID = re.compile("|".join([*map(re.escape, (*RECORDS, GRID, LOSS)), r"\.eval_results/[^/]+\.yaml"]))
+"""Names of what a push says of a model, beside its card."""
 
 Content = Path | bytes
 
@@ -3073,15 +3114,16 @@ def push_folder(
     create_pr: bool = False,
     license: str | None = None,
     records: str | Path | None = None,
-    drawn: Image.Image | None = None,
-    caption: str = "",
+    samples: int | None = None,
+    sampler: Callable[[], Any] | None = None,
 ) -> CommitInfo:
     """Push what `save_pretrained` or the training script wrote, in one commit; nothing in the folder is changed.
 
     The weights of all variants there go along, and from the folder `records` (the same, if not given) `results.json`,
     `training.json`, `conversion.json`, `samples.png` (or the last of `previews/`), `loss.png`, and the pictures that
-    `results.json` lists under "pictures". A README.md that somebody wrote, there or in the repo, is the card; else one
-    is written from the records (see `card`). Where other weights are in the repo, what was said of them goes.
+    `results.json` lists under "pictures". A README.md that somebody wrote in the folder, else one in the repo, is the
+    card; else one is written from the records (see `card`). Where a model of this package with other weights is in the
+    repo, what was said of it goes.
 
     Args:
         repo_id: id of the repo; it is made where it does not exist.
@@ -3090,7 +3132,8 @@ def push_folder(
         revision: the branch, made where it does not exist; main by default.
         create_pr: open a pull request instead.
         license: the Hub's id of the licence of the weights.
-        drawn, caption: a grid of samples for the card, instead of one in `records`.
+        samples: number of pictures to draw for the card; by default 16 where `records` has none, and there is a
+            `sampler`, which gives the pipeline to draw them with.
 
     Returns:
         the commit; where nothing has changed, the last one.
@@ -3100,26 +3143,45 @@ def push_folder(
         OSError: where the Hub cannot be reached or refuses. The branch is then as it was; a new repo may be left empty.
     """
     check_repo_id(repo_id)
+    check_license(license)
+    if samples is not None and (not is_integer(samples) or samples < 0):
+        raise ValueError(f"samples must be a non-negative integer, not {samples!r}")
     folder, records = Path(folder), Path(records or folder)
     if not records.is_dir():
         raise ValueError(f"there is no folder {records}")
-    branch = None if create_pr else revision
-    files, said = contents(folder, repo_id, records, license, drawn, caption, branch)
+    branch = None if revision is None or revision.startswith("refs/") else revision
+    model = Model(folder, records)
     api = HfApi(token=token)
     repo_id = open_repo(api, repo_id, private)
     with told(repo_id, token, revision, to="write"):
-        if branch is not None:
+        if branch is not None and not create_pr:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
         there = {each.rfilename: each for each in info.siblings or ()}
-        same = _same_model(there, files)
-        if README in there and not isinstance(files[README], Path):
-            remote = Path(api.hf_hub_download(repo_id, README, revision=info.sha)).read_text(encoding="utf-8")
-            if not is_written_here(remote) or (same and not said):
-                del files[README]  # somebody wrote it, or it says more of these weights
-        kept = CODE if same else OWNED
-        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
-        operations += [CommitOperationDelete(name) for name in there if kept.fullmatch(name) and name not in files]
+        texts = {}
+        for name in (README, INDEX, RESULTS):
+            if name in there:
+                path = api.hf_hub_download(repo_id, name, revision=info.sha)
+                texts[name] = Path(path).read_text(encoding="utf-8", errors="replace")
+
+    files, same = dict(model.files), _same_model(there, model.files)
+    card_there = texts.get(README, "")
+    ours = is_written_here(card_there)
+    if model.own_card is not None:
+        files[README] = model.own_card
+    elif not card_there or (ours and (model.said or not same)):  # not somebody's, nor one that says more
+        drawn = None
+        if sampler is not None and samples != 0 and (samples or GRID not in model.pictures):
+            drawn = draw(sampler(), samples or DRAWN, classes=model.classes)
+            files[GRID] = _png(drawn[0])
+        license = license or (license_of(card_there) if ours and same else None)
+        files[README] = model.card(repo_id, license, drawn, branch).encode()
+    stale = {name for name in there if CODE.fullmatch(name) or (not same and variant_of(name) is not None)}
+    if _is_pipeline_of_ours(texts.get(INDEX, "")) and (model.said or not same):
+        stale |= {name for name in there if SAID.fullmatch(name)} | set(_listed(texts.get(RESULTS, "")))
+    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
+    operations += [CommitOperationDelete(name) for name in sorted(stale & there.keys() - files.keys())]
+    with told(repo_id, token, revision, to="write"):
         return api.create_commit(
             repo_id,
             operations,
@@ -3144,12 +3206,29 @@ def open_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
 
 
 def _same_model(there: dict[str, Any], files: dict[str, Content]) -> bool:
-    """Whether the repo has these weights, or none of their variants, so that they are another form of its model."""
-    weights = {name: content for name, content in files.items() if STATE.fullmatch(name)}
+    """Whether the repo has this network already: with these weights, or with none of their variants."""
+    weights = {name: content for name, content in files.items() if variant_of(name) is not None}
     pushed = {variant_of(name) for name in weights}
-    if not any(STATE.fullmatch(name) and variant_of(name) in pushed for name in there):
-        return True
-    return all(name in there and _digest(content, there[name]) for name, content in weights.items())
+    needed = {"unet/config.json": files["unet/config.json"]}
+    if any(variant_of(name) in pushed for name in there):
+        needed |= weights
+    return all(name in there and _digest(content, there[name]) for name, content in needed.items())
+
+
+def _is_pipeline_of_ours(text: str) -> bool:
+    try:
+        return is_ours(json.loads(text))
+    except (ValueError, AttributeError):
+        return False
+
+
+def _listed(text: str) -> list[str]:
+    """The names of pictures that a `results.json` lists."""
+    try:
+        listed = json.loads(text).get("pictures", [])
+    except (ValueError, AttributeError):
+        return []
+    return [name for name in listed if isinstance(name, str) and PICTURE.fullmatch(name)]
 
 
 def _digest(content: Content, there: Any) -> bool:
@@ -3163,62 +3242,76 @@ def _digest(content: Content, there: Any) -> bool:
 # ---- what is pushed ------------------------------------------------------------------------------------------------
 
 
-def contents(
-    folder: Path,
-    repo_id: str,
-    records: Path,
-    license: str | None,
-    drawn: Image.Image | None,
-    caption: str,
-    revision: str | None,
-) -> tuple[dict[str, Content], bool]:
-    """What is pushed, by its name in the repo; and whether the card tells more than the configs do.
+class Model:
+    """What is pushed of a folder, by its name in the repo (`files`), and what is known of the model.
 
     Raises ValueError or OSError for a folder that would not load again, or records that are not in order.
     """
-    index = _index(folder)
-    files = _code(folder, index) | _state(folder)
-    for name in ("unet/config.json", "scheduler/scheduler_config.json"):
-        files[name] = _json(folder / name, finite=False)  # some schedulers of diffusers have infinite settings
-    names = variants(folder)
-    for variant in names:
-        unet = open_unet(folder, index, str(folder), {"variant": variant})
-    scheduler = open_scheduler(folder, index, str(folder))
 
-    found = {name: records / name for name in RECORDS if (records / name).is_file()}
-    results = public(read_results(found[RESULTS])) if RESULTS in found else []
-    training, conversion = (
-        public(read_object(found[name])) if name in found else {} for name in (TRAINING, CONVERSION)
-    )
-    files |= {name: _json(path) for name, path in found.items()}
-    pictures = _pictures(records)
-    if drawn is not None:
-        pictures[GRID] = _png(drawn)
-    files |= pictures | {name: text.encode() for name, text in eval_results(results).items()}
+    def __init__(self, folder: Path, records: Path):
+        index = _index(folder)
+        self.folder, self.records = folder, records
+        self.files = _code(folder, index) | _state(folder)
+        for name in ("unet/config.json", "scheduler/scheduler_config.json"):
+            self.files[name] = _json(folder / name, finite=False)  # some schedulers have infinite settings
+        self.variants = variants(folder)
+        digests = []
+        for variant in self.variants:
+            self.unet = open_unet(folder, index, str(folder), {"variant": variant})
+            digests.append(weights_digest(self.unet))
+        self.scheduler = open_scheduler(folder, index, str(folder))
 
-    own = folder / README
-    if own.is_file() and not is_written_here(own.read_text(encoding="utf-8")):
-        return files | {README: own}, True
-    try:
-        if drawn is None and GRID in pictures:
-            caption = _caption(records, training)
-        text = card(
-            repo_id,
-            dict(unet.config),
-            dict(scheduler.config) | {"_class_name": type(scheduler).__name__},
-            unet.num_parameters(),
-            results,
-            training,
-            conversion,
-            GRID if GRID in pictures else None,
-            caption,
-            license,
-            names[0],
-            revision,
+        found = {name: records / name for name in RECORDS if (records / name).is_file()}
+        self.results = public(read_results(found[RESULTS])) if RESULTS in found else []
+        self.training, self.conversion = (
+            public(read_object(found[name])) if name in found else {} for name in (TRAINING, CONVERSION)
         )
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"the records in {records} are not as the scripts write them: {error!r}") from error
-    return files | {README: text.encode()}, bool(results or training or conversion or pictures or license)
+        measured = read_object(found[RESULTS]).get("model") if RESULTS in found else None
+        if isinstance(measured, dict) and measured.get("sha256") not in (None, *digests):
+            raise ValueError(f"{found[RESULTS]} was measured on other weights than those in {folder}: measure these")
+        self.pictures = _pictures(records)
+        self.files |= {name: _json(path) for name, path in found.items()} | self.pictures
+        self.files |= {name: text.encode() for name, text in eval_results(self.results).items()}
+        self.said = bool(self.results or self.training or self.conversion or self.pictures)
+        own = folder / README
+        written = own.is_file() and not is_written_here(own.read_text(encoding="utf-8", errors="replace"))
+        self.own_card = own if written else None
+        self.card(
+            "user/model", None, None, None
+        )  # so that records that are not in order are found before anything is sent
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes the training had; the network may have a label more, for none of them."""
+        classes = self.training.get("classes")
+        return len(classes) if isinstance(classes, list) and classes else None
+
+    def card(
+        self, repo_id: str, license: str | None, drawn: tuple[Image.Image, str] | None, revision: str | None
+    ) -> str:
+        """The card, with a grid that was drawn for it, or the one in the records."""
+        caption = ""
+        try:
+            if drawn is not None:
+                caption = drawn[1]
+            elif GRID in self.pictures:
+                caption = _caption(self.records, self.training)
+            return card(
+                repo_id,
+                dict(self.unet.config),
+                dict(self.scheduler.config) | {"_class_name": type(self.scheduler).__name__},
+                self.unet.num_parameters(),
+                self.results,
+                self.training,
+                self.conversion,
+                GRID if drawn is not None or GRID in self.pictures else None,
+                caption,
+                license,
+                self.variants[0],
+                revision,
+            )
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"the records in {self.records} are not as the scripts write them: {error!r}") from error
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -3238,24 +3331,24 @@ def _index(folder: Path) -> dict[str, Any]:
 
 def variants(folder: str | Path) -> list[str | None]:
     """The variants of the network's weights in a folder, the ordinary ones, None, first."""
-    found = {variant_of(name) for name in _state(Path(folder)) if name.endswith(".safetensors")}
+    found = sorted({variant_of(name) or "" for name in _state(Path(folder)) if not name.endswith(".json")})
     if not found:
         raise ValueError(f"{folder} has no weights as safetensors: open it, and save_pretrained into a new folder")
-    return sorted(found, key=lambda variant: variant or "")
+    return [variant or None for variant in found]
 
 
-def same_weights(folder: str | Path, other: str | Path | None, variant: str | None) -> bool:
+def same_weights(folder: str | Path, other: str | Path, variant: str | None) -> bool:
     """Whether another folder holds the network's weights of this one, in the same files."""
-    ours = [name for name in _state(Path(folder)) if variant_of(name) == variant]
-    if not other or not all((Path(other) / name).is_file() for name in ours):
+    names = [name for name in _state(Path(folder)) if variant_of(name) == (variant or "")]
+    if not all((Path(other) / name).is_file() for name in names):
         return False
-    return all((Path(other) / name).read_bytes() == (Path(folder) / name).read_bytes() for name in ours)
+    return all((Path(other) / name).read_bytes() == (Path(folder) / name).read_bytes() for name in names)
 
 
 def _state(folder: Path) -> dict[str, Content]:
     """The network's weights as safetensors, and the indexes of those in several files."""
     names = {f"unet/{path.name}": path for path in sorted((folder / "unet").glob("diffusion_pytorch_model*"))}
-    return {name: path for name, path in names.items() if STATE.fullmatch(name) and not name.endswith(".bin")}
+    return {name: path for name, path in names.items() if variant_of(name) is not None and ".bin" not in name}
 
 
 def _code(folder: Path, index: dict[str, Any]) -> dict[str, Content]:
@@ -3283,7 +3376,7 @@ def _pictures(records: Path) -> dict[str, Content]:
     if (records / RESULTS).is_file():
         listed = read_object(records / RESULTS).get("pictures", [])
         if not isinstance(listed, list) or not all(
-            isinstance(each, str) and re.fullmatch(r"[\w-]+\.png", each) for each in listed
+            isinstance(each, str) and PICTURE.fullmatch(each) for each in listed
         ):
             raise ValueError(
                 f'{records / RESULTS} must list names such as figure4.png under "pictures", not {listed!r}'
@@ -3292,11 +3385,6 @@ def _pictures(records: Path) -> dict[str, Content]:
     pictures: dict[str, Content] = {name: records / name for name in names if (records / name).is_file()}
     previews = sorted(records.glob("previews/*.png"))
     return pictures if GRID in pictures or not previews else pictures | {GRID: previews[-1]}
-
-
-def has_samples(records: str | Path) -> bool:
-    """Whether a folder has a grid of samples for the card."""
-    return GRID in _pictures(Path(records))
 
 
 def _caption(records: Path, training: dict[str, Any]) -> str:
@@ -3326,18 +3414,13 @@ def draw(
     classes = classes or pipe.unet.config.num_class_embeds
     labels = [i % classes for i in range(number)] if classes else None
     generators = [Generator().manual_seed(i) for i in range(number)]
-    images = pipe(number, steps, generator=generators, class_labels=labels, output_type="np").images
-    eta = getattr(pipe.scheduler.config, "eta", None)
-    said = f"{type(pipe.scheduler).__name__}, S = {steps}" + ("" if eta is None else f", η = {eta:g}")
-    pipe.scheduler = kept
+    try:
+        images = pipe(number, steps, generator=generators, class_labels=labels, output_type="np").images
+        eta = getattr(pipe.scheduler.config, "eta", None)
+        said = f"{type(pipe.scheduler).__name__}, S = {steps}" + ("" if eta is None else f", η = {eta:g}")
+    finally:
+        pipe.scheduler = kept
     return grid([images[i : i + 8] for i in range(0, number, 8)]), f"{said}, seeds 0 to {number - 1}."
-
-
-def classes_of(records: str | Path) -> int | None:
-    """How many classes the training had; the network may have a label more, for none of them."""
-    file = Path(records) / TRAINING
-    classes = read_object(file).get("classes") if file.is_file() else None
-    return len(classes) if isinstance(classes, list) and classes else None
 
 
 def _json(path: Path, finite: bool = True) -> bytes:
@@ -3567,11 +3650,8 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         """
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained() got an unexpected keyword {min(kwargs)!r}")
-        before = weight_files(save_directory, variant)
-        super().save_pretrained(save_directory, safe_serialization, variant=variant, max_shard_size=max_shard_size)
-        for path, changed in before.items():  # another form of these weights, which would be read in their place
-            if path.is_file() and path.stat().st_mtime_ns == changed:
-                path.unlink()
+        with replaced(save_directory, variant):
+            super().save_pretrained(save_directory, safe_serialization, variant=variant, max_shard_size=max_shard_size)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
 
@@ -3628,16 +3708,15 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             raise ValueError(
                 f"a {type(self).__name__} has code of its own, which cannot be pushed: push a GeneralizedDDIMPipeline"
             )
-        if samples is not None and (not is_integer(samples) or samples < 0):
-            raise ValueError(f"samples must be a non-negative integer, not {samples!r}")
         check_repo_id(repo_id)
+        source = self.name_or_path or ""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, variant=variant)
-            if records is None and same_weights(folder, self.name_or_path, variant):
-                records = self.name_or_path
-            if samples is None:
-                samples = 0 if has_samples(records or folder) else DRAWN
-            drawn, caption = draw(self, samples, classes=classes_of(records or folder)) if samples else (None, "")
+            if records is None and os.path.isdir(source):
+                if same_weights(folder, source, variant):
+                    records = source
+                else:
+                    logger.warning("the records in %s are left out: its weights are others, or in other files", source)
             return push_folder(
                 folder,
                 repo_id,
@@ -3648,8 +3727,8 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
                 create_pr=create_pr,
                 license=license,
                 records=records,
-                drawn=drawn,
-                caption=caption,
+                samples=samples,
+                sampler=None if self.image_size is None else lambda: self,
             )
 
     # ---- latents -----------------------------------------------------------------------------------------------
