@@ -213,7 +213,7 @@ def test_any_unconditional_pipeline(measure, make_unet, tmp_path, monkeypatch):
     for entry in stock["results"]:
         assert entry["value"] == pytest.approx(by_eta[entry["eta"], entry["num_inference_steps"]], rel=1e-3)
     assert by_eta[None, 3] != pytest.approx(by_eta[1.0, 3], rel=1e-3)
-    assert ours["pictures"]["shape"] == (1, 8, 8)
+    assert ours["made"]["shape"] == (1, 8, 8)
     monkeypatch.setattr(evaluate.Model, "seed", lambda model, scheduler: None)  # as the pipeline does by itself
     with pytest.raises(ValueError, match="LDMPipeline with DDIMScheduler draws noise that no picture's seed decides"):
         measure("unseeded", schedulers=("saved",), **settings | {"variances": ("1",)})
