@@ -33,7 +33,7 @@ from .schedulers import GeneralizedDDIMScheduler, InverseDDIMScheduler
 from .tau import is_integer
 
 README, RESULTS, TRAINING, CONVERSION = "README.md", "results.json", "training.json", "conversion.json"
-GRID, LOSS = "samples.png", "loss.png"
+GRID, LOSS, CONFIG = "samples.png", "loss.png", "unet/config.json"
 RECORDS = (RESULTS, TRAINING, CONVERSION)
 PICTURE = re.compile(r"[\w-]+\.png")
 DRAWN, DRAWN_STEPS = 16, 20
@@ -101,12 +101,13 @@ def push_folder(
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
         there = {each.rfilename: each for each in info.siblings or ()}
         texts = {}
-        for name in (README, INDEX, RESULTS):
+        for name in (README, INDEX, RESULTS, CONFIG):
             if name in there:
                 path = api.hf_hub_download(repo_id, name, revision=info.sha)
                 texts[name] = Path(path).read_text(encoding="utf-8", errors="replace")
 
-    files, same = dict(model.files), _same_model(there, model.files)
+    files = dict(model.files)
+    same = _same_model(there, files, _object(texts.get(CONFIG, "")))
     card_there = texts.get(README, "")
     ours = is_written_here(card_there)
     if model.own_card is not None:
@@ -119,8 +120,10 @@ def push_folder(
         license = license or (license_of(card_there) if ours and same else None)
         files[README] = model.card(repo_id, license, drawn, branch).encode()
     stale = {name for name in there if CODE.fullmatch(name) or (not same and variant_of(name) is not None)}
-    if _is_pipeline_of_ours(texts.get(INDEX, "")) and (model.said or not same):
-        stale |= {name for name in there if SAID.fullmatch(name)} | set(_listed(texts.get(RESULTS, "")))
+    if is_ours(_object(texts.get(INDEX, ""))) and (model.said or not same):
+        listed = _object(texts.get(RESULTS, "")).get("pictures")
+        listed = listed if isinstance(listed, list) else []
+        stale |= {name for name in there if SAID.fullmatch(name) or (name in listed and PICTURE.fullmatch(name))}
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
     operations += [CommitOperationDelete(name) for name in sorted(stale & there.keys() - files.keys())]
     with told(repo_id, token, revision, to="write"):
@@ -147,30 +150,24 @@ def open_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
         return repo_id
 
 
-def _same_model(there: dict[str, Any], files: dict[str, Content]) -> bool:
-    """Whether the repo has this network already: with these weights, or with none of their variants."""
+def _same_model(there: dict[str, Any], files: dict[str, Content], config: dict[str, Any]) -> bool:
+    """Whether the repo has this network: these weights, or none of their variants and the same config."""
     weights = {name: content for name, content in files.items() if variant_of(name) is not None}
     pushed = {variant_of(name) for name in weights}
-    needed = {"unet/config.json": files["unet/config.json"]}
     if any(variant_of(name) in pushed for name in there):
-        needed |= weights
-    return all(name in there and _digest(content, there[name]) for name, content in needed.items())
+        return all(name in there and _digest(content, there[name]) for name, content in weights.items())
+    configs = (json.loads(files[CONFIG]), config)
+    first, second = ({key: value for key, value in each.items() if not key.startswith("_")} for each in configs)
+    return first == second
 
 
-def _is_pipeline_of_ours(text: str) -> bool:
+def _object(text: str) -> dict[str, Any]:
+    """A JSON object of a repo; an empty one where the text is none."""
     try:
-        return is_ours(json.loads(text))
-    except (ValueError, AttributeError):
-        return False
-
-
-def _listed(text: str) -> list[str]:
-    """The names of pictures that a `results.json` lists."""
-    try:
-        listed = json.loads(text).get("pictures", [])
-    except (ValueError, AttributeError):
-        return []
-    return [name for name in listed if isinstance(name, str) and PICTURE.fullmatch(name)]
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _digest(content: Content, there: Any) -> bool:
@@ -194,7 +191,7 @@ class Model:
         index = _index(folder)
         self.folder, self.records = folder, records
         self.files = _code(folder, index) | _state(folder)
-        for name in ("unet/config.json", "scheduler/scheduler_config.json"):
+        for name in (CONFIG, "scheduler/scheduler_config.json"):
             self.files[name] = _json(folder / name, finite=False)  # some schedulers have infinite settings
         self.variants = variants(folder)
         digests = []
