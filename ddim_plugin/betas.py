@@ -72,7 +72,9 @@ SCHEDULES: dict[str, Callable[[int, float, float], Array]] = {
     f.__name__: f for f in (linear, scaled_linear, squaredcos_cap_v2, const, jsd, sigmoid, laplace, exp)
 }
 
-_RANGED = ("linear", "scaled_linear", "const", "sigmoid")
+RANGED = ("linear", "scaled_linear", "const", "sigmoid")
+"""Schedules that have a range."""
+
 _MADE_FOR_1000 = ((1e-4, 0.02), (8.5e-4, 0.012), (1.5e-3, 0.0195), (1.5e-3, 0.0155))
 
 
@@ -84,7 +86,7 @@ def betas(schedule: str, T: int = 1000, beta_start: float = 1e-4, beta_end: floa
     if schedule not in SCHEDULES:
         raise ValueError(f"unknown beta_schedule {schedule!r}: use one of {', '.join(SCHEDULES)}, or trained_betas")
     check_length(T)
-    if schedule in _RANGED and not 0 < beta_start <= beta_end < 1:
+    if schedule in RANGED and not 0 < beta_start <= beta_end < 1:
         raise ValueError(f"β must satisfy 0 < beta_start ≤ beta_end < 1, not {beta_start!r} and {beta_end!r}")
     return check(SCHEDULES[schedule](int(T), beta_start, beta_end))
 
@@ -116,7 +118,7 @@ def check(values: Sequence[float] | Array, T: int | None = None) -> Array:
 def made_for_1000(schedule: str, T: int, beta_start: float, beta_end: float) -> bool:
     """Whether a range of β that belongs to T = 1000 is used with another T, so that x_T is not noise (or too soon)."""
     recipes = ((start, end) for start, end in _MADE_FOR_1000)
-    return T != 1000 and schedule in _RANGED and any(np.allclose((beta_start, beta_end), r) for r in recipes)
+    return T != 1000 and schedule in RANGED and any(np.allclose((beta_start, beta_end), r) for r in recipes)
 
 
 def alpha_bar(betas: Array) -> Array:

@@ -10,7 +10,7 @@ likelihood itself. Networks here are functions (x_t, t) ↦ output of the paper'
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,7 @@ from torch import Generator, Tensor
 
 from . import prediction as p
 from . import process
-from .gaussian import BIN, discretized_log_likelihood, kl
-
-BITS = 1 / math.log(2)
-"""Bits in a nat."""
+from .gaussian import BIN, BITS, discretized_log_likelihood, kl
 
 DECODERS = ("next", "beta")
 """Variance of p(x_0|x_{τ_1}), where σ(η) is 0: that of the move above (Ho's code), or β = 1 − ᾱ_{τ_1}."""
@@ -84,7 +81,7 @@ class VariationalBound:
             raise ValueError(f"unknown decoder {decoder!r}: use one of {', '.join(DECODERS)}, or variances")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be positive, not {clip!r}")
-        self.prediction_type, self.clip, self.density = prediction_type, clip, density
+        self.clip, self.density = clip, density
         self.learned = variance_type == "learned_range"
         self.top = float(alpha_bar[times[-1]])
         self.pairs = process.downwards(times)
@@ -150,9 +147,7 @@ class VariationalBound:
 
     def _prior(self, x0: Tensor) -> Tensor:
         """KL(q(x_{τ_S}|x_0) ‖ N(0, I)) of each image, in bits per dimension."""
-        variance = 1 - self.top
-        nats = 0.5 * (self.top * x0.double().square().flatten(1).mean(1) + variance - 1 - math.log(variance))
-        return nats * BITS
+        return prior_nats(self.top, x0.double().square().flatten(1).mean(1)) * BITS
 
 
 def _row(
@@ -306,7 +301,7 @@ def transition_nats(
     return 0.5 * (np.log(variance / q) + (q + c**2 * error) / variance - 1)
 
 
-def prior_nats(alpha_bar_top: float | NDArray[np.float64], x0_mean_square: float) -> NDArray[np.float64]:
+def prior_nats(alpha_bar_top: Any, x0_mean_square: Any) -> Any:
     """KL(q(x_t|x_0) ‖ N(0, I))/d in nats, for data with E‖x_0‖²/d = `x0_mean_square`."""
     return 0.5 * (alpha_bar_top * (x0_mean_square - 1) - np.log(1 - alpha_bar_top))
 

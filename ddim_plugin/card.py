@@ -20,6 +20,8 @@ import huggingface_hub
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
+from .betas import RANGED
+from .schedulers import STOCK_SPACINGS
 from .version import __version__
 
 TASK = "unconditional-image-generation"
@@ -113,9 +115,6 @@ LOOP = """The parts load into the classes of diffusers too, `UNet2DModel.from_pr
 SAMPLING = """pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config)  # the saved one encodes
 """
 
-RANGED = ("linear", "scaled_linear", "const", "sigmoid")
-"""β schedules that have a range."""
-
 TAU_NAMES = {
     "linear": "linear, τ_i = ⌊T·i/S⌋",
     "quadratic": "quadratic, τ_i = max(i, ⌊T·i²/S²⌋)",
@@ -129,7 +128,11 @@ TAU_NAMES = {
 
 def read_results(file: str | Path) -> list[dict[str, Any]]:
     """The entries of a `results.json`. Raises ValueError naming what does not fit the format."""
-    content = read_object(file)
+    return entries_of(read_object(file), file)
+
+
+def entries_of(content: dict[str, Any], file: str | Path) -> list[dict[str, Any]]:
+    """`read_results` of what the file holds."""
     entries = content.get("results")
     if not isinstance(entries, list):
         raise ValueError(f'{file} holds no list under "results"')
@@ -373,7 +376,7 @@ def _unknown_to_stock(unet: dict[str, Any], scheduler: dict[str, Any]) -> str:
 
 def _other_sampler(scheduler: dict[str, Any]) -> str:
     """What is to be said where the stock pipeline, which has η = 0 and its own τ, makes other pictures."""
-    told = [] if scheduler.get("timestep_spacing") in ("leading", "trailing", "linspace") else ["its own τ"]
+    told = [] if scheduler.get("timestep_spacing") in STOCK_SPACINGS else ["its own τ"]
     if scheduler.get("eta") or scheduler.get("variance_type") in ("fixed_large", "optimal"):
         told.append("η = 0")
     if scheduler.get("beta_schedule") and scheduler.get("use_clipped_model_output"):

@@ -1,11 +1,16 @@
 """Gaussians: the path between two latents, divergence, and the likelihood of 8-bit images."""
 
+import math
+
 import torch
 from torch import Tensor
 
 OPPOSITE = 0.01
 """Angle, in radians, below which two latents count as opposite: there the formula of `slerp` divides by almost 0."""
 
+
+BITS = 1 / math.log(2)
+"""Bits in a nat."""
 
 BIN = 1 / 255
 """Half the width of one of the 256 levels of an image in −1..1."""

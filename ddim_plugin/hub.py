@@ -101,8 +101,9 @@ def write_index(pipe: DiffusionPipeline, folder: str | Path) -> None:
     index.pop("_name_or_path", None)  # a place on this machine
     index, files = with_code(index)
     for name, text in files.items():
-        _write(folder / name, text)
-    _write(folder / INDEX, json.dumps(index, indent=2) + "\n")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / name, text)
+    write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")
     for path in (*folder.glob("*.py"), *folder.glob("scheduler/*.py")):
         name = path.relative_to(folder).as_posix()
         if CODE.fullmatch(name) and name not in files:
@@ -161,9 +162,9 @@ def _entry(classes: list[str]) -> str:
     return ENTRY.format(name=name, classes=names, line=line, takes=takes)
 
 
-def _write(path: Path, text: str) -> None:
-    """A text file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_whole(path: str | Path, text: str) -> None:
+    """A text file, written aside and renamed, so that a reader never meets half of it."""
+    path = Path(path)
     aside = path.with_name(path.name + ".part")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)

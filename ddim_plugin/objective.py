@@ -4,7 +4,6 @@ The network sees x_t = √ᾱ_t·x_0 + √(1 − ᾱ_t)·ε (Eq. 4) at a time t 
 function of the error of that prediction (and of the learned variance), image by image, in float32.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import process
-from .gaussian import discretized_log_likelihood, kl
+from .gaussian import BITS, discretized_log_likelihood, kl
 from .prediction import check_prediction, learned_log_variance, split_variance
 
 LOSSES = ("simple", "theorem1", "min_snr", "soft_min_snr", "bound", "hybrid")
@@ -21,9 +20,6 @@ LOSSES = ("simple", "theorem1", "min_snr", "soft_min_snr", "bound", "hybrid")
 
 TIMES = ("antithetic", "uniform", "importance")
 """How times are drawn: in pairs t and T + 1 − t (the authors' code), independently, or by their share of the loss."""
-
-BITS = 1 / math.log(2)
-"""Bits in a nat."""
 
 
 class Noised(NamedTuple):

@@ -12,7 +12,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from PIL import Image
 from torch import Generator
 
-from .card import card, check_license, eval_results, is_written_here, license_of, public, read_object, read_results
+from .card import card, check_license, entries_of, eval_results, is_written_here, license_of, public, read_object
 from .hub import (
     CODE,
     INDEX,
@@ -189,35 +189,32 @@ class Model:
 
     def __init__(self, folder: Path, records: Path):
         index = _index(folder)
-        self.folder, self.records = folder, records
+        self.records = records
         self.files = _code(folder, index) | _state(folder)
         for name in (CONFIG, "scheduler/scheduler_config.json"):
-            self.files[name] = _json(folder / name, finite=False)  # some schedulers have infinite settings
-        self.variants = variants(folder)
-        digests = []
+            content = read_object(folder / name)
+            self.files[name] = _json(content, folder / name, finite=False)  # some schedulers have infinite settings
+        found = {name: read_object(records / name) for name in RECORDS if (records / name).is_file()}
+        self.results = public(entries_of(found[RESULTS], records / RESULTS)) if RESULTS in found else []
+        self.training, self.conversion = (public(found.get(name, {})) for name in (TRAINING, CONVERSION))
+        self.pictures = _pictures(records, found.get(RESULTS, {}))
+        measured = found.get(RESULTS, {}).get("model")
+        measured = measured.get("sha256") if isinstance(measured, dict) else None  # of the weights, where it is noted
+
+        self.variants, fits = variants(folder), measured is None
         for variant in self.variants:
             self.unet = open_unet(folder, index, str(folder), {"variant": variant})
-            digests.append(weights_digest(self.unet))
+            fits = fits or weights_digest(self.unet) == measured
+        if not fits:
+            raise ValueError(f"{records / RESULTS} was measured on other weights than those in {folder}: measure these")
         self.scheduler = open_scheduler(folder, index, str(folder))
-
-        found = {name: records / name for name in RECORDS if (records / name).is_file()}
-        self.results = public(read_results(found[RESULTS])) if RESULTS in found else []
-        self.training, self.conversion = (
-            public(read_object(found[name])) if name in found else {} for name in (TRAINING, CONVERSION)
-        )
-        measured = read_object(found[RESULTS]).get("model") if RESULTS in found else None
-        if isinstance(measured, dict) and measured.get("sha256") not in (None, *digests):
-            raise ValueError(f"{found[RESULTS]} was measured on other weights than those in {folder}: measure these")
-        self.pictures = _pictures(records)
-        self.files |= {name: _json(path) for name, path in found.items()} | self.pictures
+        self.files |= {name: _json(content, records / name) for name, content in found.items()} | self.pictures
         self.files |= {name: text.encode() for name, text in eval_results(self.results).items()}
         self.said = bool(self.results or self.training or self.conversion or self.pictures)
         own = folder / README
         written = own.is_file() and not is_written_here(own.read_text(encoding="utf-8", errors="replace"))
         self.own_card = own if written else None
-        self.card(
-            "user/model", None, None, None
-        )  # so that records that are not in order are found before anything is sent
+        self.card("user/model", None, None, None)  # finds records that are not in order before anything is sent
 
     @property
     def classes(self) -> int | None:
@@ -309,11 +306,11 @@ def _code(folder: Path, index: dict[str, Any]) -> dict[str, Content]:
     return files | {INDEX: (json.dumps(public(made), indent=2) + "\n").encode()}
 
 
-def _pictures(records: Path) -> dict[str, Content]:
+def _pictures(records: Path, results: dict[str, Any]) -> dict[str, Content]:
     """The pictures in a folder that belong to the model; of previews the last, where there are no samples."""
     names = [GRID, LOSS]
-    if (records / RESULTS).is_file():
-        listed = read_object(records / RESULTS).get("pictures", [])
+    if "pictures" in results:
+        listed = results["pictures"]
         if not isinstance(listed, list) or not all(
             isinstance(each, str) and PICTURE.fullmatch(each) for each in listed
         ):
@@ -339,9 +336,7 @@ def _caption(records: Path, training: dict[str, Any]) -> str:
     return f"Samples at S = {training.get('config', {}).get('preview_steps')}, η = 0."
 
 
-def draw(
-    pipe: Any, number: int = DRAWN, steps: int = DRAWN_STEPS, classes: int | None = None
-) -> tuple[Image.Image, str]:
+def draw(pipe: Any, number: int, steps: int = DRAWN_STEPS, classes: int | None = None) -> tuple[Image.Image, str]:
     """A grid of samples for the card, in rows of 8, and what is said below it; image i from seed i.
 
     Of a conditional network image i is of class i modulo `classes`, by default as many as it has labels.
@@ -362,9 +357,9 @@ def draw(
     return grid([images[i : i + 8] for i in range(0, number, 8)]), f"{said}, seeds 0 to {number - 1}."
 
 
-def _json(path: Path, finite: bool = True) -> bytes:
+def _json(content: dict[str, Any], path: Path, finite: bool = True) -> bytes:
     """A JSON file without the places of this machine. Raises ValueError for numbers that JSON does not have."""
-    content = {key: value for key, value in read_object(path).items() if key != "_name_or_path"}
+    content = {key: value for key, value in content.items() if key != "_name_or_path"}
     try:
         return (json.dumps(public(content), indent=2, allow_nan=not finite) + "\n").encode()
     except ValueError as error:

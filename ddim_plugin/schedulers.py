@@ -37,7 +37,7 @@ DETERMINISTIC = {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": Fals
 
 _OWN_KEYS = ("eta", "eps_mean_square", "use_clipped_model_output")
 _STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-_STOCK_SPACINGS = ("leading", "trailing", "linspace")
+STOCK_SPACINGS = ("leading", "trailing", "linspace")
 _STOCK_VARIANCES = ("fixed_large", "learned_range")  # "fixed_small" is what they take where nothing is said
 
 Randomness = Generator | list[Generator] | None
@@ -348,7 +348,7 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
 
     def _own_settings(self) -> dict[str, Any]:
         own = {key: self.config[key] for key in _OWN_KEYS}
-        if self.config.timestep_spacing not in _STOCK_SPACINGS:
+        if self.config.timestep_spacing not in STOCK_SPACINGS:
             own["timestep_spacing"] = self.config.timestep_spacing
         if self.config.variance_type not in _STOCK_VARIANCES:
             own["variance_type"] = self.config.variance_type

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import process
-from .bound import BITS, Errors, prior_nats, transition_nats
+from .bound import Errors, prior_nats, transition_nats
+from .gaussian import BITS
 
 Array = NDArray[np.float64]
 

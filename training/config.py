@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from ddim_plugin.hub import CODE, INDEX
+from ddim_plugin.hub import CODE, INDEX, write_whole
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -139,11 +139,3 @@ def code_files(output: Path) -> list[Path]:
 def write_json(path: str | Path, result: dict[str, Any]) -> None:
     """`result` as JSON, whole or not at all."""
     write_whole(path, json.dumps(result, indent=2) + "\n")
-
-
-def write_whole(path: str | Path, text: str) -> None:
-    """A text file, written aside and renamed, so that a reader never meets half of it."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text)
-    aside.replace(path)

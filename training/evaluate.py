@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
-from config import parse, record, write_json, write_whole
+from config import parse, record, write_json
 from data import Frame, has_splits, open_pictures
 from diffusers import DiffusionPipeline, SchedulerMixin
 from features import (
@@ -52,10 +52,10 @@ from torch import Generator, Tensor
 
 import ddim_plugin
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.hub import weights_digest
+from ddim_plugin.hub import weights_digest, write_whole
 from ddim_plugin.images import grid
-from ddim_plugin.process import ETA_FREE
-from ddim_plugin.schedulers import keep_learned
+from ddim_plugin.process import ETA_FREE, VARIANCES
+from ddim_plugin.schedulers import STOCK_SPACINGS, keep_learned
 
 SAVED = "saved"
 """The scheduler, variance, spacing or clipping that the model was saved with."""
@@ -101,9 +101,7 @@ PAPER: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
 }
 """FID in the paper, by dataset and variance, at the preset's S."""
 
-KINDS = ("fixed_small", "fixed_large", "learned_range", "optimal")
 CLIPS = (SAVED, "always", "never", "fixed_large")
-STOCK_SPACINGS = ("leading", "trailing", "linspace")
 OPENED = ("GeneralizedDDIMPipeline", "DDPMPipeline", "DDIMPipeline", "PNDMPipeline")  # others as diffusers opens them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -212,7 +210,7 @@ class Cell:
         if self.variance == SAVED:
             return None, None
         kind, _, eta = self.variance.partition(":")
-        if kind not in KINDS:
+        if kind not in VARIANCES:
             kind, eta = "fixed_small", self.variance
         try:
             number = float(eta) if eta else 0.0 if kind == "optimal" else 1.0
@@ -220,7 +218,7 @@ class Cell:
             number = math.nan
         if not 0 <= number < math.inf or (eta and kind in ("fixed_large", "learned_range")):
             raise ValueError(
-                f"unknown variance {self.variance!r}: use a number (η), {', '.join(KINDS)}, optimal:η, {SAVED}"
+                f"unknown variance {self.variance!r}: use a number (η), {', '.join(VARIANCES)}, optimal:η, {SAVED}"
             )
         return kind, number
 
@@ -273,7 +271,7 @@ def make_scheduler(cell: Cell, saved: SchedulerMixin, clip: str) -> tuple[Schedu
         changes = keep_learned(config, changes)
         if changes.get("variance_type") is None:  # a network that learned its variance, at η = 0
             changes.pop("eta")
-    elif kind and cell.variance in KINDS and "variance_type" in known:
+    elif kind and cell.variance in VARIANCES and "variance_type" in known:
         changes["variance_type"], eta = kind, None
     elif kind and (kind != "fixed_small" or "eta" not in inspect.signature(cls.step).parameters):
         raise ValueError(f"{cls.__name__} knows no variance {cell.variance!r}: measure {cell.scheduler}:{SAVED}")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from config import parse, record, write_json, write_whole
+from config import parse, record, write_json
 from data import load_images, origin
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, tau
 from ddim_plugin.bound import DECODERS, Errors, VariationalBound, measure_errors, ode_bits
 from ddim_plugin.card import read_object
-from ddim_plugin.hub import weights_digest
+from ddim_plugin.hub import weights_digest, write_whole
 from ddim_plugin.process import ETA_FREE, VARIANCES
 from ddim_plugin.search import bound_costs, bound_of, search_bound
 
@@ -319,9 +319,9 @@ def fitted(config: NLLConfig) -> dict[str, Any]:
 
 def read_errors(file: Path, config: NLLConfig) -> Errors | None:
     """Errors that were measured before, with the same settings."""
-    if config.overwrite or not file.is_file() or read_object(file)["settings"] != fitted(config):
+    known = read_object(file) if file.is_file() and not config.overwrite else {}
+    if known.get("settings") != fitted(config):
         return None
-    known = read_object(file)
     return Errors(**{key: np.array(known[key]) for key in Errors._fields})
 
 

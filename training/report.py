@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from config import write_whole
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddim_plugin import GeneralizedDDIMPipeline
+from ddim_plugin.hub import write_whole
 from ddim_plugin.images import grid
 
 SPIKE = 5.0
