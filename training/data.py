@@ -207,6 +207,11 @@ def origin(name: str) -> str:
     return "files" if Path(name).exists() or glob.has_magic(name) else "hub"
 
 
+def as_dataset(name: str, split: str) -> dict[str, str]:
+    """A data set as an entry of `results.json` names it."""
+    return {"name": Path(name).name, "split": split} | ({"id": name} if origin(name) == "hub" else {})
+
+
 def has_splits(name: str) -> bool:
     """Whether a data set says which of its pictures are for training, and which are not."""
     path = Path(name)

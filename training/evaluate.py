@@ -29,7 +29,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from config import parse, record, write_json
-from data import Frame, has_splits, open_pictures
+from data import Frame, as_dataset, has_splits, open_pictures
 from diffusers import DiffusionPipeline, SchedulerMixin
 from features import (
     INCEPTION,
@@ -55,7 +55,7 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.hub import weights_digest, write_whole
 from ddim_plugin.images import grid
 from ddim_plugin.process import ETA_FREE, VARIANCES
-from ddim_plugin.schedulers import STOCK_SPACINGS, keep_learned
+from ddim_plugin.schedulers import OWN, STOCK_SPACINGS, keep_learned
 
 SAVED = "saved"
 """The scheduler, variance, spacing or clipping that the model was saved with."""
@@ -353,7 +353,7 @@ class Model:
             "scheduler_config": json.loads(scheduler.to_json_string()),
             "eta": eta,  # of the call
             "num_inference_steps": cell.steps,
-            "evaluations": len(scheduler.timesteps),
+            "timesteps": scheduler.timesteps.tolist(),
             "shown": {
                 "eta": None if kind in ETA_FREE else said,
                 "variance_type": scheduler.config.get("variance_type"),
@@ -554,21 +554,25 @@ class Run:
             )
 
     def key(self, settings: dict[str, Any]) -> str:
-        """Names a cell: a digest of all that its numbers depend on."""
-        return digest([self.shared, settings])[:32]
+        """Names a cell: a digest of all that its numbers depend on. At S = T our spacings are one."""
+        config = settings["scheduler_config"]
+        if issubclass(find_scheduler(settings["scheduler"], self.model.saved), GeneralizedDDIMScheduler):
+            config = {key: value for key, value in config.items() if key not in ("timestep_spacing", OWN)}
+            own = settings["scheduler_config"][OWN]
+            config[OWN] = {key: value for key, value in own.items() if key != "timestep_spacing"}
+        kept = {key: value for key, value in settings.items() if key != "shown"}
+        return digest([self.shared, kept | {"scheduler_config": config}])[:32]
 
     def done(self, key: str) -> Path:
         return self.output / "cells" / f"{key}.json"
 
     def estimate(self) -> dict[str, Any]:
         """What the cells that are not finished will cost, by the pace of a few evaluations of the network."""
-        todo = []
-        for cell in self.grid:
-            settings = self.model.prepare(cell)
-            if not self.done(self.key(settings)).exists():
-                todo.append((cell, settings["evaluations"]))
-        evaluations = self.config.images * sum(count for _, count in todo)
-        pace = self.model.pace(todo[0][0]) if todo else 0.0
+        settings = {cell: self.model.prepare(cell) for cell in self.grid}
+        keys = {cell: self.key(each) for cell, each in settings.items()}
+        todo = {key: cell for cell, key in keys.items() if not self.done(key).exists()}
+        evaluations = self.config.images * sum(len(settings[cell]["timesteps"]) for cell in todo.values())
+        pace = self.model.pace(next(iter(todo.values()))) if todo else 0.0
         batch = torch.zeros((min(self.config.batch_size, self.config.images), *self.model.shape), dtype=torch.uint8)
         extract(self.extractors, batch[:2])
         start = time.perf_counter()
@@ -577,7 +581,7 @@ class Run:
         seconds = evaluations * pace + self.config.images * len(todo) * extraction
         return {
             "cells": len(self.grid),
-            "finished": len(self.grid) - len(todo),
+            "finished": sum(key not in todo for key in keys.values()),
             "evaluations": evaluations,
             "seconds_an_evaluation": pace,
             "seconds_an_extraction": extraction,
@@ -602,10 +606,14 @@ class Run:
 
         work(folder, self.config.images, self.config.part, make, f"{cell.label()}, S = {cell.steps}")
 
-    def measure(
-        self, cell: Cell, settings: dict[str, Any], folder: Path, against: list[list[Statistics]]
-    ) -> dict[str, Any]:
-        """The finished cell from its parts, written into its files."""
+    def finished(self, cell: Cell, settings: dict[str, Any]) -> dict[str, Any]:
+        """What was measured for a cell, under its own names: another with the same key may have been."""
+        found = json.loads(self.done(self.key(settings)).read_text())
+        results = [entry | settings["shown"] for entry in found["results"]]
+        return found | {"cell": vars_of(cell), "settings": settings, "results": results}
+
+    def measure(self, cell: Cell, settings: dict[str, Any], folder: Path, against: list[list[Statistics]]) -> None:
+        """Write the files of a cell from its parts."""
         arrays, said = read_parts(folder, self.config.images, self.config.part)
         images = len(arrays["features-0"])
         nfe = sum(part["evaluations"] for part in said) / images
@@ -643,7 +651,6 @@ class Run:
         file.parent.mkdir(exist_ok=True)
         save_whole({"pictures": arrays["pictures"]}, file.with_suffix(".safetensors"))
         write_json(file, finished)
-        return finished
 
 
 def start_processes(device: str | None) -> PartialState:
@@ -679,7 +686,8 @@ def named(metric: str, extractor: Extractor) -> dict[str, str]:
 
 def dataset(reference: Reference, against: bool) -> dict[str, Any]:
     """The data set of a result, without its split where that plays no part."""
-    return {key: value for key, value in reference.dataset.items() if against or key != "split"}
+    found = as_dataset(reference.name, reference.split)
+    return {key: value for key, value in found.items() if against or key != "split"}
 
 
 def versions(config: EvaluateConfig) -> dict[str, str]:
@@ -704,21 +712,23 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     run.cache.mkdir(parents=True, exist_ok=True)
     finished: dict[Cell, dict[str, Any]] = {}
-    keys = {cell: run.key(run.model.prepare(cell)) for cell in run.grid}
-    todo = [cell for cell in run.grid if not run.done(keys[cell]).exists()]
+    settings = {cell: run.model.prepare(cell) for cell in run.grid}
+    keys = {cell: run.key(each) for cell, each in settings.items()}
+    todo = {key for key in keys.values() if not run.done(key).exists()}
     run.state.wait_for_everyone()  # all have looked before anyone writes
     against = [run.against(each) for each in run.extractors] if todo else []
     result: dict[str, Any] = {}
-    for cell in sorted(run.grid, key=lambda cell: cell in todo):  # what is finished first
+    for cell in sorted(run.grid, key=lambda cell: keys[cell] in todo):  # what is finished first
         folder = output / "parts" / keys[cell]
-        if cell in todo:
+        if new := keys[cell] in todo:
             run.sample(cell, folder)
+            todo.remove(keys[cell])
         if chief:
-            if cell in todo:
-                finished[cell] = run.measure(cell, run.model.prepare(cell), folder, against)
+            if new:
+                run.measure(cell, settings[cell], folder, against)
+            finished[cell] = run.finished(cell, settings[cell])
+            if new:
                 print(say(finished[cell]), flush=True)
-            else:
-                finished[cell] = json.loads(run.done(keys[cell]).read_text())
             shutil.rmtree(folder, ignore_errors=True)
             result = summary(run, finished)
             write_json(output / "results.json", result)

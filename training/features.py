@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from config import write_json
-from data import Frame, Pictures, origin
+from data import Frame, Pictures, as_dataset, origin
 from huggingface_hub.errors import EntryNotFoundError
 from metrics import Features, Gaussian, fit, gaussian, library
 from safetensors import safe_open
@@ -291,16 +291,9 @@ class Reference:
     workers: int
     contents: str
 
-    @property
-    def dataset(self) -> dict[str, Any]:
-        """As a result names it."""
-        if origin(self.name) == "hub":
-            return {"name": self.name.split("/")[-1], "id": self.name, "split": self.split}
-        return {"name": Path(self.name).name, "split": self.split}
-
     def record(self) -> dict[str, Any]:
         size = "×".join(map(str, self.frame.size))
-        return self.dataset | {
+        return as_dataset(self.name, self.split) | {
             "images": self.pictures.count,
             "sha256_of_pictures": self.contents,
             "preprocessing": f"{MODES[self.frame.channels]}, cropped at the centre to the shape of {size}, then "

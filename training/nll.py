@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from config import parse, record, write_json
-from data import load_images, origin
+from data import as_dataset, load_images
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
@@ -235,7 +235,7 @@ def main(config: NLLConfig) -> dict[str, Any]:
     images = bench.load(config.data, config.split, config.images)
     output.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = record(config) | {"device": bench.device, "spacing": bench.spacing, "cells": earlier}
-    result["data_from"], result["model"] = origin(config.data), {"sha256": weights_digest(bench.pipe.unet)}
+    result["model"] = {"sha256": weights_digest(bench.pipe.unet)}
 
     eps, errors = model_table(bench), None
     needed = config.searched or config.save_model is not None or config.decoder == "fitted"
@@ -342,15 +342,13 @@ def save_model(pipe: GeneralizedDDIMPipeline, eps: np.ndarray, folder: str) -> N
 def entry(cell: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """A cell as an entry of `results.json`."""
     config = result["config"]
-    name = Path(config["data"]).name if result["data_from"] == "files" else config["data"]
-    dataset = {"name": name, "split": config["split"]} | ({"id": name} if result["data_from"] == "hub" else {})
     known = {
         "metric": "bits_per_dim",
         "name": "bits/dim" if cell["S"] is None else "bits/dim, bound",
         "value": cell["bits"],
         "standard_error": cell["standard_error"],
         "nfe": cell["nfe"],
-        "dataset": dataset,
+        "dataset": as_dataset(config["data"], config["split"]),
         "num_inference_steps": cell["S"],
         "eta": cell["eta"],
         "variance_type": cell["variance"],

@@ -320,6 +320,24 @@ def test_what_was_finished_is_not_measured_again(measure, drawn, monkeypatch, tm
     assert len(drawn) == 4 * 40
 
 
+def test_at_all_steps_the_spacings_are_one(measure, drawn, make_unet, tmp_path):
+    model = str(tmp_path / "model")
+    GeneralizedDDIMPipeline(
+        make_unet(), GeneralizedDDIMScheduler(6, beta_schedule="squaredcos_cap_v2")
+    ).save_pretrained(model)
+    grid = {"model": model, "variances": ("0.5",), "spacings": ("linear", "quadratic", "leading")}
+    result = measure(steps=(3, 6), **grid)
+    assert sorted(drawn) == sorted([*range(40)] * (3 + 1))
+    entries = [(e["num_inference_steps"], e["timestep_spacing"], e["value"]) for e in result["results"]]
+    assert [spacing for S, spacing, _ in entries[::2] if S == 6] == ["linear", "quadratic", "leading"]
+    assert len({value for S, _, value in entries[::2] if S == 6}) == 1
+    assert len({value for S, _, value in entries[::2] if S == 3}) == 3
+    assert "\n| GeneralizedDDIMScheduler, τ quadratic |" in (tmp_path / "out" / "table.md").read_text()
+    drawn.clear()
+    assert measure(steps=(3, 6), **grid)["results"] == result["results"]
+    assert drawn == []
+
+
 KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
