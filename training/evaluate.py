@@ -347,7 +347,8 @@ class Model:
             self.pipe._check_channels()
         else:
             self.seed(scheduler)
-        kind, said = cell.noise[0], scheduler.config.get("eta") if cell.variance == SAVED else eta
+        kind = cell.noise[0] or scheduler.config.get("variance_type")
+        said = scheduler.config.get("eta") if cell.variance == SAVED else eta
         return {
             "scheduler": type(scheduler).__name__,
             "scheduler_config": json.loads(scheduler.to_json_string()),

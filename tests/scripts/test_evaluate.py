@@ -142,6 +142,28 @@ def test_what_is_written(measure, tmp_path, places):
     assert sorted(path.name for path in output.iterdir() if path.is_dir()) == ["cells"]
 
 
+def test_variances_that_a_model_brings(measure, make_unet, tmp_path):
+    """E‖ε̂‖² saved with it, and half of its output."""
+    table = np.linspace(0.9, 0.999, 1000).tolist()
+    known = GeneralizedDDIMScheduler(eps_mean_square=table)
+    learned = GeneralizedDDIMScheduler(variance_type="learned_range")
+    GeneralizedDDIMPipeline(make_unet(), known).save_pretrained(tmp_path / "known")
+    GeneralizedDDIMPipeline(make_unet(out_channels=2), learned).save_pretrained(tmp_path / "learned")
+    given = {"steps": (3,), "splits": ("test",), "spacings": ("linear",)}
+    result = measure(
+        "a", model=str(tmp_path / "known"), variances=("0", "1", "optimal", "optimal:0", "optimal:1"), **given
+    )
+    entries = [(e["variance_type"], e["eta"]) for e in result["results"]]
+    assert entries == [("fixed_small", 0.0), ("fixed_small", 1.0), *[("optimal", eta) for eta in (0.0, 0.0, 1.0)]]
+    plain, posterior, optimal, same, full = values(result)
+    assert optimal == same
+    assert len({plain, posterior, optimal, full}) == 4
+    result = measure("b", model=str(tmp_path / "learned"), variances=("learned_range", "saved", "0"), **given)
+    learned, saved, plain = values(result)
+    assert learned == saved != plain
+    assert [e["eta"] for e in result["results"]] == [None, None, 0.0]
+
+
 def test_one_process_and_two_this_batch_and_that(places, measure, tmp_path):
     """The numbers are the same; a batch of another size may round the network's last bit otherwise."""
     settings = {"images": 230, "steps": (3, 5), "variances": ("0", "1"), "cache": None}
