@@ -5,7 +5,12 @@
 from diffusers import ModelMixin, SchedulerMixin
 
 from .pipeline import GeneralizedDDIMPipeline
-from .schedulers import GeneralizedDDIMScheduler, GeneralizedDDIMSchedulerOutput, InverseDDIMScheduler
+from .schedulers import (
+    GeneralizedDDIMScheduler,
+    GeneralizedDDIMSchedulerOutput,
+    InverseDDIMScheduler,
+    MultistepDDIMScheduler,
+)
 from .version import __version__
 
 __all__ = [
@@ -14,11 +19,18 @@ __all__ = [
     "GeneralizedDDIMSchedulerOutput",
     "InverseDDIMScheduler",
     "ModelMixin",
+    "MultistepDDIMScheduler",
     "SchedulerMixin",
     "__version__",
 ]
 
 # Saved files name these classes by this module, whatever file they stand in.
-for _class in (GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, GeneralizedDDIMSchedulerOutput, InverseDDIMScheduler):
+for _class in (
+    GeneralizedDDIMPipeline,
+    GeneralizedDDIMScheduler,
+    GeneralizedDDIMSchedulerOutput,
+    InverseDDIMScheduler,
+    MultistepDDIMScheduler,
+):
     _class.__module__ = __name__
 del _class

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from .version import __version__
 
-MODULES = ("version", "betas", "tau", "process", "prediction", "gaussian", "inversion", "images", "schedulers")
-MODULES += ("card", "hub", "push", "pipeline")
+MODULES = ("version", "betas", "tau", "process", "prediction", "ode", "gaussian", "inversion", "images")
+MODULES += ("schedulers", "card", "hub", "push", "pipeline")
 """What goes into the file, each after those it imports."""
 
 HEADER = f'''"""ddim-plugin {__version__} in one file: Denoising Diffusion Implicit Models for Hugging Face diffusers.

@@ -35,13 +35,13 @@ from huggingface_hub.utils import validate_repo_id
 
 from .bundle import code
 from .card import read_object
-from .schedulers import GeneralizedDDIMScheduler, InverseDDIMScheduler
+from .schedulers import GeneralizedDDIMScheduler, InverseDDIMScheduler, MultistepDDIMScheduler
 
 logger = logging.getLogger("ddim_plugin")
 
 INDEX = "model_index.json"
 PIPELINE = "GeneralizedDDIMPipeline"
-SCHEDULERS = {each.__name__: each for each in (GeneralizedDDIMScheduler, InverseDDIMScheduler)}
+SCHEDULERS = {each.__name__: each for each in (GeneralizedDDIMScheduler, InverseDDIMScheduler, MultistepDDIMScheduler)}
 
 CODE = re.compile(r"(scheduler/)?ddim_plugin_\w+_[0-9a-f]{8}(_pipeline|_scheduler)?\.py")
 """Names of the code files, of any version."""

@@ -26,6 +26,7 @@ from .schedulers import (
     GeneralizedDDIMScheduler,
     GeneralizedDDIMSchedulerOutput,
     InverseDDIMScheduler,
+    MultistepDDIMScheduler,
     Randomness,
     check_generators,
 )
@@ -654,6 +655,11 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             key = "thresholding" if config.thresholding else "clip_sample"
             raise ValueError(
                 f"the scheduler constrains x̂0 ({key}=True), and such a move has no inverse: {remedy}, {key}=False)"
+            )
+        if invertible and isinstance(scheduler, MultistepDDIMScheduler):
+            raise ValueError(
+                "a move of MultistepDDIMScheduler depends on those before it, and has no inverse of its own: encode "
+                f"and decode with {remedy.removeprefix('pipe.scheduler = ')})"
             )
 
     def _moves(self, strength: float) -> int:

@@ -20,8 +20,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 from . import betas as schedules
+from . import ode, process, tau
 from . import prediction as p
-from . import process, tau
 
 OWN = "_ddim_plugin"
 """Key of a saved config that keeps what stock schedulers have no word for; they carry it along unread."""
@@ -34,6 +34,9 @@ CONSTRAINTS = ("clip_sample", "thresholding", "use_clipped_model_output")
 
 DETERMINISTIC = {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False, "thresholding": False}
 """Settings under which a latent and its image determine each other."""
+
+SOLVER = ("solver_order", "solver_quantity", "solver_coordinate")
+"""Settings of `MultistepDDIMScheduler` beside those of the process."""
 
 _OWN_KEYS = ("eta", "eps_mean_square", "use_clipped_model_output")
 _STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -172,6 +175,7 @@ class _Evaluation(NamedTuple):
     limit: float | None  # x̂0 is clipped to ± this
     thresholding: tuple[float, float] | None  # ratio and largest value of dynamic thresholding
     recompute_eps: bool
+    others: tuple[tuple[float, Tensor], ...] = ()  # what a multistep method adds: weights, and values of g
 
     def x0(self) -> Tensor:
         x0 = p.combine(self.step.x0_x, self.sample, self.step.x0_out, self.output)
@@ -185,6 +189,12 @@ class _Evaluation(NamedTuple):
         return p.combine(self.step.eps_x, self.sample, self.step.eps_out, self.output)
 
     def mean(self) -> Tensor:
+        mean = self.first_order()
+        for weight, value in self.others:
+            mean = p.accumulate(mean, weight, value)
+        return mean
+
+    def first_order(self) -> Tensor:
         step = self.step
         if self.limit is None and self.thresholding is None:
             return p.combine(step.fold_x, self.sample, step.fold_out, self.output)
@@ -323,6 +333,7 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         self._off_plan: dict[tuple[str, float, int], Step] = {}
         self._tables: dict[Any, Tensor] = {}
         self._next = 0
+        self._place: int | None = None  # in the plan, of the step that was found last
 
     def _check_noise(self, variance_type: str, eta: float) -> None:
         """Raise ValueError for a process that does not exist, or not in this class."""
@@ -375,7 +386,8 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
                 sampler = {} if cls._upwards else own.get(SAMPLER, {})
                 if any(config.get(key) for key in CONSTRAINTS):
                     sampler = {}  # one was set in between
-                kwargs = {k: v for k, v in own.items() if k not in said and k != SAMPLER} | sampler | kwargs
+                known = inspect.signature(cls.__init__).parameters.keys() - said
+                kwargs = {k: v for k, v in own.items() if k in known} | sampler | kwargs
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def to_json_string(self) -> str:
@@ -477,11 +489,15 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
             if timestep + 1 not in self._first:
                 return self._step_at(timestep, kind)
             i = self._first[timestep + 1]
-        self._next = i + 1
+        return self._take(i, kind)
+
+    def _take(self, i: int, kind: tuple[str, float]) -> Step:
+        self._place, self._next = i, i + 1
         return self._plan(kind)[i]
 
     def _find(self, timestep: int | Tensor, kind: tuple[str, float], sample: Tensor) -> Step:
         """The step for `timestep`: one for all, or one for each sample. Never reads a tensor of a device."""
+        self._place = None
         if not isinstance(timestep, Tensor):
             if not tau.is_integer(timestep):
                 raise ValueError(f"timestep must be an integer, not {timestep!r}")
@@ -491,8 +507,7 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         if timestep.numel() == 1:
             # An element of our own timesteps is told by its place, not by its value: nothing waits for a device.
             if timestep.untyped_storage().data_ptr() == self._planned.untyped_storage().data_ptr():
-                self._next = timestep.storage_offset() + 1
-                return self._plan(kind)[timestep.storage_offset()]
+                return self._take(timestep.storage_offset(), kind)
             return self._next_step_at(int(timestep), kind)
         if timestep.shape != sample.shape[:1]:
             raise ValueError(
@@ -709,6 +724,165 @@ class InverseDDIMScheduler(GeneralizedDDIMScheduler):
         if evaluation.recompute_eps:
             raise ValueError("use_clipped_model_output takes ε̂ from x_t, which an inverse move is only looking for")
         return evaluation
+
+
+class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
+    """The ODE of Eq. 14 by a multistep method: what DDIM needs many steps for in a few, on the same weights.
+
+    A move is a step of DDIM with the mean of g over the move in place of its last value. g is ε̂ or x̂0, taken as the
+    polynomial through its last `solver_order` values in a coordinate u(ς), ς = √(1/ᾱ − 1), and its mean is exact on any
+    grid (`ddim_plugin.ode`). The first moves have fewer values; order 1 is `GeneralizedDDIMScheduler`. A step at a time
+    that does not follow the one before, or of another shape, begins anew. With η > 0 the mean of the stochastic move is
+    made in the same way.
+
+    `from_config` takes the config of any sampler, but not its τ and its noise: what stands there was chosen for many
+    steps.
+
+    Args:
+        solver_order: values that a move is made from, 1 to 4.
+        solver_quantity: what is held as a polynomial, "epsilon" or "sample" (x̂0, after clipping and thresholding),
+            whatever the network predicts.
+        solver_coordinate: u: "nsr" (ς), "log_snr", "angle" (arctan ς) or "bounded" (ς/(1 + ς)).
+        The others are those of `GeneralizedDDIMScheduler`.
+
+    Raises:
+        ValueError: as there, and for settings of the solver that are unknown.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        clip_sample: bool = False,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "linear",
+        rescale_betas_zero_snr: bool = False,
+        eta: float = 0.0,
+        variance_type: str = "fixed_small",
+        eps_mean_square: list[float] | None = None,
+        use_clipped_model_output: bool = False,
+        solver_order: int = 3,
+        solver_quantity: str = "epsilon",
+        solver_coordinate: str = "bounded",
+    ):
+        if not tau.is_integer(solver_order) or not 1 <= solver_order <= 4:
+            raise ValueError(f"solver_order must be 1, 2, 3 or 4, not {solver_order!r}")
+        ode.check_solver(solver_quantity, solver_coordinate)
+        super().__init__(
+            num_train_timesteps,
+            beta_start,
+            beta_end,
+            beta_schedule,
+            trained_betas,
+            clip_sample,
+            set_alpha_to_one,
+            steps_offset,
+            prediction_type,
+            thresholding,
+            dynamic_thresholding_ratio,
+            clip_sample_range,
+            sample_max_value,
+            timestep_spacing,
+            rescale_betas_zero_snr,
+            eta,
+            variance_type,
+            eps_mean_square,
+            use_clipped_model_output,
+        )
+        self._forget()
+
+    def _own_settings(self) -> dict[str, Any]:
+        return super()._own_settings() | {key: self.config[key] for key in SOLVER if key in self.config}
+
+    @classmethod
+    def from_config(cls, config: FrozenDict | dict[str, Any] | None = None, return_unused_kwargs=False, **kwargs):
+        """A scheduler from the config of this or any compatible scheduler; `kwargs` override its entries.
+
+        From another class τ and noise are not taken over, but for "learned_range", which the network asks for.
+        """
+        if isinstance(config, dict) and SOLVER[0] not in (config.get(OWN) or {}):
+            own = config.get(OWN)
+            learned = "learned_range" in (config.get("variance_type"), (own or {}).get("variance_type"))
+            dropped = {"timestep_spacing", "steps_offset", "eta"} | (set() if learned else {"variance_type"})
+            config = {key: value for key, value in config.items() if key not in dropped}
+            if own is not None:
+                config[OWN] = {key: value for key, value in own.items() if key not in dropped}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | Tensor | np.ndarray | None = None,
+    ) -> None:
+        """Plan the moves over τ; see `GeneralizedDDIMScheduler.set_timesteps`."""
+        super().set_timesteps(num_inference_steps, device, timesteps)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._values: list[Tensor] = []  # of g, the newest first
+        self._last = -1  # the place that the newest belongs to
+        self._means: dict[tuple[int, int], Sequence[float]] = {}
+
+    def _evaluate(self, *args: Any) -> _Evaluation:
+        evaluation, place = super()._evaluate(*args), self._place
+        if place is None or self.config.solver_order == 1:
+            return evaluation
+        g = self._value(evaluation)
+        follows = place == self._last + 1 and self._values and self._values[0].shape == g.shape
+        self._values, self._last = [g, *(self._values if follows else ())][: self.config.solver_order], place
+        step, t = evaluation.step, self._pairs[place][0]
+        weights = self._mean(place, len(self._values))
+        if len(weights) == 1:
+            return evaluation
+        # The mean of g in place of its last value: a change of g by Δ moves x_s by slope·Δ.
+        alpha, sigma = np.sqrt(self._alpha_bar[t]), np.sqrt(1 - self._alpha_bar[t])
+        if self.config.solver_quantity == "sample":
+            slope, x, out = float(step.x0 - step.eps * alpha / sigma), step.x0_x, step.x0_out
+        else:
+            slope, x, out = float(step.eps - step.x0 * sigma / alpha), step.eps_x, step.eps_out
+        first, *rest = (slope * weight for weight in weights)
+        first -= slope
+        others = list(zip(rest, self._values[1:], strict=True))
+        if evaluation.limit is None and evaluation.thresholding is None:
+            step = step._replace(fold_x=step.fold_x + first * x, fold_out=step.fold_out + first * out)
+        else:
+            others.append((first, g))
+        return evaluation._replace(step=step, others=tuple(others))
+
+    def _value(self, evaluation: _Evaluation) -> Tensor:
+        """g at the sample of this evaluation."""
+        step = evaluation.step
+        if self.config.solver_quantity == "sample":
+            return evaluation.x0()
+        if step.eps_x == 0 and step.eps_out == 1 and not evaluation.recompute_eps:
+            return evaluation.output
+        return evaluation.eps()
+
+    def _mean(self, place: int, count: int) -> Sequence[float]:
+        """Weights of the last `count` values, or of fewer, for the mean of g over a move of the plan."""
+        if (place, count) not in self._means:
+            ends = [float(self._alpha_bar[time]) for time in self._pairs[place]]
+            known = [float(self._alpha_bar[t]) for t, _ in self._pairs[place - count + 1 : place + 1]][::-1]
+            to_data = self.config.solver_quantity == "sample" and ends[1] == 1
+            if to_data or ends[0] == ends[1] or len(set(known)) < count:
+                known = known[:1]  # x̂0 as it is, a time that is repeated
+            found = [1.0]
+            if len(known) > 1:
+                given = self.config.solver_quantity, self.config.solver_coordinate
+                found = ode.mean_weights(*given, *ends, known).tolist()
+            self._means[place, count] = found
+        return self._means[place, count]
 
 
 def keep_learned(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

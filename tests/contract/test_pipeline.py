@@ -385,7 +385,12 @@ def test_a_fresh_process_makes_the_same_images(make_pipe, tmp_path):
 
 def test_classes_live_at_the_package_root():
     """Their module is a file format: it is written into folders by whatever else saves them."""
-    for name in ("GeneralizedDDIMPipeline", "GeneralizedDDIMScheduler", "InverseDDIMScheduler"):
+    for name in (
+        "GeneralizedDDIMPipeline",
+        "GeneralizedDDIMScheduler",
+        "InverseDDIMScheduler",
+        "MultistepDDIMScheduler",
+    ):
         assert getattr(ddim_plugin, name).__module__ == "ddim_plugin"
     assert ddim_plugin.SchedulerMixin is diffusers.SchedulerMixin
     assert ddim_plugin.ModelMixin is diffusers.ModelMixin

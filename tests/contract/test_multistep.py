@@ -1,0 +1,306 @@
+"""MultistepDDIMScheduler: what its steps are, its config, and the loops it runs in."""
+
+import itertools
+import json
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from exact import exact_pipe
+from oracle import Mixture
+
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
+from ddim_plugin.ode import COORDINATES, QUANTITIES, mean_weights
+
+ALPHA = GeneralizedDDIMScheduler().alpha_bar
+
+
+def run(scheduler, outputs, x, **step):
+    for t, output in zip(scheduler.timesteps, outputs, strict=True):
+        x = scheduler.step(output, t, x, **step).prev_sample
+    return x
+
+
+def draws(S, *shape, dtype=torch.float64, seed=0):
+    """x_T and S outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(S + 1, *(shape or (2, 3, 4, 4)), generator=generator, dtype=dtype).unbind(0)
+
+
+def by_hand(x, outputs, times, prediction_type, quantity, coordinate, order):
+    known = []
+    for (t, s), output in zip(itertools.pairwise([*times, 0]), outputs, strict=True):
+        a, b = np.sqrt(ALPHA[t]), np.sqrt(1 - ALPHA[t])
+        x0, eps = {
+            "epsilon": ((x - b * output) / a, output),
+            "sample": (output, (x - a * output) / b),
+            "v_prediction": (a * x - b * output, b * x + a * output),
+        }[prediction_type]
+        known = [(ALPHA[t], eps if quantity == "epsilon" else x0), *known][:order]
+        if s == 0 and quantity == "sample":
+            known = known[:1]
+        weights = mean_weights(quantity, coordinate, ALPHA[t], ALPHA[s], [alpha for alpha, _ in known])
+        mean = sum(w * g for w, (_, g) in zip(weights.tolist(), known, strict=True))
+        if quantity == "epsilon":
+            x0, eps = (x - b * mean) / a, mean
+        else:
+            x0, eps = mean, (x - a * mean) / b
+        x = np.sqrt(ALPHA[s]) * x0 + np.sqrt(1 - ALPHA[s]) * eps
+    return x
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_a_step_is_ddims_with_the_mean(prediction_type, quantity, order):
+    for coordinate in COORDINATES:
+        scheduler = MultistepDDIMScheduler(
+            prediction_type=prediction_type,
+            solver_order=order,
+            solver_quantity=quantity,
+            solver_coordinate=coordinate,
+        )
+        scheduler.set_timesteps(timesteps=[930, 700, 610, 333, 120, 0])
+        x, *outputs = draws(6)
+        found = run(scheduler, outputs, x)
+        expected = by_hand(x, outputs, [931, 701, 611, 334, 121, 1], prediction_type, quantity, coordinate, order)
+        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
+        assert torch.allclose(run(scheduler, outputs, x), expected, rtol=1e-9, atol=1e-9)  # begins anew
+
+
+SETTINGS = [
+    {},
+    {"eta": 0.7},
+    {"clip_sample": True},
+    {"clip_sample": True, "use_clipped_model_output": True, "eta": 1.0},
+    {"thresholding": True, "sample_max_value": 1.5},
+    {"variance_type": "fixed_large"},
+    {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+    {"timestep_spacing": "paper_quadratic"},
+    {"set_alpha_to_one": False, "timestep_spacing": "leading", "steps_offset": 1},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_order_1_is_the_generalized_scheduler(settings, quantity):
+    one = GeneralizedDDIMScheduler(**settings)
+    other = MultistepDDIMScheduler(
+        **{"timestep_spacing": "linear"} | settings, solver_order=1, solver_quantity=quantity
+    )
+    results = []
+    for scheduler in (one, other):
+        scheduler.set_timesteps(50)
+        x, *outputs = draws(50, dtype=torch.float32)
+        results.append(run(scheduler, outputs, x, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_a_constant_is_its_own_mean(settings, quantity):
+    if settings.get("use_clipped_model_output") and quantity == "epsilon":
+        pytest.skip("ε̂ is made from the clipped x̂0, which changes")
+    """Where g does not change, every order makes DDIM's moves: with noise, clipping and repeated times too."""
+    data_x0, data_eps = (
+        torch.rand(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1)
+    )
+    results = []
+    for cls, own in (
+        (GeneralizedDDIMScheduler, {}),
+        (MultistepDDIMScheduler, {"solver_quantity": quantity, "solver_order": 4}),
+    ):
+        scheduler = cls(**{"timestep_spacing": "linear"} | settings, **own)
+        scheduler.set_timesteps(12)
+        x, generator = data_eps.clone(), torch.Generator().manual_seed(1)
+        for t in scheduler.timesteps:
+            a = scheduler.alpha_bar[int(t) + 1]
+            output = {"v_prediction": a**0.5 * data_eps - (1 - a) ** 0.5 * data_x0}.get(
+                scheduler.config.prediction_type
+            )
+            if output is None:
+                output = data_eps if quantity == "epsilon" else (x - a**0.5 * data_x0) / (1 - a) ** 0.5
+            elif quantity == "epsilon" and a > 0:
+                output = (data_eps - (1 - a) ** 0.5 * x) / a**0.5
+            elif quantity == "sample":
+                output = (a**0.5 * x - data_x0) / (1 - a) ** 0.5
+            x = scheduler.step(output, t, x, generator=generator).prev_sample
+        results.append(x)
+    assert torch.allclose(*results, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("quantity", "coordinate"), [("epsilon", "bounded"), ("sample", "log_snr")])
+def test_higher_orders_are_nearer(quantity, coordinate):
+    data = Mixture((0.3, 0.7), (-0.6, 0.8), (0.1, 0.3), ALPHA)
+    x = torch.linspace(-2, 2, 16, dtype=torch.float64).view(1, 1, 4, 4)
+
+    def images(scheduler, S):  # τ quadratic: of x̂0 the last move is of order 1
+        return exact_pipe(data, scheduler)(latents=x, num_inference_steps=S, output_type="pt").images
+
+    exact = images(MultistepDDIMScheduler(timestep_spacing="quadratic"), 500)
+    errors = []
+    for order in (1, 2, 3):
+        settings = {"solver_quantity": quantity, "solver_coordinate": coordinate, "timestep_spacing": "quadratic"}
+        scheduler = MultistepDDIMScheduler(solver_order=order, **settings)
+        errors.append(float((images(scheduler, 25) - exact).abs().max()))
+    assert errors[0] > 2 * errors[1]
+    assert errors[1] > 1.2 * errors[2]
+
+
+def test_a_step_that_does_not_follow_begins_anew():
+    one, first = MultistepDDIMScheduler(), MultistepDDIMScheduler(solver_order=1)
+    x, a, b, c = draws(3)
+    for scheduler in (one, first):
+        scheduler.set_timesteps(10)
+    one.step(a, one.timesteps[3], x)
+    skipped = one.step(b, one.timesteps[5], x).prev_sample
+    assert torch.equal(skipped, first.step(b, first.timesteps[5], x).prev_sample)
+    followed = one.step(c, one.timesteps[6], x).prev_sample
+    assert not torch.equal(followed, first.step(c, first.timesteps[6], x).prev_sample)
+    repeated = one.step(c, one.timesteps[6], x).prev_sample
+    assert torch.equal(repeated, first.step(c, first.timesteps[6], x).prev_sample)
+    other = one.step(c[:1], one.timesteps[7], x[:1]).prev_sample
+    assert torch.equal(other, first.step(c[:1], first.timesteps[7], x[:1]).prev_sample)
+    off = one.step(c, 555, x).prev_sample
+    assert torch.equal(off, first.step(c, 555, x).prev_sample)
+    each = torch.tensor([100, 200])
+    assert torch.equal(one.step(c, each, x).prev_sample, first.step(c, each, x).prev_sample)
+
+
+@pytest.mark.parametrize("by_number", [False, True])
+def test_times_by_place_and_by_number(by_number):
+    scheduler = MultistepDDIMScheduler(timestep_spacing="paper_quadratic")
+    scheduler.set_timesteps(50)
+    x, *outputs = draws(50)
+    expected = run(scheduler, outputs, x)
+    for t, output in zip(scheduler.timesteps, outputs, strict=True):
+        x = scheduler.step(output, int(t) if by_number else t, x).prev_sample
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_half_precision_is_rounded_once(dtype, quantity):
+    scheduler = MultistepDDIMScheduler(solver_quantity=quantity)
+    scheduler.set_timesteps(10)
+    x, *outputs = draws(3, dtype=torch.float32)
+    x, outputs = x.to(dtype), [output.to(dtype) for output in outputs]
+    for output, t in zip(outputs[:2], scheduler.timesteps, strict=False):
+        scheduler.step(output, t, x)
+    found = scheduler.step(outputs[2], scheduler.timesteps[2], x).prev_sample
+    assert found.dtype == dtype
+    for output, t in zip(outputs[:2], scheduler.timesteps, strict=False):
+        scheduler.step(output.double(), t, x.double())
+    exact = scheduler.step(outputs[2].double(), scheduler.timesteps[2], x.double()).prev_sample
+    assert torch.allclose(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps * 0.5)
+
+
+def test_what_a_step_tells():
+    """x̂0 and ε̂ are the network's own; the mean is what x_s is drawn around."""
+    scheduler, plain = MultistepDDIMScheduler(eta=0.5), GeneralizedDDIMScheduler(eta=0.5)
+    x, *outputs = draws(2)
+    for each in (scheduler, plain):
+        each.set_timesteps(10)
+    scheduler.step(outputs[0], scheduler.timesteps[0], x, generator=torch.Generator())
+    found = scheduler.step(outputs[1], scheduler.timesteps[1], x, variance_noise=torch.zeros_like(x))
+    known = plain.step(outputs[1], plain.timesteps[1], x, variance_noise=torch.zeros_like(x))
+    assert torch.equal(found.pred_original_sample, known.pred_original_sample)
+    assert torch.equal(found.pred_epsilon, known.pred_epsilon)
+    assert torch.equal(found.std, known.std)
+    assert torch.equal(found.prev_sample, found.mean)
+    assert not torch.equal(found.mean, known.mean)
+
+
+# ---- config --------------------------------------------------------------------------------------------------------
+
+
+def test_from_any_sampler():
+    own = MultistepDDIMScheduler()
+    for config in (
+        GeneralizedDDIMScheduler(timestep_spacing="quadratic", eta=1.0, beta_end=0.013).config,
+        GeneralizedDDIMScheduler(variance_type="fixed_large", beta_end=0.013).config,
+        diffusers.DDIMScheduler(timestep_spacing="trailing", beta_end=0.013, clip_sample=False).config,
+        diffusers.UniPCMultistepScheduler(beta_end=0.013).config,
+        diffusers.DDPMScheduler(variance_type="fixed_large", beta_end=0.013, clip_sample=False).config,
+    ):
+        made = MultistepDDIMScheduler.from_config(config)
+        assert made.config.beta_end == 0.013
+        for key in ("timestep_spacing", "eta", "variance_type", "steps_offset", "solver_order"):
+            assert made.config[key] == own.config[key], key
+    learned = GeneralizedDDIMScheduler(variance_type="learned_range")
+    assert MultistepDDIMScheduler.from_config(learned.config).config.variance_type == "learned_range"
+    asked = MultistepDDIMScheduler.from_config(learned.config, timestep_spacing="trailing", solver_order=2)
+    assert (asked.config.timestep_spacing, asked.config.solver_order) == ("trailing", 2)
+
+
+def test_on_disk_and_through_others(tmp_path, quiet_diffusers):
+    own = MultistepDDIMScheduler(timestep_spacing="quadratic", solver_order=2, solver_quantity="sample", eta=0.2)
+
+    def settings(scheduler):
+        return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+
+    own.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "scheduler_config.json").read_text())["_class_name"] == "MultistepDDIMScheduler"
+    assert settings(MultistepDDIMScheduler.from_pretrained(tmp_path)) == settings(own)
+    stock = diffusers.DPMSolverMultistepScheduler.from_config(own.config)
+    assert settings(MultistepDDIMScheduler.from_config(stock.config)) == settings(own)
+    assert GeneralizedDDIMScheduler.from_config(own.config).config.timestep_spacing == "quadratic"
+    assert diffusers.DDIMScheduler.from_pretrained(tmp_path).config.beta_end == 0.02
+    assert quiet_diffusers == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"solver_order": 0}, "solver_order must be 1, 2, 3 or 4, not 0"),
+        ({"solver_order": 5}, "not 5"),
+        ({"solver_order": 2.0}, "not 2.0"),
+        ({"solver_quantity": "v_prediction"}, "unknown quantity 'v_prediction'"),
+        ({"solver_coordinate": "t"}, "unknown coordinate 't': use one of nsr"),
+        ({"timestep_spacing": "x"}, "unknown timestep_spacing"),
+    ],
+)
+def test_bad_settings(settings, said):
+    with pytest.raises(ValueError, match=said):
+        MultistepDDIMScheduler(**settings)
+
+
+# ---- loops ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("S", [1, 2, 7, 999, 1000])
+def test_any_number_of_steps(S):
+    scheduler = MultistepDDIMScheduler()
+    scheduler.set_timesteps(S)
+    x = draws(1, 1, 1, 2, 2)[0]
+    for t in scheduler.timesteps:
+        x = scheduler.step(torch.tanh(x), t, x).prev_sample
+    assert len(scheduler.timesteps) == S
+    assert x.isfinite().all()
+
+
+def test_in_our_pipeline_and_in_a_stock_one(make_unet, tmp_path):
+    unet = make_unet()
+    pipe = GeneralizedDDIMPipeline(unet, MultistepDDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(2, 6, generator=torch.Generator().manual_seed(3), output_type="np").images
+    pipe.save_pretrained(tmp_path)
+    loaded = GeneralizedDDIMPipeline.from_pretrained(tmp_path)
+    assert type(loaded.scheduler) is MultistepDDIMScheduler
+    loaded.set_progress_bar_config(disable=True)
+    assert np.array_equal(loaded(2, 6, generator=torch.Generator().manual_seed(3), output_type="np").images, images)
+    stock = diffusers.DDPMPipeline(unet, pipe.scheduler)
+    stock.set_progress_bar_config(disable=True)
+    again = stock(2, num_inference_steps=6, generator=torch.Generator().manual_seed(3), output_type="np").images
+    assert np.allclose(again, images, atol=1e-6)
+
+
+def test_latents(make_unet):
+    pipe = GeneralizedDDIMPipeline(make_unet(), MultistepDDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    z = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    decoded = pipe.decode(z, num_inference_steps=5, output_type="pt")
+    assert torch.equal(decoded, pipe(latents=z, num_inference_steps=5, output_type="pt").images)
+    with pytest.raises(ValueError, match=r"has no inverse of its own: encode and decode with GeneralizedDDIMScheduler"):
+        pipe.encode(decoded, num_inference_steps=5)
