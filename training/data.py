@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddim_plugin.images import MODES, SUFFIXES, fit, image_files, open_image, open_upright
+from ddim_plugin.images import MODES, SUFFIXES, fit, open_upright
 
 HELD_OUT = 297
 """How many of the 1797 digits, the last ones, are the test split."""
@@ -58,17 +58,13 @@ def load(name: str, split: str = "train") -> tuple[Tensor, Tensor]:
 def load_images(name: str, split: str, channels: int, size: tuple[int, int] | None, count: int) -> Tensor:
     """The first `count` images of a data set as uint8 (N, C, H, W), cropped and resized to `size` (H, W).
 
-    `name` is "digits", a folder of images, a .parquet or .arrow file, or the id of a data set on the Hub, of which
-    `split` is read. Raises ValueError for a set that is not there or holds no images, and for an unknown split.
+    `name` is as in `open_pictures`; `split` is read where the set has splits. Raises ValueError for a set that is not
+    there or holds no images, and for an unknown split.
     """
-    if name != "digits" and Path(name).is_dir():
-        pictures = [open_image(file, channels, size, resize=True) for file in image_files(name)[:count]]
-    else:
-        source = open_pictures(name, split if has_splits(name) else "train")
-        raw = [source.picture(i) for i in range(min(count, source.count))]
-        pictures = [fit(picture, channels, size, True, f"image {i} of {name}") for i, picture in enumerate(raw)]
+    source = open_pictures(name, split if has_splits(name) else "train")
     arrays = []
-    for picture in pictures:
+    for i in range(min(count, source.count)):
+        picture = fit(source.picture(i), channels, size, True, f"image {i} of {name}")
         arrays.append(np.asarray(picture).reshape(*picture.size[::-1], channels))
         if arrays[-1].shape != arrays[0].shape:
             raise ValueError(f"the images of {name} differ in size, and the network does not say which it takes")

@@ -38,7 +38,7 @@ class ReconstructConfig:
     model: str = field(metadata={"help": "a folder written by save_pretrained, or a Hub id"})
     output: str = field(default="out/reconstruct", metadata={"help": "folder for the results"})
     data: str = field(
-        default="digits", metadata={"help": "digits, a folder of images, a parquet or arrow file, or a Hub id"}
+        default="digits", metadata={"help": "digits, a folder of images, parquet or arrow, or a Hub id"}
     )
     split: str = field(default="test", metadata={"help": "split of a data set of the Hub, or of digits"})
     images: int = field(default=100, metadata={"help": "images to reconstruct, the first of the set"})

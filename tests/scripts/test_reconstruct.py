@@ -181,6 +181,14 @@ def test_a_file(tmp_path, kind):
     assert np.array_equal(images.permute(0, 2, 3, 1), PIXELS)
 
 
+def test_a_folder_of_files_with_splits(tmp_path):
+    for split, rows in (("train", PIXELS[:1]), ("test", PIXELS[1:])):
+        made = datasets.Dataset.from_dict({"img": [Image.fromarray(pixels) for pixels in rows]})
+        made.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    images = load_images(str(tmp_path), "test", 3, (8, 8), 10)
+    assert np.array_equal(images.permute(0, 2, 3, 1), PIXELS[1:])
+
+
 def test_digits_fit_any_network():
     assert torch.equal(load_images("digits", "test", 1, (8, 8), 5), load("digits", "test")[0][:5])
     assert load_images("digits", "test", 3, (16, 16), 5).shape == (5, 3, 16, 16)
