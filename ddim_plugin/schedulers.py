@@ -35,7 +35,7 @@ CONSTRAINTS = ("clip_sample", "thresholding", "use_clipped_model_output")
 DETERMINISTIC = {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False, "thresholding": False}
 """Settings under which a latent and its image determine each other."""
 
-SOLVER = ("solver_order", "solver_quantity", "solver_coordinate")
+SOLVER = ("solver_order", "solver_quantity", "solver_coordinate", "start_from_top")
 """Settings of `MultistepDDIMScheduler` beside those of the process."""
 
 _OWN_KEYS = ("eta", "eps_mean_square", "use_clipped_model_output")
@@ -75,6 +75,22 @@ def _step(move: process.Move, prediction_type: str) -> Step:
     eps_x, eps_x0 = p.eps_from_x0(move.alpha_bar_t)
     again = (eps_x, eps_x0, move.eps * eps_x, move.x0 + move.eps * eps_x0)
     return Step(*prediction, move.x0, move.eps, noise, log_low, log_high, *p.fold(prediction, move), *again)
+
+
+def _from_top(step: Step, alpha_bar_T: float) -> Step:
+    """The step for a sample x_T that the network saw at a lower time: ε̂ = (x_T − √ᾱ_T·x̂0)/√(1 − ᾱ_T)."""
+    x, x0 = p.eps_from_x0(alpha_bar_T)
+    eps_x, eps_out = x + x0 * step.x0_x, x0 * step.x0_out
+    return step._replace(
+        eps_x=eps_x,
+        eps_out=eps_out,
+        fold_x=step.x0 * step.x0_x + step.eps * eps_x,
+        fold_out=step.x0 * step.x0_out + step.eps * eps_out,
+        eps_x_again=x,
+        eps_x0_again=x0,
+        again_x=step.eps * x,
+        again_x0=step.x0 + step.eps * x0,
+    )
 
 
 def _inverse_step(move: process.Move, prediction_type: str) -> Step:
@@ -735,6 +751,10 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     that does not follow the one before, or of another shape, begins anew. With η > 0 the mean of the stochastic move is
     made in the same way.
 
+    The first sample is x_T, also where τ ends below T, as it should for few steps: the network sees x_T at τ_S, where
+    it tells nearly the same x̂0, and the first move is made from T with it. Elsewhere than at the beginning of the plan
+    a sample is what its time says.
+
     `from_config` takes the config of any sampler, but not its τ and its noise: what stands there was chosen for many
     steps.
 
@@ -743,6 +763,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         solver_quantity: what is held as a polynomial, "epsilon" or "sample" (x̂0, after clipping and thresholding),
             whatever the network predicts.
         solver_coordinate: u: "nsr" (ς), "log_snr", "angle" (arctan ς) or "bounded" (ς/(1 + ς)).
+        start_from_top: whether the first sample is x_T; False takes it as x at τ_S, as other schedulers and order 1 do.
         The others are those of `GeneralizedDDIMScheduler`.
 
     Raises:
@@ -774,6 +795,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         solver_order: int = 3,
         solver_quantity: str = "epsilon",
         solver_coordinate: str = "bounded",
+        start_from_top: bool = True,
     ):
         if not tau.is_integer(solver_order) or not 1 <= solver_order <= 4:
             raise ValueError(f"solver_order must be 1, 2, 3 or 4, not {solver_order!r}")
@@ -828,6 +850,13 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         """Plan the moves over τ; see `GeneralizedDDIMScheduler.set_timesteps`."""
         super().set_timesteps(num_inference_steps, device, timesteps)
         self._forget()
+
+    def _make_plan(self, pairs: list[tuple[int, int]], kind: str, eta: float) -> list[Step]:
+        plan = super()._make_plan(pairs, kind, eta)
+        below = pairs[0][0] < self.config.num_train_timesteps
+        if below and self.config.start_from_top and self.config.solver_order > 1:
+            plan[0] = _from_top(plan[0], float(self._alpha_bar[-1]))
+        return plan
 
     def _forget(self) -> None:
         self._values: list[Tensor] = []  # of g, the newest first

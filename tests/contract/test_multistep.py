@@ -28,7 +28,7 @@ def draws(S, *shape, dtype=torch.float64, seed=0):
     return torch.randn(S + 1, *(shape or (2, 3, 4, 4)), generator=generator, dtype=dtype).unbind(0)
 
 
-def by_hand(x, outputs, times, prediction_type, quantity, coordinate, order):
+def by_hand(x, outputs, times, prediction_type, quantity, coordinate, order, start_from_top):
     known = []
     for (t, s), output in zip(itertools.pairwise([*times, 0]), outputs, strict=True):
         a, b = np.sqrt(ALPHA[t]), np.sqrt(1 - ALPHA[t])
@@ -37,6 +37,9 @@ def by_hand(x, outputs, times, prediction_type, quantity, coordinate, order):
             "sample": (output, (x - a * output) / b),
             "v_prediction": (a * x - b * output, b * x + a * output),
         }[prediction_type]
+        if not known and start_from_top:
+            eps = (x - np.sqrt(ALPHA[-1]) * x0) / np.sqrt(1 - ALPHA[-1])
+            x = a * x0 + b * eps
         known = [(ALPHA[t], eps if quantity == "epsilon" else x0), *known][:order]
         if s == 0 and quantity == "sample":
             known = known[:1]
@@ -53,18 +56,21 @@ def by_hand(x, outputs, times, prediction_type, quantity, coordinate, order):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("quantity", QUANTITIES)
 @pytest.mark.parametrize("order", [2, 3, 4])
-def test_a_step_is_ddims_with_the_mean(prediction_type, quantity, order):
+@pytest.mark.parametrize("start_from_top", [True, False])
+def test_a_step_is_ddims_with_the_mean(prediction_type, quantity, order, start_from_top):
     for coordinate in COORDINATES:
         scheduler = MultistepDDIMScheduler(
             prediction_type=prediction_type,
             solver_order=order,
             solver_quantity=quantity,
             solver_coordinate=coordinate,
+            start_from_top=start_from_top,
         )
         scheduler.set_timesteps(timesteps=[930, 700, 610, 333, 120, 0])
         x, *outputs = draws(6)
         found = run(scheduler, outputs, x)
-        expected = by_hand(x, outputs, [931, 701, 611, 334, 121, 1], prediction_type, quantity, coordinate, order)
+        settings = (prediction_type, quantity, coordinate, order, start_from_top)
+        expected = by_hand(x, outputs, [931, 701, 611, 334, 121, 1], *settings)
         assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
         assert torch.allclose(run(scheduler, outputs, x), expected, rtol=1e-9, atol=1e-9)  # begins anew
 
@@ -109,7 +115,7 @@ def test_a_constant_is_its_own_mean(settings, quantity):
     results = []
     for cls, own in (
         (GeneralizedDDIMScheduler, {}),
-        (MultistepDDIMScheduler, {"solver_quantity": quantity, "solver_order": 4}),
+        (MultistepDDIMScheduler, {"solver_quantity": quantity, "solver_order": 4, "start_from_top": False}),
     ):
         scheduler = cls(**{"timestep_spacing": "linear"} | settings, **own)
         scheduler.set_timesteps(12)
@@ -304,3 +310,28 @@ def test_latents(make_unet):
     assert torch.equal(decoded, pipe(latents=z, num_inference_steps=5, output_type="pt").images)
     with pytest.raises(ValueError, match=r"has no inverse of its own: encode and decode with GeneralizedDDIMScheduler"):
         pipe.encode(decoded, num_inference_steps=5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"clip_sample": True, "use_clipped_model_output": True}, {"eta": 0.4}])
+def test_the_first_move_is_made_from_the_top(settings):
+    """What the network tells of x_T at a lower time is an x̂0: with the exact one the start costs nothing."""
+    x0 = torch.rand(2, 3, 4, 4, dtype=torch.float64) - 0.5
+    x, z = draws(1)
+    scheduler = MultistepDDIMScheduler(prediction_type="sample", **settings)
+    plain = GeneralizedDDIMScheduler(prediction_type="sample", **settings)
+    scheduler.set_timesteps(timesteps=[700, 300])
+    plain.set_timesteps(timesteps=[999, 300])
+    noise = z if settings.get("eta") else None
+    found = scheduler.step(x0, scheduler.timesteps[0], x, variance_noise=noise)
+    expected = plain.step(
+        x0, plain.timesteps[0], x, variance_noise=torch.zeros_like(z) if settings.get("eta") else None
+    )
+    if settings.get("eta"):
+        assert torch.allclose(found.pred_epsilon, expected.pred_epsilon)
+    else:
+        assert torch.allclose(found.prev_sample, expected.prev_sample)
+    assert torch.equal(found.pred_original_sample, expected.pred_original_sample)
+    later = MultistepDDIMScheduler(prediction_type="sample", **settings)
+    later.set_timesteps(timesteps=[900, 700, 300])
+    from_between = later.step(x0, later.timesteps[1], x, variance_noise=noise).prev_sample
+    assert not torch.allclose(from_between, found.prev_sample)
