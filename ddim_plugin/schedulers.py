@@ -38,6 +38,9 @@ DETERMINISTIC = {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": Fals
 SOLVER = ("solver_order", "solver_quantity", "solver_coordinate", "start_from_top")
 """Settings of `MultistepDDIMScheduler` beside those of the process."""
 
+COORDINATE = {"epsilon": "bounded", "sample": "log_snr"}
+"""The coordinate in which ε̂, or x̂0, is held as a polynomial where none is said."""
+
 _OWN_KEYS = ("eta", "eps_mean_square", "use_clipped_model_output")
 _STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 STOCK_SPACINGS = ("leading", "trailing", "linspace")
@@ -761,8 +764,10 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     Args:
         solver_order: values that a move is made from, 1 to 4.
         solver_quantity: what is held as a polynomial, "epsilon" or "sample" (x̂0, after clipping and thresholding),
-            whatever the network predicts.
-        solver_coordinate: u: "nsr" (ς), "log_snr", "angle" (arctan ς) or "bounded" (ς/(1 + ς)).
+            whatever the network predicts. None is ε̂ for the deterministic process, and x̂0 with noise, since there ε̂
+            changes with every draw.
+        solver_coordinate: u: "nsr" (ς), "log_snr", "angle" (arctan ς) or "bounded" (ς/(1 + ς)). None is "bounded" for ε̂
+            and "log_snr" for x̂0.
         start_from_top: whether the first sample is x_T; False takes it as x at τ_S, as other schedulers and order 1 do.
         The others are those of `GeneralizedDDIMScheduler`.
 
@@ -793,13 +798,13 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         eps_mean_square: list[float] | None = None,
         use_clipped_model_output: bool = False,
         solver_order: int = 3,
-        solver_quantity: str = "epsilon",
-        solver_coordinate: str = "bounded",
+        solver_quantity: str | None = None,
+        solver_coordinate: str | None = None,
         start_from_top: bool = True,
     ):
         if not tau.is_integer(solver_order) or not 1 <= solver_order <= 4:
             raise ValueError(f"solver_order must be 1, 2, 3 or 4, not {solver_order!r}")
-        ode.check_solver(solver_quantity, solver_coordinate)
+        ode.check_solver(solver_quantity or "epsilon", solver_coordinate or "bounded")
         super().__init__(
             num_train_timesteps,
             beta_start,
@@ -860,29 +865,41 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     def _forget(self) -> None:
         self._values: list[Tensor] = []  # of g, the newest first
-        self._last = -1  # the place that the newest belongs to
-        self._means: dict[tuple[int, int], Sequence[float]] = {}
+        self._last: tuple[str, int] | None = None  # what it is, and the place that the newest belongs to
+        self._means: dict[tuple[str, int, int], Sequence[float]] = {}
+
+    def _kind(self, eta: float | None) -> tuple[str, float]:
+        kind = super()._kind(eta)
+        noisy = process.adds_noise(*kind)
+        if noisy and self.config.solver_quantity == "epsilon" and self.config.solver_order > 1:
+            raise ValueError(
+                f"with noise (eta={kind[1]:g}, variance {kind[0]!r}) ε̂ changes with every draw and is no polynomial: "
+                "take solver_quantity='sample', or None"
+            )
+        self._quantity = self.config.solver_quantity or ("sample" if noisy else "epsilon")
+        return kind
 
     def _evaluate(self, *args: Any) -> _Evaluation:
-        evaluation, place = super()._evaluate(*args), self._place
+        evaluation, place, quantity = super()._evaluate(*args), self._place, self._quantity
         if place is None or self.config.solver_order == 1:
             return evaluation
         g = self._value(evaluation)
-        follows = place == self._last + 1 and self._values and self._values[0].shape == g.shape
-        self._values, self._last = [g, *(self._values if follows else ())][: self.config.solver_order], place
+        follows = self._last == (quantity, place - 1) and self._values[0].shape == g.shape
+        self._values = [g, *(self._values if follows else ())][: self.config.solver_order]
+        self._last = quantity, place
         step, t = evaluation.step, self._pairs[place][0]
         weights = self._mean(place, len(self._values))
         if len(weights) == 1:
             return evaluation
         # The mean of g in place of its last value: a change of g by Δ moves x_s by slope·Δ.
         alpha, sigma = np.sqrt(self._alpha_bar[t]), np.sqrt(1 - self._alpha_bar[t])
-        if self.config.solver_quantity == "sample":
+        if quantity == "sample":
             slope, x, out = float(step.x0 - step.eps * alpha / sigma), step.x0_x, step.x0_out
         else:
             slope, x, out = float(step.eps - step.x0 * sigma / alpha), step.eps_x, step.eps_out
         first, *rest = (slope * weight for weight in weights)
         first -= slope
-        others = list(zip(rest, self._values[1:], strict=True))
+        others = list(zip(rest, self._values[1:], strict=False))
         if evaluation.limit is None and evaluation.thresholding is None:
             step = step._replace(fold_x=step.fold_x + first * x, fold_out=step.fold_out + first * out)
         else:
@@ -892,7 +909,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     def _value(self, evaluation: _Evaluation) -> Tensor:
         """g at the sample of this evaluation."""
         step = evaluation.step
-        if self.config.solver_quantity == "sample":
+        if self._quantity == "sample":
             return evaluation.x0()
         if step.eps_x == 0 and step.eps_out == 1 and not evaluation.recompute_eps:
             return evaluation.output
@@ -900,18 +917,21 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     def _mean(self, place: int, count: int) -> Sequence[float]:
         """Weights of the last `count` values, or of fewer, for the mean of g over a move of the plan."""
-        if (place, count) not in self._means:
+        quantity = self._quantity
+        if (quantity, place, count) not in self._means:
             ends = [float(self._alpha_bar[time]) for time in self._pairs[place]]
             known = [float(self._alpha_bar[t]) for t, _ in self._pairs[place - count + 1 : place + 1]][::-1]
-            to_data = self.config.solver_quantity == "sample" and ends[1] == 1
+            to_data = quantity == "sample" and ends[1] == 1
             if to_data or ends[0] == ends[1] or len(set(known)) < count:
                 known = known[:1]  # x̂0 as it is, a time that is repeated
+            coordinate = self.config.solver_coordinate or COORDINATE[quantity]
+            if known[-1] == 0 and coordinate in ("nsr", "log_snr"):
+                known = known[:-1]  # the top, where these are infinite
             found = [1.0]
             if len(known) > 1:
-                given = self.config.solver_quantity, self.config.solver_coordinate
-                found = ode.mean_weights(*given, *ends, known).tolist()
-            self._means[place, count] = found
-        return self._means[place, count]
+                found = ode.mean_weights(quantity, coordinate, *ends, known).tolist()
+            self._means[quantity, place, count] = found
+        return self._means[quantity, place, count]
 
 
 def keep_learned(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -106,8 +106,10 @@ def test_order_1_is_the_generalized_scheduler(settings, quantity):
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("quantity", QUANTITIES)
 def test_a_constant_is_its_own_mean(settings, quantity):
-    if settings.get("use_clipped_model_output") and quantity == "epsilon":
-        pytest.skip("ε̂ is made from the clipped x̂0, which changes")
+    if ("eta" in settings or "variance_type" in settings) and quantity == "epsilon":
+        with pytest.raises(ValueError, match="ε̂ changes with every draw and is no polynomial: take solver_quantity='s"):
+            MultistepDDIMScheduler(**settings, solver_quantity=quantity).set_timesteps(12)
+        return
     """Where g does not change, every order makes DDIM's moves: with noise, clipping and repeated times too."""
     data_x0, data_eps = (
         torch.rand(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1)
@@ -335,3 +337,24 @@ def test_the_first_move_is_made_from_the_top(settings):
     later.set_timesteps(timesteps=[900, 700, 300])
     from_between = later.step(x0, later.timesteps[1], x, variance_noise=noise).prev_sample
     assert not torch.allclose(from_between, found.prev_sample)
+
+
+def test_what_is_held():
+    """ε̂ where nothing is random, and x̂0 with noise; each in its own coordinate."""
+    x, *outputs = draws(10)
+    for noise, quantity, coordinate in ((0.0, "epsilon", "bounded"), (0.8, "sample", "log_snr")):
+        results = []
+        for settings in ({}, {"solver_quantity": quantity, "solver_coordinate": coordinate}):
+            scheduler = MultistepDDIMScheduler(**settings)
+            scheduler.set_timesteps(10)
+            results.append(run(scheduler, outputs, x, eta=noise, generator=torch.Generator().manual_seed(2)))
+        assert torch.equal(*results)
+    scheduler = MultistepDDIMScheduler()
+    scheduler.set_timesteps(10)
+    first = MultistepDDIMScheduler(solver_order=1)
+    first.set_timesteps(10)
+    scheduler.step(outputs[0], scheduler.timesteps[0], x)
+    changed = scheduler.step(outputs[1], scheduler.timesteps[1], x, eta=0.5, variance_noise=x)
+    assert torch.equal(
+        changed.prev_sample, first.step(outputs[1], first.timesteps[1], x, eta=0.5, variance_noise=x).prev_sample
+    )
