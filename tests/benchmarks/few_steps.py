@@ -36,6 +36,15 @@ from ddim_plugin.hub import weights_digest, write_whole
 
 SPACINGS = ("leading", "trailing", "linspace")
 SIGMAS = ("", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+KINDS = (
+    ("dpmsolver++", "zero"),
+    ("dpmsolver++", "sigma_min"),
+    ("dpmsolver", "sigma_min"),
+    ("sde-dpmsolver++", "zero"),
+    ("sde-dpmsolver++", "sigma_min"),
+)
+NOISELESS = {"tau_func": 0}
+"""SA-Solver without noise."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +91,7 @@ def samplers() -> Iterator[Sampler]:
         yield Sampler("PNDM", "PNDMScheduler", grid | {"skip_prk_steps": True})
         for order in (2, 3):
             yield Sampler(f"SA-Solver {order}", "SASolverScheduler", grid | {"predictor_order": order})
+            yield Sampler(f"SA-Solver {order} ODE", "SASolverScheduler", grid | {"predictor_order": order} | NOISELESS)
         for sigmas in SIGMAS:
             grid = {"timestep_spacing": spacing} | ({sigmas: True} if sigmas else {})
             for family, name in (
@@ -94,11 +104,12 @@ def samplers() -> Iterator[Sampler]:
             for order in (2, 3):
                 own = grid | {"solver_order": order}
                 yield Sampler(f"DEIS {order}", "DEISMultistepScheduler", own)
-                for kind, last in (("dpmsolver++", "zero"), ("dpmsolver++", "sigma_min"), ("dpmsolver", "sigma_min")):
+                for kind, last in KINDS:
                     more = {"algorithm_type": kind, "final_sigmas_type": last}
                     yield Sampler(f"{kind} {order}M", "DPMSolverMultistepScheduler", own | more)
                     if spacing == SPACINGS[0]:  # the single-step one has no spacing
-                        yield Sampler(f"{kind} {order}S", "DPMSolverSinglestepScheduler", own | more)
+                        single = {key: value for key, value in (own | more).items() if key != "timestep_spacing"}
+                        yield Sampler(f"{kind} {order}S", "DPMSolverSinglestepScheduler", single)
                 for kind, data in product(("bh1", "bh2"), (True, False)):
                     more = {"solver_type": kind, "predict_x0": data}
                     yield Sampler(f"UniPC {order}", "UniPCMultistepScheduler", own | more)
@@ -160,7 +171,8 @@ class Bench:
             raise Unfit(f"knows no {unknown[0]}")
         changes = dict(sampler.settings) | {key: False for key in ("clip_sample", "thresholding") if key in known}
         if sampler.scheduler == "SASolverScheduler":
-            changes |= {"corrector_order": sampler.settings["predictor_order"], "tau_func": lambda t: 0}
+            changes |= {"corrector_order": sampler.settings["predictor_order"]}
+            changes |= {"tau_func": lambda t: 0} if "tau_func" in sampler.settings else {}
         prediction = self.saved["prediction_type"]
         if "prediction_type" not in known and prediction != "epsilon":
             raise Unfit(f"knows no prediction_type {prediction}")
