@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.train
 	$(BIN)/python training/demo.py $(DEMO)
 
+# Two processes of one thread each: more threads than cores slow PyTorch down many times. TEST="-n 8" where there are more.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --benchmark-disable $(TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --benchmark-disable $(TEST)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
