@@ -486,8 +486,7 @@ class Run:
         device = torch.device(config.device) if config.device and self.state.num_processes == 1 else self.state.device
         self.grid = cells(config)
         self.model = Model(config, device)
-        for cell in self.grid:
-            self.model.prepare(cell)  # raises ValueError where it cannot be
+        self.settings = {cell: self.model.prepare(cell) for cell in self.grid}  # ValueError where it cannot be
         shape = self.model.shape
         self.extractors = [open_extractor(name, device, shape) for name in config.extractors]
         if len({each.slug for each in self.extractors}) < len(self.extractors):
@@ -510,6 +509,7 @@ class Run:
             "metrics": config.metrics,
             "kid_subset_size": config.kid_subset_size if "kid" in config.metrics else None,
         }
+        self.keys = {cell: self.key(settings) for cell, settings in self.settings.items()}
 
     def open_references(self, frame: Frame) -> list[Reference]:
         """The splits to measure against. Raises ValueError where one is not there, empty, or too small."""
@@ -564,15 +564,17 @@ class Run:
         kept = {key: value for key, value in settings.items() if key != "shown"}
         return digest([self.shared, kept | {"scheduler_config": config}])[:32]
 
-    def done(self, key: str) -> Path:
-        return self.output / "cells" / f"{key}.json"
+    def done(self, cell: Cell) -> Path:
+        return self.output / "cells" / f"{self.keys[cell]}.json"
+
+    def todo(self) -> dict[str, Cell]:
+        """What is not finished: of cells with one key the last."""
+        return {key: cell for cell, key in self.keys.items() if not self.done(cell).exists()}
 
     def estimate(self) -> dict[str, Any]:
         """What the cells that are not finished will cost, by the pace of a few evaluations of the network."""
-        settings = {cell: self.model.prepare(cell) for cell in self.grid}
-        keys = {cell: self.key(each) for cell, each in settings.items()}
-        todo = {key: cell for cell, key in keys.items() if not self.done(key).exists()}
-        evaluations = self.config.images * sum(len(settings[cell]["timesteps"]) for cell in todo.values())
+        todo = self.todo()
+        evaluations = self.config.images * sum(len(self.settings[cell]["timesteps"]) for cell in todo.values())
         pace = self.model.pace(next(iter(todo.values()))) if todo else 0.0
         batch = torch.zeros((min(self.config.batch_size, self.config.images), *self.model.shape), dtype=torch.uint8)
         extract(self.extractors, batch[:2])
@@ -582,7 +584,7 @@ class Run:
         seconds = evaluations * pace + self.config.images * len(todo) * extraction
         return {
             "cells": len(self.grid),
-            "finished": sum(key not in todo for key in keys.values()),
+            "finished": sum(key not in todo for key in self.keys.values()),
             "evaluations": evaluations,
             "seconds_an_evaluation": pace,
             "seconds_an_extraction": extraction,
@@ -607,14 +609,15 @@ class Run:
 
         work(folder, self.config.images, self.config.part, make, f"{cell.label()}, S = {cell.steps}")
 
-    def finished(self, cell: Cell, settings: dict[str, Any]) -> dict[str, Any]:
+    def finished(self, cell: Cell) -> dict[str, Any]:
         """What was measured for a cell, under its own names: another with the same key may have been."""
-        found = json.loads(self.done(self.key(settings)).read_text())
+        settings, found = self.settings[cell], json.loads(self.done(cell).read_text())
         results = [entry | settings["shown"] for entry in found["results"]]
         return found | {"cell": vars_of(cell), "settings": settings, "results": results}
 
-    def measure(self, cell: Cell, settings: dict[str, Any], folder: Path, against: list[list[Statistics]]) -> None:
+    def measure(self, cell: Cell, folder: Path, against: list[list[Statistics]]) -> None:
         """Write the files of a cell from its parts."""
+        settings = self.settings[cell]
         arrays, said = read_parts(folder, self.config.images, self.config.part)
         images = len(arrays["features-0"])
         nfe = sum(part["evaluations"] for part in said) / images
@@ -648,7 +651,7 @@ class Run:
                     if not metric.against:
                         break
         finished = {"cell": vars_of(cell), "settings": settings, "results": results, "versions": versions(self.config)}
-        file = self.done(self.key(settings))
+        file = self.done(cell)
         file.parent.mkdir(exist_ok=True)
         save_whole({"pictures": arrays["pictures"]}, file.with_suffix(".safetensors"))
         write_json(file, finished)
@@ -713,21 +716,18 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     output.mkdir(parents=True, exist_ok=True)
     run.cache.mkdir(parents=True, exist_ok=True)
     finished: dict[Cell, dict[str, Any]] = {}
-    settings = {cell: run.model.prepare(cell) for cell in run.grid}
-    keys = {cell: run.key(each) for cell, each in settings.items()}
-    todo = {key for key in keys.values() if not run.done(key).exists()}
+    todo = run.todo()
     run.state.wait_for_everyone()  # all have looked before anyone writes
     against = [run.against(each) for each in run.extractors] if todo else []
     result: dict[str, Any] = {}
-    for cell in sorted(run.grid, key=lambda cell: keys[cell] in todo):  # what is finished first
-        folder = output / "parts" / keys[cell]
-        if new := keys[cell] in todo:
+    for cell in sorted(run.grid, key=lambda cell: run.keys[cell] in todo):  # what is finished first
+        folder = output / "parts" / run.keys[cell]
+        if new := todo.pop(run.keys[cell], None) is not None:
             run.sample(cell, folder)
-            todo.remove(keys[cell])
         if chief:
             if new:
-                run.measure(cell, settings[cell], folder, against)
-            finished[cell] = run.finished(cell, settings[cell])
+                run.measure(cell, folder, against)
+            finished[cell] = run.finished(cell)
             if new:
                 print(say(finished[cell]), flush=True)
             shutil.rmtree(folder, ignore_errors=True)
@@ -735,7 +735,7 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
             write_json(output / "results.json", result)
         run.state.wait_for_everyone()
     if chief:
-        result["written"] = write_pictures(run, result, {cell: run.done(key) for cell, key in keys.items()})
+        result["written"] = write_pictures(run, result)
         write_json(output / "results.json", result)
         with suppress(OSError):
             (output / "parts").rmdir()
@@ -764,7 +764,7 @@ def say(finished: dict[str, Any]) -> str:
 
 def summary(run: Run, finished: dict[Cell, dict[str, Any]]) -> dict[str, Any]:
     """results.json: settings, versions, what was measured against, and a list of results."""
-    done = [finished[cell] for cell in run.grid if cell in finished]
+    done = {cell: finished[cell] for cell in run.grid if cell in finished}
     result = record(run.config) | {
         "status": "finished" if len(finished) == len(run.grid) else "running",
         "model": {"name": run.config.model, "pipeline": type(run.model.pipe).__name__, "sha256": run.model.fingerprint},
@@ -778,9 +778,9 @@ def summary(run: Run, finished: dict[Cell, dict[str, Any]]) -> dict[str, Any]:
         "extractors": [each.record() for each in run.extractors],
         "references": [each.record() for each in run.references],
         "cells": [
-            {"cell": each["cell"], "key": run.key(each["settings"]), "versions": each["versions"]} for each in done
+            {"cell": each["cell"], "key": run.keys[cell], "versions": each["versions"]} for cell, each in done.items()
         ],
-        "results": [entry for each in done for entry in each["results"]],
+        "results": [entry for each in done.values() for entry in each["results"]],
     }
     result["versions"] = versions(run.config)
     return result
@@ -789,16 +789,16 @@ def summary(run: Run, finished: dict[Cell, dict[str, Any]]) -> dict[str, Any]:
 # ---- tables and pictures -------------------------------------------------------------------------------------------
 
 
-def write_pictures(run: Run, result: dict[str, Any], files: dict[Cell, Path]) -> list[str]:
+def write_pictures(run: Run, result: dict[str, Any]) -> list[str]:
     """table.md, quality.png, time.png and a grid of samples for each S, all from what was written before."""
     output = run.output
     write_whole(output / "table.md", table(result))
     plot_quality(result, output / "quality.png")
     plot_time(result, output / "time.png")
     written = ["table.md", "quality.png", "time.png"]
-    for S in sorted({cell.steps for cell in files}):
+    for S in sorted({cell.steps for cell in run.grid}):
         chosen = [cell for cell in run.grid if cell.steps == S]
-        arrays = [load_file(files[cell].with_suffix(".safetensors"))["pictures"] for cell in chosen]
+        arrays = [load_file(run.done(cell).with_suffix(".safetensors"))["pictures"] for cell in chosen]
         rows = [array.transpose(0, 2, 3, 1) / 255 for array in arrays]
         labels = [
             " ".join(filter(None, series_name(vars_of(cell), vars_of_all(result), plain=True))) for cell in chosen
