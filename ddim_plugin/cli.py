@@ -22,7 +22,7 @@ from .pipeline import TOLERANCE, GeneralizedDDIMPipeline
 from .process import VARIANCES
 from .push import push_folder, variants
 from .schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, keep_learned
-from .tau import SPACINGS
+from .tau import NAMES
 from .version import __version__
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -180,7 +180,7 @@ def _shared(sub: argparse.ArgumentParser) -> None:
     steps = sub.add_mutually_exclusive_group()
     steps.add_argument("--steps", type=int, default=None, help="number of steps S (default: 50)")
     steps.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="τ itself: network times, descending")
-    sub.add_argument("--spacing", choices=SPACINGS, help="τ by name (default: the model's)")
+    sub.add_argument("--spacing", choices=NAMES, help="τ by name (default: the model's)")
     sub.add_argument("--class-label", type=int, nargs="+", metavar="C", help="one for all images, or one for each")
     sub.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: none)")
     sub.add_argument("--null-class-label", type=int, metavar="C", help="stands for no class (default: the last)")

@@ -35,8 +35,11 @@ CONSTRAINTS = ("clip_sample", "thresholding", "use_clipped_model_output")
 DETERMINISTIC = {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False, "thresholding": False}
 """Settings under which a latent and its image determine each other."""
 
-SOLVER = ("solver_order", "solver_quantity", "solver_coordinate", "start_from_top")
+SOLVER = ("solver_order", "solver_quantity", "solver_coordinate", "solver_corrector", "start_from_top")
 """Settings of `MultistepDDIMScheduler` beside those of the process."""
+
+CORRECTORS = ("pec", "pece")
+"""Predict, evaluate, correct; and evaluate again."""
 
 COORDINATE = {"epsilon": "bounded", "sample": "log_snr"}
 """The coordinate in which ε̂, or x̂0, is held as a polynomial where none is said."""
@@ -255,7 +258,7 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: what the network predicts: "epsilon", "sample" (x0) or "v_prediction".
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x̂0 (instead of clipping).
         timestep_spacing: τ by name: "linear", "quadratic", "leading", "trailing", "linspace", "paper_linear",
-            "paper_quadratic" (see `ddim_plugin.tau`).
+            "paper_quadratic", and for few steps "few_steps", "few_steps_power", "log_snr" (see `ddim_plugin.tau`).
         rescale_betas_zero_snr: rescale β so that ᾱ_T = 0 (Lin et al. 2023).
         eta: η of Eq. 16 where a step is not given one: 0 is DDIM, 1 is DDPM. Not used by "fixed_large" and
             "learned_range", which stand at η = 1.
@@ -445,9 +448,10 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
             values = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else timesteps
             times = tau.explicit(values, T, lowest=0, descending=True)
         else:
-            times = tau.tau(self.config.timestep_spacing, num_inference_steps, T, self.config.steps_offset)
+            spacing, offset = self.config.timestep_spacing, self.config.steps_offset
+            times = tau.tau(spacing, num_inference_steps, T, offset, self._alpha_bar)
         kind = self._kind(None)
-        pairs = process.downwards(times)[:: -1 if self._upwards else 1]
+        pairs = self._make_pairs(times)
         plan = self._make_plan(pairs, *kind)
 
         self._tau, self._pairs, self._plans, self._off_plan, self._next = times, pairs, {kind: plan}, {}, 0
@@ -470,6 +474,10 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
     def check_eta(self, eta: float | None) -> None:
         """Raise ValueError where a step of the current plan could not be made at this η (None: the scheduler's)."""
         self._plan(self._kind(eta))
+
+    def _make_pairs(self, times: tau.Times) -> list[tuple[int, int]]:
+        """(t, s) of each move, in the order they are made."""
+        return process.downwards(times)[:: -1 if self._upwards else 1]
 
     def _make_plan(self, pairs: list[tuple[int, int]], kind: str, eta: float) -> list[Step]:
         return [self._make_step(t, s, kind, eta) for t, s in pairs]
@@ -596,7 +604,7 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         kind = self._kind(eta)
         step = self._find(timestep, kind, sample)
         evaluation = self._evaluate(
-            step, sample, output, variance if kind[0] == "learned_range" else None, use_clipped_model_output
+            kind, step, sample, output, variance if kind[0] == "learned_range" else None, use_clipped_model_output
         )
         x = evaluation.mean()
         if kind != ("fixed_small", 0.0) and (isinstance(step.noise, Tensor) or step.noise > 0):
@@ -629,7 +637,13 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         return p.split_variance(model_output, C)
 
     def _evaluate(
-        self, step: Step, sample: Tensor, output: Tensor, variance: Tensor | None, recompute_eps: bool | None
+        self,
+        kind: tuple[str, float],
+        step: Step,
+        sample: Tensor,
+        output: Tensor,
+        variance: Tensor | None,
+        recompute_eps: bool | None,
     ) -> _Evaluation:
         """The evaluation under the constraint on x̂0 that the live config asks for."""
         config = self.config
@@ -768,7 +782,12 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             changes with every draw.
         solver_coordinate: u: "nsr" (ς), "log_snr", "angle" (arctan ς) or "bounded" (ς/(1 + ς)). None is "bounded" for ε̂
             and "log_snr" for x̂0.
-        start_from_top: whether the first sample is x_T; False takes it as x at τ_S, as other schedulers and order 1 do.
+        solver_corrector: None; "pec": each new value also corrects the move that led to it, at no cost in evaluations
+            (as in UniPC); or "pece": the network is then called again at the corrected sample, so that S steps take
+            2S − 1 evaluations. With `solver_order=1` that is Heun's method. Without noise "pec" lets order 2 come near
+            order 3; with order 3 of ε̂ it is unstable at few steps.
+        start_from_top: whether the first sample is x_T; False takes it as x at τ_S, as other schedulers, order 1 and
+            "pece" do.
         The others are those of `GeneralizedDDIMScheduler`.
 
     Raises:
@@ -791,7 +810,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         dynamic_thresholding_ratio: float = 0.995,
         clip_sample_range: float = 1.0,
         sample_max_value: float = 1.0,
-        timestep_spacing: str = "linear",
+        timestep_spacing: str = "few_steps",
         rescale_betas_zero_snr: bool = False,
         eta: float = 0.0,
         variance_type: str = "fixed_small",
@@ -800,11 +819,14 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         solver_order: int = 3,
         solver_quantity: str | None = None,
         solver_coordinate: str | None = None,
+        solver_corrector: str | None = None,
         start_from_top: bool = True,
     ):
         if not tau.is_integer(solver_order) or not 1 <= solver_order <= 4:
             raise ValueError(f"solver_order must be 1, 2, 3 or 4, not {solver_order!r}")
         ode.check_solver(solver_quantity or "epsilon", solver_coordinate or "bounded")
+        if solver_corrector not in (None, *CORRECTORS):
+            raise ValueError(f"unknown solver_corrector {solver_corrector!r}: use pec, pece or None")
         super().__init__(
             num_train_timesteps,
             beta_start,
@@ -852,86 +874,133 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | Tensor | np.ndarray | None = None,
     ) -> None:
-        """Plan the moves over τ; see `GeneralizedDDIMScheduler.set_timesteps`."""
+        """Plan the moves over τ; see `GeneralizedDDIMScheduler.set_timesteps`. "pece" takes S steps in 2S − 1 times."""
         super().set_timesteps(num_inference_steps, device, timesteps)
         self._forget()
 
+    def _make_pairs(self, times: tau.Times) -> list[tuple[int, int]]:
+        pairs = super()._make_pairs(times)
+        if self.config.solver_corrector != "pece":
+            return pairs
+        return [pairs[0], *(pair for t, s in pairs[1:] for pair in ((t, t), (t, s)))]
+
     def _make_plan(self, pairs: list[tuple[int, int]], kind: str, eta: float) -> list[Step]:
         plan = super()._make_plan(pairs, kind, eta)
-        below = pairs[0][0] < self.config.num_train_timesteps
-        if below and self.config.start_from_top and self.config.solver_order > 1:
+        if self._starts_above(pairs):
             plan[0] = _from_top(plan[0], float(self._alpha_bar[-1]))
         return plan
 
+    def _starts_above(self, pairs: list[tuple[int, int]]) -> bool:
+        """Whether the first move is made from T, above the first time."""
+        config = self.config
+        allowed = config.start_from_top and config.solver_order > 1 and config.solver_corrector != "pece"
+        return allowed and pairs[0][0] < config.num_train_timesteps
+
     def _forget(self) -> None:
         self._values: list[Tensor] = []  # of g, the newest first
-        self._last: tuple[str, int] | None = None  # what it is, and the place that the newest belongs to
-        self._means: dict[tuple[str, int, int], Sequence[float]] = {}
+        self._times: tuple[int, ...] = ()  # that they belong to
+        self._last: tuple[str, int] | None = None  # what g is, and the place of the newest in the plan
+        self._rows: dict[tuple[tuple[str, float], int, tuple[int, ...]], list[float]] = {}
 
     def _kind(self, eta: float | None) -> tuple[str, float]:
         kind = super()._kind(eta)
         noisy = process.adds_noise(*kind)
-        if noisy and self.config.solver_quantity == "epsilon" and self.config.solver_order > 1:
+        if noisy and self.config.solver_quantity == "epsilon" and self._is_multistep:
             raise ValueError(
                 f"with noise (eta={kind[1]:g}, variance {kind[0]!r}) ε̂ changes with every draw and is no polynomial: "
                 "take solver_quantity='sample', or None"
             )
-        self._quantity = self.config.solver_quantity or ("sample" if noisy else "epsilon")
         return kind
 
-    def _evaluate(self, *args: Any) -> _Evaluation:
-        evaluation, place, quantity = super()._evaluate(*args), self._place, self._quantity
-        if place is None or self.config.solver_order == 1:
+    @property
+    def _is_multistep(self) -> bool:
+        return self.config.solver_order > 1 or self.config.solver_corrector is not None
+
+    def _evaluate(self, kind: tuple[str, float], *args: Any) -> _Evaluation:
+        evaluation, place = super()._evaluate(kind, *args), self._place
+        if place is None or not self._is_multistep:
             return evaluation
-        g = self._value(evaluation)
+        quantity = self.config.solver_quantity or ("sample" if process.adds_noise(*kind) else "epsilon")
+        g, t = self._value(evaluation, quantity), self._pairs[place][0]
         follows = self._last == (quantity, place - 1) and self._values[0].shape == g.shape
-        self._values = [g, *(self._values if follows else ())][: self.config.solver_order]
+        again = int(follows and self._times[0] == t)  # in place of the value that was there
+        count = self.config.solver_order - 1 + (self.config.solver_corrector is not None) if follows else 0
+        older = slice(again, again + count)
+        self._values, self._times = [g, *self._values[older]], (t, *self._times[older])
         self._last = quantity, place
-        step, t = evaluation.step, self._pairs[place][0]
-        weights = self._mean(place, len(self._values))
-        if len(weights) == 1:
-            return evaluation
-        # The mean of g in place of its last value: a change of g by Δ moves x_s by slope·Δ.
-        alpha, sigma = np.sqrt(self._alpha_bar[t]), np.sqrt(1 - self._alpha_bar[t])
-        if quantity == "sample":
-            slope, x, out = float(step.x0 - step.eps * alpha / sigma), step.x0_x, step.x0_out
-        else:
-            slope, x, out = float(step.eps - step.x0 * sigma / alpha), step.eps_x, step.eps_out
-        first, *rest = (slope * weight for weight in weights)
-        first -= slope
-        others = list(zip(rest, self._values[1:], strict=False))
+
+        key = kind, place, self._times
+        if key not in self._rows:
+            self._rows[key] = self._row(quantity, *key)
+        first, *rest = self._rows[key]
+        others = [(weight, value) for weight, value in zip(rest, self._values[1:], strict=True) if weight]
+        step = evaluation.step
         if evaluation.limit is None and evaluation.thresholding is None:
+            x, out = (step.x0_x, step.x0_out) if quantity == "sample" else (step.eps_x, step.eps_out)
             step = step._replace(fold_x=step.fold_x + first * x, fold_out=step.fold_out + first * out)
-        else:
+        elif first:
             others.append((first, g))
         return evaluation._replace(step=step, others=tuple(others))
 
-    def _value(self, evaluation: _Evaluation) -> Tensor:
+    def _value(self, evaluation: _Evaluation, quantity: str) -> Tensor:
         """g at the sample of this evaluation."""
         step = evaluation.step
-        if self._quantity == "sample":
+        if quantity == "sample":
             return evaluation.x0()
         if step.eps_x == 0 and step.eps_out == 1 and not evaluation.recompute_eps:
             return evaluation.output
         return evaluation.eps()
 
-    def _mean(self, place: int, count: int) -> Sequence[float]:
-        """Weights of the last `count` values, or of fewer, for the mean of g over a move of the plan."""
-        quantity = self._quantity
-        if (quantity, place, count) not in self._means:
-            ends = [float(self._alpha_bar[time]) for time in self._pairs[place]]
-            known = [float(self._alpha_bar[t]) for t, _ in self._pairs[place - count + 1 : place + 1]][::-1]
-            to_data = quantity == "sample" and ends[1] == 1
-            if to_data or ends[0] == ends[1] or len(set(known)) < count:
-                known = known[:1]  # x̂0 as it is, a time that is repeated
-            coordinate = self.config.solver_coordinate or COORDINATE[quantity]
-            if known[-1] == 0 and coordinate in ("nsr", "log_snr"):
-                known = known[:-1]  # the top, where these are infinite
-            found = [1.0]
-            if len(known) > 1:
-                found = ode.mean_weights(quantity, coordinate, *ends, known).tolist()
-            self._means[quantity, place, count] = found
-        return self._means[quantity, place, count]
+    def _row(self, quantity: str, kind: tuple[str, float], place: int, known: tuple[int, ...]) -> list[float]:
+        """What the values of g at the times `known`, the newest first, add to the step of DDIM.
+
+        That step is scale·x_t + slope·g: the mean of g stands in place of its last value. Where the move that led to
+        x_t is corrected, x_t has changed by its slope times the change of its mean.
+        """
+        order = self.config.solver_order
+        row = np.zeros(len(known))
+
+        def add(factor: float, weights: ode.Array, first: int = 0) -> None:
+            row[first : first + len(weights)] += factor * weights
+
+        mean = self._mean(quantity, self._pairs[place], known[:order])
+        if len(mean) > 1:
+            slope = self._linear(quantity, kind, place)[1]
+            add(slope, mean)
+            row[0] -= slope
+        if self.config.solver_corrector and self._is_corrected(quantity, place, known):
+            before = self._pairs[place - 1]
+            factor = self._linear(quantity, kind, place)[0] * self._linear(quantity, kind, place - 1)[1]
+            add(factor, self._mean(quantity, before, known[: max(2, order)]))
+            add(-factor, self._mean(quantity, before, known[1 : order + 1]), 1)
+        return row.tolist()
+
+    def _is_corrected(self, quantity: str, place: int, known: tuple[int, ...]) -> bool:
+        """Whether the move before this place is one of the ODE, and is corrected here."""
+        if len(known) == 1 or (place == 1 and self._starts_above(self._pairs)):
+            return False
+        t = self._pairs[place - 1][0]
+        return t != known[0] and (quantity == "sample" or self._alpha_bar[t] > 0)
+
+    def _linear(self, quantity: str, kind: tuple[str, float], place: int) -> tuple[float, float]:
+        """(scale, slope) of a step of the plan as scale·x_t + slope·g."""
+        step, alpha_bar = self._plan(kind)[place], self._alpha_bar[self._pairs[place][0]]
+        alpha, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+        if quantity == "sample":
+            return float(step.eps / sigma), float(step.x0 - step.eps * alpha / sigma)
+        return float(step.x0 / alpha), float(step.eps - step.x0 * sigma / alpha)
+
+    def _mean(self, quantity: str, move: tuple[int, int], times: tuple[int, ...]) -> ode.Array:
+        """Weights of g at these times, or at the first of them, for its mean over a move."""
+        ends = [float(self._alpha_bar[time]) for time in move]
+        known = [float(self._alpha_bar[time]) for time in times]
+        to_data = quantity == "sample" and ends[1] == 1
+        if to_data or ends[0] == ends[1] or len(set(known)) < len(known):
+            known = known[:1]  # x̂0 as it is, a time that is repeated
+        coordinate = self.config.solver_coordinate or COORDINATE[quantity]
+        if known[-1] == 0 and coordinate in ("nsr", "log_snr"):
+            known = known[:-1]  # the top, where these are infinite
+        return ode.mean_weights(quantity, coordinate, *ends, known) if len(known) > 1 else np.ones(1)
 
 
 def keep_learned(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

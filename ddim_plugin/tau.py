@@ -11,7 +11,11 @@ from numbers import Integral
 import numpy as np
 from numpy.typing import NDArray
 
+Array = NDArray[np.float64]
 Times = NDArray[np.int64]
+
+NOISE = 0.002
+"""ᾱ at which the sample is noise to a network that is shown x_T in its place."""
 
 
 def linear(S: int, T: int) -> Times:
@@ -58,22 +62,71 @@ def paper_quadratic(S: int, T: int) -> Times:
     return 1 + (np.linspace(0, np.sqrt(T * 0.8), S) ** 2).astype(np.int64)
 
 
+def few_steps(S: int, alpha_bar: Array) -> Times:
+    """S times evenly spaced between two ends that move out as S grows: T/(2S), and T·S/(S + 2) or the start of noise.
+
+    For a multistep method whose first move is made from T. Above its top the network is shown noise alone (ᾱ < NOISE),
+    and tells hardly more of it than at the top.
+    """
+    return _spread(np.linspace(*_ends(S, alpha_bar), S), len(alpha_bar) - 1)
+
+
+def few_steps_power(S: int, alpha_bar: Array) -> Times:
+    """The ends of `few_steps`, and S times between them along a power law of exponent 1.5: nearer to the data."""
+    top, bottom = _ends(S, alpha_bar)
+    return _spread(np.linspace(top ** (2 / 3), bottom ** (2 / 3), S) ** 1.5, len(alpha_bar) - 1)
+
+
+def log_snr(S: int, alpha_bar: Array) -> Times:
+    """The ends of `few_steps`, and S times between them evenly spaced in ln(ᾱ/(1 − ᾱ))."""
+    top, bottom = _ends(S, alpha_bar)
+    t = np.arange(bottom, top + 1)
+    inside = np.clip(alpha_bar[t], 1e-12, 1 - 1e-12)
+    values = np.log(inside / (1 - inside))
+    return _spread(np.interp(np.linspace(values[-1], values[0], S), values[::-1], t[::-1]), len(alpha_bar) - 1)
+
+
+def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
+    """Top and bottom for few steps."""
+    T = len(alpha_bar) - 1
+    noise = np.flatnonzero(alpha_bar <= NOISE)
+    top = min(T, max(S, round(T * S / (S + 2)), int(noise[0]) if len(noise) else T))
+    return top, min(top, max(1, round(T / (2 * S))))
+
+
+def _spread(times: Array, T: int) -> Times:
+    """Decreasing numbers as distinct increasing times in 1..T, rounded; those too near are moved up, or down at T."""
+    steps = np.arange(len(times))
+    rounded = np.round(times[::-1]).astype(np.int64)
+    up = np.maximum.accumulate(rounded - steps) + steps
+    return np.minimum(up, T + 1 - len(times) + steps)
+
+
 SPACINGS: dict[str, Callable[[int, int], Times]] = {
     f.__name__: f for f in (linear, quadratic, leading, trailing, linspace, paper_linear, paper_quadratic)
 }
 
+OF_ALPHA_BAR: dict[str, Callable[[int, Array], Times]] = {f.__name__: f for f in (few_steps, few_steps_power, log_snr)}
+"""Spacings that depend on ᾱ."""
 
-def tau(spacing: str, S: int, T: int, steps_offset: int = 0) -> Times:
+NAMES = (*SPACINGS, *OF_ALPHA_BAR)
+
+
+def tau(spacing: str, S: int, T: int, steps_offset: int = 0, alpha_bar: Array | None = None) -> Times:
     """The subsequence named `spacing` with S steps: increasing times in 1..T, int64.
 
     Named spacings give exactly S distinct times for every 1 ≤ S ≤ T; the two `paper_` ones what the authors' code
     gives. `steps_offset` ≥ 0 shifts "leading" upwards (diffusers' key of that name), as far as T allows,
-    with a warning where that is less.
-    Raises ValueError for an unknown name, S outside 1..T, or a negative or fractional offset.
+    with a warning where that is less. `alpha_bar`, (T + 1,), is for the spacings that depend on it.
+    Raises ValueError for an unknown name, S outside 1..T, a negative or fractional offset, or ᾱ that is needed.
     """
     check_spacing(spacing)
     if not is_integer(S) or not 1 <= S <= T:
         raise ValueError(f"num_inference_steps must be an integer from 1 to {T} (num_train_timesteps), not {S!r}")
+    if spacing in OF_ALPHA_BAR:
+        if alpha_bar is None or len(alpha_bar) != T + 1:
+            raise ValueError(f"the spacing {spacing!r} depends on ᾱ: give alpha_bar, ᾱ_0..ᾱ_{T}")
+        return OF_ALPHA_BAR[spacing](int(S), alpha_bar)
     times = SPACINGS[spacing](int(S), T)
     if spacing != "leading":
         return times
@@ -86,8 +139,8 @@ def tau(spacing: str, S: int, T: int, steps_offset: int = 0) -> Times:
 
 def check_spacing(spacing: str) -> None:
     """Raise ValueError unless `spacing` is a known name."""
-    if spacing not in SPACINGS:
-        raise ValueError(f"unknown timestep_spacing {spacing!r}: use one of {', '.join(SPACINGS)}, or pass timesteps=")
+    if spacing not in NAMES:
+        raise ValueError(f"unknown timestep_spacing {spacing!r}: use one of {', '.join(NAMES)}, or pass timesteps=")
 
 
 def check_offset(steps_offset: int) -> int:

@@ -14,7 +14,7 @@ from ddim_plugin import betas as schedules
 from ddim_plugin import prediction as p
 from ddim_plugin import tau
 
-DISTINCT = ["linear", "quadratic", "leading", "trailing", "linspace"]
+DISTINCT = ["linear", "quadratic", "leading", "trailing", "linspace", *tau.OF_ALPHA_BAR]
 
 
 # ---- tau -------------------------------------------------------------------------------------------------------
@@ -23,8 +23,9 @@ DISTINCT = ["linear", "quadratic", "leading", "trailing", "linspace"]
 @pytest.mark.parametrize("spacing", DISTINCT)
 def test_exactly_S_distinct_times_for_every_S(spacing):
     for T in (1, 2, 3, 10, 37, 1000):
+        alpha_bar = schedules.alpha_bar(schedules.betas("linear", T, 0.1 / T, min(20 / T, 0.999)))
         for S in range(1, T + 1):
-            times = tau.tau(spacing, S, T)
+            times = tau.tau(spacing, S, T, alpha_bar=alpha_bar)
             assert len(times) == S
             assert (np.diff(times) > 0).all()
             assert times[0] >= 1
@@ -36,8 +37,10 @@ def test_exactly_S_distinct_times_for_every_S(spacing):
 @given(st.integers(1, 5000), st.data())
 def test_exactly_S_distinct_times_for_any_T(T, data):
     S = data.draw(st.integers(1, T))
+    drops = data.draw(st.lists(st.floats(0, 1), min_size=T, max_size=T)) if T < 50 else np.full(T, 5.0 / T)
+    alpha_bar = np.cumprod([1.0, *(1 - np.asarray(drops))])
     for spacing in DISTINCT:
-        times = tau.tau(spacing, S, T, steps_offset=0)
+        times = tau.tau(spacing, S, T, steps_offset=0, alpha_bar=alpha_bar)
         assert len(times) == S
         assert (np.diff(times) > 0).all()
         assert 1 <= times[0] <= times[-1] <= T
@@ -75,6 +78,27 @@ def test_paper_spacings_overshoot_and_repeat():
 )
 def test_diffusers_spacings_at_seven_steps(spacing, expected):
     assert (tau.tau(spacing, 7, 1000) - 1).tolist() == expected
+
+
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2", "scaled_linear"])
+def test_few_steps_stays_inside(schedule):
+    """From half a step above the data to two steps below T, or to where the sample is noise."""
+    alpha_bar = schedules.alpha_bar(schedules.betas(schedule, 1000, 1e-4, 0.02))
+    noise = int(np.flatnonzero(alpha_bar <= tau.NOISE)[0])
+    assert alpha_bar[noise - 1] > tau.NOISE
+    for S in (1, 2, 5, 10, 20):
+        for spacing in tau.OF_ALPHA_BAR:
+            times = tau.tau(spacing, S, 1000, alpha_bar=alpha_bar)
+            assert times[-1] == max(noise, round(1000 * S / (S + 2)))
+            assert S == 1 or times[0] == max(1, round(1000 / (2 * S)))
+    even, power, log = (np.diff(tau.tau(name, 10, 1000, alpha_bar=alpha_bar)) for name in tau.OF_ALPHA_BAR)
+    assert np.ptp(even) <= 1
+    assert (np.diff(power) > 0).all()
+    snr = np.log(alpha_bar[1:] / (1 - alpha_bar[1:]))
+    gaps = np.diff(snr[tau.tau("log_snr", 10, 1000, alpha_bar=alpha_bar) - 1])
+    assert np.ptp(gaps) < 0.1 * abs(gaps.mean())
+    with pytest.raises(ValueError, match="depends on ᾱ: give alpha_bar"):
+        tau.tau("log_snr", 10, 1000)
 
 
 def test_offset_shifts_leading_only():

@@ -91,8 +91,8 @@ def test_coefficients_are_finite_and_real(schedule, eta):
     for T in (1, 2, 7, 100, 1000):
         alpha_bar = schedules.alpha_bar(schedules.betas(schedule, T))
         for S in {1, T, *rng.integers(1, T + 1, 4).tolist()}:
-            for name in spacing.SPACINGS:
-                for t, s in process.downwards(spacing.tau(name, S, T)):
+            for name in spacing.NAMES:
+                for t, s in process.downwards(spacing.tau(name, S, T, alpha_bar=alpha_bar)):
                     for kind in ("fixed_small", "fixed_large"):
                         move = process.move(alpha_bar, t, s, None if kind == "fixed_large" else eta, kind)
                         assert math.isfinite(move.x0 + move.eps + move.noise)
