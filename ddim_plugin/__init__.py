@@ -9,6 +9,7 @@ from .schedulers import (
     GeneralizedDDIMScheduler,
     GeneralizedDDIMSchedulerOutput,
     InverseDDIMScheduler,
+    InverseMultistepDDIMScheduler,
     MultistepDDIMScheduler,
 )
 from .version import __version__
@@ -18,6 +19,7 @@ __all__ = [
     "GeneralizedDDIMScheduler",
     "GeneralizedDDIMSchedulerOutput",
     "InverseDDIMScheduler",
+    "InverseMultistepDDIMScheduler",
     "ModelMixin",
     "MultistepDDIMScheduler",
     "SchedulerMixin",
@@ -30,6 +32,7 @@ for _class in (
     GeneralizedDDIMScheduler,
     GeneralizedDDIMSchedulerOutput,
     InverseDDIMScheduler,
+    InverseMultistepDDIMScheduler,
     MultistepDDIMScheduler,
 ):
     _class.__module__ = __name__

@@ -241,7 +241,7 @@ def card(
     classes = unet.get("num_class_embeds")
     kind = "A class-conditional" if classes else "An unconditional"
     colours = {1: "grayscale", 3: "RGB"}.get(unet["in_channels"], f"{unet['in_channels']}-channel")
-    inverse = scheduler.get("_class_name") == "InverseDDIMScheduler"
+    inverse = str(scheduler.get("_class_name")).startswith("Inverse")
     ours = "eta" in scheduler  # a stock scheduler has none
     unknown = _unknown_to_stock(unet, scheduler)
     words = {

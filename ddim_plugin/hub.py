@@ -35,13 +35,26 @@ from huggingface_hub.utils import validate_repo_id
 
 from .bundle import code
 from .card import read_object
-from .schedulers import GeneralizedDDIMScheduler, InverseDDIMScheduler, MultistepDDIMScheduler
+from .schedulers import (
+    GeneralizedDDIMScheduler,
+    InverseDDIMScheduler,
+    InverseMultistepDDIMScheduler,
+    MultistepDDIMScheduler,
+)
 
 logger = logging.getLogger("ddim_plugin")
 
 INDEX = "model_index.json"
 PIPELINE = "GeneralizedDDIMPipeline"
-SCHEDULERS = {each.__name__: each for each in (GeneralizedDDIMScheduler, InverseDDIMScheduler, MultistepDDIMScheduler)}
+SCHEDULERS = {
+    each.__name__: each
+    for each in (
+        GeneralizedDDIMScheduler,
+        InverseDDIMScheduler,
+        MultistepDDIMScheduler,
+        InverseMultistepDDIMScheduler,
+    )
+}
 
 CODE = re.compile(r"(scheduler/)?ddim_plugin_\w+_[0-9a-f]{8}(_pipeline|_scheduler)?\.py")
 """Names of the code files, of any version."""

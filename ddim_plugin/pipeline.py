@@ -26,6 +26,7 @@ from .schedulers import (
     GeneralizedDDIMScheduler,
     GeneralizedDDIMSchedulerOutput,
     InverseDDIMScheduler,
+    InverseMultistepDDIMScheduler,
     MultistepDDIMScheduler,
     Randomness,
     check_generators,
@@ -315,6 +316,10 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         what is left of its neighbours is the rounding of the network at another batch size, which a move that did not
         converge can amplify.
 
+        With a `MultistepDDIMScheduler` the naive inverse is that of its orders (`InverseMultistepDDIMScheduler`). Its
+        moves depend on each other, and are refined together: the image is moved by what decoding misses it by, encoded
+        again, and so on. The report then has one row, for the whole path.
+
         Args:
             images: PIL images, arrays (B, H, W, C), tensors (B, C, H, W), one of them or a list; bytes, or numbers in
                 [0, 1], of the network's size and channels.
@@ -323,7 +328,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
                 an intermediate t, for `decode` with the same `strength`.
             class_labels, guidance_scale, null_class_label: as in the call.
             refinement_steps: network evaluations to refine each move with, at most; the first move takes one more, for
-                its guess.
+                its guess. A multistep path is refined with two for each move at a time.
             tolerance: residual, as a root mean square over the pixels of (x_s − f(x_t))/√ᾱ_s in units of the network's
                 images (−1..1), at which a move is solved.
             batch_size: images encoded together; all by default.
@@ -348,13 +353,16 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         condition = self._condition(class_labels, guidance_scale, null_class_label, len(x), device)
         self._check_channels()
         self._set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
-        inverse = InverseDDIMScheduler.from_config(self.scheduler.config)
+        multistep = isinstance(self.scheduler, MultistepDDIMScheduler)
+        upwards = InverseMultistepDDIMScheduler if multistep else InverseDDIMScheduler
+        inverse = upwards.from_config(self.scheduler.config)
         self._set_timesteps(inverse, num_inference_steps, timesteps, device)
         moves = self._moves(strength)
+        ascend = self._ascend_together if multistep else self._ascend
 
         x = x.to(device=device, dtype=torch.promote_types(network_dtype, torch.float32))
         parts = [
-            self._ascend(x[rows], inverse, moves, network_dtype, condition.rows(rows), refinement_steps, tolerance)
+            ascend(x[rows], inverse, moves, network_dtype, condition.rows(rows), refinement_steps, tolerance)
             for rows in batches(len(x))
         ]
         self.maybe_free_model_hooks()
@@ -403,6 +411,46 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
 
         return x, inversion.report(inverse.timesteps[:moves].tolist(), reports, tolerance, x)
 
+    def _ascend_together(
+        self,
+        image: Tensor,
+        inverse: InverseMultistepDDIMScheduler,
+        moves: int,
+        network_dtype: torch.dtype,
+        condition: Condition,
+        refinement_steps: int,
+        tolerance: float,
+    ) -> tuple[Tensor, InversionReport]:
+        """The first `moves` moves up from the images, refined as one, and the report of the path."""
+        up, down = inverse.timesteps[:moves], self._last(moves)
+        cost = moves if condition.null_labels is None else 2 * moves
+        bar = self.progress_bar(total=max(1, refinement_steps // 2))
+
+        def encoded(x: Tensor, rows: Tensor | slice) -> Tensor:
+            bar.update()
+            return self._run(inverse, x, up, network_dtype, condition.rows(rows))
+
+        def residual(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            z = encoded(x, rows)
+            made = self._run(self.scheduler, z, down, network_dtype, condition.rows(rows))
+            return image[rows] - made.clamp(-1, 1), z
+
+        if refinement_steps == 0:
+            z, made = encoded(image, slice(None)), inversion.naive(len(image), cost)
+        else:
+            solution = inversion.solve(residual, image, 1.0, tolerance, max(1, refinement_steps // 2))
+            z, made = solution.output, solution.report(tolerance, 1.0, 2 * cost, guessed=False)
+        bar.close()
+        return z, inversion.report([int(down[0])], [made], tolerance, z)
+
+    def _run(
+        self, scheduler: SchedulerMixin, x: Tensor, timesteps: Tensor, network_dtype: torch.dtype, condition: Condition
+    ) -> Tensor:
+        """x after the deterministic steps of our `scheduler` at these times."""
+        for t in timesteps:
+            x = scheduler.step(self._predict(x.to(network_dtype), t, condition), t, x, eta=0.0).prev_sample
+        return x
+
     @torch.no_grad()
     def decode(
         self,
@@ -438,7 +486,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         condition = self._condition(class_labels, guidance_scale, null_class_label, len(latents), device)
         self._check_channels()
         self._set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
-        times = self.scheduler.timesteps[-self._moves(strength) :]
+        times = self._last(self._moves(strength))
         x = latents.to(device=device, dtype=torch.promote_types(network_dtype, torch.float32))
         x = torch.cat(
             [
@@ -656,21 +704,22 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             raise ValueError(
                 f"the scheduler constrains x̂0 ({key}=True), and such a move has no inverse: {remedy}, {key}=False)"
             )
-        if invertible and isinstance(scheduler, MultistepDDIMScheduler):
-            raise ValueError(
-                "a move of MultistepDDIMScheduler depends on those before it, and has no inverse of its own: encode "
-                f"and decode with {remedy.removeprefix('pipe.scheduler = ')})"
-            )
 
     def _moves(self, strength: float) -> int:
         """⌊strength·S⌋, the number of moves between the image and an intermediate t."""
-        S = len(self.scheduler.timesteps)
+        S = self.scheduler.num_inference_steps
         if not isinstance(strength, Real) or not 0 < strength <= 1:
             raise ValueError(f"strength must lie in (0, 1], not {strength!r}")
         moves = int(strength * S + 1e-9)
         if moves == 0:
             raise ValueError(f"strength={strength:g} of {S} steps is no step: use at least {1 / S:.3g}, or more steps")
         return moves
+
+    def _last(self, moves: int) -> Tensor:
+        """The times at which the last moves of the plan call the network."""
+        times = self.scheduler.timesteps
+        twice = len(times) > self.scheduler.num_inference_steps  # but at the first of them
+        return times[-(2 * moves - 1) :] if twice else times[-moves:]
 
     def _step_kwargs(
         self, eta: float | None, generator: Randomness, use_clipped_model_output: bool | None

@@ -91,7 +91,7 @@ def test_few_steps_stays_inside(schedule):
             times = tau.tau(spacing, S, 1000, alpha_bar=alpha_bar)
             assert times[-1] == max(noise, round(1000 * S / (S + 2)))
             assert S == 1 or times[0] == max(1, round(1000 / (2 * S)))
-    even, power, log = (np.diff(tau.tau(name, 10, 1000, alpha_bar=alpha_bar)) for name in tau.OF_ALPHA_BAR)
+    even, power, _ = (np.diff(tau.tau(name, 10, 1000, alpha_bar=alpha_bar)) for name in tau.OF_ALPHA_BAR)
     assert np.ptp(even) <= 1
     assert (np.diff(power) > 0).all()
     snr = np.log(alpha_bar[1:] / (1 - alpha_bar[1:]))

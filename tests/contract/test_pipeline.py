@@ -389,6 +389,7 @@ def test_classes_live_at_the_package_root():
         "GeneralizedDDIMPipeline",
         "GeneralizedDDIMScheduler",
         "InverseDDIMScheduler",
+        "InverseMultistepDDIMScheduler",
         "MultistepDDIMScheduler",
     ):
         assert getattr(ddim_plugin, name).__module__ == "ddim_plugin"
