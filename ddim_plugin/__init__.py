@@ -4,6 +4,7 @@
 # classes beside them: SchedulerMixin and ModelMixin are part of the file format.
 from diffusers import ModelMixin, SchedulerMixin
 
+from .fit import fit_timesteps
 from .pipeline import GeneralizedDDIMPipeline
 from .schedulers import (
     GeneralizedDDIMScheduler,
@@ -24,6 +25,7 @@ __all__ = [
     "MultistepDDIMScheduler",
     "SchedulerMixin",
     "__version__",
+    "fit_timesteps",
 ]
 
 # Saved files name these classes by this module, whatever file they stand in.

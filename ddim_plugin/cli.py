@@ -1,8 +1,9 @@
-"""The command line: ddim-plugin sample | encode | reconstruct | interpolate | push MODEL …"""
+"""The command line: ddim-plugin sample | encode | reconstruct | interpolate | fit | push MODEL …"""
 
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -16,21 +17,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
+from .fit import fit_timesteps
 from .images import check_channels, grid, image_files, open_image, read
 from .inversion import InversionReport
 from .pipeline import TOLERANCE, GeneralizedDDIMPipeline
 from .process import VARIANCES
 from .push import push_folder, variants
-from .schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, keep_learned
+from .schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, MultistepDDIMScheduler, keep_learned
 from .tau import NAMES
 from .version import __version__
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LATENTS = "latents.safetensors"
+MODEL = "model"
 HIDDEN = ("run", "files", "found", "command", "token")  # of the arguments: not settings
 
 Made = dict[str, Any]
-"""File name → what goes into it: an image, a tensor or a dictionary."""
+"""File name → what goes into it: an image, a tensor, a pipeline or a dictionary."""
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------
@@ -117,6 +120,19 @@ def parser() -> argparse.ArgumentParser:
     _shared(sub)
 
     sub = command(
+        "fit",
+        fit,
+        (MODEL, "fit.json"),
+        "find the times that suit a model at few steps, and save it with them",
+        "user/model --steps 5 8 10 15 20 --output out",
+    )
+    sub.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20], metavar="S", help="numbers of steps")
+    sub.add_argument("--num", type=int, default=128, help="images to look at (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="image i is drawn from seed + i (default: %(default)s)")
+    sub.add_argument("--teacher-steps", type=int, default=200, help="steps of the solutions (default: %(default)s)")
+    _model(sub)
+
+    sub = command(
         "push",
         push,
         (),
@@ -175,12 +191,19 @@ def _columns(sub: argparse.ArgumentParser) -> None:
 
 
 def _shared(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--output", default="out", metavar="FOLDER", help="where files are written (default: %(default)s)")
-    sub.add_argument("--overwrite", action="store_true", help="replace files of an earlier run")
     steps = sub.add_mutually_exclusive_group()
     steps.add_argument("--steps", type=int, default=None, help="number of steps S (default: 50)")
     steps.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="τ itself: network times, descending")
     sub.add_argument("--spacing", choices=NAMES, help="τ by name (default: the model's)")
+    sub.add_argument(
+        "--multistep",
+        action=argparse.BooleanOptionalAction,
+        help="the multistep method: good images in 8 to 20 steps (default: as the model was saved)",
+    )
+    _model(sub)
+
+
+def _model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--class-label", type=int, nargs="+", metavar="C", help="one for all images, or one for each")
     sub.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: none)")
     sub.add_argument("--null-class-label", type=int, metavar="C", help="stands for no class (default: the last)")
@@ -188,6 +211,8 @@ def _shared(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", help="cpu, cuda, … (default: an accelerator if there is one)")
     sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network (default: %(default)s)")
     sub.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    sub.add_argument("--output", default="out", metavar="FOLDER", help="where files are written (default: %(default)s)")
+    sub.add_argument("--overwrite", action="store_true", help="replace files of an earlier run")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -316,6 +341,18 @@ def interpolate(args: argparse.Namespace) -> Made:
     return {"interpolation.png": grid(rows), "interpolate.json": result, **ends}
 
 
+def fit(args: argparse.Namespace) -> Made:
+    labels = _labels(args, args.num)
+    pipe = _load(args, DETERMINISTIC, multistep=True)
+    found = fit_timesteps(
+        pipe, args.steps, args.num, args.teacher_steps, args.seed, args.batch_size, labels, **_guidance(args)
+    )
+    for S, each in found.items():
+        change = each.error / each.default_error - 1
+        print(f"S = {S}: distance to the solution {each.error:.3g} ({change:+.0%})", file=sys.stderr)
+    return {MODEL: pipe, "fit.json": {"fitted": {str(S): each._asdict() for S, each in found.items()}}}
+
+
 def push(args: argparse.Namespace) -> str:
     """Where the commit, or the pull request, is."""
     if not Path(args.folder).is_dir():
@@ -373,15 +410,20 @@ def _check(args: argparse.Namespace) -> None:
     args.found = _files(getattr(args, "images", None) or [])
 
 
-def _load(args: argparse.Namespace, changes: dict[str, Any]) -> GeneralizedDDIMPipeline:
+def _load(args: argparse.Namespace, changes: dict[str, Any], multistep: bool | None = None) -> GeneralizedDDIMPipeline:
     """The model with a scheduler of ours, whose settings are the model's but for `changes`."""
     settings = {} if args.revision is None else {"revision": args.revision}
     pipe = GeneralizedDDIMPipeline.from_pretrained(args.model, **settings)
-    if args.spacing is not None:
-        changes = changes | {"timestep_spacing": args.spacing}
+    if multistep is None:
+        multistep = args.multistep
+        if args.spacing is not None:
+            changes = changes | {"timestep_spacing": args.spacing}
+    if multistep is None:
+        multistep = isinstance(pipe.scheduler, MultistepDDIMScheduler)
     before = pipe.scheduler.config
     changes = keep_learned(before, changes)
-    pipe.scheduler = GeneralizedDDIMScheduler.from_config(before, **changes)
+    scheduler = MultistepDDIMScheduler if multistep else GeneralizedDDIMScheduler
+    pipe.scheduler = scheduler.from_config(before, **changes)
     for key, value in changes.items():
         if key in before and before[key] != value:
             print(f"note: {key}={value}, the model has {before[key]}", file=sys.stderr)
@@ -490,7 +532,7 @@ def _array(images: Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).float().cpu().numpy()
 
 
-KEPT = ("steps", "timesteps", "spacing", "strength", "class_label", "guidance_scale", "null_class_label")
+KEPT = ("steps", "timesteps", "spacing", "multistep", "strength", "class_label", "guidance_scale", "null_class_label")
 """Settings that latents are decoded with as they were made; they are kept in the file's metadata."""
 
 
@@ -528,6 +570,10 @@ def _write(output: Path, made: Made, args: argparse.Namespace) -> list[Path]:
             save_file({"latents": content.cpu().contiguous()}, aside, {"ddim_plugin": kept})
         elif isinstance(content, Image.Image):
             content.save(aside, format="PNG")
+        elif isinstance(content, GeneralizedDDIMPipeline):
+            shutil.rmtree(aside, ignore_errors=True)
+            content.save_pretrained(aside)
+            shutil.rmtree(path, ignore_errors=True)
         else:
             aside.write_text(json.dumps(content, indent=2) + "\n")
         aside.replace(path)

@@ -36,7 +36,14 @@ CONSTRAINTS = ("clip_sample", "thresholding", "use_clipped_model_output")
 DETERMINISTIC = {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False, "thresholding": False}
 """Settings under which a latent and its image determine each other."""
 
-SOLVER = ("solver_order", "solver_quantity", "solver_coordinate", "solver_corrector", "start_from_top")
+SOLVER = (
+    "solver_order",
+    "solver_quantity",
+    "solver_coordinate",
+    "solver_corrector",
+    "start_from_top",
+    "fitted_timesteps",
+)
 """Settings of `MultistepDDIMScheduler` beside those of the process."""
 
 CORRECTORS = ("pec", "pece")
@@ -459,8 +466,7 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
             values = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else timesteps
             times = tau.explicit(values, T, lowest=0, descending=True)
         else:
-            spacing, offset = self.config.timestep_spacing, self.config.steps_offset
-            times = tau.tau(spacing, num_inference_steps, T, offset, self._alpha_bar)
+            times = self._spaced(num_inference_steps)
         kind = self._kind(None)
         pairs = self._make_pairs(times)
         plan = self._make_plan(pairs, *kind)
@@ -485,6 +491,11 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
     def check_eta(self, eta: float | None) -> None:
         """Raise ValueError where a step of the current plan could not be made at this η (None: the scheduler's)."""
         self._plan(self._kind(eta))
+
+    def _spaced(self, S: int | None) -> tau.Times:
+        """τ of S steps by the spacing."""
+        config = self.config
+        return tau.tau(config.timestep_spacing, S, config.num_train_timesteps, config.steps_offset, self._alpha_bar)
 
     def _make_pairs(self, times: tau.Times) -> list[tuple[int, int]]:
         """(t, s) of each move, in the order they are made."""
@@ -787,8 +798,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     it tells nearly the same x̂0, and the first move is made from T with it. Elsewhere than at the beginning of the plan
     a sample is what its time says.
 
-    `from_config` takes the config of any sampler, but not its τ and its noise: what stands there was chosen for many
-    steps.
+    `from_config` takes the config of any sampler, but not its τ, noise and clipping: what stands there was chosen for
+    another.
 
     Args:
         solver_order: values that a move is made from, 1 to 4.
@@ -803,6 +814,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             order 3; with order 3 of ε̂ it is unstable at few steps.
         start_from_top: whether the first sample is x_T; False takes it as x at τ_S, as other schedulers, order 1 and
             "pece" do.
+        fitted_timesteps: τ for some numbers of steps, {"S": network times, descending}, as `ddim_plugin.fit_timesteps`
+            finds them for a model; it takes the place of the spacing "few_steps" there.
         The others are those of `GeneralizedDDIMScheduler`.
 
     Raises:
@@ -836,6 +849,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         solver_coordinate: str | None = None,
         solver_corrector: str | None = None,
         start_from_top: bool = True,
+        fitted_timesteps: dict[str, list[int]] | None = None,
     ):
         if not tau.is_integer(solver_order) or not 1 <= solver_order <= 4:
             raise ValueError(f"solver_order must be 1, 2, 3 or 4, not {solver_order!r}")
@@ -863,6 +877,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             eps_mean_square,
             use_clipped_model_output,
         )
+        self._fitted = _fitted(fitted_timesteps, num_train_timesteps)
         self._forget()
 
     def _own_settings(self) -> dict[str, Any]:
@@ -872,12 +887,14 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     def from_config(cls, config: FrozenDict | dict[str, Any] | None = None, return_unused_kwargs=False, **kwargs):
         """A scheduler from the config of this or any compatible scheduler; `kwargs` override its entries.
 
-        From another class τ and noise are not taken over, but for "learned_range", which the network asks for.
+        From another class τ, noise and clipping are not taken over, but for "learned_range", which the network asks
+        for, and thresholding.
         """
         if isinstance(config, dict) and SOLVER[0] not in (config.get(OWN) or {}):
             own = config.get(OWN)
             learned = "learned_range" in (config.get("variance_type"), (own or {}).get("variance_type"))
-            dropped = {"timestep_spacing", "steps_offset", "eta"} | (set() if learned else {"variance_type"})
+            dropped = {"timestep_spacing", "steps_offset", "eta", "clip_sample", "use_clipped_model_output"}
+            dropped |= set() if learned else {"variance_type"}
             config = {key: value for key, value in config.items() if key not in dropped}
             if own is not None:
                 config[OWN] = {key: value for key, value in own.items() if key not in dropped}
@@ -892,6 +909,11 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         """Plan the moves over τ; see `GeneralizedDDIMScheduler.set_timesteps`. "pece" takes S steps in 2S − 1 times."""
         super().set_timesteps(num_inference_steps, device, timesteps)
         self._forget()
+
+    def _spaced(self, S: int | None) -> tau.Times:
+        if self.config.timestep_spacing == "few_steps" and S in self._fitted:
+            return self._fitted[S]
+        return super()._spaced(S)
 
     def _make_pairs(self, times: tau.Times) -> list[tuple[int, int]]:
         pairs = super()._make_pairs(times)
@@ -1073,6 +1095,16 @@ def _said(config: dict[str, Any]) -> set[str]:
         return set(config)
     defaults = {name: parameter.default for name, parameter in inspect.signature(writer.__init__).parameters.items()}
     return {key for key, value in config.items() if key not in defaults or defaults[key] != value}
+
+
+def _fitted(timesteps: dict[str, list[int]] | None, T: int) -> dict[int, tau.Times]:
+    """τ by the number of steps, checked."""
+    found = {}
+    for S, times in (timesteps or {}).items():
+        found[int(S)] = tau.explicit(times, T, lowest=0, descending=True)
+        if len(times) != int(S):
+            raise ValueError(f"fitted_timesteps has {len(times)} times for {S} steps: give as many as there are steps")
+    return found
 
 
 def _eps_table(variance_type: str, eps_mean_square: Sequence[float] | None, T: int) -> np.ndarray | None:

@@ -1,14 +1,20 @@
 """The subsequence τ that minimises a sum of costs of its moves, by dynamic programming (Watson et al. 2021).
 
 Costs of moves add up, so the best path of S moves down to t is the best of S − 1 moves down to some u > t and one more.
+The cost of a move is a term of the variational bound, or the error that a multistep method makes on it along known
+solutions of the ODE, which depends on the moves before it too.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from itertools import combinations, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from . import process
+from . import ode, process
 from .bound import Errors, prior_nats, transition_nats
 from .gaussian import BITS
 
@@ -85,3 +91,106 @@ def search_bound(
 ) -> list[Found]:
     """For S = 1..`largest`, the τ with the smallest variational bound, and the bound in bits per dimension."""
     return best_paths(*bound_costs(alpha_bar, errors, variance_type, eta), largest)
+
+
+# ---- few steps -----------------------------------------------------------------------------------------------------
+
+VARIANCE = 10.0
+"""An error at time t counts by what is left of it in the image for Gaussian data of this variance."""
+
+
+class Trajectories(NamedTuple):
+    """Solutions of the ODE (Eq. 14) for some images, at n decreasing times; all numbers of all images in one row."""
+
+    times: NDArray[np.int64]  # (n,), 1..T
+    x: Tensor  # (n, d)
+    eps: Tensor  # ε̂ there, (n, d)
+    start: Tensor  # x_T, (d,)
+    end: Tensor  # x_0, (d,)
+
+
+def search_trajectories(alpha_bar: Array, path: Trajectories, largest: int, noise: float) -> list[Found]:
+    """For S = 1..`largest`, the τ among `path.times` along which the multistep method of order 3 errs least.
+
+    The method holds ε̂ in the coordinate "bounded" and makes its first move from T (see `MultistepDDIMScheduler`). The
+    cost of a move is the mean square of its error along the solutions, times what is left of that at the data. τ ends
+    where ᾱ ≤ `noise`, or at the highest time. Raises ValueError for more steps than times.
+    """
+    n, alpha_bar = len(path.times), np.asarray(alpha_bar)
+    if not 1 <= largest <= n:
+        raise ValueError(f"a path over {n} times has 1..{n} moves, not {largest}")
+    levels = alpha_bar[path.times]
+    nsr = np.append(np.sqrt(1 / levels - 1), 0.0)
+    left = 1 / np.sqrt(1 + nsr**2 / VARIANCE)
+    scaled = path.x.double() / torch.tensor(np.sqrt(levels)).to(path.x.device)[:, None]
+    basis = torch.cat([path.eps.double(), scaled, path.end.double()[None], path.start.double()[None]])
+    gram = (basis @ basis.T / basis.shape[1]).cpu().numpy()
+    ends, known = [*levels.tolist(), 1.0], {}
+
+    def costs(values: int, from_top: bool) -> Array:
+        """Of moves made from the last `values` values, the first of which may be that of x_T: (n, …, n + 1)."""
+        paths = np.array(list(combinations(range(n + 1), values + 1)))
+        table = np.full((n,) * values + (n + 1,), np.inf)
+        if not len(paths):
+            return table
+        for each in map(tuple, paths):
+            if each not in known:
+                *values_at, t, s = [ends[node] for node in (*each[:-1], *each[-2:])]
+                known[each] = ode.mean_weights("epsilon", "bounded", t, s, values_at[::-1])[::-1]
+        weights = np.array([known[each] for each in map(tuple, paths)])
+        step = nsr[paths[:, -1]] - nsr[paths[:, -2]]
+        terms = np.concatenate([paths[:, :-1], n + paths[:, -2:]], axis=1)
+        if from_top:
+            terms[:, 0] = 2 * n + 1
+        factors = np.concatenate([weights * step[:, None], np.ones((len(paths), 1)), -np.ones((len(paths), 1))], axis=1)
+        squares = np.einsum("ki,kij,kj->k", factors, gram[terms[:, :, None], terms[:, None, :]], factors)
+        table[tuple(paths.T)] = np.maximum(squares, 0) * left[paths[:, -1]] ** 2
+        return table
+
+    # Of x_T the network tells ε̂ ≈ x_T at the first time, where the solution has another.
+    start = gram[2 * n + 1, 2 * n + 1] + np.diag(gram)[:n] - 2 * gram[2 * n + 1, :n]
+    first = np.maximum(start, 0) * (nsr[:n] * left[:n]) ** 2
+    first[1:][levels[1:] > noise] = np.inf
+
+    found: list[Found] = []
+    best, came = first, []
+    later = costs(3, False) if largest > 3 else None
+    for S in range(1, largest + 1):
+        total = best[..., None] + (costs(S, True) if S <= 3 else later)
+        last = total[..., n]
+        place = np.unravel_index(int(last.argmin()), last.shape)
+        found.append(Found(_trace(path.times, place, came), float(last[place])))
+        best = total[..., :n]
+        if S >= 3:  # the last three nodes are all that matters from here on
+            came.append(best.argmin(axis=0))
+            best = best.min(axis=0)
+    return found
+
+
+def _trace(times: NDArray[np.int64], place: Sequence[Any], came: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The increasing τ that ends with the nodes `place`, through the choices made before."""
+    nodes = [int(i) for i in place]
+    for back in reversed(came):
+        nodes.insert(0, int(back[tuple(nodes[:3])]))
+    return np.array(sorted(times[nodes]), dtype=np.int64)
+
+
+def descend(tau: Sequence[int], T: int, cost: Callable[[list[int]], float], rounds: int = 3) -> tuple[list[int], float]:
+    """τ moved one time after the other to where `cost` is lower, by a third of a step, then less: (τ, its cost).
+
+    Each of `rounds` calls `cost` at most twice for each time of τ.
+    """
+    best, tau = cost(list(tau)), list(tau)
+    step = max(1, (tau[-1] - tau[0]) // (3 * max(1, len(tau) - 1)))
+    for _ in range(rounds):
+        for i in reversed(range(len(tau))):
+            for change in (-step, step):
+                moved = [*tau[:i], tau[i] + change, *tau[i + 1 :]]
+                if not 1 <= moved[i] <= T or any(low >= high for low, high in pairwise(moved)):
+                    continue
+                found = cost(moved)
+                if found < best:
+                    best, tau = found, moved
+                    break
+        step = max(1, step // 2)
+    return tau, best

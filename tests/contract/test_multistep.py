@@ -302,11 +302,11 @@ def test_from_any_sampler():
         GeneralizedDDIMScheduler(variance_type="fixed_large", beta_end=0.013).config,
         diffusers.DDIMScheduler(timestep_spacing="trailing", beta_end=0.013, clip_sample=False).config,
         diffusers.UniPCMultistepScheduler(beta_end=0.013).config,
-        diffusers.DDPMScheduler(variance_type="fixed_large", beta_end=0.013, clip_sample=False).config,
+        diffusers.DDPMScheduler(variance_type="fixed_large", beta_end=0.013).config,
     ):
         made = MultistepDDIMScheduler.from_config(config)
         assert made.config.beta_end == 0.013
-        for key in ("timestep_spacing", "eta", "variance_type", "steps_offset", "solver_order"):
+        for key in ("timestep_spacing", "eta", "variance_type", "steps_offset", "solver_order", "clip_sample"):
             assert made.config[key] == own.config[key], key
     learned = GeneralizedDDIMScheduler(variance_type="learned_range")
     assert MultistepDDIMScheduler.from_config(learned.config).config.variance_type == "learned_range"

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ddim_plugin
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler, cli
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_it_is_installed():
     assert done.stdout.strip() == ddim_plugin.__version__
 
 
-@pytest.mark.parametrize("command", ["sample", "encode", "reconstruct", "interpolate"])
+@pytest.mark.parametrize("command", ["sample", "encode", "reconstruct", "interpolate", "fit"])
 def test_help_shows_an_example_that_parses(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])
@@ -59,7 +59,7 @@ def test_help_shows_an_example_that_parses(command, capsys):
     text = capsys.readouterr().out
     example = next(line.split() for line in text.splitlines() if line.startswith(f"  ddim-plugin {command} "))
     assert cli.parse(example[1:]).command == command
-    assert ("--seed SEED" in text) is (command == "sample")
+    assert ("--seed SEED" in text) is (command in ("sample", "fit"))
 
 
 def test_flags_may_stand_anywhere(capsys):
@@ -159,6 +159,40 @@ def test_interpolate(model, pictures, tmp_path):
     assert grid.shape[0] > 3 * path.shape[0]
     assert torch.equal(latents(tmp_path / "path")[0], torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(1)))
     assert "report" in json.loads((tmp_path / "images" / "interpolate.json").read_text())
+
+
+def test_fit_and_the_multistep_method(model, pictures, tmp_path, capsys):
+    """A fitted model is used as it was saved; --no-multistep takes DDIM instead."""
+    settings = ("--num", 4, "--teacher-steps", 12, "--batch-size", 4)
+    run("fit", model, "--steps", 2, 3, *settings, "--output", tmp_path)
+    assert "S = 3: distance to the solution" in capsys.readouterr().err
+    result = json.loads((tmp_path / "fit.json").read_text())
+    assert result["settings"]["steps"] == [2, 3]
+    fitted = GeneralizedDDIMPipeline.from_pretrained(tmp_path / "model").scheduler
+    assert isinstance(fitted, MultistepDDIMScheduler)
+    for S in (2, 3):
+        fitted.set_timesteps(S)
+        assert fitted.timesteps.tolist() == result["fitted"][str(S)]["timesteps"]
+
+    run("sample", tmp_path / "model", "--num", 2, "--steps", 3, "--output", tmp_path / "own")
+    run("sample", model, "--num", 2, "--steps", 3, "--multistep", "--output", tmp_path / "asked")
+    run("sample", tmp_path / "model", "--num", 2, "--steps", 3, "--no-multistep", "--output", tmp_path / "not")
+    made = [np.asarray(Image.open(tmp_path / name / "samples.png")) for name in ("own", "asked", "not")]
+    assert not np.array_equal(made[0], made[2])
+    assert not np.array_equal(made[1], made[2])
+    latent = tmp_path / "asked" / "latents.safetensors"
+    run("sample", model, "--latents", latent, "--output", tmp_path / "again")  # by the method they came with
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "again" / "samples.png")), made[1])
+
+    run("reconstruct", tmp_path / "model", pictures, "--steps", 3, "--refine", 4, "--output", tmp_path / "back")
+    assert len(json.loads((tmp_path / "back" / "reconstruct.json").read_text())["report"]["timesteps"]) == 1
+    run("fit", model, "--steps", 2, *settings, "--output", tmp_path, ok=False)
+    assert "exists: choose another --output, or pass --overwrite" in capsys.readouterr().err
+    run("fit", model, "--steps", 2, *settings, "--overwrite", "--output", tmp_path)
+    assert list(json.loads((tmp_path / "fit.json").read_text())["fitted"]) == ["2"]
+    run("fit", model, "--steps", 0, "--output", tmp_path / "bad", ok=False)
+    assert "steps must be integers from 1 to 1000" in capsys.readouterr().err
+    assert not (tmp_path / "bad").exists()
 
 
 def test_a_stock_model_opens_without_clipping(make_unet, pictures, tmp_path, capsys):

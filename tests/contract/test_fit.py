@@ -1,0 +1,165 @@
+"""Times fitted to a model: what they are worth, how they are kept, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from exact import exact_pipe
+from oracle import Mixture
+
+from ddim_plugin import (
+    GeneralizedDDIMPipeline,
+    GeneralizedDDIMScheduler,
+    InverseMultistepDDIMScheduler,
+    MultistepDDIMScheduler,
+    fit_timesteps,
+)
+from ddim_plugin.fit import Fitted
+
+ALPHA = GeneralizedDDIMScheduler().alpha_bar
+DATA = Mixture((0.3, 0.7), (-0.6, 0.5), (0.01, 0.02), ALPHA)
+FEW = {"num_images": 16, "teacher_steps": 60}
+
+
+def distance(scheduler, S, seeds=range(100, 140)):
+    """To the converged solution, from draws that were not seen before."""
+    x = torch.stack([torch.randn(1, 4, 4, generator=torch.Generator().manual_seed(i)) for i in seeds]).double()
+    made = []
+    for each, steps in ((scheduler, S), (MultistepDDIMScheduler(timestep_spacing="linear"), 500)):
+        made.append(exact_pipe(DATA, each)(latents=x, num_inference_steps=steps, output_type="pt").images)
+    return float((made[0] - made[1]).flatten(1).square().mean(1).sqrt().mean())
+
+
+def test_it_is_nearer_on_other_draws():
+    pipe = exact_pipe(DATA, GeneralizedDDIMScheduler(eta=1.0))
+    found = fit_timesteps(pipe, [8, 5], num_images=64, teacher_steps=100)
+    assert list(found) == [5, 8]
+    assert isinstance(pipe.scheduler, MultistepDDIMScheduler)
+    for S, fitted in found.items():
+        pipe.scheduler.set_timesteps(S)
+        assert pipe.scheduler.timesteps.tolist() == fitted.timesteps
+        assert fitted.error < 0.95 * fitted.default_error
+        assert distance(pipe.scheduler, S) < 0.95 * distance(MultistepDDIMScheduler(), S)
+
+
+def test_it_depends_on_the_seed_and_on_nothing_else():
+    def found(**settings):
+        return fit_timesteps(exact_pipe(DATA, MultistepDDIMScheduler()), [5], **FEW | settings)[5]
+
+    first = found()
+    assert isinstance(first, Fitted)
+    other = found(batch_size=3)
+    assert first.timesteps == other.timesteps
+    assert first.error == pytest.approx(other.error, rel=1e-9)
+    assert found(seed=50).error != first.error
+
+
+def test_they_are_used_saved_and_carried(make_unet, tmp_path):
+    fitted = {"3": [900, 400, 30], "1": [700]}
+    scheduler = MultistepDDIMScheduler(fitted_timesteps=fitted)
+
+    def times(each, S):
+        each.set_timesteps(S)
+        return each.timesteps.tolist()
+
+    assert times(scheduler, 3) == [900, 400, 30]
+    assert times(scheduler, 1) == [700]
+    assert times(scheduler, 4) == times(MultistepDDIMScheduler(), 4)
+    assert times(MultistepDDIMScheduler.from_config(scheduler.config, timestep_spacing="linear"), 3) == [999, 665, 332]
+    assert times(InverseMultistepDDIMScheduler.from_config(scheduler.config), 3) == [30, 30, 400]
+    GeneralizedDDIMPipeline(make_unet(), scheduler).save_pretrained(tmp_path)
+    loaded = GeneralizedDDIMPipeline.from_pretrained(tmp_path).scheduler
+    assert times(loaded, 3) == [900, 400, 30]
+    assert loaded.config.fitted_timesteps == fitted
+
+
+def test_what_was_fitted_before_stays():
+    pipe = exact_pipe(DATA, MultistepDDIMScheduler(fitted_timesteps={"3": [900, 400, 30], "4": [950, 700, 300, 20]}))
+    found = fit_timesteps(pipe, [4], **FEW)
+    kept = pipe.scheduler.config.fitted_timesteps
+    assert kept["3"] == [900, 400, 30]
+    assert kept["4"] == found[4].timesteps
+
+
+def test_the_settings_of_the_solver_are_kept():
+    pipe = exact_pipe(DATA, MultistepDDIMScheduler(solver_order=2, solver_quantity="sample", clip_sample=True))
+    fit_timesteps(pipe, [4], **FEW)
+    config = pipe.scheduler.config
+    assert (config.solver_order, config.solver_quantity, config.clip_sample) == (2, "sample", True)
+
+
+def test_labels_and_guidance():
+    """Data moved by 0.1·label: the evaluations are counted twice where guidance is on."""
+    pipe = exact_pipe(DATA, MultistepDDIMScheduler(), num_class_embeds=3)
+    with torch.no_grad():
+        pipe.unet.data = DATA
+    calls = []
+    original = pipe._predict
+    pipe._predict = lambda x, t, condition: calls.append(condition) or original(x, t, condition)
+    fit_timesteps(pipe, [3], **FEW | {"teacher_steps": 10})
+    assert calls[0].labels.tolist() == [i % 3 for i in range(16)]
+    calls.clear()
+    fit_timesteps(pipe, [3], **FEW | {"teacher_steps": 10}, guidance_scale=2.0)
+    assert calls[0].labels.tolist() == [i % 2 for i in range(16)]
+    assert set(calls[0].null_labels.tolist()) == {2}
+
+
+def test_small_T():
+    pipe = exact_pipe(
+        Mixture((1.0,), (0.2,), (0.1,), ALPHA[[0, 99, 299, 499, 699, 899, 999]]),
+        MultistepDDIMScheduler(
+            6, trained_betas=list(1 - ALPHA[[99, 299, 499, 699, 899, 999]] / ALPHA[[0, 99, 299, 499, 699, 899]])
+        ),
+    )
+    found = fit_timesteps(pipe, [1, 2, 3], **FEW)
+    assert [len(each.timesteps) for each in found.values()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"steps": []}, "steps must be integers from 1 to 1000"),
+        ({"steps": [5, 0]}, r"steps must be integers from 1 to 1000 \(num_train_timesteps\), not \[0\]"),
+        ({"steps": [5, 2.5]}, r"not \[2.5\]"),
+        ({"steps": [5], "num_images": 1}, "num_images must be an integer from 2 on, not 1"),
+        ({"steps": [5], "batch_size": 0}, "batch_size must be an integer from 1 on, not 0"),
+        ({"steps": [5, 50], "teacher_steps": 99}, "must be twice the largest of the steps .50. at least"),
+        ({"steps": [600], "teacher_steps": 2000}, "of 1000 times must be twice"),
+    ],
+)
+def test_bad_input(settings, said):
+    pipe = exact_pipe(DATA, before := GeneralizedDDIMScheduler())
+    with pytest.raises(ValueError, match=said):
+        fit_timesteps(pipe, **settings)
+    assert pipe.unet.evaluated == 0
+    assert pipe.scheduler is before
+
+
+def test_noise_is_refused_and_an_interrupt_leaves_the_scheduler():
+    pipe = exact_pipe(DATA, before := MultistepDDIMScheduler(eta=0.5))
+    with pytest.raises(ValueError, match="latents need the deterministic process"):
+        fit_timesteps(pipe, [5])
+    assert pipe.scheduler is before
+    pipe = exact_pipe(DATA, before := GeneralizedDDIMScheduler())
+    pipe._predict = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit_timesteps(pipe, [5])
+    assert pipe.scheduler is before
+
+
+@pytest.mark.parametrize(
+    ("fitted", "said"),
+    [
+        ({"2": [500]}, "fitted_timesteps has 1 times for 2 steps"),
+        ({"2": [5, 500]}, "descending order"),
+        ({"1": [1000]}, "outside 0..999"),
+    ],
+)
+def test_bad_times(fitted, said):
+    with pytest.raises(ValueError, match=said):
+        MultistepDDIMScheduler(fitted_timesteps=fitted)
+
+
+def test_half_precision():
+    pipe = exact_pipe(DATA, MultistepDDIMScheduler(), dtype=torch.bfloat16)
+    found = fit_timesteps(pipe, [4], **FEW)
+    assert np.isfinite(found[4].error)
