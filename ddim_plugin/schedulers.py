@@ -215,7 +215,7 @@ class _Evaluation(NamedTuple):
     limit: float | None  # x̂0 is clipped to ± this
     thresholding: tuple[float, float] | None  # ratio and largest value of dynamic thresholding
     recompute_eps: bool
-    others: tuple[tuple[float, Tensor], ...] = ()  # what a multistep method adds: weights, and values of g
+    others: Sequence[tuple[float, Tensor]] = ()  # what a multistep method adds: weights, and values of g
 
     def x0(self) -> Tensor:
         x0 = p.combine(self.step.x0_x, self.sample, self.step.x0_out, self.output)
@@ -878,6 +878,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             use_clipped_model_output,
         )
         self._fitted = _fitted(fitted_timesteps, num_train_timesteps)
+        self._quantity = solver_quantity
+        self._kept = solver_order - 1 + (solver_corrector is not None)  # values, beside the newest
         self._forget()
 
     def _own_settings(self) -> dict[str, Any]:
@@ -937,47 +939,42 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         self._values: list[Tensor] = []  # of g, the newest first
         self._times: tuple[int, ...] = ()  # that they belong to
         self._last: tuple[str, int] | None = None  # what g is, and the place of the newest in the plan
-        self._rows: dict[tuple[tuple[str, float], int, tuple[int, ...]], list[float]] = {}
+        self._rows: dict[tuple[tuple[str, float], int, tuple[int, ...]], tuple[Step, float, list[float]]] = {}
 
     def _kind(self, eta: float | None) -> tuple[str, float]:
         kind = super()._kind(eta)
         noisy = process.adds_noise(*kind)
-        if noisy and self.config.solver_quantity == "epsilon" and self._is_multistep:
+        if noisy and self.config.solver_quantity == "epsilon" and self._kept:
             raise ValueError(
                 f"with noise (eta={kind[1]:g}, variance {kind[0]!r}) ε̂ changes with every draw and is no polynomial: "
                 "take solver_quantity='sample', or None"
             )
         return kind
 
-    @property
-    def _is_multistep(self) -> bool:
-        return self.config.solver_order > 1 or self.config.solver_corrector is not None
-
     def _evaluate(self, kind: tuple[str, float], *args: Any) -> _Evaluation:
         evaluation, place = super()._evaluate(kind, *args), self._place
-        if place is None or not self._is_multistep:
+        if place is None or not self._kept:
             return evaluation
-        quantity = self.config.solver_quantity or ("sample" if process.adds_noise(*kind) else "epsilon")
+        quantity = self._quantity or ("sample" if process.adds_noise(*kind) else "epsilon")
         g, t = self._value(evaluation, quantity), self._pairs[place][0]
         follows = self._last == (quantity, place - 1) and self._values[0].shape == g.shape
         again = int(follows and self._times[0] == t)  # in place of the value that was there
-        count = self.config.solver_order - 1 + (self.config.solver_corrector is not None) if follows else 0
-        older = slice(again, again + count)
+        older = slice(again, again + self._kept if follows else 0)
         self._values, self._times = [g, *self._values[older]], (t, *self._times[older])
         self._last = quantity, place
 
         key = kind, place, self._times
         if key not in self._rows:
-            self._rows[key] = self._row(quantity, *key)
-        first, *rest = self._rows[key]
-        others = [(weight, value) for weight, value in zip(rest, self._values[1:], strict=True) if weight]
-        step = evaluation.step
-        if evaluation.limit is None and evaluation.thresholding is None:
+            first, *rest = self._row(quantity, *key)
+            step = evaluation.step
             x, out = (step.x0_x, step.x0_out) if quantity == "sample" else (step.eps_x, step.eps_out)
             step = step._replace(fold_x=step.fold_x + first * x, fold_out=step.fold_out + first * out)
-        elif first:
+            self._rows[key] = step, first, rest
+        step, first, rest = self._rows[key]
+        others = [(weight, value) for weight, value in zip(rest, self._values[1:], strict=True) if weight]
+        if first and not (evaluation.limit is None and evaluation.thresholding is None):
             others.append((first, g))
-        return evaluation._replace(step=step, others=tuple(others))
+        return _Evaluation(step, *evaluation[1:-1], others)
 
     def _value(self, evaluation: _Evaluation, quantity: str) -> Tensor:
         """g at the sample of this evaluation."""
