@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ddim_plugin import GeneralizedDDIMScheduler
+from ddim_plugin import GeneralizedDDIMScheduler, MultistepDDIMScheduler
 
 
 def seeded():
@@ -149,3 +149,26 @@ def test_stable_diffusion_keeps_our_scheduler_on_disk(stable_diffusion, tmp_path
     assert isinstance(loaded.scheduler, GeneralizedDDIMScheduler)
     assert loaded.scheduler.config.eta == 0.2
     assert loaded.scheduler.config.timestep_spacing == "quadratic"
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_few_steps_with_guidance(stable_diffusion, prediction_type, quiet_diffusers):
+    """Nearer to what many steps make than DDIM in as many steps, in pipelines that know nothing of it."""
+    stock = DDIMScheduler(**SD, prediction_type=prediction_type, timestep_spacing="trailing")
+    pipe = quiet(diffusers.StableDiffusionPipeline(scheduler=stock, **stable_diffusion))
+    call = {"guidance_scale": 3.0, "height": 16, "width": 16, "output_type": "np"}
+
+    def images(scheduler, steps):
+        pipe.scheduler = scheduler
+        return pipe("a cat", generator=seeded(), num_inference_steps=steps, **call).images
+
+    solution = images(MultistepDDIMScheduler.from_config(stock.config, timestep_spacing="trailing"), 250)
+    few = MultistepDDIMScheduler.from_config(stock.config)
+    assert few.config.steps_offset == 0
+    distances = [np.abs(images(each, 10) - solution).mean() for each in (few, stock)]
+    assert distances[0] < {"epsilon": 0.9, "v_prediction": 0.2}[prediction_type] * distances[1]
+    half = quiet(diffusers.StableDiffusionImg2ImgPipeline(scheduler=few, **stable_diffusion))
+    image = torch.rand(1, 3, 16, 16, generator=seeded())
+    made = half("a cat", image=image, strength=0.5, num_inference_steps=8, output_type="np", generator=seeded()).images
+    assert np.isfinite(made).all()
+    assert [message for message in quiet_diffusers if "scheduler" in message.lower()] == []

@@ -8,14 +8,14 @@ import pytest
 import torch
 from loopback_hub import LoopbackHub
 
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_examples_run(monkeypatch, make_unet, tmp_path):
-    example, latents, saving = BLOCKS
+    example, few, latents, saving = BLOCKS
     stock = diffusers.DDPMScheduler(clip_sample=True, variance_type="fixed_large")
     diffusers.DDPMPipeline(make_unet(channels=3), stock).save_pretrained(tmp_path / "ddpm")
     files = [file for file in (tmp_path / "ddpm").rglob("*") if file.is_file()]
@@ -41,6 +41,10 @@ def test_the_examples_run(monkeypatch, make_unet, tmp_path):
         small = names["pipe"].unet.conv_out.weight  # without training, large outputs make moves that no one can invert
         torch.nn.init.normal_(small, std=0.01, generator=torch.Generator().manual_seed(0))
         names["images"] = names["pipe"](batch_size=4, num_inference_steps=10).images
+        exec(few, names)
+        assert [image.size for image in names["images"]] == [(8, 8)] * 16
+        assert isinstance(names["sd"].scheduler, MultistepDDIMScheduler)
+        assert set(names["fast"].scheduler.config.fitted_timesteps or {}) <= {"5", "8"}
         exec(latents, names)
         assert [len(names[name]) for name in ("again", "path", "grid", "variants")] == [4, 11, 25, 4]
         exec(saving, names)
