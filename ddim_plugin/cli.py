@@ -343,6 +343,8 @@ def interpolate(args: argparse.Namespace) -> Made:
 
 def fit(args: argparse.Namespace) -> Made:
     labels = _labels(args, args.num)
+    if (Path(args.output) / MODEL).resolve() == Path(args.model).resolve():
+        raise ValueError(f"--output {args.output} would put the fitted model in the place of {args.model}")
     pipe = _load(args, DETERMINISTIC, multistep=True)
     found = fit_timesteps(
         pipe, args.steps, args.num, args.teacher_steps, args.seed, args.batch_size, labels, **_guidance(args)
@@ -350,6 +352,9 @@ def fit(args: argparse.Namespace) -> Made:
     for S, each in found.items():
         change = each.error / each.default_error - 1
         print(f"S = {S}: distance to the solution {each.error:.3g} ({change:+.0%})", file=sys.stderr)
+    if args.dtype != "float32":  # what is saved has the model's own weights
+        scheduler, pipe = pipe.scheduler, _load(argparse.Namespace(**vars(args) | {"dtype": "float32"}), {}, True)
+        pipe.scheduler = scheduler
     return {MODEL: pipe, "fit.json": {"fitted": {str(S): each._asdict() for S, each in found.items()}}}
 
 

@@ -43,6 +43,9 @@ KINDS = (
     ("sde-dpmsolver++", "zero"),
     ("sde-dpmsolver++", "sigma_min"),
 )
+OURS = ("ours", "ours with noise")
+"""The default, and the default at η = 1: what a table compares with theirs."""
+
 NOISELESS = {"tau_func": 0}
 """SA-Solver without noise."""
 
@@ -83,7 +86,8 @@ class Sampler(NamedTuple):
 
 def samplers() -> Iterator[Sampler]:
     """Ours, and what diffusers has without training, each with its grids and kinds of prediction."""
-    yield Sampler("ours", "MultistepDDIMScheduler", {})
+    yield Sampler(OURS[0], "MultistepDDIMScheduler", {})
+    yield Sampler(OURS[1], "MultistepDDIMScheduler", {"eta": 1.0})
     for spacing in SPACINGS:
         grid = {"timestep_spacing": spacing}
         yield Sampler("DDIM", "DDIMScheduler", grid)
@@ -190,17 +194,15 @@ class Bench:
         raise Unfit(reason)
 
     @torch.inference_mode()
-    def sample(self, scheduler: Any, x: Tensor) -> Tensor:
-        """Images in −1..1 from x_T. Raises Unfit where they are not finite."""
-        x = x * float(scheduler.init_noise_sigma)
-        generator = (
-            {"generator": Generator().manual_seed(0)}
-            if "generator" in inspect.signature(scheduler.step).parameters
-            else {}
-        )
+    def sample(self, scheduler: Any, numbers: range) -> Tensor:
+        """These images, in −1..1. Raises Unfit where they are not finite."""
+        x = self.noise(numbers) * float(scheduler.init_noise_sigma)
+        drawn = {}
+        if "generator" in inspect.signature(scheduler.step).parameters:  # apart from those of x_T
+            drawn["generator"] = Generator().manual_seed(2**40 + self.config.seed + numbers.start)
         for t in scheduler.timesteps:
             output = self.unet(scheduler.scale_model_input(x, t), t).sample
-            x = scheduler.step(output, t, x, **generator).prev_sample
+            x = scheduler.step(output, t, x, **drawn).prev_sample
         if not bool(x.isfinite().all()):
             raise Unfit("images that are not finite")
         return x.clamp(-1, 1)
@@ -210,7 +212,7 @@ class Bench:
         for start in range(0, images, self.config.batch_size):
             numbers = range(start, min(start + self.config.batch_size, images))
             try:
-                yield self.sample(self.scheduler(sampler, nfe), self.noise(numbers))
+                yield self.sample(self.scheduler(sampler, nfe), numbers)
             except (
                 RuntimeError,
                 ValueError,
@@ -286,8 +288,8 @@ def main(config: FewStepsConfig) -> dict[str, Any]:
                 unfit[f"{sampler.name}, {nfe}"] = found["unfit"]
             else:
                 screened.append((sampler, found))
-        theirs = [pair for pair in screened if pair[0].family != "ours"]
-        ours = [pair for pair in screened if pair[0].family == "ours"]
+        theirs = [pair for pair in screened if pair[0].family not in OURS]
+        ours = [pair for pair in screened if pair[0].family in OURS]
         chosen = sorted(theirs, key=lambda pair: pair[1]["frechet"])[: config.shortlist] + ours
         whole = {sampler.name: bench.measure(sampler, nfe, config.images) for sampler, _ in chosen}
         row = {"nfe": nfe, "screened": [found for _, found in screened], "measured": list(whole.values())}
@@ -300,26 +302,20 @@ def main(config: FewStepsConfig) -> dict[str, Any]:
     return result
 
 
-def best(entries: list[dict[str, Any]], measure: str, ours: bool) -> dict[str, Any] | None:
-    """The best of ours, or of theirs."""
-    found = [entry for entry in entries if measure in entry and (entry["family"] == "ours") == ours]
-    return min(found, key=lambda entry: entry[measure], default=None)
-
-
 def table(result: dict[str, Any]) -> str:
-    """For each number of evaluations, the best of theirs and ours by both measures, and the ratio."""
-    lines = ["| NFE | RMS, best of diffusers | by | ours | ratio | Fréchet, best of diffusers | by | ours | ratio |"]
-    lines.append("|---" * 9 + "|")
+    """For each number of evaluations, the best of theirs and ours by both measures, and the ratio to theirs."""
+    head = ["NFE", "RMS, best of diffusers", "by", *OURS[:1], "Fréchet, best of diffusers", "by", *OURS]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in result["rows"]:
         cells = [str(row["nfe"])]
-        for measure, entries in (("rms", row["screened"]), ("frechet", row["measured"])):
-            theirs, ours = best(entries, measure, False), best(entries, measure, True)
-            if theirs is None or ours is None:
-                cells += [""] * 4
-                continue
-            digits = ".4f" if measure == "rms" else ".3f"
-            cells += [f"{theirs[measure]:{digits}}", theirs["sampler"], f"{ours[measure]:{digits}}"]
-            cells.append(f"{ours[measure] / theirs[measure]:.2f}")
+        for measure, entries, ours in (("rms", row["screened"], OURS[:1]), ("frechet", row["measured"], OURS)):
+            theirs = [entry for entry in entries if entry["family"] not in OURS]
+            best = min(theirs, key=lambda entry: entry[measure], default=None)
+            cells += [f"{best[measure]:.4g}", best["sampler"]] if best else ["", ""]
+            for family in ours:
+                found = next((entry[measure] for entry in entries if entry["family"] == family), None)
+                ratio = f" ({found / best[measure]:.2f})" if found and best else ""
+                cells.append("" if found is None else f"{found:.4g}{ratio}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -337,7 +333,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 points = families.setdefault(entry["family"], {})
                 points[row["nfe"]] = min(entry[measure], points.get(row["nfe"], float("inf")))
         for family, points in sorted(families.items()):
-            width = 3 if family == "ours" else 1
+            width = 3 if family in OURS else 1
             axis.plot(list(points), list(points.values()), marker="o", markersize=3, linewidth=width, label=family)
         axis.set(
             xlabel="network evaluations", yscale="log", ylabel={"rms": "RMS to the solution"}.get(measure, "Fréchet")

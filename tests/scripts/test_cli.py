@@ -190,6 +190,14 @@ def test_fit_and_the_multistep_method(model, pictures, tmp_path, capsys):
     assert "exists: choose another --output, or pass --overwrite" in capsys.readouterr().err
     run("fit", model, "--steps", 2, *settings, "--overwrite", "--output", tmp_path)
     assert list(json.loads((tmp_path / "fit.json").read_text())["fitted"]) == ["2"]
+    run("fit", tmp_path / "model", "--steps", 2, *settings, "--overwrite", "--output", tmp_path, ok=False)
+    assert "would put the fitted model in the place of" in capsys.readouterr().err
+    run("fit", model, "--steps", 2, *settings, "--dtype", "bfloat16", "--output", tmp_path / "half")
+    weights = [
+        GeneralizedDDIMPipeline.from_pretrained(folder).unet.conv_in.weight
+        for folder in (model, tmp_path / "half" / "model")
+    ]
+    assert torch.equal(*weights)
     run("fit", model, "--steps", 0, "--output", tmp_path / "bad", ok=False)
     assert "steps must be integers from 1 to 1000" in capsys.readouterr().err
     assert not (tmp_path / "bad").exists()
