@@ -343,15 +343,20 @@ def interpolate(args: argparse.Namespace) -> Made:
 
 def fit(args: argparse.Namespace) -> Made:
     labels = _labels(args, args.num)
-    if (Path(args.output) / MODEL).resolve() == Path(args.model).resolve():
+    folder = Path(args.output) / MODEL
+    if folder.resolve() in (Path(args.model).resolve(), *Path(args.model).resolve().parents):
         raise ValueError(f"--output {args.output} would put the fitted model in the place of {args.model}")
-    pipe = _load(args, DETERMINISTIC, multistep=True)
+    if os.path.lexists(folder) and (folder.is_symlink() or not (folder / "model_index.json").is_file()):
+        raise ValueError(f"{folder} is no model that --overwrite may replace: choose another --output")
+    pipe = _load(args, {"eta": 0.0, "variance_type": "fixed_small"}, multistep=True)
     found = fit_timesteps(
         pipe, args.steps, args.num, args.teacher_steps, args.seed, args.batch_size, labels, **_guidance(args)
     )
     for S, each in found.items():
-        change = each.error / each.default_error - 1
-        print(f"S = {S}: distance to the solution {each.error:.3g} ({change:+.0%})", file=sys.stderr)
+        print(
+            f"S = {S}: distance to the solution {each.error:.3g} (without fitting {each.default_error:.3g})",
+            file=sys.stderr,
+        )
     if args.dtype != "float32":  # what is saved has the model's own weights
         scheduler, pipe = pipe.scheduler, _load(argparse.Namespace(**vars(args) | {"dtype": "float32"}), {}, True)
         pipe.scheduler = scheduler
@@ -576,14 +581,23 @@ def _write(output: Path, made: Made, args: argparse.Namespace) -> list[Path]:
         elif isinstance(content, Image.Image):
             content.save(aside, format="PNG")
         elif isinstance(content, GeneralizedDDIMPipeline):
-            shutil.rmtree(aside, ignore_errors=True)
-            content.save_pretrained(aside)
-            shutil.rmtree(path, ignore_errors=True)
+            _save_aside(content, path, aside)
         else:
             aside.write_text(json.dumps(content, indent=2) + "\n")
         aside.replace(path)
         paths.append(path)
     return paths
+
+
+def _save_aside(pipe: GeneralizedDDIMPipeline, path: Path, aside: Path) -> None:
+    """Save the pipeline aside, and take away what stands in its place."""
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        pipe.save_pretrained(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(path, ignore_errors=True)
 
 
 if __name__ == "__main__":

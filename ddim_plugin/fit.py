@@ -10,12 +10,20 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from . import tau as spacings
-from .pipeline import GeneralizedDDIMPipeline
+from .pipeline import Condition, GeneralizedDDIMPipeline
 from .schedulers import MultistepDDIMScheduler
 from .search import Trajectories, descend, search_trajectories
 
 NODES = 28
 """Times that the dynamic programming chooses from."""
+
+TEACHER = {
+    "solver_order": 3,
+    "solver_quantity": None,
+    "solver_coordinate": None,
+    "solver_corrector": None,
+}
+"""Settings of the solver that makes the solutions, whatever those of the model are."""
 
 NUMBERS = 2**20
 """Numbers of the images that it looks at, at most."""
@@ -50,33 +58,36 @@ def fit_timesteps(
 ) -> dict[int, Fitted]:
     """Find τ for few steps with `MultistepDDIMScheduler`, and give the pipeline such a scheduler that knows it.
 
-    Solutions of the ODE for `num_images` draws of x_T are made with `teacher_steps` steps. On half of them τ is found
-    by dynamic programming (`ddim_plugin.search.search_trajectories`), and from there, or from a spacing where that is
-    better, moved time by time to where the sampler's own images are nearer to the solutions. It is taken where it is
-    better on the other half too. `pipe.scheduler` is then a `MultistepDDIMScheduler` with `fitted_timesteps`, which
-    are saved with it and used wherever that many steps are asked for.
+    Solutions of the ODE for `num_images` draws of x_T are made with `teacher_steps` steps of order 3. On half of them
+    τ is found by dynamic programming (`ddim_plugin.search.search_trajectories`), and from there, or from the spacing
+    "few_steps" or an earlier τ where those are better, moved time by time to where the sampler's own images are nearer
+    to the solutions. What is best on the other half is taken. `pipe.scheduler` is then a `MultistepDDIMScheduler` with
+    `fitted_timesteps`, which are saved with it and used wherever that many steps are asked for.
 
     Args:
-        pipe: the model. The settings of a `MultistepDDIMScheduler` in it are kept.
-        steps: the S to fit, each from 1 to T.
+        pipe: the model. The settings of a `MultistepDDIMScheduler` in it are kept, but its spacing is "few_steps".
+        steps: the S to fit, each from 1 to T/2.
         num_images: x_T of image i is drawn from `seed` + i.
         teacher_steps: S of the solutions, or T where that is less.
         batch_size: images at a time.
-        class_labels: of a class-conditional network, one for each image; in turn all but the label of no class where
-            guidance is on, all where it is not.
+        class_labels: of a class-conditional network, one for each image; by default spread over all classes, but for
+            the label of no class where guidance is on.
         guidance_scale, null_class_label: as in the pipeline's call.
 
     Returns:
         For each S what was found.
 
     Raises:
-        ValueError: before the network is called, for numbers that cannot be, or a scheduler that adds noise.
+        ValueError: before the network is called, for numbers that cannot be, or a scheduler that adds noise;
+            afterwards, for images that are not finite.
     """
-    scheduler = MultistepDDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler = MultistepDDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="few_steps")
     T = scheduler.config.num_train_timesteps
     for name, value, least in (("num_images", num_images, 2), ("batch_size", batch_size, 1)):
         if not spacings.is_integer(value) or value < least:
             raise ValueError(f"{name} must be an integer from {least} on, not {value!r}")
+    if not isinstance(steps, Sequence):
+        raise ValueError(f"steps must be a list of numbers of steps, not {steps!r}")
     wrong = [S for S in steps if not spacings.is_integer(S) or not 1 <= S <= T]
     if wrong or not len(steps):
         raise ValueError(f"steps must be integers from 1 to {T} (num_train_timesteps), not {wrong or steps!r}")
@@ -89,8 +100,16 @@ def fit_timesteps(
     pipe.scheduler = scheduler
     try:
         pipe._check_deterministic()
-        fitter = _Fitter(pipe, num_images, seed, batch_size, class_labels, guidance_scale, null_class_label)
-        found = fitter.fit(sorted(set(steps)), min(teacher_steps, T))
+        pipe._check_channels()
+        if pipe.image_size is None:
+            raise ValueError("the network's config has no sample_size: set it there")
+        shape, device = (pipe.unet.config.in_channels, *pipe.image_size), pipe._execution_device
+        if class_labels is None:
+            class_labels = _labels(pipe.unet.config.num_class_embeds, num_images, guidance_scale, null_class_label)
+        condition = pipe._condition(class_labels, guidance_scale, null_class_label, num_images, device)
+        generators = [Generator().manual_seed(seed + i) for i in range(num_images)]
+        noise = torch.stack([torch.randn(shape, generator=each) for each in generators]).to(device)
+        found = _Fitter(pipe, noise, condition, batch_size).fit(sorted(set(steps)), min(teacher_steps, T))
     except BaseException:
         pipe.scheduler = before
         raise
@@ -103,77 +122,74 @@ def fit_timesteps(
     return found
 
 
+def _labels(classes: int | None, num: int, guidance_scale: float, null_class_label: int | None) -> list[int] | None:
+    """A label for each image, spread over the classes that there are pictures of."""
+    if not classes:
+        return None
+    null = classes - 1 if null_class_label is None else null_class_label
+    used = [label for label in range(classes) if guidance_scale == 1 or classes == 1 or label != null]
+    spread = used[:: max(1, len(used) // num)]
+    return [spread[i % len(spread)] for i in range(num)]
+
+
 class _Fitter:
     """A model, draws of x_T, and the solutions from them."""
 
-    def __init__(
-        self,
-        pipe: GeneralizedDDIMPipeline,
-        num_images: int,
-        seed: int,
-        batch_size: int,
-        class_labels: Sequence[int] | None,
-        guidance_scale: float,
-        null_class_label: int | None,
-    ):
-        classes = pipe.unet.config.num_class_embeds
-        if classes and class_labels is None:
-            used = classes if guidance_scale == 1 else max(1, classes - 1)
-            class_labels = [i % used for i in range(num_images)]
-        shape, self.device = pipe._shape(num_images, None), pipe._execution_device
-        self.pipe, self.scheduler, self.batch_size = pipe, pipe.scheduler, batch_size
-        self.condition = pipe._condition(class_labels, guidance_scale, null_class_label, num_images, self.device)
-        pipe._check_channels()
-        seeds = [Generator().manual_seed(seed + i) for i in range(num_images)]
-        draws = [torch.randn(shape[1:], generator=each) for each in seeds]
-        self.noise = torch.stack(draws).to(self.device)
-        self.half = num_images // 2
+    def __init__(self, pipe: GeneralizedDDIMPipeline, noise: Tensor, condition: Condition, batch_size: int):
+        self.pipe, self.noise, self.condition, self.batch_size = pipe, noise, condition, batch_size
+        self.scheduler, self.half = pipe.scheduler, len(noise) // 2
+        self.alpha_bar, self.T = self.scheduler.alpha_bar, self.scheduler.config.num_train_timesteps
         self.solutions = torch.empty(0)
 
     def fit(self, steps: list[int], teacher_steps: int) -> dict[int, Fitted]:
         path = self._solve(teacher_steps)
-        programmed = search_trajectories(
-            self.scheduler.alpha_bar, path, min(max(steps), len(path.times)), spacings.NOISE
-        )
-        T, found = self.scheduler.config.num_train_timesteps, {}
-        held = range(self.half, len(self.noise))
+        largest = min(max(steps), len(path.times))
+        programmed = search_trajectories(self.alpha_bar, path, largest, spacings.NOISE)
+        seen, held, found = range(self.half), range(self.half, len(self.noise)), {}
         for S in tqdm(steps, desc="fitting τ"):
-            default = spacings.tau("few_steps", S, T, alpha_bar=self.scheduler.alpha_bar).tolist()
-            starts = [default, *([programmed[S - 1].tau.tolist()] if len(programmed) >= S else [])]
-            start = min(starts, key=lambda tau: self._error(tau, range(self.half)))
-            tau, _ = descend(start, T, lambda tau: self._error(tau, range(self.half)))
-            error, default_error = self._error(tau, held), self._error(default, held)
-            if not error < default_error:
-                tau, error = default, default_error
-            found[S] = Fitted([t - 1 for t in reversed(tau)], error, default_error)
+            default = spacings.tau("few_steps", S, self.T, alpha_bar=self.alpha_bar).tolist()
+            earlier = (self.scheduler.config.fitted_timesteps or {}).get(str(S))
+            starts = [default]
+            starts += [[t + 1 for t in reversed(earlier)]] if earlier else []
+            starts += [programmed[S - 1].tau.tolist()] if largest >= S else []
+            start = min(starts, key=lambda tau: self._error(tau, seen))
+            tau, _ = descend(start, self.T, lambda tau: self._error(tau, seen))
+            errors = [(self._error(each, held), each) for each in (*starts[: 1 + bool(earlier)], tau)]
+            error, tau = min(errors, key=lambda pair: pair[0])
+            found[S] = Fitted([t - 1 for t in reversed(tau)], error, errors[0][0])
         return found
 
     def _solve(self, S: int) -> Trajectories:
         """The solutions, and for the dynamic programming the first half of them at some times."""
-        T = self.scheduler.config.num_train_timesteps
-        teacher = spacings.linear(S, T)
-        wanted = T * np.linspace(0, 1, NODES + 1)[1:] ** 1.5
-        nodes = sorted({int(teacher[np.searchsorted(teacher, t)]) for t in np.round(wanted)}, reverse=True)
+        teacher = spacings.linear(S, self.T)
+        wanted = np.round(self.T * np.linspace(0, 1, NODES + 1)[1:] ** 1.5)
+        nodes = sorted({int(teacher[np.searchsorted(teacher, t)]) for t in wanted}, reverse=True)
+        nodes = [t for t in nodes if self.alpha_bar[t] > 0]  # with zero terminal SNR ε̂ is not known at the top
         kept = max(1, min(self.half, NUMBERS // math.prod(self.noise.shape[1:])))
         x, eps, solutions = {t: [] for t in nodes}, {t: [] for t in nodes}, []
 
-        def keep(t: int, sample: Tensor, step: Any) -> None:
-            if t in x:
-                x[t].append(sample.cpu())
-                eps[t].append(step.pred_epsilon.cpu())
+        def keep(time: int, sample: Tensor, step: Any) -> None:
+            if time in x:
+                x[time].append(sample.cpu())
+                eps[time].append(step.pred_epsilon.cpu())
 
+        scheduler = MultistepDDIMScheduler.from_config(self.scheduler.config, **TEACHER)
         for rows in self._batches(range(len(self.noise))):
-            solutions.append(self._sample(teacher.tolist(), rows, keep))
-        self.solutions = torch.cat(solutions).clamp(-1, 1)
+            solutions.append(self._sample(scheduler, teacher.tolist(), rows, keep))
+        end = torch.cat(solutions)
+        if not bool(torch.isfinite(end).all()):
+            raise ValueError(
+                "the images are not finite: the network gave NaN or infinity (in half precision, try float32)"
+            )
+        self.solutions = end.clamp(-1, 1)
         columns = [torch.stack([torch.cat(each[t])[:kept].flatten() for t in nodes]) for each in (x, eps)]
-        ends = (self.noise[:kept].cpu().flatten(), torch.cat(solutions)[:kept].cpu().flatten())
-        return Trajectories(np.array(nodes), *columns, *ends)
+        return Trajectories(np.array(nodes), *columns, *(each[:kept].cpu().flatten() for each in (self.noise, end)))
 
     def _error(self, tau: list[int], images: range) -> float:
         """The mean distance of these images to their solutions."""
         errors = []
         for rows in self._batches(images):
-            made = self._sample(tau, rows).clamp(-1, 1)
+            made = self._sample(self.scheduler, tau, rows).clamp(-1, 1)
             errors.append((made - self.solutions[rows]).flatten(1).square().mean(1).sqrt())
         return float(torch.cat(errors).mean())
 
@@ -181,15 +197,16 @@ class _Fitter:
         size = self.batch_size
         return [slice(start, min(start + size, images.stop)) for start in range(images.start, images.stop, size)]
 
-    def _sample(self, tau: list[int], rows: slice, keep: Any = None) -> Tensor:
+    def _sample(self, scheduler: MultistepDDIMScheduler, tau: list[int], rows: slice, keep: Any = None) -> Tensor:
         """x_0 along τ, increasing times; `keep` is called with each time, sample and step."""
-        pipe, scheduler, condition = self.pipe, self.scheduler, self.condition.rows(rows)
+        pipe, condition = self.pipe, self.condition.rows(rows)
         x = self.noise[rows].to(torch.promote_types(pipe.unet.dtype, torch.float32))
-        scheduler.set_timesteps(timesteps=[t - 1 for t in reversed(tau)], device=self.device)
-        for t, time in zip(scheduler.timesteps, reversed(tau), strict=False):
+        timesteps = [t - 1 for t in reversed(tau)]
+        scheduler.set_timesteps(timesteps=timesteps, device=self.noise.device)
+        for i, t in enumerate(scheduler.timesteps):
             output = pipe._predict(x.to(pipe.unet.dtype), t, condition)
             step = scheduler.step(output, t, x, eta=0.0)
             if keep:
-                keep(time, x, step)
+                keep(timesteps[i] + 1, x, step)
             x = step.prev_sample
         return x

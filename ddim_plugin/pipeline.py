@@ -328,7 +328,8 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
                 an intermediate t, for `decode` with the same `strength`.
             class_labels, guidance_scale, null_class_label: as in the call.
             refinement_steps: network evaluations to refine each move with, at most; the first move takes one more, for
-                its guess. A multistep path is refined with two for each move at a time.
+                its guess. A multistep path is refined with two for each move at a time, and the first two only tell
+                what the naive inverse misses.
             tolerance: residual, as a root mean square over the pixels of (x_s − f(x_t))/√ᾱ_s in units of the network's
                 images (−1..1), at which a move is solved.
             batch_size: images encoded together; all by default.
@@ -423,8 +424,8 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
     ) -> tuple[Tensor, InversionReport]:
         """The first `moves` moves up from the images, refined as one, and the report of the path."""
         up, down = inverse.timesteps[:moves], self._last(moves)
-        cost = moves if condition.null_labels is None else 2 * moves
-        bar = self.progress_bar(total=max(1, refinement_steps // 2))
+        guided = 1 if condition.null_labels is None else 2
+        tries = max(1, refinement_steps // 2)
 
         def encoded(x: Tensor, rows: Tensor | slice) -> Tensor:
             bar.update()
@@ -435,12 +436,13 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             made = self._run(self.scheduler, z, down, network_dtype, condition.rows(rows))
             return image[rows] - made.clamp(-1, 1), z
 
-        if refinement_steps == 0:
-            z, made = encoded(image, slice(None)), inversion.naive(len(image), cost)
-        else:
-            solution = inversion.solve(residual, image, 1.0, tolerance, max(1, refinement_steps // 2))
-            z, made = solution.output, solution.report(tolerance, 1.0, 2 * cost, guessed=False)
-        bar.close()
+        with self.progress_bar(total=tries) as bar:
+            if refinement_steps == 0:
+                z, made = encoded(image, slice(None)), inversion.naive(len(image), guided * moves)
+            else:
+                solution = inversion.solve(residual, image, 1.0, tolerance, tries)
+                made = solution.report(tolerance, 1.0, guided * (moves + len(down)), guessed=False)
+                z = solution.output
         return z, inversion.report([int(down[0])], [made], tolerance, z)
 
     def _run(
@@ -687,7 +689,9 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
     def _check_deterministic(self, invertible: bool = False) -> None:
         """Raise ValueError unless the scheduler's process makes the image a function of x_T, or also the reverse."""
         scheduler, config = self.scheduler, self.scheduler.config
-        remedy = "pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config"
+        multistep = isinstance(scheduler, MultistepDDIMScheduler)
+        wanted = (MultistepDDIMScheduler if multistep else GeneralizedDDIMScheduler).__name__
+        remedy = f"pipe.scheduler = {wanted}.from_config(pipe.scheduler.config"
         if not isinstance(scheduler, GeneralizedDDIMScheduler) or isinstance(scheduler, InverseDDIMScheduler):
             given = f"{type(scheduler).__module__}.{type(scheduler).__name__}"
             raise ValueError(

@@ -422,6 +422,9 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
             if carried is None or (own is None and carried.startswith("fixed_")):
                 config.pop("variance_type", None)
             if own is not None:
+                if SOLVER[0] in own and SOLVER[0] not in inspect.signature(cls.__init__).parameters:
+                    only_there = "timestep_spacing", "few_steps"
+                    own = {key: value for key, value in own.items() if (key, value) != only_there}
                 said = _said(config) - {"trained_betas"}
                 sampler = {} if cls._upwards else own.get(SAMPLER, {})
                 if any(config.get(key) for key in CONSTRAINTS):
@@ -575,7 +578,7 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         return Step(*(column.view(-1, *[1] * (sample.ndim - 1)) for column in rows.unbind(1)))
 
     def _all_steps(self, kind: tuple[str, float], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The steps from every network time, (T, 12), kept on the device; NaN where there is none."""
+        """The steps from every network time, one in a row, kept on the device; NaN where there is none."""
         key = ("steps", kind, dtype, device)
         if key not in self._tables:
             rows = np.full((self.config.num_train_timesteps, len(Step._fields)), np.nan)
@@ -791,8 +794,9 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     A move is a step of DDIM with the mean of g over the move in place of its last value. g is ε̂ or x̂0, taken as the
     polynomial through its last `solver_order` values in a coordinate u(ς), ς = √(1/ᾱ − 1), and its mean is exact on any
     grid (`ddim_plugin.ode`). The first moves have fewer values; order 1 is `GeneralizedDDIMScheduler`. A step at a time
-    that does not follow the one before, or of another shape, begins anew. With η > 0 the mean of the stochastic move is
-    made in the same way.
+    that does not follow the one before, or of another shape, begins anew, as does one with times for each sample. The
+    values are kept in the scheduler: two loops that take turns need one each. With η > 0 the mean of the stochastic
+    move is made in the same way, of the ODE's mean of x̂0.
 
     The first sample is x_T, also where τ ends below T, as it should for few steps: the network sees x_T at τ_S, where
     it tells nearly the same x̂0, and the first move is made from T with it. Elsewhere than at the beginning of the plan
@@ -802,7 +806,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     another.
 
     Args:
-        solver_order: values that a move is made from, 1 to 4.
+        solver_order: values that a move is made from, 1 to 4. None is 3 for the deterministic process, 2 with noise.
         solver_quantity: what is held as a polynomial, "epsilon" or "sample" (x̂0, after clipping and thresholding),
             whatever the network predicts. None is ε̂ for the deterministic process, and x̂0 with noise, since there ε̂
             changes with every draw.
@@ -810,13 +814,14 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             and "log_snr" for x̂0.
         solver_corrector: None; "pec": each new value also corrects the move that led to it, at no cost in evaluations
             (as in UniPC); or "pece": the network is then called again at the corrected sample, so that S steps take
-            2S − 1 evaluations. With `solver_order=1` that is Heun's method. Without noise "pec" lets order 2 come near
-            order 3; with order 3 of ε̂ it is unstable at few steps.
+            2S − 1 evaluations. With `solver_order=1` that is Heun's method. "pec" helps order 2 on some models and not
+            on others; with order 3 of ε̂ it can be unstable at few steps.
         start_from_top: whether the first sample is x_T; False takes it as x at τ_S, as other schedulers, order 1 and
             "pece" do.
         fitted_timesteps: τ for some numbers of steps, {"S": network times, descending}, as `ddim_plugin.fit_timesteps`
             finds them for a model; it takes the place of the spacing "few_steps" there.
-        The others are those of `GeneralizedDDIMScheduler`.
+        The others are those of `GeneralizedDDIMScheduler`; with "learned_range" eta=0, the default, is the
+        deterministic process here.
 
     Raises:
         ValueError: as there, and for settings of the solver that are unknown.
@@ -844,15 +849,15 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         variance_type: str = "fixed_small",
         eps_mean_square: list[float] | None = None,
         use_clipped_model_output: bool = False,
-        solver_order: int = 3,
+        solver_order: int | None = None,
         solver_quantity: str | None = None,
         solver_coordinate: str | None = None,
         solver_corrector: str | None = None,
         start_from_top: bool = True,
         fitted_timesteps: dict[str, list[int]] | None = None,
     ):
-        if not tau.is_integer(solver_order) or not 1 <= solver_order <= 4:
-            raise ValueError(f"solver_order must be 1, 2, 3 or 4, not {solver_order!r}")
+        if solver_order is not None and not (tau.is_integer(solver_order) and 1 <= solver_order <= 4):
+            raise ValueError(f"solver_order must be 1, 2, 3 or 4, or None, not {solver_order!r}")
         ode.check_solver(solver_quantity or "epsilon", solver_coordinate or "bounded")
         if solver_corrector not in (None, *CORRECTORS):
             raise ValueError(f"unknown solver_corrector {solver_corrector!r}: use pec, pece or None")
@@ -878,8 +883,11 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             use_clipped_model_output,
         )
         self._fitted = _fitted(fitted_timesteps, num_train_timesteps)
-        self._quantity = solver_quantity
-        self._kept = solver_order - 1 + (solver_corrector is not None)  # values, beside the newest
+        if fitted_timesteps is not None:  # as they are read from a file
+            kept = {str(S): (times[::-1] - 1).tolist() for S, times in self._fitted.items()}
+            self.register_to_config(fitted_timesteps=kept)
+        self._kept = (solver_order or 3) - 1 + (solver_corrector is not None)  # values, beside the newest
+        self.order = 2 if solver_corrector == "pece" else 1  # times for each step, to pipelines that count
         self._forget()
 
     def _own_settings(self) -> dict[str, Any]:
@@ -892,15 +900,27 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         From another class τ, noise and clipping are not taken over, but for "learned_range", which the network asks
         for, and thresholding.
         """
-        if isinstance(config, dict) and SOLVER[0] not in (config.get(OWN) or {}):
-            own = config.get(OWN)
-            learned = "learned_range" in (config.get("variance_type"), (own or {}).get("variance_type"))
-            dropped = {"timestep_spacing", "steps_offset", "eta", "clip_sample", "use_clipped_model_output"}
-            dropped |= set() if learned else {"variance_type"}
-            config = {key: value for key, value in config.items() if key not in dropped}
-            if own is not None:
-                config[OWN] = {key: value for key, value in own.items() if key not in dropped}
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+        return super().from_config(cls._adopted(config), return_unused_kwargs, **kwargs)
+
+    @staticmethod
+    def _adopted(config: Any) -> Any:
+        """The config without what belongs to another sampler; that of this class as it is."""
+        if not isinstance(config, dict) or SOLVER[0] in (config.get(OWN) or {}):
+            return config
+        own = config.get(OWN)
+        learned = "learned_range" in (config.get("variance_type"), (own or {}).get("variance_type"))
+        dropped = {"timestep_spacing", "steps_offset", "eta", "clip_sample", "use_clipped_model_output", *SOLVER}
+        dropped |= set() if learned else {"variance_type"}
+
+        def left(settings: dict[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in settings.items() if key not in dropped}
+
+        config = left(config)
+        if own is not None:
+            config[OWN] = left(own)
+            if SAMPLER in own:
+                config[OWN][SAMPLER] = left(own[SAMPLER])
+        return config
 
     def set_timesteps(
         self,
@@ -913,7 +933,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         self._forget()
 
     def _spaced(self, S: int | None) -> tau.Times:
-        if self.config.timestep_spacing == "few_steps" and S in self._fitted:
+        if self.config.timestep_spacing == "few_steps" and tau.is_integer(S) and S in self._fitted:
             return self._fitted[S]
         return super()._spaced(S)
 
@@ -932,7 +952,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     def _starts_above(self, pairs: list[tuple[int, int]]) -> bool:
         """Whether the first move is made from T, above the first time."""
         config = self.config
-        allowed = config.start_from_top and config.solver_order > 1 and config.solver_corrector != "pece"
+        allowed = config.start_from_top and config.solver_order != 1 and config.solver_corrector != "pece"
         return allowed and pairs[0][0] < config.num_train_timesteps
 
     def _forget(self) -> None:
@@ -942,6 +962,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         self._rows: dict[tuple[tuple[str, float], int, tuple[int, ...]], tuple[Step, float, list[float]]] = {}
 
     def _kind(self, eta: float | None) -> tuple[str, float]:
+        if eta is None and self.config.variance_type == "learned_range":
+            eta = self.config.eta  # the network has a variance; the process is the deterministic one unless asked
         kind = super()._kind(eta)
         noisy = process.adds_noise(*kind)
         if noisy and self.config.solver_quantity == "epsilon" and self._kept:
@@ -955,13 +977,16 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         evaluation, place = super()._evaluate(kind, *args), self._place
         if place is None or not self._kept:
             return evaluation
-        quantity = self._quantity or ("sample" if process.adds_noise(*kind) else "epsilon")
+        quantity = self.config.solver_quantity or ("sample" if process.adds_noise(*kind) else "epsilon")
         g, t = self._value(evaluation, quantity), self._pairs[place][0]
         follows = self._last == (quantity, place - 1) and self._values[0].shape == g.shape
         again = int(follows and self._times[0] == t)  # in place of the value that was there
         older = slice(again, again + self._kept if follows else 0)
         self._values, self._times = [g, *self._values[older]], (t, *self._times[older])
         self._last = quantity, place
+        values = self._values[1:]
+        if place == len(self._pairs) - 1:
+            self._values, self._last = [], None  # nothing follows: they can go
 
         key = kind, place, self._times
         if key not in self._rows:
@@ -971,10 +996,10 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             step = step._replace(fold_x=step.fold_x + first * x, fold_out=step.fold_out + first * out)
             self._rows[key] = step, first, rest
         step, first, rest = self._rows[key]
-        others = [(weight, value) for weight, value in zip(rest, self._values[1:], strict=True) if weight]
+        others = [(weight, value) for weight, value in zip(rest, values, strict=True) if weight]
         if first and not (evaluation.limit is None and evaluation.thresholding is None):
             others.append((first, g))
-        return _Evaluation(step, *evaluation[1:-1], others)
+        return evaluation._replace(step=step, others=others)
 
     def _value(self, evaluation: _Evaluation, quantity: str) -> Tensor:
         """g at the sample of this evaluation."""
@@ -991,22 +1016,20 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         That step is scale·x_t + slope·g: the mean of g stands in place of its last value. Where the move that led to
         x_t is corrected, x_t has changed by its slope times the change of its mean.
         """
-        order = self.config.solver_order
+        order = self.config.solver_order or (2 if process.adds_noise(*kind) else 3)
         row = np.zeros(len(known))
-
-        def add(factor: float, weights: ode.Array, first: int = 0) -> None:
-            row[first : first + len(weights)] += factor * weights
-
         mean = self._mean(quantity, self._pairs[place], known[:order])
         if len(mean) > 1:
             slope = self._linear(quantity, kind, place)[1]
-            add(slope, mean)
+            row[: len(mean)] += slope * mean
             row[0] -= slope
         if self.config.solver_corrector and self._is_corrected(quantity, place, known):
             before = self._pairs[place - 1]
             factor = self._linear(quantity, kind, place)[0] * self._linear(quantity, kind, place - 1)[1]
-            add(factor, self._mean(quantity, before, known[: max(2, order)]))
-            add(-factor, self._mean(quantity, before, known[1 : order + 1]), 1)
+            old, new = known[1 : order + 1], known[: max(2, order)]
+            old, new = (self._mean(quantity, before, times) for times in (old, new))
+            row[: len(new)] += factor * new
+            row[1 : len(old) + 1] -= factor * old
         return row.tolist()
 
     def _is_corrected(self, quantity: str, place: int, known: tuple[int, ...]) -> bool:
@@ -1052,8 +1075,8 @@ class InverseMultistepDDIMScheduler(InverseDDIMScheduler, MultistepDDIMScheduler
 
     def _make_pairs(self, times: tau.Times) -> list[tuple[int, int]]:
         path = [0, *(int(t) for t in times)]
-        if self._starts_above([(path[-1], path[-2])]):
-            path[-1] = self.config.num_train_timesteps
+        if len(times) > 1 and self._starts_above([(path[-1], path[-2])]):
+            path[-1] = self.config.num_train_timesteps  # a single step ends at τ_1, where the network was called
         return list(pairwise(path))
 
     def _called(self, pairs: list[tuple[int, int]]) -> list[int]:
@@ -1066,8 +1089,16 @@ class InverseMultistepDDIMScheduler(InverseDDIMScheduler, MultistepDDIMScheduler
         move, prediction_type = process.move(self._alpha_bar, t, s), self.config.prediction_type
         return _step(move, prediction_type) if t else _step_from_data(move, prediction_type)
 
+    @classmethod
+    def from_config(cls, config: FrozenDict | dict[str, Any] | None = None, return_unused_kwargs=False, **kwargs):
+        """An inverse scheduler from the config of any sampler, as `MultistepDDIMScheduler` takes it over."""
+        return super().from_config(cls._adopted(config), return_unused_kwargs, **kwargs)
+
     def _step_at(self, timestep: int, kind: tuple[str, float]) -> Step:
         raise ValueError(f"timestep {timestep} is not in the plan, or not the same for all samples: encode along τ")
+
+    def _all_steps(self, kind: tuple[str, float], dtype: torch.dtype, device: torch.device) -> Tensor:
+        raise ValueError("a time for each sample is not the same for all samples: encode along τ")
 
     def _is_corrected(self, *args: Any) -> bool:
         return False
@@ -1097,9 +1128,13 @@ def _said(config: dict[str, Any]) -> set[str]:
 def _fitted(timesteps: dict[str, list[int]] | None, T: int) -> dict[int, tau.Times]:
     """τ by the number of steps, checked."""
     found = {}
+    if not isinstance(timesteps or {}, dict):
+        raise ValueError(f"fitted_timesteps must be a dictionary of lists by numbers of steps, not {timesteps!r}")
     for S, times in (timesteps or {}).items():
+        if not (tau.is_integer(S) or (isinstance(S, str) and S.isdecimal())):
+            raise ValueError(f"fitted_timesteps has lists of times by numbers of steps: {S!r} is none")
         found[int(S)] = tau.explicit(times, T, lowest=0, descending=True)
-        if len(times) != int(S):
+        if len(found[int(S)]) != int(S):
             raise ValueError(f"fitted_timesteps has {len(times)} times for {S} steps: give as many as there are steps")
     return found
 

@@ -13,7 +13,7 @@ from ddim_plugin import (
     MultistepDDIMScheduler,
     fit_timesteps,
 )
-from ddim_plugin.fit import Fitted
+from ddim_plugin.fit import Fitted, _labels
 
 ALPHA = GeneralizedDDIMScheduler().alpha_bar
 DATA = Mixture((0.3, 0.7), (-0.6, 0.5), (0.01, 0.02), ALPHA)
@@ -61,6 +61,7 @@ def test_they_are_used_saved_and_carried(make_unet, tmp_path):
         each.set_timesteps(S)
         return each.timesteps.tolist()
 
+    assert MultistepDDIMScheduler(fitted_timesteps={3: np.array([900, 400, 30]), 1: (700,)}).config == scheduler.config
     assert times(scheduler, 3) == [900, 400, 30]
     assert times(scheduler, 1) == [700]
     assert times(scheduler, 4) == times(MultistepDDIMScheduler(), 4)
@@ -87,6 +88,52 @@ def test_the_settings_of_the_solver_are_kept():
     assert (config.solver_order, config.solver_quantity, config.clip_sample) == (2, "sample", True)
 
 
+@pytest.mark.parametrize("corrector", ["pec", "pece"])
+def test_with_a_corrector(corrector):
+    """Distances are to the true solution, whatever the solver of the model."""
+    pipe = exact_pipe(DATA, MultistepDDIMScheduler(solver_order=1, solver_corrector=corrector))
+    found = fit_timesteps(pipe, [5], num_images=32, teacher_steps=100)
+    assert found[5].error <= found[5].default_error
+    assert found[5].error == pytest.approx(2 * distance(pipe.scheduler, 5, range(16, 32)), rel=0.1)  # on −1..1
+
+
+def test_zero_terminal_snr():
+    alpha = GeneralizedDDIMScheduler(rescale_betas_zero_snr=True).alpha_bar
+    scheduler = MultistepDDIMScheduler(rescale_betas_zero_snr=True, prediction_type="sample")
+    data = Mixture((0.3, 0.7), (-0.6, 0.5), (0.01, 0.02), alpha)
+
+    class X0:
+        alpha = data.alpha
+
+        def eps(self, x, t):  # what the network gives is x̂0
+            a = alpha[t]
+            return (x - np.sqrt(1 - a) * data.eps(x, t)) / np.sqrt(a) if a > 0 else np.full_like(x, 0.17)
+
+    found = fit_timesteps(exact_pipe(X0(), scheduler), [4], **FEW)
+    assert found[4].error <= found[4].default_error < 0.2
+
+
+def test_images_that_are_not_finite():
+    pipe = exact_pipe(DATA, before := GeneralizedDDIMScheduler())
+    pipe._predict = lambda x, t, condition: torch.full_like(x, torch.nan)
+    with pytest.raises(ValueError, match="the images are not finite"):
+        fit_timesteps(pipe, [3], **FEW)
+    assert pipe.scheduler is before
+
+
+def test_a_learned_variance_and_an_earlier_tau(make_unet):
+    pipe = GeneralizedDDIMPipeline(
+        make_unet(out_channels=2), GeneralizedDDIMScheduler(variance_type="learned_range", timestep_spacing="quadratic")
+    )
+    pipe.set_progress_bar_config(disable=True)
+    first = fit_timesteps(pipe, [3], **FEW)[3]
+    assert pipe.scheduler.config.variance_type == "learned_range"
+    images = [pipe(2, 3, latents=torch.ones(2, 1, 8, 8), output_type="np").images for _ in range(2)]
+    assert np.array_equal(*images)  # without noise
+    again = fit_timesteps(pipe, [3], **FEW)[3]
+    assert again.error <= first.error * (1 + 1e-6)
+
+
 def test_labels_and_guidance():
     """Data moved by 0.1·label: the evaluations are counted twice where guidance is on."""
     pipe = exact_pipe(DATA, MultistepDDIMScheduler(), num_class_embeds=3)
@@ -97,6 +144,8 @@ def test_labels_and_guidance():
     pipe._predict = lambda x, t, condition: calls.append(condition) or original(x, t, condition)
     fit_timesteps(pipe, [3], **FEW | {"teacher_steps": 10})
     assert calls[0].labels.tolist() == [i % 3 for i in range(16)]
+    assert _labels(1000, 4, 1.0, None) == [0, 250, 500, 750]
+    assert _labels(3, 4, 2.0, 0) == [1, 2, 1, 2]
     calls.clear()
     fit_timesteps(pipe, [3], **FEW | {"teacher_steps": 10}, guidance_scale=2.0)
     assert calls[0].labels.tolist() == [i % 2 for i in range(16)]
@@ -120,6 +169,7 @@ def test_small_T():
         ({"steps": []}, "steps must be integers from 1 to 1000"),
         ({"steps": [5, 0]}, r"steps must be integers from 1 to 1000 \(num_train_timesteps\), not \[0\]"),
         ({"steps": [5, 2.5]}, r"not \[2.5\]"),
+        ({"steps": 5}, "steps must be a list of numbers of steps, not 5"),
         ({"steps": [5], "num_images": 1}, "num_images must be an integer from 2 on, not 1"),
         ({"steps": [5], "batch_size": 0}, "batch_size must be an integer from 1 on, not 0"),
         ({"steps": [5, 50], "teacher_steps": 99}, "must be twice the largest of the steps .50. at least"),
@@ -149,6 +199,9 @@ def test_noise_is_refused_and_an_interrupt_leaves_the_scheduler():
 @pytest.mark.parametrize(
     ("fitted", "said"),
     [
+        ({"two": [500]}, "by numbers of steps: 'two' is none"),
+        ({2.5: [500]}, r"by numbers of steps: 2\.5 is none"),
+        ([[500]], "must be a dictionary of lists"),
         ({"2": [500]}, "fitted_timesteps has 1 times for 2 steps"),
         ({"2": [5, 500]}, "descending order"),
         ({"1": [1000]}, "outside 0..999"),

@@ -270,7 +270,7 @@ spec = PathFinder.find_spec("ddim_plugin")
 package = types.ModuleType("ddim_plugin")
 package.__path__ = spec.submodule_search_locations if spec else [sys.argv[1]]
 sys.modules["ddim_plugin"] = package
-for name in ("betas", "tau", "process", "prediction"):
+for name in ("betas", "tau", "process", "prediction", "gaussian", "ode", "bound", "search", "inversion", "objective"):
     importlib.import_module("ddim_plugin." + name)
 """
     import ddim_plugin

@@ -13,6 +13,7 @@ from oracle import Gaussian, Mixture
 from ddim_plugin import (
     GeneralizedDDIMPipeline,
     GeneralizedDDIMScheduler,
+    InverseDDIMScheduler,
     InverseMultistepDDIMScheduler,
     MultistepDDIMScheduler,
 )
@@ -308,6 +309,10 @@ def test_from_any_sampler():
         assert made.config.beta_end == 0.013
         for key in ("timestep_spacing", "eta", "variance_type", "steps_offset", "solver_order", "clip_sample"):
             assert made.config[key] == own.config[key], key
+    clipping = diffusers.DDIMScheduler().config
+    for cls in (InverseDDIMScheduler, InverseMultistepDDIMScheduler):
+        back = MultistepDDIMScheduler.from_config(cls.from_config(clipping).config)
+        assert (back.config.clip_sample, back.config.timestep_spacing) == (False, "few_steps")
     learned = GeneralizedDDIMScheduler(variance_type="learned_range")
     assert MultistepDDIMScheduler.from_config(learned.config).config.variance_type == "learned_range"
     asked = MultistepDDIMScheduler.from_config(learned.config, timestep_spacing="trailing", solver_order=2)
@@ -326,6 +331,10 @@ def test_on_disk_and_through_others(tmp_path, quiet_diffusers):
     stock = diffusers.DPMSolverMultistepScheduler.from_config(own.config)
     assert settings(MultistepDDIMScheduler.from_config(stock.config)) == settings(own)
     assert GeneralizedDDIMScheduler.from_config(own.config).config.timestep_spacing == "quadratic"
+    default = GeneralizedDDIMScheduler.from_config(MultistepDDIMScheduler().config)
+    assert default.config.timestep_spacing == "linear"  # few_steps is for the multistep method
+    theirs = diffusers.DPMSolverMultistepScheduler(solver_order=1).config
+    assert MultistepDDIMScheduler.from_config(theirs).config.solver_order is None
     assert diffusers.DDIMScheduler.from_pretrained(tmp_path).config.beta_end == 0.02
     assert quiet_diffusers == []
 
@@ -333,7 +342,7 @@ def test_on_disk_and_through_others(tmp_path, quiet_diffusers):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"solver_order": 0}, "solver_order must be 1, 2, 3 or 4, not 0"),
+        ({"solver_order": 0}, "solver_order must be 1, 2, 3 or 4, or None, not 0"),
         ({"solver_order": 5}, "not 5"),
         ({"solver_order": 2.0}, "not 2.0"),
         ({"solver_quantity": "v_prediction"}, "unknown quantity 'v_prediction'"),
@@ -463,6 +472,8 @@ def test_the_way_up_by_hand():
     for bad in (555, torch.tensor([100, 300])):
         with pytest.raises(ValueError, match="is not in the plan, or not the same for all samples"):
             up.step(outputs[0], bad, x)
+    up.set_timesteps(1)
+    assert up.timesteps.tolist() == [783]
     with pytest.raises(ValueError, match="encoding is deterministic"):
         up.step(outputs[0], up.timesteps[0], x, eta=0.3)
 
@@ -475,6 +486,32 @@ def test_up_and_down_again():
     assert (again.config.clip_sample, again.config.timestep_spacing) == (True, "log_snr")
     with pytest.raises(ValueError, match="encoding needs the deterministic process"):
         InverseMultistepDDIMScheduler.from_config(down.config, eta=0.5)
+
+
+def test_a_learned_variance_without_noise(make_unet):
+    """The process is the deterministic one unless η = 1 is asked for, in the config or in the call."""
+    plain, noisy = (MultistepDDIMScheduler(variance_type="learned_range", eta=eta) for eta in (0.0, 1.0))
+    x, *outputs = draws(4)
+    outputs = [torch.cat([output, output], dim=1) for output in outputs]
+    for scheduler in (plain, noisy):
+        scheduler.set_timesteps(4)
+    assert torch.equal(run(plain, outputs, x), run(plain, outputs, x))
+    made = [
+        run(each, outputs, x, generator=torch.Generator().manual_seed(0), **step)
+        for each, step in ((noisy, {}), (plain, {"eta": 1.0}))
+    ]
+    assert torch.equal(*made)
+    assert not torch.equal(made[0], run(plain, outputs, x))
+
+
+def test_heun_counts_two_times_a_step():
+    scheduler = MultistepDDIMScheduler(solver_order=1, solver_corrector="pece")
+    assert scheduler.order == 2
+    scheduler.set_timesteps(10)
+    assert len(scheduler.timesteps) == 19
+    for k in range(1, 10):  # where image to image begins: at the second call, from a sample that needs no correction
+        assert scheduler._pairs[2 * k][0] != scheduler._pairs[2 * k][1]
+    assert MultistepDDIMScheduler().order == 1
 
 
 def test_zero_terminal_snr(make_unet):
@@ -525,11 +562,11 @@ def test_the_first_move_is_made_from_the_top(settings):
 
 
 def test_what_is_held():
-    """ε̂ where nothing is random, and x̂0 with noise; each in its own coordinate."""
+    """Three values of ε̂ where nothing is random, two of x̂0 with noise; each in its own coordinate."""
     x, *outputs = draws(10)
-    for noise, quantity, coordinate in ((0.0, "epsilon", "bounded"), (0.8, "sample", "log_snr")):
+    for noise, quantity, coordinate, order in ((0.0, "epsilon", "bounded", 3), (0.8, "sample", "log_snr", 2)):
         results = []
-        for settings in ({}, {"solver_quantity": quantity, "solver_coordinate": coordinate}):
+        for settings in ({}, {"solver_quantity": quantity, "solver_coordinate": coordinate, "solver_order": order}):
             scheduler = MultistepDDIMScheduler(**settings)
             scheduler.set_timesteps(10)
             results.append(run(scheduler, outputs, x, eta=noise, generator=torch.Generator().manual_seed(2)))

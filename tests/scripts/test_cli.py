@@ -192,6 +192,11 @@ def test_fit_and_the_multistep_method(model, pictures, tmp_path, capsys):
     assert list(json.loads((tmp_path / "fit.json").read_text())["fitted"]) == ["2"]
     run("fit", tmp_path / "model", "--steps", 2, *settings, "--overwrite", "--output", tmp_path, ok=False)
     assert "would put the fitted model in the place of" in capsys.readouterr().err
+    (tmp_path / "other" / "model").mkdir(parents=True)
+    (tmp_path / "other" / "model" / "code.py").write_text("precious")
+    run("fit", model, "--steps", 2, *settings, "--overwrite", "--output", tmp_path / "other", ok=False)
+    assert "is no model that --overwrite may replace" in capsys.readouterr().err
+    assert (tmp_path / "other" / "model" / "code.py").exists()
     run("fit", model, "--steps", 2, *settings, "--dtype", "bfloat16", "--output", tmp_path / "half")
     weights = [
         GeneralizedDDIMPipeline.from_pretrained(folder).unet.conv_in.weight
