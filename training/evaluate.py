@@ -75,7 +75,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip": "never",
     },
 }
-"""The paper's settings: τ quadratic for CIFAR-10, linear elsewhere (D.2); x̂0 clipped for σ̂ only, as in its code."""
+"""The paper's settings: τ quadratic for CIFAR-10, linear elsewhere (D.2); for σ̂ x̂0 is clipped and ε̂ made from that."""
 
 PAPER: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
     "table1": {
@@ -146,7 +146,8 @@ class EvaluateConfig:
         },
     )
     clip: str | None = field(
-        default=None, metadata={"help": "x̂0 clipped: saved (as the model says), never, always, fixed_large (for σ̂)"}
+        default=None,
+        metadata={"help": "x̂0 clipped: saved (as the model says), never, always, fixed_large (as Ho, for σ̂ only)"},
     )
     images: int = field(default=50_000, metadata={"help": "pictures of each cell, exactly"})
     extractors: tuple[str, ...] = field(
@@ -280,6 +281,8 @@ def make_scheduler(cell: Cell, saved: SchedulerMixin, clip: str) -> tuple[Schedu
         if clipped and "clip_sample" not in known:
             raise ValueError(f"{cls.__name__} does not clip: measure {cell.scheduler}:{SAVED}")
         changes |= {"clip_sample": clipped} if "clip_sample" in known else {}
+        if clipped and clip == "fixed_large" and "use_clipped_model_output" in known:
+            changes["use_clipped_model_output"] = True  # the authors' σ̂ is Ho's sampler: ε̂ from the clipped x̂0
     try:
         made = cls.from_config(config, **changes)
         T = made.config.get("num_train_timesteps")
@@ -892,7 +895,7 @@ def plot_quality(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels, among = measured(result), vars_of_all(result)
-    figure = Figure(figsize=(9, 3.4 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(11, 3.4 * len(panels)), layout="constrained")
     axes = figure.subplots(len(panels), 2, sharey="row", squeeze=False)
     for (by_steps, by_time), ((name, data, split), pairs) in zip(axes, panels.items(), strict=True):
         for label, entries in series(pairs, among).items():
@@ -903,9 +906,9 @@ def plot_quality(result: dict[str, Any], path: Path) -> None:
         positive = all(entry["value"] > 0 for _, entry in pairs)
         by_steps.set(xlabel="S", ylabel=f"{name}\n{data} {split}")
         by_time.set(xlabel=f"seconds for 1000 pictures, {result['device']}")
-        by_steps.legend()
         for each in (by_steps, by_time):
             logarithmic(each, *("xy" if positive else "x"))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=110)
 
 
@@ -913,13 +916,13 @@ def plot_time(result: dict[str, Any], path: Path) -> None:
     """Fig. 4: hours for 50,000 pictures on one device against S."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5, 3.6), layout="constrained")
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for label, entries in series(next(iter(measured(result).values())), vars_of_all(result)).items():
         hours = [50_000 * entry["seconds"] / entry["images"] / 3600 for entry in entries]
         axes.plot([entry["num_inference_steps"] for entry in entries], hours, marker="o", label=label)
     axes.set(xlabel="S", ylabel=f"hours for 50,000 pictures, {result['device']}")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     logarithmic(axes, "x", "y")
     figure.savefig(path, dpi=110)
 
