@@ -140,6 +140,7 @@ class _Fitter:
         self.scheduler, self.half = pipe.scheduler, len(noise) // 2
         self.alpha_bar, self.T = self.scheduler.alpha_bar, self.scheduler.config.num_train_timesteps
         self.solutions = torch.empty(0)
+        self.errors: dict[tuple[tuple[int, ...], range], float] = {}
 
     def fit(self, steps: list[int], teacher_steps: int) -> dict[int, Fitted]:
         path = self._solve(teacher_steps)
@@ -148,13 +149,13 @@ class _Fitter:
         seen, held, found = range(self.half), range(self.half, len(self.noise)), {}
         for S in tqdm(steps, desc="fitting τ"):
             default = spacings.tau("few_steps", S, self.T, alpha_bar=self.alpha_bar).tolist()
-            earlier = (self.scheduler.config.fitted_timesteps or {}).get(str(S))
-            starts = [default]
-            starts += [[t + 1 for t in reversed(earlier)]] if earlier else []
-            starts += [programmed[S - 1].tau.tolist()] if largest >= S else []
+            known = [default]
+            if S in self.scheduler._fitted:
+                known.append(self.scheduler._fitted[S].tolist())
+            starts = known + ([programmed[S - 1].tau.tolist()] if largest >= S else [])
             start = min(starts, key=lambda tau: self._error(tau, seen))
             tau, _ = descend(start, self.T, lambda tau: self._error(tau, seen))
-            errors = [(self._error(each, held), each) for each in (*starts[: 1 + bool(earlier)], tau)]
+            errors = [(self._error(each, held), each) for each in (*known, tau)]
             error, tau = min(errors, key=lambda pair: pair[0])
             found[S] = Fitted([t - 1 for t in reversed(tau)], error, errors[0][0])
         return found
@@ -168,7 +169,8 @@ class _Fitter:
         kept = max(1, min(self.half, NUMBERS // math.prod(self.noise.shape[1:])))
         x, eps, solutions = {t: [] for t in nodes}, {t: [] for t in nodes}, []
 
-        def keep(time: int, sample: Tensor, step: Any) -> None:
+        def keep(i: int, sample: Tensor, step: Any) -> None:
+            time = int(teacher[-1 - i])
             if time in x:
                 x[time].append(sample.cpu())
                 eps[time].append(step.pred_epsilon.cpu())
@@ -186,27 +188,23 @@ class _Fitter:
         return Trajectories(np.array(nodes), *columns, *(each[:kept].cpu().flatten() for each in (self.noise, end)))
 
     def _error(self, tau: list[int], images: range) -> float:
-        """The mean distance of these images to their solutions."""
-        errors = []
-        for rows in self._batches(images):
-            made = self._sample(self.scheduler, tau, rows).clamp(-1, 1)
-            errors.append((made - self.solutions[rows]).flatten(1).square().mean(1).sqrt())
-        return float(torch.cat(errors).mean())
+        """The mean distance of these images to their solutions; each τ is tried once."""
+        key = tuple(tau), images
+        if key not in self.errors:
+            errors = []
+            for rows in self._batches(images):
+                made = self._sample(self.scheduler, tau, rows).clamp(-1, 1)
+                errors.append((made - self.solutions[rows]).flatten(1).square().mean(1).sqrt())
+            self.errors[key] = float(torch.cat(errors).mean())
+        return self.errors[key]
 
     def _batches(self, images: range) -> list[slice]:
         size = self.batch_size
         return [slice(start, min(start + size, images.stop)) for start in range(images.start, images.stop, size)]
 
     def _sample(self, scheduler: MultistepDDIMScheduler, tau: list[int], rows: slice, keep: Any = None) -> Tensor:
-        """x_0 along τ, increasing times; `keep` is called with each time, sample and step."""
-        pipe, condition = self.pipe, self.condition.rows(rows)
-        x = self.noise[rows].to(torch.promote_types(pipe.unet.dtype, torch.float32))
-        timesteps = [t - 1 for t in reversed(tau)]
-        scheduler.set_timesteps(timesteps=timesteps, device=self.noise.device)
-        for i, t in enumerate(scheduler.timesteps):
-            output = pipe._predict(x.to(pipe.unet.dtype), t, condition)
-            step = scheduler.step(output, t, x, eta=0.0)
-            if keep:
-                keep(timesteps[i] + 1, x, step)
-            x = step.prev_sample
-        return x
+        """x_0 along τ, increasing times; `keep` is shown each step."""
+        dtype = self.pipe.unet.dtype
+        x = self.noise[rows].to(torch.promote_types(dtype, torch.float32))
+        scheduler.set_timesteps(timesteps=[t - 1 for t in reversed(tau)], device=self.noise.device)
+        return self.pipe._run(scheduler, x, scheduler.timesteps, dtype, self.condition.rows(rows), keep)

@@ -30,6 +30,7 @@ from .schedulers import (
     MultistepDDIMScheduler,
     Randomness,
     check_generators,
+    sampler_class,
 )
 from .tau import is_integer
 
@@ -446,11 +447,20 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         return z, inversion.report([int(down[0])], [made], tolerance, z)
 
     def _run(
-        self, scheduler: SchedulerMixin, x: Tensor, timesteps: Tensor, network_dtype: torch.dtype, condition: Condition
+        self,
+        scheduler: GeneralizedDDIMScheduler,
+        x: Tensor,
+        timesteps: Tensor,
+        network_dtype: torch.dtype,
+        condition: Condition,
+        see: Callable[[int, Tensor, GeneralizedDDIMSchedulerOutput], None] | None = None,
     ) -> Tensor:
-        """x after the deterministic steps of our `scheduler` at these times."""
-        for t in timesteps:
-            x = scheduler.step(self._predict(x.to(network_dtype), t, condition), t, x, eta=0.0).prev_sample
+        """x after the deterministic steps of `scheduler` at these times; `see` is shown (number, x_t, step) of each."""
+        for i, t in enumerate(timesteps):
+            step = scheduler.step(self._predict(x.to(network_dtype), t, condition), t, x, eta=0.0)
+            if see:
+                see(i, x, step)
+            x = step.prev_sample
         return x
 
     @torch.no_grad()
@@ -689,9 +699,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
     def _check_deterministic(self, invertible: bool = False) -> None:
         """Raise ValueError unless the scheduler's process makes the image a function of x_T, or also the reverse."""
         scheduler, config = self.scheduler, self.scheduler.config
-        multistep = isinstance(scheduler, MultistepDDIMScheduler)
-        wanted = (MultistepDDIMScheduler if multistep else GeneralizedDDIMScheduler).__name__
-        remedy = f"pipe.scheduler = {wanted}.from_config(pipe.scheduler.config"
+        remedy = f"pipe.scheduler = {sampler_class(scheduler).__name__}.from_config(pipe.scheduler.config"
         if not isinstance(scheduler, GeneralizedDDIMScheduler) or isinstance(scheduler, InverseDDIMScheduler):
             given = f"{type(scheduler).__module__}.{type(scheduler).__name__}"
             raise ValueError(

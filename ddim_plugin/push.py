@@ -29,7 +29,7 @@ from .hub import (
     with_code,
 )
 from .images import grid
-from .schedulers import GeneralizedDDIMScheduler, InverseDDIMScheduler, MultistepDDIMScheduler
+from .schedulers import InverseDDIMScheduler, sampler_class
 from .tau import is_integer
 
 README, RESULTS, TRAINING, CONVERSION = "README.md", "results.json", "training.json", "conversion.json"
@@ -343,8 +343,7 @@ def draw(pipe: Any, number: int, steps: int = DRAWN_STEPS, classes: int | None =
     """
     kept = pipe.scheduler
     if isinstance(kept, InverseDDIMScheduler):
-        multistep = isinstance(kept, MultistepDDIMScheduler)
-        pipe.scheduler = (MultistepDDIMScheduler if multistep else GeneralizedDDIMScheduler).from_config(kept.config)
+        pipe.scheduler = sampler_class(kept).from_config(kept.config)
     steps = min(steps, pipe.scheduler.config.num_train_timesteps)
     classes = classes or pipe.unet.config.num_class_embeds
     labels = [i % classes for i in range(number)] if classes else None

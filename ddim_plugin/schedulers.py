@@ -1082,8 +1082,7 @@ class InverseMultistepDDIMScheduler(InverseDDIMScheduler, MultistepDDIMScheduler
     def _called(self, pairs: list[tuple[int, int]]) -> list[int]:
         return [t or s for t, s in pairs]
 
-    def _make_plan(self, pairs: list[tuple[int, int]], kind: str, eta: float) -> list[Step]:
-        return [self._make_step(t, s, kind, eta) for t, s in pairs]
+    _make_plan = GeneralizedDDIMScheduler._make_plan  # no move is made from the top
 
     def _make_step(self, t: int, s: int, kind: str, eta: float) -> Step:
         move, prediction_type = process.move(self._alpha_bar, t, s), self.config.prediction_type
@@ -1102,6 +1101,11 @@ class InverseMultistepDDIMScheduler(InverseDDIMScheduler, MultistepDDIMScheduler
 
     def _is_corrected(self, *args: Any) -> bool:
         return False
+
+
+def sampler_class(scheduler: SchedulerMixin) -> type[GeneralizedDDIMScheduler]:
+    """The class that samples with the method of a scheduler, whichever way that goes; of others the generalized one."""
+    return MultistepDDIMScheduler if isinstance(scheduler, MultistepDDIMScheduler) else GeneralizedDDIMScheduler
 
 
 def keep_learned(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -129,15 +129,15 @@ def search_trajectories(alpha_bar: Array, path: Trajectories, largest: int, nois
 
     def costs(values: int, from_top: bool) -> Array:
         """Of moves made from the last `values` values, the first of which may be that of x_T: (n, …, n + 1)."""
-        paths = np.array(list(combinations(range(n + 1), values + 1)))
+        each_path = list(combinations(range(n + 1), values + 1))
         table = np.full((n,) * values + (n + 1,), np.inf)
-        if not len(paths):
+        if not each_path:
             return table
-        for each in map(tuple, paths):
+        for each in each_path:
             if each not in known:
                 *values_at, t, s = [ends[node] for node in (*each[:-1], *each[-2:])]
                 known[each] = ode.mean_weights("epsilon", "bounded", t, s, values_at[::-1])[::-1]
-        weights = np.array([known[each] for each in map(tuple, paths)])
+        paths, weights = np.array(each_path), np.array([known[each] for each in each_path])
         step = nsr[paths[:, -1]] - nsr[paths[:, -2]]
         terms = np.concatenate([paths[:, :-1], n + paths[:, -2:]], axis=1)
         if from_top:

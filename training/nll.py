@@ -128,6 +128,7 @@ class Bench:
         self.prediction_type = scheduler.config.prediction_type
         spacing = config.spacing or scheduler.config.timestep_spacing
         self.spacing = spacing
+        # A repeated time is no move.
         self.tau = {S: np.unique(tau.tau(spacing, S, self.T, alpha_bar=self.alpha_bar)) for S in config.steps}
 
     def network(self, x: Tensor, t: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ import diffusers
 import torch
 from config import parse, record, write_json
 from data import Frame, open_pictures
+from diffusers.utils.torch_utils import randn_tensor
 from evaluate import start_processes
 from features import open_extractor, open_reference, statistics
 from metrics import check_count, fit, frechet
@@ -162,8 +163,8 @@ class Bench:
 
     def noise(self, numbers: range) -> Tensor:
         """x_T of these images."""
-        draws = [torch.randn(self.shape, generator=Generator().manual_seed(self.config.seed + i)) for i in numbers]
-        return torch.stack(draws).to(self.device)
+        generators = [Generator().manual_seed(self.config.seed + i) for i in numbers]
+        return randn_tensor((len(numbers), *self.shape), generator=generators, device=self.device)
 
     def scheduler(self, sampler: Sampler, nfe: int) -> Any:
         """The sampler's scheduler with times set for exactly `nfe` evaluations. Raises Unfit where there is none."""

@@ -23,9 +23,14 @@ def test_the_whole_grid_was_measured(folder):
     """S × η × τ, all with as many images, against both splits."""
     result = json.loads((folder / "results.json").read_text())
     found = {
-        (each["num_inference_steps"], each["eta"], each["variance_type"], each["timestep_spacing"], split)
+        (
+            each["num_inference_steps"],
+            each["eta"],
+            each["variance_type"],
+            each["timestep_spacing"],
+            each["dataset"]["split"],
+        )
         for each in result["results"]
-        for split in [each["dataset"]["split"]]
         if each["images"] == result["config"]["images"]
     }
     noise = [
