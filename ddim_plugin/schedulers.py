@@ -6,7 +6,7 @@ A network's `timestep` is the paper's time minus one: 0..T−1. That shift lives
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple
@@ -58,6 +58,8 @@ STOCK_SPACINGS = ("leading", "trailing", "linspace")
 _STOCK_VARIANCES = ("fixed_large", "learned_range")  # "fixed_small" is what they take where nothing is said
 
 Randomness = Generator | list[Generator] | None
+
+_mean_weights = lru_cache(maxsize=4096)(ode.mean_weights)  # of one plan after the other, mostly the same
 
 
 class Step(NamedTuple):
@@ -1058,7 +1060,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         coordinate = self.config.solver_coordinate or COORDINATE[quantity]
         if (known[-1] == 0 and coordinate in ("nsr", "log_snr")) or (known[-1] == 1 and coordinate == "log_snr"):
             known = known[:-1]  # the top, or the data, where these are infinite
-        return ode.mean_weights(quantity, coordinate, *ends, known) if len(known) > 1 else np.ones(1)
+        return _mean_weights(quantity, coordinate, *ends, tuple(known)) if len(known) > 1 else np.ones(1)
 
 
 class InverseMultistepDDIMScheduler(InverseDDIMScheduler, MultistepDDIMScheduler):

@@ -4,14 +4,18 @@ python tests/benchmarks/few_steps.py --model out/mnist --reference my/mnist --ex
 
 Each sampler of diffusers has its own best of its grids, for each number of network evaluations and each measure: the
 root mean square distance to the converged solution of the ODE, over the pixels of images in −1..1, and the Fréchet
-distance. All are screened on `screen` images; the best of theirs and all of ours are then measured on `images`.
-Interrupted, it goes on where it was.
+distance. Of every sampler the first is measured, on `near` images in float32. Those within `margin` of the best of
+diffusers, and those that add noise, are screened by the second on `screen` images (of those that add noise, the ones
+that were within `margin` of the best at the number of evaluations before); the best of theirs, DDIM's best and ours are
+then measured on `images`, and with them DDIM and DDPM in 1000 steps. Interrupted, it goes on where it was.
 """
 
+import copy
 import inspect
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -25,7 +29,7 @@ import torch
 from config import parse, record, write_json
 from data import Frame, open_pictures
 from diffusers.utils.torch_utils import randn_tensor
-from evaluate import start_processes
+from evaluate import DTYPES, start_processes
 from features import open_extractor, open_reference, statistics
 from metrics import check_count, fit, frechet
 from torch import Generator, Tensor
@@ -60,11 +64,13 @@ class FewStepsConfig:
     extractor: str = field(metadata={"help": "of torch-fidelity by name, or a folder or Hub id of a classifier"})
     output: str = field(default="out/few_steps", metadata={"help": "folder for the results"})
     nfe: tuple[int, ...] = field(default=(5, 6, 8, 10, 12, 15, 20), metadata={"help": "network evaluations"})
-    screen: int = field(default=256, metadata={"help": "images that every sampler makes"})
-    images: int = field(default=5000, metadata={"help": "images of the best by Fréchet distance"})
-    shortlist: int = field(
-        default=3, metadata={"help": "samplers of diffusers that are measured on them, for each nfe"}
-    )
+    near: int = field(default=64, metadata={"help": "images for the distance to the solution, of every sampler"})
+    screen: int = field(default=256, metadata={"help": "images for a first Fréchet distance"})
+    images: int = field(default=5000, metadata={"help": "images of the best by it"})
+    shortlist: int = field(default=6, metadata={"help": "samplers of diffusers that are measured on them"})
+    margin: float = field(default=2.0, metadata={"help": "times the best of diffusers: what is worse is left out"})
+    thousand: tuple[float, ...] = field(default=(), metadata={"help": "η of 1000 steps to compare with, as 0 1"})
+    dtype: str = field(default="float32", metadata={"help": "of the network, for the Fréchet distance"})
     families: tuple[str, ...] = field(default=(), metadata={"help": "only samplers whose family begins so; all"})
     batch_size: int = field(default=125, metadata={"help": "images at a time"})
     seed: int = field(default=0, metadata={"help": "x_T of image i comes from seed + i"})
@@ -78,6 +84,15 @@ class Sampler(NamedTuple):
     family: str
     scheduler: str
     settings: dict[str, Any]
+
+    @property
+    def noisy(self) -> bool:
+        stock = self.scheduler == "DDPMScheduler" or self.family.startswith("sde-")
+        return stock or (self.scheduler == "SASolverScheduler" and "tau_func" not in self.settings) or self.eta > 0
+
+    @property
+    def eta(self) -> float:
+        return self.settings.get("eta", 0.0)
 
     @property
     def name(self) -> str:
@@ -133,6 +148,7 @@ class Bench:
         self.device = start_processes(config.device).device
         self.pipe = GeneralizedDDIMPipeline.from_pretrained(config.model).to(self.device)
         self.unet = self.pipe.unet.eval()
+        self.fast = copy.deepcopy(self.unet).to(DTYPES[config.dtype])
         self.shape = (self.unet.config.in_channels, *self.pipe.image_size)
         self.saved = self.pipe.scheduler.config
         self.extractor = open_extractor(config.extractor, self.device, self.shape)
@@ -141,6 +157,7 @@ class Bench:
         self.settings = {
             "model": weights_digest(self.unet),
             "extractor": self.extractor.fingerprint,
+            "dtype": config.dtype,
             "seed": config.seed,
         }
         self.output.mkdir(parents=True, exist_ok=True)
@@ -195,25 +212,25 @@ class Bench:
         raise Unfit(reason)
 
     @torch.inference_mode()
-    def sample(self, scheduler: Any, numbers: range) -> Tensor:
+    def sample(self, unet: Any, scheduler: Any, numbers: range) -> Tensor:
         """These images, in −1..1. Raises Unfit where they are not finite."""
         x = self.noise(numbers) * float(scheduler.init_noise_sigma)
         drawn = {}
         if "generator" in inspect.signature(scheduler.step).parameters:  # apart from those of x_T
             drawn["generator"] = Generator().manual_seed(2**40 + self.config.seed + numbers.start)
         for t in scheduler.timesteps:
-            output = self.unet(scheduler.scale_model_input(x, t), t).sample
+            output = unet(scheduler.scale_model_input(x, t).to(unet.dtype), t).sample.to(x.dtype)
             x = scheduler.step(output, t, x, **drawn).prev_sample
         if not bool(x.isfinite().all()):
             raise Unfit("images that are not finite")
         return x.clamp(-1, 1)
 
-    def make(self, sampler: Sampler, nfe: int, images: int) -> Iterator[Tensor]:
+    def make(self, unet: Any, sampler: Sampler, nfe: int, images: int) -> Iterator[Tensor]:
         """The first images of a sampler, in batches."""
         for start in range(0, images, self.config.batch_size):
             numbers = range(start, min(start + self.config.batch_size, images))
             try:
-                yield self.sample(self.scheduler(sampler, nfe), numbers)
+                yield self.sample(unet, self.scheduler(sampler, nfe), numbers)
             except (
                 RuntimeError,
                 ValueError,
@@ -227,47 +244,54 @@ class Bench:
 
     @cached_property
     def solution(self) -> Tensor:
-        """The converged solution of the ODE for the screened images, and a note of how converged it is."""
-        file = self.output / "solution.pt"
+        """The converged solution of the ODE for the first images, and a note of how converged it is."""
+        file, near = self.output / "solution.pt", self.config.near
         if file.exists():
             kept = torch.load(file)
-            if kept["settings"] == self.settings and len(kept["images"]) >= self.config.screen:
-                return kept["images"][: self.config.screen].to(self.device)
+            if kept["settings"] == self.settings and len(kept["images"]) >= near:
+                return kept["images"][:near].to(self.device)
         made = []
         for S in (250, 500):
             scheduler = Sampler("ours", "MultistepDDIMScheduler", {"timestep_spacing": "linear", "solver_order": 3})
-            made.append(torch.cat(list(self.make(scheduler, S, self.config.screen))))
+            made.append(torch.cat(list(self.make(self.unet, scheduler, S, near))))
         torch.save({"settings": self.settings, "images": made[1].cpu(), "converged_to": rms(*made)}, file)
         print(f"the solution at 250 and 500 steps differs by {rms(*made):.2g}")
         return made[1]
 
-    def measure(self, sampler: Sampler, nfe: int, images: int) -> dict[str, Any]:
-        """Fréchet distance of `images` images, and of the screened ones also the distance to the solution."""
-        key = f"{sampler.name}, {nfe} evaluations, {images} images"
-        if key in self.known:
-            return self.known[key]
-        entry: dict[str, Any] = {
-            "key": key,
-            "settings": self.settings,
-            "family": sampler.family,
-            "sampler": sampler.name,
-        }
-        entry |= {"nfe": nfe, "images": images}
-        try:
-            features, squares = [], 0.0
-            for i, made in enumerate(self.make(sampler, nfe, images)):
-                features.append(self.extractor(((made + 1) * 127.5).round().to(torch.uint8)).features)
-                start = i * self.config.batch_size
-                known = self.solution[start : start + len(made)]
-                squares += float((made[: len(known)] - known).double().square().mean((1, 2, 3)).sum())
-            entry["frechet"] = frechet(fit(lambda: iter(features)), self.reference)
-            entry["rms"] = (squares / min(images, len(self.solution))) ** 0.5
-        except Unfit as reason:
-            entry["unfit"] = str(reason)[:200]
-        self.known[key] = entry
-        with open(self.file, "a") as file:
-            file.write(json.dumps(entry) + "\n")
-        return entry
+    def distance(self, sampler: Sampler, nfe: int) -> dict[str, Any]:
+        """Of the first images, the root mean square distance to the solution."""
+
+        def measured() -> float:
+            made = torch.cat(list(self.make(self.unet, sampler, nfe, self.config.near)))
+            return rms(made, self.solution)
+
+        return self._entry("rms", sampler, nfe, self.config.near, measured)
+
+    def quality(self, sampler: Sampler, nfe: int, images: int) -> dict[str, Any]:
+        """The Fréchet distance of this many images."""
+
+        def measured() -> float:
+            batches = self.make(self.fast, sampler, nfe, images)
+            features = [self.extractor(((made + 1) * 127.5).round().to(torch.uint8)).features for made in batches]
+            return frechet(fit(lambda: iter(features)), self.reference)
+
+        return self._entry("frechet", sampler, nfe, images, measured)
+
+    def _entry(
+        self, measure: str, sampler: Sampler, nfe: int, images: int, measured: Callable[[], float]
+    ) -> dict[str, Any]:
+        key = f"{measure} of {sampler.name}, {nfe} evaluations, {images} images"
+        if key not in self.known:
+            entry = {"key": key, "settings": self.settings, "family": sampler.family, "sampler": sampler.name}
+            entry |= {"noisy": sampler.noisy, "nfe": nfe, "images": images}
+            try:
+                entry[measure] = measured()
+            except Unfit as reason:
+                entry["unfit"] = str(reason)[:200]
+            self.known[key] = entry
+            with open(self.file, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+        return self.known[key]
 
 
 def rms(x: Tensor, y: Tensor) -> float:
@@ -276,31 +300,62 @@ def rms(x: Tensor, y: Tensor) -> float:
 
 def main(config: FewStepsConfig) -> dict[str, Any]:
     """Write few_steps.json, few_steps.md and few_steps.png."""
+    if config.dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {config.dtype!r}: use one of {', '.join(DTYPES)}")
     bench = Bench(config)
     every = [each for each in samplers() if not config.families or each.family.startswith(config.families)]
     print(f"{len(every)} samplers; the reference and the solution first", flush=True)
     bench.reference, bench.solution  # noqa: B018
-    rows, unfit = [], {}
+    result = record(config) | {"model": bench.settings, "rows": [], "thousand": [], "unfit": {}}
+    dropped: set[str] = set()
     for nfe in config.nfe:
-        screened = []
-        for sampler in tqdm(every, desc=f"{nfe} evaluations", leave=False):
-            found = bench.measure(sampler, nfe, config.screen)
-            if "unfit" in found:
-                unfit[f"{sampler.name}, {nfe}"] = found["unfit"]
-            else:
-                screened.append((sampler, found))
-        theirs = [pair for pair in screened if pair[0].family not in OURS]
-        ours = [pair for pair in screened if pair[0].family in OURS]
-        chosen = sorted(theirs, key=lambda pair: pair[1]["frechet"])[: config.shortlist] + ours
-        whole = {sampler.name: bench.measure(sampler, nfe, config.images) for sampler, _ in chosen}
-        row = {"nfe": nfe, "screened": [found for _, found in screened], "measured": list(whole.values())}
-        rows.append(row)
-        result = record(config) | {"model": bench.settings, "rows": rows, "unfit": unfit}
-        write_json(bench.output / "few_steps.json", result)
-        write_whole(bench.output / "few_steps.md", table(result))
+        still = [each for each in every if not each.noisy]
+        found = [bench.distance(each, nfe) for each in tqdm(still, desc=f"{nfe}, RMS", leave=False)]
+        near = {entry["sampler"]: entry["rms"] for entry in found if "rms" in entry}
+        theirs = [near[each.name] for each in still if each.name in near and stock(each.family)]
+        near_enough = {name for name, value in near.items() if value <= config.margin * min(theirs, default=math.inf)}
+        near_enough |= {each.name for each in every if each.noisy} - dropped
+        near_enough |= {each.name for each in still if each.name in near and each.family in (*OURS, "DDIM")}
+        left = [each for each in every if each.name in near_enough]
+        found += [bench.quality(each, nfe, config.screen) for each in tqdm(left, desc=f"{nfe}, Fréchet", leave=False)]
+        result["unfit"] |= {f"{entry['sampler']}, {nfe}": entry["unfit"] for entry in found if "unfit" in entry}
+        screened = {entry["sampler"]: entry for entry in found if "frechet" in entry}
+        ranks = sorted((entry["frechet"], name) for name, entry in screened.items() if stock(entry["family"]))
+        dropped |= {name for value, name in ranks if value > config.margin * ranks[0][0] and screened[name]["noisy"]}
+        chosen = [name for _, name in ranks[: config.shortlist]]
+        chosen += [name for _, name in ranks if screened[name]["family"] == "DDIM" and name not in chosen][:1]
+        chosen += [name for name, entry in screened.items() if not stock(entry["family"])]
+        measured = [
+            bench.quality(each, nfe, config.images)
+            for each in tqdm(left, desc=f"{nfe}, all images", leave=False)
+            if each.name in chosen
+        ]
+        distances = [entry for entry in found if "rms" in entry]
+        row = {"nfe": nfe, "rms": distances, "screened": list(screened.values()), "frechet": measured}
+        result["rows"].append(row)
+        write(result, bench.output)
         print(table(result).splitlines()[-1], flush=True)
-    plot(result, bench.output / "few_steps.png")
+    for eta in config.thousand:
+        settings = {"eta": eta, "timestep_spacing": "linear"}
+        sampler = Sampler("1000 steps", "GeneralizedDDIMScheduler", settings)
+        result["thousand"].append(bench.quality(sampler, 1000, config.images))
+        write(result, bench.output)
     return result
+
+
+def write(result: dict[str, Any], output: Path) -> None:
+    write_json(output / "few_steps.json", result)
+    write_whole(output / "few_steps.md", table(result))
+    plot(result, output / "few_steps.png")
+
+
+def best(entries: list[dict[str, Any]], measure: str, families: Callable[[str], bool]) -> dict[str, Any] | None:
+    """The lowest of the entries of these families."""
+    return min((each for each in entries if families(each["family"])), key=lambda each: each[measure], default=None)
+
+
+def stock(family: str) -> bool:
+    return family not in OURS
 
 
 def table(result: dict[str, Any]) -> str:
@@ -309,39 +364,39 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in result["rows"]:
         cells = [str(row["nfe"])]
-        for measure, entries, ours in (("rms", row["screened"], OURS[:1]), ("frechet", row["measured"], OURS)):
-            theirs = [entry for entry in entries if entry["family"] not in OURS]
-            best = min(theirs, key=lambda entry: entry[measure], default=None)
-            cells += [f"{best[measure]:.4g}", best["sampler"]] if best else ["", ""]
+        for measure, ours in (("rms", OURS[:1]), ("frechet", OURS)):
+            theirs = best(row[measure], measure, stock)
+            cells += [f"{theirs[measure]:.4g}", theirs["sampler"]] if theirs else ["", ""]
             for family in ours:
-                found = next((entry[measure] for entry in entries if entry["family"] == family), None)
-                ratio = f" ({found / best[measure]:.2f})" if found and best else ""
-                cells.append("" if found is None else f"{found:.4g}{ratio}")
+                found = best(row[measure], measure, family.__eq__)
+                ratio = f" ({found[measure] / theirs[measure]:.2f})" if found and theirs else ""
+                cells.append(f"{found[measure]:.4g}{ratio}" if found else "")
         lines.append("| " + " | ".join(cells) + " |")
+    for entry in result["thousand"]:
+        lines += ["", f"Fréchet distance of {entry['sampler']}: {entry['frechet']:.4g}"]
     return "\n".join(lines) + "\n"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Both measures against evaluations: the best of each family."""
+    """Both measures against evaluations: ours, the best of diffusers at each, DDIM, and 1000 steps."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, measure in zip(axes, ("rms", "frechet"), strict=True):
-        families: dict[str, dict[int, float]] = {}
-        for row in result["rows"]:
-            for entry in row["screened"]:
-                points = families.setdefault(entry["family"], {})
-                points[row["nfe"]] = min(entry[measure], points.get(row["nfe"], float("inf")))
-        for family, points in sorted(families.items()):
-            width = 3 if family in OURS else 1
-            axis.plot(list(points), list(points.values()), marker="o", markersize=3, linewidth=width, label=family)
-        axis.set(
-            xlabel="network evaluations", yscale="log", ylabel={"rms": "RMS to the solution"}.get(measure, "Fréchet")
-        )
-        axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=6, ncol=2)
-    figure.savefig(path, dpi=110)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    names = {"DDIM": "DDIM".__eq__, "best of diffusers": stock} | {family: family.__eq__ for family in OURS}
+    for axis, measure in zip(figure.subplots(1, 2), ("rms", "frechet"), strict=True):
+        for name, families in names.items():
+            found = [(row["nfe"], best(row[measure], measure, families)) for row in result["rows"]]
+            points = sorted((nfe, entry[measure]) for nfe, entry in found if entry)
+            if points and not (measure == "rms" and name == OURS[1]):
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        for entry in result["thousand"] if measure == "frechet" else []:
+            axis.axhline(entry["frechet"], linestyle=":", linewidth=1, color="black")
+            axis.annotate(entry["sampler"], (result["rows"][0]["nfe"], entry["frechet"]), fontsize=7, va="bottom")
+        label = {"rms": "RMS distance to the solution", "frechet": "Fréchet distance"}[measure]
+        axis.set(xlabel="network evaluations", ylabel=label, yscale="log")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

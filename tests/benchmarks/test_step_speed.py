@@ -3,12 +3,14 @@
 make bench
 """
 
+from functools import partial
+
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from timing import ROUNDS, ratios
 
-from ddim_plugin import GeneralizedDDIMScheduler
+from ddim_plugin import GeneralizedDDIMScheduler, MultistepDDIMScheduler
 
 SHAPES = [(1, 1, 28, 28), (64, 3, 32, 32), (16, 3, 256, 256)]
 
@@ -46,3 +48,33 @@ def test_step(benchmark, capsys, shape, eta, clip):
     with capsys.disabled():
         print(f"\n{shape} eta={eta:g} {'clipped' if clip else 'free'}: ", end="")
         print(", ".join(f"{name} {ratio:.2f}" for name, ratio in taken.items()), "(ours = 1)")
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_multistep(benchmark, capsys, shape, prediction_type):
+    """Plan and steps of a loop of ten, and those of diffusers' methods of order 3, over the ones of order 1."""
+    x, out = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+
+    def walk(scheduler):
+        scheduler.set_timesteps(10)
+        for t in scheduler.timesteps:
+            last = scheduler.step(out, t, x).prev_sample
+        return last
+
+    kinds = {
+        "generalized": GeneralizedDDIMScheduler(prediction_type=prediction_type),
+        **{
+            f"order {order}": MultistepDDIMScheduler(prediction_type=prediction_type, solver_order=order)
+            for order in (1, 2, 3, 4)
+        },
+        "DPM-Solver++ 3M": DPMSolverMultistepScheduler(prediction_type=prediction_type, solver_order=3),
+        "UniPC 3": UniPCMultistepScheduler(prediction_type=prediction_type, solver_order=3),
+    }
+    with torch.no_grad():
+        walks = {name: partial(walk, scheduler) for name, scheduler in kinds.items()}
+        assert benchmark(walks["order 3"]).shape == x.shape
+        taken = ratios(walks, base="generalized", rounds=2 * ROUNDS)
+    with capsys.disabled():
+        print(f"\n{shape} {prediction_type}: ", end="")
+        print(", ".join(f"{name} {ratio:.2f}" for name, ratio in taken.items()))
