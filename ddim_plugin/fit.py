@@ -22,6 +22,8 @@ TEACHER = {
     "solver_quantity": None,
     "solver_coordinate": None,
     "solver_corrector": None,
+    "solver_extrapolation": None,
+    "lower_order_final": False,
 }
 """Settings of the solver that makes the solutions, whatever those of the model are."""
 

@@ -41,6 +41,8 @@ SOLVER = (
     "solver_quantity",
     "solver_coordinate",
     "solver_corrector",
+    "solver_extrapolation",
+    "lower_order_final",
     "start_from_top",
     "fitted_timesteps",
 )
@@ -801,8 +803,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     move is made in the same way, of the ODE's mean of x̂0.
 
     The first sample is x_T, also where τ ends below T, as it should for few steps: the network sees x_T at τ_S, where
-    it tells nearly the same x̂0, and the first move is made from T with it. Elsewhere than at the beginning of the plan
-    a sample is what its time says.
+    it tells nearly the same x̂0, and the first move of the deterministic process is made from T with it. Elsewhere than
+    at the beginning of the plan a sample is what its time says.
 
     `from_config` takes the config of any sampler, but not its τ, noise and clipping: what stands there was chosen for
     another.
@@ -818,6 +820,11 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             (as in UniPC); or "pece": the network is then called again at the corrected sample, so that S steps take
             2S − 1 evaluations. With `solver_order=1` that is Heun's method. "pec" helps order 2 on some models and not
             on others; with order 3 of ε̂ it can be unstable at few steps.
+        solver_extrapolation: how far a move goes from the last value of g towards the mean of the polynomial; 1 is all
+            the way. None is 1 for the deterministic process, and 1.5 with noise: the mean of x̂0 lacks the variance that
+            x_0 has given x_t, and going further makes up for some of it.
+        lower_order_final: whether the last move, to the data, is of order 1 and ends at x̂0. An ε̂ extrapolated there
+            leaves what it is wrong by in the picture.
         start_from_top: whether the first sample is x_T; False takes it as x at τ_S, as other schedulers, order 1 and
             "pece" do.
         fitted_timesteps: τ for some numbers of steps, {"S": network times, descending}, as `ddim_plugin.fit_timesteps`
@@ -855,6 +862,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         solver_quantity: str | None = None,
         solver_coordinate: str | None = None,
         solver_corrector: str | None = None,
+        solver_extrapolation: float | None = None,
+        lower_order_final: bool = True,
         start_from_top: bool = True,
         fitted_timesteps: dict[str, list[int]] | None = None,
     ):
@@ -863,6 +872,9 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         ode.check_solver(solver_quantity or "epsilon", solver_coordinate or "bounded")
         if solver_corrector not in (None, *CORRECTORS):
             raise ValueError(f"unknown solver_corrector {solver_corrector!r}: use pec, pece or None")
+        reach = solver_extrapolation
+        if reach is not None and not (isinstance(reach, Real) and 0 <= reach < float("inf")):
+            raise ValueError(f"solver_extrapolation must be a number from 0 on, or None, not {solver_extrapolation!r}")
         super().__init__(
             num_train_timesteps,
             beta_start,
@@ -947,12 +959,12 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     def _make_plan(self, pairs: list[tuple[int, int]], kind: str, eta: float) -> list[Step]:
         plan = super()._make_plan(pairs, kind, eta)
-        if self._starts_above(pairs):
+        if self._starts_above(pairs) and not process.adds_noise(kind, eta):
             plan[0] = _from_top(plan[0], float(self._alpha_bar[-1]))
         return plan
 
     def _starts_above(self, pairs: list[tuple[int, int]]) -> bool:
-        """Whether the first move is made from T, above the first time."""
+        """Whether the first move is made from T, above the first time, where no noise is added."""
         config = self.config
         allowed = config.start_from_top and config.solver_order != 1 and config.solver_corrector != "pece"
         return allowed and pairs[0][0] < config.num_train_timesteps
@@ -1018,25 +1030,29 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         That step is scale·x_t + slope·g: the mean of g stands in place of its last value. Where the move that led to
         x_t is corrected, x_t has changed by its slope times the change of its mean.
         """
-        order = self.config.solver_order or (2 if process.adds_noise(*kind) else 3)
+        noisy = process.adds_noise(*kind)
+        order = self.config.solver_order or (2 if noisy else 3)
+        reach = self.config.solver_extrapolation
+        reach = (1.5 if noisy else 1.0) if reach is None else reach
         row = np.zeros(len(known))
-        mean = self._mean(quantity, self._pairs[place], known[:order])
+        mean = self._mean(quantity, self._pairs[place], known[:order], reach)
         if len(mean) > 1:
             slope = self._linear(quantity, kind, place)[1]
             row[: len(mean)] += slope * mean
             row[0] -= slope
-        if self.config.solver_corrector and self._is_corrected(quantity, place, known):
+        if self.config.solver_corrector and self._is_corrected(quantity, kind, place, known):
             before = self._pairs[place - 1]
             factor = self._linear(quantity, kind, place)[0] * self._linear(quantity, kind, place - 1)[1]
-            old, new = known[1 : order + 1], known[: max(2, order)]
-            old, new = (self._mean(quantity, before, times) for times in (old, new))
+            old = self._mean(quantity, before, known[1 : order + 1], reach)
+            new = self._mean(quantity, before, known[: max(2, order)])
             row[: len(new)] += factor * new
             row[1 : len(old) + 1] -= factor * old
         return row.tolist()
 
-    def _is_corrected(self, quantity: str, place: int, known: tuple[int, ...]) -> bool:
-        """Whether the move before this place is one of the ODE, and is corrected here."""
-        if len(known) == 1 or (place == 1 and self._starts_above(self._pairs)):
+    def _is_corrected(self, quantity: str, kind: tuple[str, float], place: int, known: tuple[int, ...]) -> bool:
+        """Whether the move before this place is one of the process, and is corrected here."""
+        from_top = place == 1 and self._starts_above(self._pairs) and not process.adds_noise(*kind)
+        if len(known) == 1 or from_top:
             return False
         t = self._pairs[place - 1][0]
         return t != known[0] and (quantity == "sample" or self._alpha_bar[t] > 0)
@@ -1049,18 +1065,22 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             return float(step.eps / sigma), float(step.x0 - step.eps * alpha / sigma)
         return float(step.x0 / alpha), float(step.eps - step.x0 * sigma / alpha)
 
-    def _mean(self, quantity: str, move: tuple[int, int], times: tuple[int, ...]) -> ode.Array:
-        """Weights of g at these times, or at the first of them, for its mean over a move."""
+    def _mean(self, quantity: str, move: tuple[int, int], times: tuple[int, ...], reach: float = 1.0) -> ode.Array:
+        """Weights of g at these times, or at the first of them, for its mean over a move, gone so far towards it."""
         ends = [float(self._alpha_bar[time]) for time in move]
         known = [float(self._alpha_bar[time]) for time in times]
-        to_data = quantity == "sample" and ends[1] == 1
+        to_data = (quantity == "sample" and ends[1] == 1) or (self.config.lower_order_final and move[1] == 0)
         to_noise = quantity == "epsilon" and ends[1] == 0
         if to_data or to_noise or ends[0] == ends[1] or len(set(known)) < len(known):
             known = known[:1]  # x̂0 or ε̂ as it is, a time that is repeated
         coordinate = self.config.solver_coordinate or COORDINATE[quantity]
         if (known[-1] == 0 and coordinate in ("nsr", "log_snr")) or (known[-1] == 1 and coordinate == "log_snr"):
             known = known[:-1]  # the top, or the data, where these are infinite
-        return _mean_weights(quantity, coordinate, *ends, tuple(known)) if len(known) > 1 else np.ones(1)
+        if len(known) < 2:
+            return np.ones(1)
+        weights = reach * _mean_weights(quantity, coordinate, *ends, tuple(known))
+        weights[0] += 1 - reach
+        return weights
 
 
 class InverseMultistepDDIMScheduler(InverseDDIMScheduler, MultistepDDIMScheduler):

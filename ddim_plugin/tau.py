@@ -63,7 +63,7 @@ def paper_quadratic(S: int, T: int) -> Times:
 
 
 def few_steps(S: int, alpha_bar: Array) -> Times:
-    """S times evenly spaced between two ends that move out as S grows: T/(2S), and T·S/(S + 2) or the start of noise.
+    """S times evenly spaced between two ends that move out as S grows: 3T/(4S), and T·S/(S + 2) or the start of noise.
 
     For a multistep method whose first move is made from T. Above its top the network is shown noise alone (ᾱ < NOISE),
     and tells hardly more of it than at the top.
@@ -91,7 +91,7 @@ def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
     T = len(alpha_bar) - 1
     noise = np.flatnonzero(alpha_bar <= NOISE)
     top = min(T, max(S, round(T * S / (S + 2)), int(noise[0]) if len(noise) else T))
-    return top, min(top, max(1, round(T / (2 * S))))
+    return top, min(top, max(1, round(3 * T / (4 * S))))
 
 
 def _spread(times: Array, T: int) -> Times:

@@ -110,7 +110,7 @@ def test_zero_terminal_snr():
             return (x - np.sqrt(1 - a) * data.eps(x, t)) / np.sqrt(a) if a > 0 else np.full_like(x, 0.17)
 
     found = fit_timesteps(exact_pipe(X0(), scheduler), [4], **FEW)
-    assert found[4].error <= found[4].default_error < 0.2
+    assert found[4].error <= found[4].default_error < 0.3
 
 
 def test_images_that_are_not_finite():

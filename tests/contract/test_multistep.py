@@ -34,7 +34,19 @@ def draws(S, *shape, dtype=torch.float64, seed=0):
     return torch.randn(S + 1, *(shape or (2, 3, 4, 4)), generator=generator, dtype=dtype).unbind(0)
 
 
-def by_hand(x, outputs, times, prediction_type, quantity, coordinate, order, start_from_top, corrector=None):
+def by_hand(
+    x,
+    outputs,
+    times,
+    prediction_type,
+    quantity,
+    coordinate,
+    order,
+    start_from_top,
+    corrector=None,
+    factor=1.0,
+    lower_order_final=True,
+):
     known, before, place = [], None, -1
     outputs = list(outputs)
     for t, s in itertools.pairwise([*times, 0]):
@@ -52,7 +64,8 @@ def by_hand(x, outputs, times, prediction_type, quantity, coordinate, order, sta
                 output = outputs.pop(0)
                 known[0] = value(*predicted(x, output, t, prediction_type))
         before = x, t
-        x = moved(x, t, s, known[:1] if s == 0 and quantity == "sample" else known[:order], quantity, coordinate)
+        last = s == 0 and (quantity == "sample" or lower_order_final)
+        x = moved(x, t, s, known[:1] if last else known[:order], quantity, coordinate, factor)
     return x
 
 
@@ -65,11 +78,12 @@ def predicted(x, output, t, prediction_type):
     }[prediction_type]
 
 
-def moved(x, t, s, known, quantity, coordinate):
-    """DDIM from t to s with the mean of g in place of its value."""
+def moved(x, t, s, known, quantity, coordinate, factor=1.0):
+    """DDIM from t to s with the mean of g in place of its value, or so far towards it."""
     a, b = np.sqrt(ALPHA[t]), np.sqrt(1 - ALPHA[t])
     weights = mean_weights(quantity, coordinate, ALPHA[t], ALPHA[s], [alpha for alpha, _ in known])
     mean = sum(w * g for w, (_, g) in zip(weights.tolist(), known, strict=True))
+    mean = known[0][1] + factor * (mean - known[0][1])
     x0, eps = ((x - b * mean) / a, mean) if quantity == "epsilon" else (mean, (x - a * mean) / b)
     return np.sqrt(ALPHA[s]) * x0 + np.sqrt(1 - ALPHA[s]) * eps
 
@@ -77,20 +91,24 @@ def moved(x, t, s, known, quantity, coordinate):
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("quantity", QUANTITIES)
 @pytest.mark.parametrize("order", [2, 3, 4])
-@pytest.mark.parametrize("start_from_top", [True, False])
-def test_a_step_is_ddims_with_the_mean(prediction_type, quantity, order, start_from_top):
+@pytest.mark.parametrize(
+    ("start_from_top", "factor", "lower_order_final"), [(True, 1, True), (False, 1, False), (True, 1.5, False)]
+)
+def test_a_step_is_ddims_with_the_mean(prediction_type, quantity, order, start_from_top, factor, lower_order_final):
     for coordinate in COORDINATES:
         scheduler = MultistepDDIMScheduler(
             prediction_type=prediction_type,
             solver_order=order,
             solver_quantity=quantity,
             solver_coordinate=coordinate,
+            solver_extrapolation=factor,
+            lower_order_final=lower_order_final,
             start_from_top=start_from_top,
         )
         scheduler.set_timesteps(timesteps=[930, 700, 610, 333, 120, 0])
         x, *outputs = draws(6)
         found = run(scheduler, outputs, x)
-        settings = (prediction_type, quantity, coordinate, order, start_from_top)
+        settings = (prediction_type, quantity, coordinate, order, start_from_top, None, factor, lower_order_final)
         expected = by_hand(x, outputs, [931, 701, 611, 334, 121, 1], *settings)
         assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
         assert torch.allclose(run(scheduler, outputs, x), expected, rtol=1e-9, atol=1e-9)  # begins anew
@@ -348,6 +366,8 @@ def test_on_disk_and_through_others(tmp_path, quiet_diffusers):
         ({"solver_quantity": "v_prediction"}, "unknown quantity 'v_prediction'"),
         ({"solver_coordinate": "t"}, "unknown coordinate 't': use one of nsr"),
         ({"solver_corrector": "heun"}, "unknown solver_corrector 'heun': use pec, pece or None"),
+        ({"solver_extrapolation": -1}, "solver_extrapolation must be a number from 0 on, or None, not -1"),
+        ({"solver_extrapolation": "far"}, "solver_extrapolation must be a number from 0 on, or None, not 'far'"),
         ({"timestep_spacing": "x"}, "unknown timestep_spacing"),
     ],
 )
@@ -536,29 +556,33 @@ def test_guided_encoding(make_unet):
     assert (report.evaluations >= 4 * 2 * 2).all()
 
 
-@pytest.mark.parametrize("settings", [{}, {"clip_sample": True, "use_clipped_model_output": True}, {"eta": 0.4}])
+@pytest.mark.parametrize("settings", [{}, {"clip_sample": True, "use_clipped_model_output": True}])
 def test_the_first_move_is_made_from_the_top(settings):
     """What the network tells of x_T at a lower time is an x̂0: with the exact one the start costs nothing."""
     x0 = torch.rand(2, 3, 4, 4, dtype=torch.float64) - 0.5
-    x, z = draws(1)
+    x, _ = draws(1)
     scheduler = MultistepDDIMScheduler(prediction_type="sample", **settings)
     plain = GeneralizedDDIMScheduler(prediction_type="sample", **settings)
     scheduler.set_timesteps(timesteps=[700, 300])
     plain.set_timesteps(timesteps=[999, 300])
-    noise = z if settings.get("eta") else None
-    found = scheduler.step(x0, scheduler.timesteps[0], x, variance_noise=noise)
-    expected = plain.step(
-        x0, plain.timesteps[0], x, variance_noise=torch.zeros_like(z) if settings.get("eta") else None
-    )
-    if settings.get("eta"):
-        assert torch.allclose(found.pred_epsilon, expected.pred_epsilon)
-    else:
-        assert torch.allclose(found.prev_sample, expected.prev_sample)
+    found = scheduler.step(x0, scheduler.timesteps[0], x)
+    expected = plain.step(x0, plain.timesteps[0], x)
+    assert torch.allclose(found.prev_sample, expected.prev_sample)
     assert torch.equal(found.pred_original_sample, expected.pred_original_sample)
     later = MultistepDDIMScheduler(prediction_type="sample", **settings)
     later.set_timesteps(timesteps=[900, 700, 300])
-    from_between = later.step(x0, later.timesteps[1], x, variance_noise=noise).prev_sample
+    from_between = later.step(x0, later.timesteps[1], x).prev_sample
     assert not torch.allclose(from_between, found.prev_sample)
+
+
+def test_with_noise_the_first_move_is_made_where_the_network_is_called():
+    x, output, z = draws(2)
+    steps = []
+    for cls in (MultistepDDIMScheduler, GeneralizedDDIMScheduler):
+        scheduler = cls()
+        scheduler.set_timesteps(timesteps=[700, 300])
+        steps.append(scheduler.step(output, 700, x, eta=0.4, variance_noise=z).prev_sample)
+    assert torch.equal(*steps)
 
 
 def test_what_is_held():
