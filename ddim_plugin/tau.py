@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Times = NDArray[np.int64]
 
-NOISE = 0.002
+NOISE = 0.004
 """ᾱ at which the sample is noise to a network that is shown x_T in its place."""
 
 
