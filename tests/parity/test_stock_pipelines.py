@@ -166,7 +166,7 @@ def test_few_steps_with_guidance(stable_diffusion, prediction_type, quiet_diffus
     few = MultistepDDIMScheduler.from_config(stock.config)
     assert few.config.steps_offset == 0
     distances = [np.abs(images(each, 10) - solution).mean() for each in (few, stock)]
-    assert distances[0] < {"epsilon": 0.9, "v_prediction": 0.2}[prediction_type] * distances[1]
+    assert distances[0] < {"epsilon": 0.9, "v_prediction": 0.4}[prediction_type] * distances[1]
     half = quiet(diffusers.StableDiffusionImg2ImgPipeline(scheduler=few, **stable_diffusion))
     image = torch.rand(1, 3, 16, 16, generator=seeded())
     made = half("a cat", image=image, strength=0.5, num_inference_steps=8, output_type="np", generator=seeded()).images
