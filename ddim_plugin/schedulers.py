@@ -822,11 +822,11 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             on others; with order 3 of ε̂ it can be unstable at few steps.
         solver_extrapolation: how far a move goes from the last value of g towards the mean of the polynomial; 1 is all
             the way. None is 1 for the deterministic process, and 1.5 with noise: the mean of x̂0 lacks the variance that
-            x_0 has given x_t, and going further makes up for some of it.
-        lower_order_final: whether the last move, to the data, is of order 1 and ends at x̂0. An ε̂ extrapolated there
-            leaves what it is wrong by in the picture.
-        start_from_top: whether the first sample is x_T; False takes it as x at τ_S, as other schedulers, order 1 and
-            "pece" do.
+            x_0 has given x_t, and going further makes up for some of it. A corrector takes it back.
+        lower_order_final: whether the last move, to the data, is of order 1 (that of x̂0 to ᾱ = 1 always is). An ε̂
+            extrapolated there leaves what it is wrong by in the picture.
+        start_from_top: whether the first sample is x_T; False takes it as x at τ_S, as other schedulers, order 1,
+            "pece" and the process with noise do.
         fitted_timesteps: τ for some numbers of steps, {"S": network times, descending}, as `ddim_plugin.fit_timesteps`
             finds them for a model; it takes the place of the spacing "few_steps" there.
         The others are those of `GeneralizedDDIMScheduler`; with "learned_range" eta=0, the default, is the
@@ -959,21 +959,22 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     def _make_plan(self, pairs: list[tuple[int, int]], kind: str, eta: float) -> list[Step]:
         plan = super()._make_plan(pairs, kind, eta)
-        if self._starts_above(pairs) and not process.adds_noise(kind, eta):
+        if self._starts_above(pairs, kind, eta):
             plan[0] = _from_top(plan[0], float(self._alpha_bar[-1]))
         return plan
 
-    def _starts_above(self, pairs: list[tuple[int, int]]) -> bool:
+    def _starts_above(self, pairs: list[tuple[int, int]], kind: str = "fixed_small", eta: float = 0.0) -> bool:
         """Whether the first move is made from T, above the first time, where no noise is added."""
         config = self.config
         allowed = config.start_from_top and config.solver_order != 1 and config.solver_corrector != "pece"
-        return allowed and pairs[0][0] < config.num_train_timesteps
+        return allowed and pairs[0][0] < config.num_train_timesteps and not process.adds_noise(kind, eta)
 
     def _forget(self) -> None:
         self._values: list[Tensor] = []  # of g, the newest first
         self._times: tuple[int, ...] = ()  # that they belong to
         self._last: tuple[str, int] | None = None  # what g is, and the place of the newest in the plan
-        self._rows: dict[tuple[tuple[str, float], int, tuple[int, ...]], tuple[Step, float, list[float]]] = {}
+        self._moved: tuple[str, float] | None = None  # the kind of the move from there
+        self._rows: dict[tuple[tuple[str, float], int, tuple[int, ...], bool], tuple[Step, float, list[float]]] = {}
 
     def _kind(self, eta: float | None) -> tuple[str, float]:
         if eta is None and self.config.variance_type == "learned_range":
@@ -997,12 +998,13 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         again = int(follows and self._times[0] == t)  # in place of the value that was there
         older = slice(again, again + self._kept if follows else 0)
         self._values, self._times = [g, *self._values[older]], (t, *self._times[older])
-        self._last = quantity, place
+        corrected = bool(self.config.solver_corrector) and follows and self._moved == kind
+        self._last, self._moved = (quantity, place), kind
         values = self._values[1:]
         if place == len(self._pairs) - 1:
             self._values, self._last = [], None  # nothing follows: they can go
 
-        key = kind, place, self._times
+        key = kind, place, self._times, corrected
         if key not in self._rows:
             first, *rest = self._row(quantity, *key)
             step = evaluation.step
@@ -1024,7 +1026,9 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             return evaluation.output
         return evaluation.eps()
 
-    def _row(self, quantity: str, kind: tuple[str, float], place: int, known: tuple[int, ...]) -> list[float]:
+    def _row(
+        self, quantity: str, kind: tuple[str, float], place: int, known: tuple[int, ...], corrected: bool
+    ) -> list[float]:
         """What the values of g at the times `known`, the newest first, add to the step of DDIM.
 
         That step is scale·x_t + slope·g: the mean of g stands in place of its last value. Where the move that led to
@@ -1040,7 +1044,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             slope = self._linear(quantity, kind, place)[1]
             row[: len(mean)] += slope * mean
             row[0] -= slope
-        if self.config.solver_corrector and self._is_corrected(quantity, kind, place, known):
+        if corrected and self._is_corrected(quantity, kind, place, known):
             before = self._pairs[place - 1]
             factor = self._linear(quantity, kind, place)[0] * self._linear(quantity, kind, place - 1)[1]
             old = self._mean(quantity, before, known[1 : order + 1], reach)
@@ -1051,8 +1055,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     def _is_corrected(self, quantity: str, kind: tuple[str, float], place: int, known: tuple[int, ...]) -> bool:
         """Whether the move before this place is one of the process, and is corrected here."""
-        from_top = place == 1 and self._starts_above(self._pairs) and not process.adds_noise(*kind)
-        if len(known) == 1 or from_top:
+        if len(known) == 1 or (place == 1 and self._starts_above(self._pairs, *kind)):
             return False
         t = self._pairs[place - 1][0]
         return t != known[0] and (quantity == "sample" or self._alpha_bar[t] > 0)

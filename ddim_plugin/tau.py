@@ -15,7 +15,7 @@ Array = NDArray[np.float64]
 Times = NDArray[np.int64]
 
 NOISE = 0.004
-"""ᾱ at which the sample is noise to a network that is shown x_T in its place."""
+"""ᾱ from which on the sample is noise to a network that is shown x_T in its place."""
 
 
 def linear(S: int, T: int) -> Times:

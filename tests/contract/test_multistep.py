@@ -117,10 +117,13 @@ def test_a_step_is_ddims_with_the_mean(prediction_type, quantity, order, start_f
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("quantity", QUANTITIES)
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
-@pytest.mark.parametrize(("corrector", "start_from_top"), [("pec", True), ("pec", False), ("pece", False)])
-def test_a_corrector_makes_the_last_move_again(prediction_type, quantity, order, corrector, start_from_top):
+@pytest.mark.parametrize(
+    ("corrector", "start_from_top", "factor"), [("pec", True, 1), ("pec", False, 1.5), ("pece", False, 1.5)]
+)
+def test_a_corrector_makes_the_last_move_again(prediction_type, quantity, order, corrector, start_from_top, factor):
     for coordinate in COORDINATES:
         settings = {"solver_quantity": quantity, "solver_coordinate": coordinate, "solver_corrector": corrector}
+        settings["solver_extrapolation"] = factor
         scheduler = MultistepDDIMScheduler(
             prediction_type=prediction_type, solver_order=order, start_from_top=start_from_top, **settings
         )
@@ -129,9 +132,8 @@ def test_a_corrector_makes_the_last_move_again(prediction_type, quantity, order,
         if corrector == "pece":
             assert scheduler.timesteps.tolist() == [930, *(t for t in (700, 610, 333, 120, 0) for _ in "ab")]
         x, *outputs = draws(len(scheduler.timesteps))
-        expected = by_hand(
-            x, outputs, times, prediction_type, quantity, coordinate, order, start_from_top and order > 1, corrector
-        )
+        given = (prediction_type, quantity, coordinate, order, start_from_top and order > 1, corrector, factor)
+        expected = by_hand(x, outputs, times, *given)
         for _ in range(2):
             found = run(scheduler, outputs, x)
             assert torch.allclose(found, expected, rtol=1e-8, atol=1e-8)
@@ -573,6 +575,50 @@ def test_the_first_move_is_made_from_the_top(settings):
     later.set_timesteps(timesteps=[900, 700, 300])
     from_between = later.step(x0, later.timesteps[1], x).prev_sample
     assert not torch.allclose(from_between, found.prev_sample)
+
+
+def test_with_noise_a_move_goes_further():
+    x, *outputs = draws(4)
+    results = []
+    for settings in ({}, {"solver_extrapolation": 1.5}, {"solver_extrapolation": 1.0}):
+        scheduler = MultistepDDIMScheduler(**settings)
+        scheduler.set_timesteps(4)
+        results.append(run(scheduler, outputs, x, eta=1.0, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(*results[:2])
+    assert not torch.allclose(*results[1:])
+
+
+def test_the_last_move_is_of_order_1_where_alpha_bar_is_not_1():
+    x, *outputs = draws(3)
+    results = []
+    for settings in ({"lower_order_final": True}, {"lower_order_final": False}):
+        scheduler = MultistepDDIMScheduler(set_alpha_to_one=False, **settings)
+        scheduler.set_timesteps(3)
+        before = run_to_the_last(scheduler, outputs, x)
+        results.append(scheduler.step(outputs[-1], scheduler.timesteps[-1], before).prev_sample)
+    first = GeneralizedDDIMScheduler(set_alpha_to_one=False)
+    first.set_timesteps(timesteps=scheduler.timesteps)
+    assert torch.allclose(results[0], first.step(outputs[-1], scheduler.timesteps[-1], before).prev_sample)
+    assert not torch.allclose(*results)
+
+
+def run_to_the_last(scheduler, outputs, x):
+    for t, output in zip(scheduler.timesteps[:-1], outputs[:-1], strict=True):
+        x = scheduler.step(output, t, x).prev_sample
+    return x
+
+
+def test_a_move_of_another_kind_is_not_corrected():
+    """Noise that begins after the first move: that was one of the ODE, and stays as it was."""
+    x, *outputs = draws(3)
+    results = []
+    for corrector in ("pec", None):
+        settings = {"solver_quantity": "sample", "solver_order": 2, "solver_corrector": corrector}
+        scheduler = MultistepDDIMScheduler(**settings)
+        scheduler.set_timesteps(timesteps=[700, 400, 100])
+        y = scheduler.step(outputs[0], scheduler.timesteps[0], x, eta=0.0).prev_sample
+        results.append(scheduler.step(outputs[1], scheduler.timesteps[1], y, eta=1.0, variance_noise=x).prev_sample)
+    assert torch.equal(*results)
 
 
 def test_with_noise_the_first_move_is_made_where_the_network_is_called():

@@ -349,7 +349,15 @@ def test_a_signal_saves_and_leaves(tmp_path, number):
     assert sorted(losses(output)) == list(range(1, steps + 1))
 
 
-def test_a_signal_delivered_twice_still_saves(tmp_path):
+@pytest.fixture
+def interruptible():
+    """SIGINT as Python has it, also in a shell's background job, which is born ignoring it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_delivered_twice_still_saves(tmp_path, interruptible):
     """Schedulers signal a launcher and its children, and the launcher its children again."""
     signals, accelerator = (
         train.Signals(),
