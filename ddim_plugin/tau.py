@@ -63,9 +63,10 @@ def paper_quadratic(S: int, T: int) -> Times:
 
 
 def few_steps(S: int, alpha_bar: Array) -> Times:
-    """S times evenly spaced between two ends that move out as S grows: 3T/(4S), and T·S/(S + 2) or the start of noise.
+    """S times evenly spaced between two ends that move out as S grows: 3T/(4S), and T·S/(S + 2) or,
+    where that is higher, the start of noise.
 
-    For a multistep method whose first move is made from T. Above its top the network is shown noise alone (ᾱ < NOISE),
+    For a multistep method whose first move is made from T. Above its top the network is shown noise alone (ᾱ ≤ NOISE),
     and tells hardly more of it than at the top.
     """
     return _spread(np.linspace(*_ends(S, alpha_bar), S), len(alpha_bar) - 1)
