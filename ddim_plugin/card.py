@@ -69,7 +69,7 @@ $settings
 ## Figures
 
 $figures
-
+$pictures
 ## Training
 
 $training
@@ -213,6 +213,7 @@ def card(
     conversion: dict[str, Any] | None = None,
     picture: str | None = None,
     caption: str = "",
+    pictures: dict[str, str] | None = None,
     license: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
@@ -226,6 +227,7 @@ def card(
         results, training, conversion: what `results.json` lists, and what `training.json` and `conversion.json` hold,
             where there are such.
         picture, caption: name of a sample grid in the repo, and what is said below it.
+        pictures: the same for further pictures, by their names.
         license: the Hub's id of the licence of the weights.
         variant: the weights to load, where there are no ordinary ones.
         revision: the branch of the repo, if not main.
@@ -274,6 +276,7 @@ def card(
         stock=Template(LOOP if unknown else STOCK).substitute(words),
         settings=_table([*_settings(scheduler), ("classes", labels)]),
         figures=_figures(results),
+        pictures="".join(f"\n![{name}]({name})\n\n*{_cell(told)}*\n" for name, told in (pictures or {}).items()),
         training=_table(origin) if origin else "How these weights were trained was not recorded.",
         size=f"{height}×{width}",
         licence=f"The weights: {license or 'nothing is said'}. The training data: {data}. The code files: Apache-2.0.",
@@ -413,19 +416,49 @@ def _settings(scheduler: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _figures(results: list[dict[str, Any]]) -> str:
+    """A table for each metric and data set: settings by S."""
     if not results:
         return "None have been measured for these weights."
-    heads = ("metric", "value", "NFE", "S", "η", "variance", "τ", "scheduler", "images", "against")
-    rows = []
+    groups: dict[tuple, list[dict[str, Any]]] = {}
     for entry in results:
-        error = entry.get("standard_error")
+        data = " ".join(filter(None, (entry["dataset"]["name"], entry["dataset"].get("split"))))
+        groups.setdefault((_name(entry), data, entry.get("images"), entry.get("seed")), []).append(entry)
+    parts = []
+    for (name, data, images, seed), entries in groups.items():
+        told = [f"**{_cell(name)}**", _cell(data)]
+        told += [] if images is None else [f"{images:,} images"]
+        told += [] if seed is None else [f"seed {seed}"]
+        parts += [", ".join(told), _by_steps(entries)]
+    note = "In brackets evaluations of the network for an image (NFE), where they are not S."
+    return "\n\n".join([*parts, f"{note} All of it is in `results.json`."])
+
+
+def _by_steps(entries: list[dict[str, Any]]) -> str:
+    """The values of entries, a row for each setting and a column for each S."""
+    heads = {"scheduler": "scheduler", "variance_type": "variance", "eta": "η", "timestep_spacing": "τ"}
+    used = [key for key in heads if any(entry.get(key) is not None for entry in entries)]
+    columns = sorted({_column(entry) for entry in entries})
+    rows: dict[tuple, dict[tuple, list[str]]] = {}
+    for entry in entries:
+        error, steps = entry.get("standard_error"), entry.get("num_inference_steps")
         value = f"{entry['value']:.4g}" + ("" if error is None else f" ± {error:.2g}")
-        dataset = " ".join(filter(None, (entry["dataset"]["name"], entry["dataset"].get("split"))))
-        rows.append((_name(entry), value, entry["nfe"], *(entry.get(key) for key in SETTINGS[:-1]), dataset))
-    used = [i for i in range(len(heads)) if any(row[i] is not None for row in rows)]
-    lines = [heads, ["---"] * len(heads), *rows]
-    table = ["| " + " | ".join("" if row[i] is None else _cell(row[i]) for i in used) + " |" for row in lines]
-    return "\n".join(table) + "\n\nNFE counts evaluations of the network for an image. All of it is in `results.json`."
+        value += "" if steps in (None, entry["nfe"]) else f" ({entry['nfe']:.4g})"
+        setting = tuple("" if entry.get(key) is None else _cell(entry[key]) for key in used)
+        rows.setdefault(setting, {}).setdefault(_column(entry), []).append(value)
+    lines = [[heads[key] for key in used] + [head for _, _, head in columns]]
+    lines += [["---"] * len(lines[0])]
+    lines += [
+        [*setting, *(", ".join(values.get(column, ())) for column in columns)] for setting, values in rows.items()
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _column(entry: dict[str, Any]) -> tuple[bool, float, str]:
+    """Where an entry stands: its S, or where it has none its evaluations."""
+    steps = entry.get("num_inference_steps")
+    if steps is None:
+        return True, entry["nfe"], f"NFE {entry['nfe']:.4g}"
+    return False, steps, f"S = {steps}"
 
 
 def _training(training: dict[str, Any]) -> list[tuple[str, Any]]:

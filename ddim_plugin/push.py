@@ -63,7 +63,7 @@ def push_folder(
 
     The weights of all variants there go along, and from the folder `records` (the same, if not given) `results.json`,
     `training.json`, `conversion.json`, `samples.png` (or the last of `previews/`), `loss.png`, and the pictures that
-    `results.json` lists under "pictures". A README.md that somebody wrote in the folder, else one in the repo, is the
+    `results.json` names under "pictures". A README.md that somebody wrote in the folder, else one in the repo, is the
     card; else one is written from the records (see `card`). Where a model of this package with other weights is in the
     repo, what was said of it goes.
 
@@ -122,7 +122,7 @@ def push_folder(
     stale = {name for name in there if CODE.fullmatch(name) or (not same and variant_of(name) is not None)}
     if is_ours(_object(texts.get(INDEX, ""))) and (model.said or not same):
         listed = _object(texts.get(RESULTS, "")).get("pictures")
-        listed = listed if isinstance(listed, list) else []
+        listed = listed if isinstance(listed, list | dict) else []
         stale |= {name for name in there if SAID.fullmatch(name) or (name in listed and PICTURE.fullmatch(name))}
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
     operations += [CommitOperationDelete(name) for name in sorted(stale & there.keys() - files.keys())]
@@ -197,7 +197,9 @@ class Model:
         found = {name: read_object(records / name) for name in RECORDS if (records / name).is_file()}
         self.results = public(entries_of(found[RESULTS], records / RESULTS)) if RESULTS in found else []
         self.training, self.conversion = (public(found.get(name, {})) for name in (TRAINING, CONVERSION))
-        self.pictures = _pictures(records, found.get(RESULTS, {}))
+        listed = _listed(found.get(RESULTS, {}).get("pictures", {}), records / RESULTS)
+        self.pictures = _pictures(records, list(listed))
+        self.captions = {name: public(told) for name, told in listed.items() if told and name in self.pictures}
         measured = found.get(RESULTS, {}).get("model")
         measured = measured.get("sha256") if isinstance(measured, dict) else None  # of the weights, where it is noted
 
@@ -242,6 +244,7 @@ class Model:
                 self.conversion,
                 GRID if drawn is not None or GRID in self.pictures else None,
                 caption,
+                self.captions,
                 license,
                 self.variants[0],
                 revision,
@@ -306,18 +309,21 @@ def _code(folder: Path, index: dict[str, Any]) -> dict[str, Content]:
     return files | {INDEX: (json.dumps(public(made), indent=2) + "\n").encode()}
 
 
-def _pictures(records: Path, results: dict[str, Any]) -> dict[str, Content]:
+def _listed(listed: Any, file: Path) -> dict[str, str]:
+    """The pictures that `results.json` names, a list or captions by name, with their captions. Raises ValueError."""
+    named = {str(name): "" for name in listed} if isinstance(listed, list) else listed
+    if not isinstance(named, dict) or not all(
+        isinstance(told, str) and PICTURE.fullmatch(name) for name, told in named.items()
+    ):
+        raise ValueError(
+            f'{file} must list names such as figure4.png under "pictures", or captions by name: {listed!r}'
+        )
+    return named
+
+
+def _pictures(records: Path, listed: list[str]) -> dict[str, Content]:
     """The pictures in a folder that belong to the model; of previews the last, where there are no samples."""
-    names = [GRID, LOSS]
-    if "pictures" in results:
-        listed = results["pictures"]
-        if not isinstance(listed, list) or not all(
-            isinstance(each, str) and PICTURE.fullmatch(each) for each in listed
-        ):
-            raise ValueError(
-                f'{records / RESULTS} must list names such as figure4.png under "pictures", not {listed!r}'
-            )
-        names += listed
+    names = [GRID, LOSS, *listed]
     pictures: dict[str, Content] = {name: records / name for name in names if (records / name).is_file()}
     previews = sorted(records.glob("previews/*.png"))
     return pictures if GRID in pictures or not previews else pictures | {GRID: previews[-1]}

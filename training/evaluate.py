@@ -738,7 +738,7 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
             write_json(output / "results.json", result)
         run.state.wait_for_everyone()
     if chief:
-        result["written"] = write_pictures(run, result)
+        result["pictures"] = write_pictures(run, result)
         write_json(output / "results.json", result)
         with suppress(OSError):
             (output / "parts").rmdir()
@@ -792,13 +792,19 @@ def summary(run: Run, finished: dict[Cell, dict[str, Any]]) -> dict[str, Any]:
 # ---- tables and pictures -------------------------------------------------------------------------------------------
 
 
-def write_pictures(run: Run, result: dict[str, Any]) -> list[str]:
-    """table.md, quality.png, time.png and a grid of samples for each S, all from what was written before."""
+def write_pictures(run: Run, result: dict[str, Any]) -> dict[str, str]:
+    """table.md, quality.png, time.png and a grid of samples for each S, all from what was written before.
+
+    Returns the captions of the pictures.
+    """
     output = run.output
     write_whole(output / "table.md", table(result))
     plot_quality(result, output / "quality.png")
     plot_time(result, output / "time.png")
-    written = ["table.md", "quality.png", "time.png"]
+    captions = {
+        "quality.png": "Distance from the data against S, and against the time that the pictures took.",
+        "time.png": "Time against S (Fig. 4 of the paper).",
+    }
     for S in sorted({cell.steps for cell in run.grid}):
         chosen = [cell for cell in run.grid if cell.steps == S]
         arrays = [load_file(run.done(cell).with_suffix(".safetensors"))["pictures"] for cell in chosen]
@@ -807,8 +813,8 @@ def write_pictures(run: Run, result: dict[str, Any]) -> list[str]:
             " ".join(filter(None, series_name(vars_of(cell), vars_of_all(result), plain=True))) for cell in chosen
         ]
         grid(rows, labels, f"S = {S}, the same x_T in each column").save(output / f"samples-S{S:04d}.png")
-        written.append(f"samples-S{S:04d}.png")
-    return [str(output / name) for name in written]
+        captions[f"samples-S{S:04d}.png"] = f"S = {S}, a kind of noise in each row, the same x_T in each column."
+    return captions
 
 
 def vars_of_all(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -948,6 +954,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit("evaluate.py: interrupted; start it again to go on")
     if PartialState().is_main_process:
-        print("\n".join(done.get("written", [])))
+        for name in ("results.json", "table.md", *done["pictures"]) if "pictures" in done else ():
+            print(Path(done["config"]["output"]) / name)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

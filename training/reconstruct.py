@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from config import parse, record, write_json
-from data import load_images
+from data import as_dataset, load_images
 from torch import Generator, Tensor
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.hub import weights_digest, write_whole
 from ddim_plugin.images import grid
 from ddim_plugin.inversion import InversionReport
 from ddim_plugin.schedulers import DETERMINISTIC, keep_learned
@@ -24,8 +25,14 @@ from ddim_plugin.schedulers import DETERMINISTIC, keep_learned
 PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 """Table 2: CIFAR-10's test set, the paper's 35.7M network."""
 
-WRITTEN = ["reconstruct.json", "table2.md", "table2.png"]
-WRITTEN += [f"{name}.png" for name in ("reconstructions", "figure5", "interpolations", "figure6")]
+PICTURES = {
+    "table2.png": "Table 2: the error of reconstructions against S.",
+    "reconstructions.png": "Held-out images, encoded and decoded.",
+    "figure5.png": "One latent in each column, decoded at several S (Fig. 5 of the paper).",
+    "figure6.png": "The grid between four held-out images (Fig. 6 of the paper).",
+    "interpolations.png": "Paths between pairs of held-out images.",
+}
+WRITTEN = ["reconstruct.json", "results.json", "table2.md", *PICTURES]
 
 
 @dataclass(frozen=True)
@@ -198,7 +205,7 @@ def paths(bench: Bench, images: Tensor, z: Tensor) -> tuple[dict[str, Any], Tens
 
 
 def main(config: ReconstructConfig) -> dict[str, Any]:
-    """Write reconstruct.json after each measurement, then table2.md, the plot and the pictures."""
+    """Write reconstruct.json, results.json and table2.md after each measurement, then the plot and the pictures."""
     check(config)
     bench = Bench(config)
     unet = bench.pipe.unet.config
@@ -212,13 +219,14 @@ def main(config: ReconstructConfig) -> dict[str, Any]:
         "images": len(images),
         "device": bench.device,
         "spacing": bench.pipe.scheduler.config.timestep_spacing,
+        "model": {"sha256": weights_digest(bench.pipe.unet)},
         "table": [],
     }
     written: list[str] = []
 
     def save(name: str, write: Callable[[Path], Any]) -> None:
         write(output / name)
-        written.append(str(output / name))
+        written.append(name)
 
     pictures: dict[tuple[int, bool], Tensor] = {}
     for S, refinement in zip(config.steps, refinements, strict=True):
@@ -229,10 +237,8 @@ def main(config: ReconstructConfig) -> dict[str, Any]:
                 for name in WRITTEN:
                     (output / name).unlink(missing_ok=True)  # no result beside those of another run
             result["table"].append(row)
-            write_json(output / "reconstruct.json", result)
-            (output / "table2.md").write_text(table(result))
+            write_results(result, output, [])
             print(f"S = {S:4d}  {'refined' if steps else 'naive  '}  error {row['mean_squared_error']:.2e}")
-    written.append(str(output / "table2.md"))
     save("table2.png", lambda path: plot(result, path))
 
     few, many = config.strip
@@ -259,12 +265,40 @@ def main(config: ReconstructConfig) -> dict[str, Any]:
             cells = bench.pipe.interpolate_grid(z[:4], config.points, **settings).float().cpu()
             cells = cells.view(config.points, config.points, *images.shape[1:])
             save("figure6.png", lambda path: grid(arrays(cells), title="between four images").save(path))
-    result["written"] = written
-    write_json(output / "reconstruct.json", result)
+    write_results(result, output, written)
     return result
 
 
 # ---- tables and pictures ---------------------------------------------------------------------------------------
+
+
+def write_results(result: dict[str, Any], output: Path, pictures: list[str]) -> None:
+    """The record, and from it `results.json` for cards, and the table."""
+    write_json(output / "reconstruct.json", result)
+    captions = {name: PICTURES[name] for name in pictures}
+    write_json(output / "results.json", {"model": result["model"], "results": entries(result), "pictures": captions})
+    write_whole(output / "table2.md", table(result))
+
+
+def entries(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table as entries of `results.json`."""
+    config, found = result["config"], []
+    for row in result["table"]:
+        kind = "refined" if row["refinement_steps"] else "naive"
+        known = {
+            "metric": f"reconstruction_error_{kind}",
+            "name": f"Reconstruction error for a dimension on [0, 1] (Table 2), {kind}",
+            "value": row["mean_squared_error"],
+            "standard_error": row["standard_error"],
+            "nfe": row["evaluations_encoding"] + row["evaluations_decoding"],
+            "dataset": as_dataset(config["data"], config["split"]),
+            "num_inference_steps": row["S"],
+            "eta": 0.0,
+            "timestep_spacing": result["spacing"],
+            "images": result["images"],
+        }
+        found.append({key: value for key, value in known.items() if value is not None})
+    return found
 
 
 def table(result: dict[str, Any]) -> str:
@@ -326,4 +360,6 @@ if __name__ == "__main__":
         sys.exit(f"reconstruct.py: {error}")
     except KeyboardInterrupt:
         sys.exit("reconstruct.py: interrupted; what was measured by then is in the output folder")
-    print("\n".join(done["written"]))
+    for name in WRITTEN:
+        if (path := Path(done["config"]["output"]) / name).exists():
+            print(path)

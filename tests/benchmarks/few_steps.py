@@ -7,10 +7,12 @@ root mean square distance to the converged solution of the ODE, over the pixels 
 distance. Of every sampler the first is measured, on `near` images in float32. Those within `margin` of the best of
 diffusers, and those that add noise, are screened by the second on `screen` images (not those with noise that were
 screened at the number before, and beyond `margin` of the best); the best of theirs, DDIM's best and ours are then
-measured on `images`, and if asked for 1000 steps too. Interrupted, it goes on where it was.
+measured on `images`, and if asked for 1000 steps too. Interrupted, it goes on where it was. A model that knows its own
+times (`ddim-plugin fit`, with a seed far from this one) is also measured with them.
 """
 
 import copy
+import hashlib
 import inspect
 import json
 import math
@@ -27,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 import diffusers
 import torch
 from config import parse, record, write_json
-from data import Frame, open_pictures
+from data import Frame, as_dataset, open_pictures
 from diffusers.utils.torch_utils import randn_tensor
 from evaluate import DTYPES, start_processes
 from features import open_extractor, open_reference, statistics
@@ -49,8 +51,9 @@ KINDS = (
     ("sde-dpmsolver++", "zero"),
     ("sde-dpmsolver++", "sigma_min"),
 )
-OURS = ("ours", "ours with noise")
-"""The default, and the default at η = 1: what a table compares with theirs."""
+OURS, FITTED, NOISY = "ours", "ours, fitted τ", "ours, η = 1"
+FAMILIES = (OURS, FITTED, NOISY)
+"""The default, the same with the times that were fitted to the model, and the default at η = 1."""
 
 NOISELESS = {"tau_func": 0}
 """SA-Solver without noise."""
@@ -100,8 +103,9 @@ class Sampler(NamedTuple):
 
 def samplers() -> Iterator[Sampler]:
     """Ours, and what diffusers has without training, each with its grids and kinds of prediction."""
-    yield Sampler(OURS[0], "MultistepDDIMScheduler", {})
-    yield Sampler(OURS[1], "MultistepDDIMScheduler", {"eta": 1.0})
+    yield Sampler(OURS, "MultistepDDIMScheduler", {})
+    yield Sampler(FITTED, "MultistepDDIMScheduler", {})
+    yield Sampler(NOISY, "MultistepDDIMScheduler", {"eta": 1.0})
     for spacing in SPACINGS:
         grid = {"timestep_spacing": spacing}
         yield Sampler("DDIM", "DDIMScheduler", grid)
@@ -163,10 +167,12 @@ class Bench:
             for file in (self.file, self.output / "solution.pt"):
                 file.unlink(missing_ok=True)
         self.known: dict[str, dict[str, Any]] = {}
+        self.alike: dict[str, dict[str, Any]] = {}
         for line in self.file.read_text().splitlines() if self.file.exists() else []:
             entry = json.loads(line)
             if entry["settings"] == self.settings:
                 self.known[entry["key"]] = entry
+                self.alike[entry.get("alike", "")] = entry
 
     @cached_property
     def reference(self) -> Any:
@@ -191,6 +197,13 @@ class Bench:
         if unknown:
             raise Unfit(f"knows no {unknown[0]}")
         changes = dict(sampler.settings) | {key: False for key in ("clip_sample", "thresholding") if key in known}
+        if sampler.family == FITTED:
+            times = (self.saved.get("fitted_timesteps") or {}).get(str(nfe))
+            if times is None:
+                raise Unfit(f"no times were fitted to the model for {nfe} steps")
+            changes |= {"fitted_timesteps": {str(nfe): times}}
+        elif sampler.scheduler == "MultistepDDIMScheduler":
+            changes |= {"fitted_timesteps": None}
         if sampler.scheduler == "SASolverScheduler":
             changes |= {"corrector_order": sampler.settings["predictor_order"]}
             changes |= {"tau_func": lambda t: 0} if "tau_func" in sampler.settings else {}
@@ -276,6 +289,14 @@ class Bench:
 
         return self._entry("frechet", sampler, nfe, images, measured)
 
+    def moves(self, sampler: Sampler, nfe: int) -> str:
+        """The same for samplers that make the same moves: several grids of diffusers are one at some settings."""
+        made = self.scheduler(sampler, nfe)
+        settings = {key: value for key, value in sampler.settings.items() if key not in ("timestep_spacing", *SIGMAS)}
+        grid = [torch.as_tensor(each).tolist() for each in (made.timesteps, getattr(made, "sigmas", ()))]
+        said = json.dumps([sampler.scheduler, settings, *grid, float(made.init_noise_sigma)])
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
+
     def _entry(
         self, measure: str, sampler: Sampler, nfe: int, images: int, measured: Callable[[], float]
     ) -> dict[str, Any]:
@@ -284,7 +305,10 @@ class Bench:
             entry = {"key": key, "settings": self.settings, "family": sampler.family, "sampler": sampler.name}
             entry |= {"noisy": sampler.noisy, "nfe": nfe, "images": images}
             try:
-                entry[measure] = measured()
+                alike = f"{measure} {nfe} {images} {self.moves(sampler, nfe)}"
+                found = self.alike.get(alike)
+                entry |= {"alike": alike} | ({measure: measured()} if found is None else {measure: found[measure]})
+                self.alike.setdefault(alike, entry)
             except Unfit as reason:
                 entry["unfit"] = str(reason)[:200]
             self.known[key] = entry
@@ -298,7 +322,7 @@ def rms(x: Tensor, y: Tensor) -> float:
 
 
 def main(config: FewStepsConfig) -> dict[str, Any]:
-    """Write few_steps.json, few_steps.md and few_steps.png."""
+    """Write few_steps.json, few_steps.md, few_steps.png and results.json."""
     if config.dtype not in DTYPES:
         raise ValueError(f"unknown dtype {config.dtype!r}: use one of {', '.join(DTYPES)}")
     bench = Bench(config)
@@ -314,7 +338,7 @@ def main(config: FewStepsConfig) -> dict[str, Any]:
         theirs = [near[each.name] for each in still if each.name in near and stock(each.family)]
         near_enough = {name for name, value in near.items() if value <= config.margin * min(theirs, default=math.inf)}
         near_enough |= {each.name for each in every if each.noisy} - dropped
-        near_enough |= {each.name for each in still if each.name in near and each.family in (*OURS, "DDIM")}
+        near_enough |= {each.name for each in still if each.name in near and each.family in (*FAMILIES, "DDIM")}
         left = [each for each in every if each.name in near_enough]
         found += [bench.quality(each, nfe, config.screen) for each in tqdm(left, desc=f"{nfe}, Fréchet", leave=False)]
         result["unfit"] |= {f"{entry['sampler']}, {nfe}": entry["unfit"] for entry in found if "unfit" in entry}
@@ -332,22 +356,61 @@ def main(config: FewStepsConfig) -> dict[str, Any]:
         result["unfit"] |= {f"{entry['sampler']}, {nfe}": entry["unfit"] for entry in measured if "unfit" in entry}
         measured = [entry for entry in measured if "frechet" in entry]
         distances = [entry for entry in found if "rms" in entry]
-        row = {"nfe": nfe, "rms": distances, "screened": list(screened.values()), "frechet": measured}
-        result["rows"].append(row)
+        row = {"rms": distances, "screened": list(screened.values()), "frechet": measured}
+        result["rows"].append({"nfe": nfe} | {name: list(map(told, entries)) for name, entries in row.items()})
         write(result, bench.output)
         print(table(result).splitlines()[-1], flush=True)
     for eta in config.thousand:
         settings = {"eta": eta, "timestep_spacing": "linear"}
         sampler = Sampler("1000 steps", "GeneralizedDDIMScheduler", settings)
-        result["thousand"] += [entry for entry in [bench.quality(sampler, 1000, config.images)] if "frechet" in entry]
+        result["thousand"] += [
+            told(each) for each in [bench.quality(sampler, 1000, config.images)] if "frechet" in each
+        ]
         write(result, bench.output)
     return result
+
+
+def told(entry: dict[str, Any]) -> dict[str, Any]:
+    """What a result keeps of an entry."""
+    return {key: value for key, value in entry.items() if key not in ("key", "settings", "alike")}
 
 
 def write(result: dict[str, Any], output: Path) -> None:
     write_json(output / "few_steps.json", result)
     write_whole(output / "few_steps.md", table(result))
     plot(result, output / "few_steps.png")
+    pictures = {"few_steps.png": "Few steps: ours, the best of all samplers of diffusers at each number, and DDIM."}
+    sha256 = result["model"]["model"]
+    write_json(output / "results.json", {"model": {"sha256": sha256}, "results": entries(result), "pictures": pictures})
+
+
+def entries(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Ours, DDIM's best, the best of all of diffusers, and 1000 steps, as entries of `results.json`."""
+    config, found = result["config"], []
+    extractor = Path(config["extractor"]).name
+    known = {
+        "rms": {"metric": "rms_to_solution", "name": "Few steps: RMS distance to the solution of the ODE"}
+        | {"dataset": {"name": "the ODE's solution"}},
+        "frechet": {"metric": f"fd_{extractor}", "name": f"Few steps: FD, {extractor}"}
+        | {"dataset": as_dataset(config["reference"], "train")},
+    }
+    for measure, ours in measures(result).items():
+        kinds = {"the best of diffusers": stock, "DDIM": "DDIM".__eq__} | {name: name.__eq__ for name in ours}
+        for row in result["rows"]:
+            chosen = {kind: best(row[measure], measure, families) for kind, families in kinds.items()}
+            found += [
+                known[measure]
+                | {"value": each[measure], "nfe": each["nfe"], "num_inference_steps": each["nfe"]}
+                | {"scheduler": kind, "sampler": each["sampler"], "images": each["images"], "seed": config["seed"]}
+                for kind, each in chosen.items()
+                if each
+            ]
+    return found + [
+        known["frechet"]
+        | {"value": each["frechet"], "nfe": 1000, "num_inference_steps": 1000}
+        | {"scheduler": each["sampler"], "images": each["images"], "seed": config["seed"]}
+        for each in result["thousand"]
+    ]
 
 
 def best(entries: list[dict[str, Any]], measure: str, families: Callable[[str], bool]) -> dict[str, Any] | None:
@@ -356,16 +419,27 @@ def best(entries: list[dict[str, Any]], measure: str, families: Callable[[str], 
 
 
 def stock(family: str) -> bool:
-    return family not in OURS
+    return family not in FAMILIES
+
+
+def measures(result: dict[str, Any]) -> dict[str, list[str]]:
+    """For each measure, those of our families that were measured; the distance to the solution only without noise."""
+    found = {}
+    for measure in ("rms", "frechet"):
+        there = {entry["family"] for row in result["rows"] for entry in row[measure]}
+        found[measure] = [each for each in FAMILIES if each in there]
+    return found
 
 
 def table(result: dict[str, Any]) -> str:
     """For each number of evaluations, the best of theirs and ours by both measures, and the ratio to theirs."""
-    head = ["NFE", "RMS, best of diffusers", "by", *OURS[:1], "Fréchet, best of diffusers", "by", *OURS]
+    families = measures(result)
+    head = ["NFE", "RMS, best of diffusers", "by", *families["rms"]]
+    head += ["Fréchet, best of diffusers", "by", *families["frechet"]]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in result["rows"]:
         cells = [str(row["nfe"])]
-        for measure, ours in (("rms", OURS[:1]), ("frechet", OURS)):
+        for measure, ours in families.items():
             theirs = best(row[measure], measure, stock)
             cells += [f"{theirs[measure]:.4g}", theirs["sampler"]] if theirs else ["", ""]
             for family in ours:
@@ -383,12 +457,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    names = {"DDIM": "DDIM".__eq__, "best of diffusers": stock} | {family: family.__eq__ for family in OURS}
-    for axis, measure in zip(figure.subplots(1, 2), ("rms", "frechet"), strict=True):
+    for axis, (measure, ours) in zip(figure.subplots(1, 2), measures(result).items(), strict=True):
+        names = {"DDIM": "DDIM".__eq__, "best of diffusers": stock} | {family: family.__eq__ for family in ours}
         for name, families in names.items():
             found = [(row["nfe"], best(row[measure], measure, families)) for row in result["rows"]]
             points = sorted((nfe, entry[measure]) for nfe, entry in found if entry)
-            if points and not (measure == "rms" and name == OURS[1]):
+            if points:
                 axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         for entry in result["thousand"] if measure == "frechet" else []:
             axis.axhline(entry["frechet"], linestyle=":", linewidth=1, color="black")

@@ -76,16 +76,25 @@ def test_the_metadata_is_that_of_the_records():
 
 
 def test_the_figures_equal_the_json():
-    head, _, *found = rows(section(make(), "Figures"))
-    assert head[:3] == ["metric", "value", "NFE"]
-    for result, row in zip(RESULTS, found, strict=True):
-        cells = dict(zip(head, row, strict=True))
-        value = float(cells["value"].split(" ±")[0])
-        assert value == float(f"{result['value']:.4g}")
-        assert cells["NFE"] == str(result["nfe"])
-        for title, key in (("S", "num_inference_steps"), ("η", "eta"), ("τ", "timestep_spacing"), ("images", "images")):
-            assert cells[title] == str(result.get(key, ""))
-    assert found[2][1] == "3.701 ± 0.012"
+    """A table for each metric and data set: settings by S."""
+    noisy = RESULT | {"value": 5.784, "eta": 1.0, "nfe": 99}
+    text = section(make(results=[*RESULTS, noisy]), "Figures")
+    fid, bits = text.split("**BITS_PER_DIM**")
+    assert fid.startswith("**FID**, CIFAR-10 train, 50,000 images, seed 3\n")
+    assert rows(fid) == [
+        ["variance", "η", "τ", "S = 10", "S = 100"],
+        ["---"] * 5,
+        ["fixed_small", "0.0", "quadratic", "13.36", "4.161"],
+        ["fixed_small", "1.0", "quadratic", "", "5.784 (99)"],
+    ]
+    assert bits.startswith(", mine\n")
+    assert rows(bits) == [["NFE 1000"], ["---"], ["3.701 ± 0.012"]]
+
+
+def test_pictures_stand_below_the_figures_with_their_captions():
+    assert "![figure4.png](figure4.png)\n\n*Time against S.*\n" in section(
+        make(pictures={"figure4.png": "Time against S."}), "Figures"
+    )
 
 
 def test_the_training_is_that_of_the_record():

@@ -345,7 +345,7 @@ def test_places_in_results_are_not_published(hub, folder):
     (folder / "results.json").write_text(json.dumps({"results": [entry]}))
     push_folder(folder, REPO)
     assert b"/home/ada" not in b"".join(hub.files(REPO).values())
-    assert "| faces train |" in card(hub)
+    assert "**FID**, faces train" in card(hub)
 
 
 def test_somebody_elses_commit_meanwhile(hub, folder):
