@@ -229,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "command": args.command,
             "settings": {key: value for key, value in vars(args).items() if key not in HIDDEN},
             "seconds": time.perf_counter() - start,
+            "cpus": os.cpu_count(),
             "version": __version__,
         }
         for path in _write(Path(args.output), made, args):

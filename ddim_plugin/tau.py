@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Times = NDArray[np.int64]
 
+FIRST_GAPS = (0.7, 0.85)
+"""The uppermost gaps of `few_steps`, in terms of the others: moves there are of order 1 and 2 yet."""
+
 NOISE = 0.004
 """ᾱ from which on the sample is noise to a network that is shown x_T in its place."""
 
@@ -63,13 +66,16 @@ def paper_quadratic(S: int, T: int) -> Times:
 
 
 def few_steps(S: int, alpha_bar: Array) -> Times:
-    """S times evenly spaced between two ends that move out as S grows: 3T/(4S), and T·S/(S + 2) or,
-    where that is higher, the start of noise.
+    """S times between two ends that move out as S grows: T/(2S), and T·S/(S + 2) or, where that is higher, the start of
+    noise; evenly spaced but for the uppermost gaps, which are smaller.
 
     For a multistep method whose first move is made from T. Above its top the network is shown noise alone (ᾱ ≤ NOISE),
     and tells hardly more of it than at the top.
     """
-    return _spread(np.linspace(*_ends(S, alpha_bar), S), len(alpha_bar) - 1)
+    top, bottom = _ends(S, alpha_bar)
+    gaps = np.append(FIRST_GAPS, np.ones(S))[: S - 1]
+    way = np.append(0, gaps.cumsum()) / (gaps.sum() or 1)
+    return _spread(top - (top - bottom) * way, len(alpha_bar) - 1)
 
 
 def few_steps_power(S: int, alpha_bar: Array) -> Times:
@@ -92,7 +98,7 @@ def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
     T = len(alpha_bar) - 1
     noise = np.flatnonzero(alpha_bar <= NOISE)
     top = min(T, max(S, round(T * S / (S + 2)), int(noise[0]) if len(noise) else T))
-    return top, min(top, max(1, round(3 * T / (4 * S))))
+    return top, min(top, max(1, round(T / (2 * S))))
 
 
 def _spread(times: Array, T: int) -> Times:

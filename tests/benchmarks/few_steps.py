@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 
 import diffusers
 import torch
-from config import parse, record, write_json
+from config import command, parse, record, write_json
 from data import Frame, as_dataset, open_pictures
 from diffusers.utils.torch_utils import randn_tensor
 from evaluate import DTYPES, start_processes
@@ -329,7 +329,13 @@ def main(config: FewStepsConfig) -> dict[str, Any]:
     every = [each for each in samplers() if not config.families or each.family.startswith(config.families)]
     print(f"{len(every)} samplers; the reference and the solution first", flush=True)
     bench.reference, bench.solution  # noqa: B018
-    result = record(config) | {"model": bench.settings, "rows": [], "thousand": [], "unfit": {}}
+    result = record(config) | {
+        "command": command(config),
+        "model": bench.settings,
+        "rows": [],
+        "thousand": [],
+        "unfit": {},
+    }
     dropped: set[str] = set()
     for nfe in config.nfe:
         still = [each for each in every if not each.noisy]

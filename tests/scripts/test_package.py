@@ -1,0 +1,134 @@
+"""A model and its records, joined into a folder that can be pushed."""
+
+import dataclasses
+import json
+import shutil
+
+import nll
+import package
+import pytest
+import reconstruct
+from config import build, command
+
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.card import is_written_here
+from ddim_plugin.cli import main as cli
+
+FEW = {
+    "config": {"extractor": "a/resnet"},
+    "command": "python tests/benchmarks/few_steps.py",
+    "rows": [
+        {"nfe": nfe, "frechet": [{"family": family, "frechet": value, "images": 7} for family, value in found]}
+        for nfe, found in (
+            (5, [("ours", 3.0), ("ours, η = 1", 2.0), ("UniPC", 1.0)]),
+            (8, [("ours", 1.1), ("ours, η = 1", 1.04)]),
+            (10, [("ours", 1.0)]),
+        )
+    ],
+}
+THOUSAND = {"metric": "fd_resnet", "nfe": 1000, "dataset": {"split": "train"}}
+RESULTS = [THOUSAND | {"value": 1.0, "images": 7}, THOUSAND | {"value": 0.1, "images": 8}]
+
+
+@pytest.fixture(scope="module")
+def measured(make_unet, tmp_path_factory):
+    """A model, and folders of what the scripts wrote for it."""
+    folder = tmp_path_factory.mktemp("package")
+    GeneralizedDDIMPipeline(make_unet(), GeneralizedDDIMScheduler()).save_pretrained(folder / "model")
+    settings = {"model": str(folder / "model"), "images": 4}
+    quick = {"steps": (10,), "refinement_steps": (2,), "strip": (2, 3), "figure_steps": (1, 2), "paths": 1, "points": 3}
+    quick |= {"interpolation_steps": 2, "output": str(folder / "table2")}
+    reconstruct.main(reconstruct.ReconstructConfig(**settings, **quick))
+    short = {"steps": (2,), "variances": ("fixed_small",), "ode_images": 2, "tolerance": 0.1, "split": "train"}
+    nll.main(nll.NLLConfig(**settings, **short, output=str(folder / "nll")))
+    sample = ["sample", str(folder / "model"), "--num", "3", "--steps", "2", "--output", str(folder / "samples")]
+    assert cli(sample) == 0
+    return folder
+
+
+def pack(measured, output, *records, **changes):
+    names = [str(measured / name) for name in records or ("table2", "nll", "samples")]
+    settings = {"model": str(measured / "model"), "output": str(output), "records": names}
+    return package.main(build(package.PackageConfig, settings | changes))
+
+
+def test_a_folder_that_opens_with_card_figures_and_pictures(measured, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("A\n<!-- cards/tiny/measured/headline.md -->\nold\n<!-- end -->\nB\n")
+    joined = pack(measured, tmp_path / "cards" / "tiny", license="mit", readme=str(readme))
+    folder = tmp_path / "cards" / "tiny"
+    assert GeneralizedDDIMPipeline.from_pretrained(folder).unet.config.sample_size == 8
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(joined))
+    assert {each["metric"] for each in joined["results"]} == {
+        "reconstruction_error_naive",
+        "reconstruction_error_refined",
+        "bits_per_dim",
+    }
+    text = (folder / "README.md").read_text()
+    assert is_written_here(text)
+    assert "license: mit" in text
+    for name in ("samples.png", *joined["pictures"]):
+        assert (folder / name).is_file()
+        assert f"]({name})" in text
+    for name in ("reconstruct.json", "table2.md", "nll.json", "nll.md", "headline.md"):
+        assert (folder / "measured" / name).is_file()
+    assert str(tmp_path) not in "".join(path.read_text() for path in folder.rglob("*.json"))
+    told = readme.read_text()
+    assert told.startswith("A\n<!-- cards/tiny/measured/headline.md -->\n| | | from")
+    assert told.endswith("\n<!-- end -->\nB\n")
+    assert told == package.fill(told, tmp_path)
+    found = json.loads((measured / "table2" / "reconstruct.json").read_text())["table"]
+    assert f"**{found[1]['mean_squared_error']:.1e}**" in told
+    assert f"(plain: {found[0]['mean_squared_error']:.1e})" in told
+
+
+def test_what_is_refused(measured, tmp_path, make_unet):
+    other = tmp_path / "other"
+    GeneralizedDDIMPipeline(make_unet(seed=1), GeneralizedDDIMScheduler()).save_pretrained(other)
+    with pytest.raises(ValueError, match="measured on other weights"):
+        pack(measured, tmp_path / "out", model=str(other))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="there is no folder"):
+        pack(measured, tmp_path / "out", "gone")
+    twice = shutil.copytree(measured / "table2", tmp_path / "twice")
+    with pytest.raises(ValueError, match=r"two of the records have a picture table2\.png"):
+        pack(measured, tmp_path / "out", "table2", str(twice))
+    with pytest.raises(ValueError, match="one of the folders that are read"):
+        pack(measured, measured / "model")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(ValueError, match="not empty"):
+        pack(measured, tmp_path / "mine")
+    with pytest.raises(ValueError, match="no model that --overwrite may replace"):
+        pack(measured, tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "other", "twice"]
+
+
+def test_a_package_is_replaced_whole(measured, tmp_path):
+    pack(measured, tmp_path / "out")
+    pack(measured, tmp_path / "out", "nll", overwrite=True)
+    assert not (tmp_path / "out" / "table2.png").exists()
+    assert (tmp_path / "out" / "measured" / "nll.json").is_file()
+
+
+def test_the_steps_for_the_quality_of_1000_are_counted_among_as_many_pictures():
+    goal = package.quality_of_1000(FEW, RESULTS)
+    assert goal == 1.0
+    told, number = package.enough(FEW["rows"], goal)
+    assert number == "8"
+    assert "Fréchet distance 1.04; the best of 1000 steps 1)" in told
+    assert package.enough(FEW["rows"], 0.96)[1] == "10"
+    with pytest.raises(ValueError, match="no number of few steps"):
+        package.enough(FEW["rows"], 0.5)
+    with pytest.raises(ValueError, match="at 1000 evaluations was measured"):
+        package.quality_of_1000(FEW, RESULTS[1:])
+
+
+def test_a_command_is_read_back_as_its_settings():
+    config = nll.NLLConfig(model="m", steps=(10, 50), ode=False, fit_data="own", clip=1.0, batch_size=3)
+    line = command(config)
+    assert line == "python training/nll.py --model m --steps 10 50 --clip 1.0 --no-ode --fit_data own"
+    words = line.split()[2:]
+    again = package.parse(nll.NLLConfig, words)
+    assert again == dataclasses.replace(config, batch_size=64)
