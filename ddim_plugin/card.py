@@ -5,7 +5,8 @@
     value, and nfe: evaluations of the network for an image;
     dataset: {"name", and optionally "id" on the Hub and "split"}, what the value was measured against;
 and optionally the settings it was measured with: num_inference_steps, eta, variance_type, timestep_spacing, scheduler,
-images, seed. `training.json` is the record that the training script leaves.
+images, seed. With `"listed": false` it stands in the card's tables but not in the metadata that the Hub lists.
+`training.json` is the record that the training script leaves.
 """
 
 import hashlib
@@ -288,7 +289,7 @@ def card(
         tags=["ddim", "diffusion", "ddim-plugin"],
         datasets=[data_set] if data_set else None,
         model_name=title,
-        eval_results=[_eval_result(entry) for entry in results] or None,
+        eval_results=[_eval_result(entry) for entry in results if entry.get("listed", True)] or None,
     )
     return _signed(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
 
@@ -327,7 +328,7 @@ def eval_results(results: list[dict[str, Any]]) -> dict[str, str]:
         return {}
     files: dict[str, list[Any]] = {}
     for entry in results:
-        if entry["dataset"].get("id"):
+        if entry["dataset"].get("id") and entry.get("listed", True):
             made = huggingface_hub.EvalResultEntry(
                 entry["dataset"]["id"], TASK, float(entry["value"]), notes=_notes(entry)
             )
@@ -360,7 +361,7 @@ def _notes(entry: dict[str, Any]) -> str:
     """How a result was measured, in a line."""
     known = {"num_inference_steps": "S", "eta": "η", "variance_type": "variance", "timestep_spacing": "τ"}
     said = [f"{known.get(key, key)} = {entry[key]}" for key in SETTINGS[:5] if entry.get(key) is not None]
-    return ", ".join([f"NFE = {entry['nfe']}", *said])
+    return ", ".join([f"NFE = {entry['nfe']:g}", *said])
 
 
 def _size(unet: dict[str, Any]) -> tuple[Any, Any]:
@@ -465,13 +466,16 @@ def _training(training: dict[str, Any]) -> list[tuple[str, Any]]:
     config = training.get("config", {})
     steps, batch, seconds = config.get("steps"), config.get("batch_size"), training.get("seconds")
     seen = f"{steps * batch:,} in {steps:,} steps of {batch}" if steps and batch else None
+    data = config.get("data")
+    if isinstance(data, str) and training.get("data_from") != "hub":
+        data = Path(data).name  # of a folder
     hours = None if seconds is None else f"{seconds / 3600:.2f} h on {training.get('device')}"
     if hours and training.get("processes", 1) > 1:
         hours += f", {training['processes']} processes"
     rate = training.get("images_per_second")
     revision = training.get("revision")
     return [
-        ("data", f"{config.get('data')}, {config.get('split')}"),
+        ("data", f"{data}, {config.get('split')}"),
         ("pictures in the set", None if training.get("images") is None else f"{training['images']:,}"),
         ("pictures seen", seen),
         ("loss", config.get("loss")),

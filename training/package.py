@@ -21,17 +21,17 @@ from ddim_plugin.card import public, read_object, read_results
 from ddim_plugin.hub import INDEX, weights_digest, write_whole
 from ddim_plugin.push import GRID, LOSS, README, RESULTS, TRAINING, Model
 
-MEASURED, HEADLINE = "measured", "headline.md"
+MEASURED, HEADLINE, COMMANDS = "measured", "headline.md", "commands.md"
 """Where the scripts' own records and tables lie in the folder; they are not pushed."""
 
-BLOCK = re.compile(r"(<!-- (\S+\.md) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (\S+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
 """In a README, what is to hold the text of that file."""
 
 NEAR = 1.05
 """Times the distance of 1000 steps: what counts as its quality."""
 
-WHOLE = ("nll", "reconstruct", "few_steps", "fit", "table", "table2")
-"""Names of those, as .json and .md."""
+WHOLE = ("nll", "reconstruct", "few_steps", "fit", "table2")
+"""Names of those, as .json and .md. evaluate.py's have the name of their folder."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,10 @@ def check(config: PackageConfig) -> None:
 
 
 def gather(folders: list[Path], output: Path, digest: str) -> dict[str, Any]:
-    """Copy records, tables and pictures, and join the `results.json` of all folders. Raises ValueError for a figure
-    that was measured on other weights, or two pictures of one name."""
+    """Copy records, tables and pictures, and join the `results.json` of all folders.
+
+    Raises ValueError for figures that were measured on other weights, and for two records of one name.
+    """
     joined: dict[str, Any] = {"model": {"sha256": digest}, "results": [], "pictures": {}}
     (output / MEASURED).mkdir()
     for folder in folders:
@@ -88,13 +90,22 @@ def gather(folders: list[Path], output: Path, digest: str) -> dict[str, Any]:
             raise ValueError(f"{folder / RESULTS} was measured on other weights than those of the model")
         joined["results"] += read_results(folder / RESULTS)
         if "references" in found:  # of evaluate.py, which has no other record
-            write_json(output / MEASURED / RESULTS, found)
+            write_json(output / MEASURED / f"{folder.name}.json", found)
+            shutil.copyfile(folder / "table.md", output / MEASURED / f"{folder.name}.md")
         for name, caption in found.get("pictures", {}).items():
-            if name in joined["pictures"]:
-                raise ValueError(f"two of the records have a picture {name}: leave one out")
-            shutil.copyfile(folder / name, output / name)
-            joined["pictures"][name] = caption
+            target = f"{folder.name}-{name}" if name in joined["pictures"] else name
+            if target in joined["pictures"]:
+                raise ValueError(f"two of the records have a picture {target}: leave one out")
+            shutil.copyfile(folder / name, output / target)
+            joined["pictures"][target] = caption
     joined["results"] = public(joined["results"])
+    lowest: dict[tuple, dict[str, Any]] = {}
+    for entry in joined["results"]:
+        kind = (entry["metric"], entry["dataset"]["name"], entry["dataset"].get("split"))
+        lowest[kind] = min(lowest.get(kind, entry), entry, key=lambda each: each["value"])
+    for entry in joined["results"]:  # the Hub lists one of each kind, the card has all
+        if not any(entry is each for each in lowest.values()):
+            entry["listed"] = False
     return joined
 
 
@@ -109,7 +120,8 @@ def main(config: PackageConfig) -> dict[str, Any]:
         pipe.save_pretrained(aside)
         joined = gather([Path(name) for name in config.records], aside, weights_digest(pipe.unet))
         write_json(aside / RESULTS, joined)
-        write_whole(aside / MEASURED / HEADLINE, headline(aside, config.output))
+        for file, text in zip((HEADLINE, COMMANDS), headline(aside, config.output), strict=True):
+            write_whole(aside / MEASURED / file, text)
         model = Model(aside, aside)
         write_whole(aside / README, model.card(f"{config.user}/{output.name}", config.license, None, None))
         if output.exists():
@@ -122,46 +134,57 @@ def main(config: PackageConfig) -> dict[str, Any]:
 
 def fill(text: str, root: Path) -> str:
     """A README with its marked blocks as the files say."""
-    return BLOCK.sub(lambda found: found[1] + (root / found[2]).read_text().strip() + found[3], text)
+    return BLOCK.sub(lambda found: f"{found[1]}\n{(root / found[2]).read_text().strip()}\n\n{found[3]}", text)
 
 
-def headline(folder: Path, name: str) -> str:
-    """Four numbers in Markdown, each with the record it is from and the command that makes it again.
+def headline(folder: Path, name: str) -> tuple[str, str]:
+    """Four numbers in Markdown, each with the record it is from, and the commands that make them again.
 
     `name` is what the folder is called in links and commands. What was not measured is left out.
     """
-    rows = []
+    rows, commands = [], []
 
-    def row(told: str, value: str, record: str, made_by: str) -> None:
-        rows.append(f"| {told} | **{value}** | [{Path(record).name}]({name}/{record}) | `{made_by}` |")
+    def row(value: str, told: str, record: str, made_by: str) -> None:
+        links = f"[record]({name}/{record}), [command]({name}/{MEASURED}/{COMMANDS})"
+        rows.append(f"| **{value}** | {told} | {links} |")
+        commands.append(made_by)
 
     def read(record: str) -> dict[str, Any]:
         return read_object(folder / record) if (folder / record).is_file() else {}
 
-    if few := read(f"{MEASURED}/few_steps.json"):
-        few_steps = few["rows"], quality_of_1000(few, read(RESULTS)["results"])
-        row(*enough(*few_steps), f"{MEASURED}/few_steps.json", few["command"])
-    if found := read(f"{MEASURED}/reconstruct.json"):
-        of_ten = {each["refinement_steps"] > 0: each for each in found["table"] if each["S"] == 10}
+    few = read(f"{MEASURED}/few_steps.json")
+    goal = quality_of_1000(few, read(RESULTS)["results"]) if few else None
+    if reached := goal and enough(few["rows"], goal):
+        made_by = few["command"].replace(f"--model {few['config']['model']}", f"--model {name}")
+        row(*reached, f"{MEASURED}/few_steps.json", made_by)
+    found = read(f"{MEASURED}/reconstruct.json")
+    of_ten = {each["refinement_steps"] > 0: each for each in found.get("table", ()) if each["S"] == 10}
+    if len(of_ten) == 2:
         naive, refined = (f"{of_ten[kind]['mean_squared_error']:.1e}" for kind in (False, True))
-        told = f"error of a reconstruction for a dimension, S = 10, refined (plain: {naive})"
-        made_by = command(build(reconstruct.ReconstructConfig, found["config"] | {"model": name}))
-        row(told, refined, f"{MEASURED}/reconstruct.json", made_by)
-    if found := read(f"{MEASURED}/nll.json"):
-        ode = found["cells"]["ODE"]
-        told = f"bits per dimension of {ode['images']} test images, by the ODE"
+        told = f"error for a dimension of held-out images encoded and decoded in ten steps, refined (plain: {naive})"
+        made_by = command(
+            build(reconstruct.ReconstructConfig, found["config"] | {"model": name, "spacing": found["spacing"]})
+        )
+        row(refined, told, f"{MEASURED}/reconstruct.json", made_by)
+    found = read(f"{MEASURED}/nll.json")
+    if ode := found.get("cells", {}).get("ODE"):
         value = f"{ode['bits']:.2f} ± {ode['standard_error']:.2f}"
-        row(told, value, f"{MEASURED}/nll.json", command(build(nll.NLLConfig, found["config"] | {"model": name})))
+        told = f"bits per dimension of {ode['images']} held-out images, by the ODE"
+        made_by = command(build(nll.NLLConfig, found["config"] | {"model": name, "spacing": found["spacing"]}))
+        row(value, told, f"{MEASURED}/nll.json", made_by)
     if found := read("sample.json"):
         settings = found["settings"]
-        told = f"seconds for {found['images']} images at S = {settings['steps']}, on {found['cpus']} CPU cores"
+        told = (
+            f"seconds for {found['images']} images, S = {settings['steps']}, on {found['cpus']} CPU cores, with loading"
+        )
         made_by = f"ddim-plugin sample {name} --num {settings['num']} --steps {settings['steps']}"
-        row(told, f"{found['seconds']:.1f}", "sample.json", f"{made_by} --batch-size {settings['batch_size']}")
-    return "\n".join(["| | | from | made again by |", "|---|---|---|---|", *rows]) + "\n"
+        row(f"{found['seconds']:.1f}", told, "sample.json", f"{made_by} --batch-size {settings['batch_size']}")
+    table = "\n".join(["| | | |", "|---|---|---|", *rows]) + "\n"
+    return table, "\n".join(["```bash", *commands, "```"]) + "\n"
 
 
-def quality_of_1000(few: dict[str, Any], results: list[dict[str, Any]]) -> float:
-    """The lowest Fréchet distance of 1000 steps, of as many pictures as were measured at few steps."""
+def quality_of_1000(few: dict[str, Any], results: list[dict[str, Any]]) -> float | None:
+    """The lowest Fréchet distance of 1000 steps that was measured, of as many pictures as at few steps."""
     images = {each["images"] for row in few["rows"] for each in row["frechet"]}
     metric = f"fd_{Path(few['config']['extractor']).name}"
     found = [
@@ -172,20 +195,18 @@ def quality_of_1000(few: dict[str, Any], results: list[dict[str, Any]]) -> float
         and {each["images"]} == images
         and each["dataset"].get("split") == "train"
     ]
-    if not found:
-        raise ValueError(f"no {metric} of {images} pictures at 1000 evaluations was measured")
-    return min(found)
+    return min(found, default=None)
 
 
-def enough(rows: list[dict[str, Any]], goal: float) -> tuple[str, str]:
-    """What is said of the fewest evaluations with which ours has the quality of 1000, and their number."""
+def enough(rows: list[dict[str, Any]], goal: float) -> tuple[str, str] | None:
+    """The fewest evaluations with which ours has the quality of 1000, and what is said of them."""
     for row in sorted(rows, key=lambda row: row["nfe"]):
         ours = [each for each in row["frechet"] if each["family"].startswith("ours")]
         best = min(ours, key=lambda each: each["frechet"])
         if best["frechet"] <= NEAR * goal:
-            told = f"Fréchet distance {best['frechet']:.3g}; the best of 1000 steps {goal:.3g}"
-            return f"steps for the quality of 1000 ({told})", str(row["nfe"])
-    raise ValueError(f"no number of few steps comes within {NEAR} of {goal:.4g}")
+            told = f"Fréchet distance {best['frechet']:.3g}, {best['family']}; the best of 1000: {goal:.3g}"
+            return str(row["nfe"]), f"steps for the quality of 1000 ({told})"
+    return None
 
 
 if __name__ == "__main__":

@@ -939,7 +939,8 @@ def device_name(accelerator: Accelerator) -> str:
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         name = "CPU"
-    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'' if threads == 1 else 's'}" if device.type == "cpu" else str(device)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Ratios are printed; nothing is asserted on time.
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-from timing import ROUNDS, ratios
+from timing import ROUNDS, keep, ratios
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 
@@ -80,6 +80,7 @@ def test_pipeline_over_bare_network(name, capsys):
     runs = {"bare": bare, "ours": run_ours, "stock": run_stock}
     runs |= {"ours without": without_network(run_ours), "stock without": without_network(run_stock)}
     taken = ratios(runs, base="bare", rounds=ROUNDS)
+    keep("pipeline", taken, network=name, batch=batch, steps=steps)
     with capsys.disabled():
         print(
             f"\n{name}, B = {batch}, S = {steps}: whole calls {taken['ours']:.3f}, stock {taken['stock']:.3f}; ", end=""

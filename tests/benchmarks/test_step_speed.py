@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
-from timing import ROUNDS, ratios
+from timing import ROUNDS, keep, ratios
 
 from ddim_plugin import GeneralizedDDIMScheduler, MultistepDDIMScheduler
 
@@ -45,6 +45,7 @@ def test_step(benchmark, capsys, shape, eta, clip):
             base="ours",
             rounds=20 * ROUNDS,
         )
+    keep("step", taken, shape=shape, eta=eta, clip=clip)
     with capsys.disabled():
         print(f"\n{shape} eta={eta:g} {'clipped' if clip else 'free'}: ", end="")
         print(", ".join(f"{name} {ratio:.2f}" for name, ratio in taken.items()), "(ours = 1)")
@@ -75,6 +76,7 @@ def test_multistep(benchmark, capsys, shape, prediction_type):
         walks = {name: partial(walk, scheduler) for name, scheduler in kinds.items()}
         assert benchmark(walks["order 3"]).shape == x.shape
         taken = ratios(walks, base="generalized", rounds=2 * ROUNDS)
+    keep("multistep", taken, shape=shape, prediction_type=prediction_type)
     with capsys.disabled():
         print(f"\n{shape} {prediction_type}: ", end="")
         print(", ".join(f"{name} {ratio:.2f}" for name, ratio in taken.items()))

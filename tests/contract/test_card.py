@@ -91,6 +91,14 @@ def test_the_figures_equal_the_json():
     assert rows(bits) == [["NFE 1000"], ["---"], ["3.701 ± 0.012"]]
 
 
+def test_what_is_not_listed_stands_in_the_tables_alone():
+    text = make(results=[RESULT, OTHER | {"listed": False}])
+    assert [each.metric_type for each in ModelCard(text).data.eval_results] == ["fid"]
+    assert "3.701 ± 0.012" in section(text, "Figures")
+    if eval_results(RESULTS):
+        assert list(eval_results([RESULT | {"listed": False}])) == []
+
+
 def test_pictures_stand_below_the_figures_with_their_captions():
     assert "![figure4.png](figure4.png)\n\n*Time against S.*\n" in section(
         make(pictures={"figure4.png": "Time against S."}), "Figures"

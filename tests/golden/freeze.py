@@ -1,15 +1,25 @@
-"""Freeze folders as this version saves them, once, and commit them: python tests/golden/freeze.py VERSION"""
+"""Freeze what later versions must make again, once, and commit it.
+
+python tests/golden/freeze.py VERSION                # folders as this version saves them
+python tests/golden/freeze.py model_cards/X          # pictures of a committed model
+python tests/golden/freeze.py model_cards/X --card   # its card from its records, where the template has changed
+"""
 
 import json
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.card import license_of
+from ddim_plugin.push import Model
 
-SAVED = Path(__file__).parent / "saved"
+GOLDEN = Path(__file__).parent
+SAVED, CARDS = GOLDEN / "saved", GOLDEN.parents[1] / "model_cards"
 CALL = {"num_inference_steps": 5, "class_labels": [0, 2]}
 
 
@@ -20,7 +30,29 @@ def draw(pipe):
     return pipe(batch_size=2, generator=seeds, output_type="np", **CALL).images
 
 
-def main(version):
+def draw_card(folder):
+    """Four images of a committed model in ten steps, (4, H, W, C) in [0, 1]."""
+    pipe = GeneralizedDDIMPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    seeds = [torch.Generator().manual_seed(i) for i in range(4)]
+    return pipe(batch_size=4, num_inference_steps=10, generator=seeds, output_type="np").images
+
+
+def made_card(folder):
+    """The card of a committed model, for the id and with the licence that stand in it."""
+    text = (folder / "README.md").read_text()
+    title = re.search(r'from_pretrained\("([^"]+)"', text)[1]
+    return Model(folder, folder).card(title, license_of(text), None, None)
+
+
+def main(version, *flags):
+    if flags == ("--card",):
+        (CARDS / Path(version).name / "README.md").write_text(made_card(CARDS / Path(version).name))
+        return
+    if (CARDS / Path(version).name).is_dir():
+        images = (draw_card(version) * 255).round().astype(np.uint8)
+        np.save(GOLDEN / f"{Path(version).name}.npy", images)
+        return
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "layers_per_block": 1}
     unet = UNet2DModel(
@@ -38,4 +70,4 @@ def main(version):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

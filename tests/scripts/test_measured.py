@@ -2,63 +2,75 @@
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import evaluate
 import nll
 import pytest
 import reconstruct
+import timing
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 import few_steps  # noqa: E402
 
-FOLDERS = sorted([*(ROOT / "training" / "measured").iterdir(), *(ROOT / "model_cards").glob("*/measured")])
+RECORDS = sorted([*ROOT.glob("training/measured/*/*.json"), *ROOT.glob("model_cards/*/measured/*.json")])
 TABLES = {
-    "results.json": ("table.md", evaluate.table),
-    "nll.json": ("nll.md", nll.table),
-    "reconstruct.json": ("table2.md", reconstruct.table),
-    "few_steps.json": ("few_steps.md", few_steps.table),
+    "nll": ("nll.md", nll.table),
+    "reconstruct": ("table2.md", reconstruct.table),
+    "few_steps": ("few_steps.md", few_steps.table),
+    "results": ("table.md", evaluate.table),
+    "speed": ("speed.md", timing.table),
 }
-each_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.relative_to(ROOT).as_posix())
+"""Those of evaluate.py have the name of their folder where they were packaged."""
 
 
-@each_folder
-def test_tables_are_made_from_the_json(folder):
-    there = [name for name in TABLES if (folder / name).is_file()]
-    assert {"results.json", "nll.json"} <= set(there)
-    for name in there:
-        table, made_by = TABLES[name]
-        assert (folder / table).read_text() == made_by(json.loads((folder / name).read_text()))
+def read(path):
+    return json.loads(path.read_text())
 
 
-@each_folder
-def test_the_whole_grid_was_measured(folder):
+GRIDS = [path for path in RECORDS if "references" in read(path)]
+
+
+def identify(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_there_are_some():
+    assert {path.parent.relative_to(ROOT).as_posix() for path in GRIDS} == {
+        "model_cards/ddim-mnist-28/measured",
+        "training/measured/mnist_small",
+    }
+
+
+@pytest.mark.parametrize("path", [path for path in RECORDS if path.stem != "fit"], ids=identify)
+def test_tables_are_made_from_the_json(path):
+    name, table = TABLES.get(path.stem, (f"{path.stem}.md", evaluate.table))
+    assert (path.parent / name).read_text() == table(read(path))
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=identify)
+def test_the_whole_grid_was_measured(path):
     """S × η × τ, all with as many images, against both splits."""
-    result = json.loads((folder / "results.json").read_text())
+    result = read(path)
     assert result["status"] == "finished"
+    config = result["config"]
     found = {
         (
             each["num_inference_steps"],
-            each["eta"],
-            each["variance_type"],
+            "fixed_large" if each["variance_type"] == "fixed_large" else f"{each['eta']:g}",
             each["timestep_spacing"],
             each["dataset"]["split"],
         )
         for each in result["results"]
-        if each["images"] == result["config"]["images"]
+        if each["images"] == config["images"]
     }
-    noise = [
-        (0.0, "fixed_small"),
-        (0.2, "fixed_small"),
-        (0.5, "fixed_small"),
-        (1.0, "fixed_small"),
-        (None, "fixed_large"),
-    ]
-    assert found == {
-        (S, *kind, spacing, split)
-        for S in (10, 20, 50, 100, 1000)
-        for kind in noise
-        for spacing in result["config"]["spacings"]
-        for split in ("train", "test")
-    }
+    assert found == set(product(config["steps"], config["variances"], config["spacings"], ("train", "test")))
+
+
+def test_a_small_network_has_the_grid_of_table_1():
+    config = read(ROOT / "training" / "measured" / "mnist_small" / "results.json")["config"]
+    assert config["steps"] == list(evaluate.PRESETS["table1"]["steps"])
+    assert config["variances"] == list(evaluate.PRESETS["table1"]["variances"])
+    assert config["spacings"] == ["linear", "quadratic"]

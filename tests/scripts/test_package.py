@@ -54,7 +54,8 @@ def pack(measured, output, *records, **changes):
 
 def test_a_folder_that_opens_with_card_figures_and_pictures(measured, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text("A\n<!-- cards/tiny/measured/headline.md -->\nold\n<!-- end -->\nB\n")
+    block = "<!-- cards/tiny/measured/headline.md -->\n{}<!-- end -->\n"
+    readme.write_text(f"A\n{block.format('old')}B\n{block.format('')}C\n")
     joined = pack(measured, tmp_path / "cards" / "tiny", license="mit", readme=str(readme))
     folder = tmp_path / "cards" / "tiny"
     assert GeneralizedDDIMPipeline.from_pretrained(folder).unet.config.sample_size == 8
@@ -64,6 +65,11 @@ def test_a_folder_that_opens_with_card_figures_and_pictures(measured, tmp_path):
         "reconstruction_error_refined",
         "bits_per_dim",
     }
+    listed = {(each["metric"], each["value"]) for each in joined["results"] if each.get("listed", True)}
+    assert listed == {
+        (kind, min(each["value"] for each in joined["results"] if each["metric"] == kind)) for kind, _ in listed
+    }
+    assert len(listed) == 3
     text = (folder / "README.md").read_text()
     assert is_written_here(text)
     assert "license: mit" in text
@@ -74,8 +80,8 @@ def test_a_folder_that_opens_with_card_figures_and_pictures(measured, tmp_path):
         assert (folder / "measured" / name).is_file()
     assert str(tmp_path) not in "".join(path.read_text() for path in folder.rglob("*.json"))
     told = readme.read_text()
-    assert told.startswith("A\n<!-- cards/tiny/measured/headline.md -->\n| | | from")
-    assert told.endswith("\n<!-- end -->\nB\n")
+    written = block.format(f"\n{(folder / 'measured' / 'headline.md').read_text()}\n")
+    assert told == f"A\n{written}B\n{written}C\n"
     assert told == package.fill(told, tmp_path)
     found = json.loads((measured / "table2" / "reconstruct.json").read_text())["table"]
     assert f"**{found[1]['mean_squared_error']:.1e}**" in told
@@ -90,9 +96,9 @@ def test_what_is_refused(measured, tmp_path, make_unet):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="there is no folder"):
         pack(measured, tmp_path / "out", "gone")
-    twice = shutil.copytree(measured / "table2", tmp_path / "twice")
-    with pytest.raises(ValueError, match=r"two of the records have a picture table2\.png"):
-        pack(measured, tmp_path / "out", "table2", str(twice))
+    twice = shutil.copytree(measured / "table2", tmp_path / "twice" / "table2")
+    with pytest.raises(ValueError, match=r"two of the records have a picture table2-table2\.png"):
+        pack(measured, tmp_path / "out", "table2", str(twice), "table2")
     with pytest.raises(ValueError, match="one of the folders that are read"):
         pack(measured, measured / "model")
     (tmp_path / "mine").mkdir()
@@ -115,14 +121,13 @@ def test_a_package_is_replaced_whole(measured, tmp_path):
 def test_the_steps_for_the_quality_of_1000_are_counted_among_as_many_pictures():
     goal = package.quality_of_1000(FEW, RESULTS)
     assert goal == 1.0
-    told, number = package.enough(FEW["rows"], goal)
-    assert number == "8"
-    assert "Fréchet distance 1.04; the best of 1000 steps 1)" in told
-    assert package.enough(FEW["rows"], 0.96)[1] == "10"
-    with pytest.raises(ValueError, match="no number of few steps"):
-        package.enough(FEW["rows"], 0.5)
-    with pytest.raises(ValueError, match="at 1000 evaluations was measured"):
-        package.quality_of_1000(FEW, RESULTS[1:])
+    assert package.enough(FEW["rows"], goal) == (
+        "8",
+        "steps for the quality of 1000 (Fréchet distance 1.04, ours, η = 1; the best of 1000: 1)",
+    )
+    assert package.enough(FEW["rows"], 0.96)[0] == "10"
+    assert package.enough(FEW["rows"], 0.5) is None
+    assert package.quality_of_1000(FEW, RESULTS[1:]) is None
 
 
 def test_a_command_is_read_back_as_its_settings():

@@ -1,0 +1,98 @@
+"""The models that are committed: they open, make the pictures they made, and their cards say what was measured."""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import package
+import pytest
+from freeze import CARDS, GOLDEN, draw_card, made_card
+
+from ddim_plugin import GeneralizedDDIMPipeline
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+FOLDERS = sorted(folder for folder in CARDS.iterdir() if folder.is_dir())
+TOLERANCE = 0.01
+"""Of a pixel in [0, 1]: ten steps carry on what convolutions on other processors differ by."""
+
+each_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+
+
+def test_there_is_one():
+    assert "ddim-mnist-28" in [folder.name for folder in FOLDERS]
+
+
+@each_folder
+def test_it_makes_the_pictures_it_made(folder):
+    frozen = np.load(GOLDEN / f"{folder.name}.npy")
+    images = draw_card(folder)
+    assert images.std() > 0.2
+    assert np.abs(images - frozen / 255).max() < TOLERANCE + 0.5 / 255
+
+
+@each_folder
+def test_it_opens_without_the_package(folder, tmp_path):
+    """By the code in the folder, which is as it was saved."""
+    for path in folder.glob("ddim_plugin_*_pipeline.py"):
+        digest = hashlib.sha256(path.with_name(path.name.replace("_pipeline", "")).read_bytes()).hexdigest()[:8]
+        assert path.stem.endswith(f"_{digest}_pipeline")
+    cases = [{"source": str(folder), "call": {"num_inference_steps": 5}}]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "reader.py"), "diffusers"],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    [answer] = json.loads(done.stdout.splitlines()[-1])
+    assert answer.get("trace") is None
+    assert np.array(answer["images"]).std() > 0.2
+
+
+@each_folder
+def test_the_card_is_made_of_the_records(folder):
+    text = (folder / "README.md").read_text()
+    assert f'from_pretrained("user/{folder.name}")' in text
+    assert text == made_card(folder)  # which refuses figures of other weights
+    for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
+        assert (folder / name).is_file()
+
+
+@each_folder
+def test_nothing_is_too_large_or_private(folder):
+    for path in folder.rglob("*"):
+        assert path.is_dir() or path.stat().st_size < 10_000_000
+        if path.suffix in (".json", ".md"):
+            assert not re.search(r"/(home|work|tmp|root)/", path.read_text())
+
+
+@each_folder
+def test_the_headline_is_made_of_the_records(folder):
+    name = folder.relative_to(ROOT).as_posix()
+    found = [(folder / package.MEASURED / file).read_text() for file in (package.HEADLINE, package.COMMANDS)]
+    assert found == list(package.headline(folder, name))
+
+
+def test_the_blocks_of_the_readme_are_the_files_they_name():
+    blocks = package.BLOCK.findall(README)
+    assert f"model_cards/ddim-mnist-28/measured/{package.HEADLINE}" in [name for _, name, _ in blocks]
+    assert package.fill(README, ROOT) == README
+
+
+@each_folder
+def test_it_knows_the_times_that_were_fitted_to_it(folder):
+    """Where they are better than those of the spacing, on draws that they were not fitted to."""
+    found = json.loads((folder / "measured" / "fit.json").read_text())["fitted"]
+    assert set(found) >= {"5", "8", "10", "15", "20"}
+    scheduler = GeneralizedDDIMPipeline.from_pretrained(folder).scheduler
+    for S, fitted in found.items():
+        assert fitted["error"] <= fitted["default_error"]
+        scheduler.set_timesteps(int(S))
+        assert scheduler.timesteps.tolist() == fitted["timesteps"]
