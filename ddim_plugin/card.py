@@ -381,6 +381,8 @@ def _unknown_to_stock(unet: dict[str, Any], scheduler: dict[str, Any]) -> str:
 def _other_sampler(scheduler: dict[str, Any]) -> str:
     """What is to be said where the stock pipeline, which has η = 0 and its own τ, makes other pictures."""
     told = [] if scheduler.get("timestep_spacing") in STOCK_SPACINGS else ["its own τ"]
+    if "solver_order" in scheduler and scheduler["solver_order"] != 1:
+        told.append("order 1")
     if scheduler.get("eta") or scheduler.get("variance_type") in ("fixed_large", "optimal"):
         told.append("η = 0")
     if scheduler.get("beta_schedule") and scheduler.get("use_clipped_model_output"):
@@ -403,13 +405,15 @@ def _settings(scheduler: dict[str, Any]) -> list[tuple[str, Any]]:
         constraint = f"thresholded dynamically, ratio {scheduler.get('dynamic_thresholding_ratio')}"
     elif scheduler.get("clip_sample"):
         constraint = f"clipped to ±{scheduler.get('clip_sample_range')}"
-    spacing = scheduler.get("timestep_spacing")
+    spacing, fitted = scheduler.get("timestep_spacing"), scheduler.get("fitted_timesteps") or {}
     return [
         ("scheduler", f"`{scheduler.get('_class_name')}`"),
         ("T", scheduler.get("num_train_timesteps")),
         ("β", betas),
         ("prediction", scheduler.get("prediction_type")),
         ("τ", TAU_NAMES.get(spacing, spacing)),
+        ("τ fitted to these weights", ", ".join(f"S = {S}" for S in sorted(map(int, fitted))) or None),
+        ("order", (scheduler["solver_order"] or "3, or 2 with noise") if "solver_order" in scheduler else None),
         ("η", scheduler.get("eta")),
         ("variance", scheduler.get("variance_type")),
         ("x̂0", constraint),

@@ -117,7 +117,7 @@ def push_folder(
         if sampler is not None and samples != 0 and (samples or GRID not in model.pictures):
             drawn = draw(sampler(), samples or DRAWN, classes=model.classes)
             files[GRID] = _png(drawn[0])
-        license = license or (license_of(card_there) if ours and same else None)
+        license = license or model.license or (license_of(card_there) if ours and same else None)
         files[README] = model.card(repo_id, license, drawn, branch).encode()
     stale = {name for name in there if CODE.fullmatch(name) or (not same and variant_of(name) is not None)}
     if is_ours(_object(texts.get(INDEX, ""))) and (model.said or not same):
@@ -197,7 +197,7 @@ class Model:
         found = {name: read_object(records / name) for name in RECORDS if (records / name).is_file()}
         self.results = public(entries_of(found[RESULTS], records / RESULTS)) if RESULTS in found else []
         self.training, self.conversion = (public(found.get(name, {})) for name in (TRAINING, CONVERSION))
-        listed = _listed(found.get(RESULTS, {}).get("pictures", {}), records / RESULTS)
+        listed = listed_pictures(found.get(RESULTS, {}).get("pictures", {}), records / RESULTS)
         self.pictures = _pictures(records, list(listed))
         self.captions = {name: public(told) for name, told in listed.items() if told and name in self.pictures}
         measured = found.get(RESULTS, {}).get("model")
@@ -216,6 +216,7 @@ class Model:
         own = folder / README
         written = own.is_file() and not is_written_here(own.read_text(encoding="utf-8", errors="replace"))
         self.own_card = own if written else None
+        self.license = license_of(own.read_text(encoding="utf-8")) if own.is_file() and not written else None
         self.card("user/model", None, None, None)  # finds records that are not in order before anything is sent
 
     @property
@@ -309,7 +310,7 @@ def _code(folder: Path, index: dict[str, Any]) -> dict[str, Content]:
     return files | {INDEX: (json.dumps(public(made), indent=2) + "\n").encode()}
 
 
-def _listed(listed: Any, file: Path) -> dict[str, str]:
+def listed_pictures(listed: Any, file: Path) -> dict[str, str]:
     """The pictures that `results.json` names, a list or captions by name, with their captions. Raises ValueError."""
     named = {str(name): "" for name in listed} if isinstance(listed, list) else listed
     if not isinstance(named, dict) or not all(

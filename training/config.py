@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def command(config: Any) -> str:
             told.append(f"--{'' if value else 'no-'}{each.name}")
         else:
             told += [f"--{each.name}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return " ".join(told)
+    return shlex.join(told)
 
 
 MACHINES = ("device", "batch_size", "workers", "part", "cache", "overwrite")

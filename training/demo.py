@@ -69,7 +69,7 @@ if __name__ == "__main__":
     try:
         done = main(parse(DemoConfig))
     except subprocess.CalledProcessError as error:
-        script = next(Path(word).name for word in error.cmd if word.endswith(".py"))
+        script = next((Path(word).name for word in error.cmd if word.endswith(".py")), "ddim-plugin sample")
         sys.exit(f"demo.py: {script} failed, see above")
     print()
     print(f"digits of {MODEL.name}, S = 10       {done['made']['first']}  ({done['seconds']['first']:.0f} s)")

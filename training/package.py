@@ -4,6 +4,7 @@ python training/package.py --model out/fitted/model --records out/mnist out/samp
   --output model_cards/ddim-mnist-28
 """
 
+import os
 import re
 import shutil
 import sys
@@ -17,15 +18,20 @@ import reconstruct
 from config import build, command, parse, write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline
-from ddim_plugin.card import public, read_object, read_results
-from ddim_plugin.hub import INDEX, weights_digest, write_whole
-from ddim_plugin.push import GRID, LOSS, README, RESULTS, TRAINING, Model
+from ddim_plugin.card import is_written_here, public, read_object, read_results
+from ddim_plugin.hub import weights_digest, write_whole
+from ddim_plugin.push import CONFIG, GRID, LOSS, README, RESULTS, TRAINING, Model, listed_pictures
 
 MEASURED, HEADLINE, COMMANDS = "measured", "headline.md", "commands.md"
 """Where the scripts' own records and tables lie in the folder; they are not pushed."""
 
-BLOCK = re.compile(r"(<!-- (\S+\.md) -->\n).*?(<!-- end -->)", re.DOTALL)
+SCHEDULER, PLACE = "scheduler/scheduler_config.json", "_name_or_path"
+
+BLOCK = re.compile(r"(<!-- (\S+\.md) -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DOTALL)
 """In a README, what is to hold the text of that file."""
+
+HIGHER = ("is", "inception_score", "precision", "recall")
+"""How the names of metrics begin that are better where they are higher."""
 
 NEAR = 1.05
 """Times the distance of 1000 steps: what counts as its quality."""
@@ -50,61 +56,75 @@ class PackageConfig:
 
 
 def check(config: PackageConfig) -> None:
-    """Raise ValueError for folders that cannot be read or written."""
-    for name in (config.model, *config.records):
-        if not Path(name).is_dir():
-            raise ValueError(f"there is no folder {name}")
+    """Raise ValueError for folders that cannot be read or written, and for a README that cannot be filled."""
+    inputs = [Path(name) for name in (config.model, *config.records)]
+    for path in inputs:
+        if not path.is_dir():
+            raise ValueError(f"there is no folder {path}")
     output = Path(config.output)
-    if output.resolve() in [Path(name).resolve() for name in (config.model, *config.records)]:
-        raise ValueError(f"{output} is one of the folders that are read: choose another output")
-    if output.exists() and any(output.iterdir()):
+    if any(output.resolve() in (path.resolve(), *path.resolve().parents) for path in inputs):
+        raise ValueError(f"{output} holds what is read: choose another output")
+    if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
         if not config.overwrite:
             raise ValueError(f"{output} is not empty: choose another output, or pass --overwrite")
-        if not (output / INDEX).is_file():
-            raise ValueError(f"{output} is no model that --overwrite may replace: choose another output")
+        card = output / README
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        if output.is_symlink() or not (output / MEASURED).is_dir() or not is_written_here(text):
+            raise ValueError(f"{output} is no package as it was written, for --overwrite to replace: choose another")
+    if config.readme is not None:
+        root, made = Path(config.readme).parent, output.resolve()
+        for _, name, _ in BLOCK.findall(Path(config.readme).read_text(encoding="utf-8")):
+            if not (root / name).is_file() and made not in (root / name).resolve().parents:
+                raise ValueError(f"{config.readme} has a block for {name}, which is not there")
 
 
 def gather(folders: list[Path], output: Path, digest: str) -> dict[str, Any]:
     """Copy records, tables and pictures, and join the `results.json` of all folders.
 
-    Raises ValueError for figures that were measured on other weights, and for two records of one name.
+    Raises ValueError for figures that were measured on other weights, and for two files of one name.
     """
     joined: dict[str, Any] = {"model": {"sha256": digest}, "results": [], "pictures": {}}
     (output / MEASURED).mkdir()
+
+    def take(source: Path, target: Path) -> None:
+        if not source.is_file():
+            return
+        if target.exists():
+            raise ValueError(f"two of the records would be {target.relative_to(output)}: leave out that in {source}")
+        if source.suffix == ".json":
+            write_json(target, public(read_object(source)))
+        else:
+            shutil.copyfile(source, target)
+
     for folder in folders:
-        for name in (TRAINING, "sample.json"):
-            if (folder / name).is_file():
-                write_json(output / name, public(read_object(folder / name)))
-        for name in (GRID, LOSS):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, output / name)
+        for name in (TRAINING, "sample.json", GRID, LOSS):
+            take(folder / name, output / name)
         for name in WHOLE:
-            if (folder / f"{name}.json").is_file():
-                write_json(output / MEASURED / f"{name}.json", public(read_object(folder / f"{name}.json")))
-            if (folder / f"{name}.md").is_file():
-                shutil.copyfile(folder / f"{name}.md", output / MEASURED / f"{name}.md")
+            take(folder / f"{name}.json", output / MEASURED / f"{name}.json")
+            take(folder / f"{name}.md", output / MEASURED / f"{name}.md")
         if not (folder / RESULTS).is_file():
             continue
-        found = public(read_object(folder / RESULTS))
+        found = read_object(folder / RESULTS)
         if found.get("model", {}).get("sha256") != digest:
             raise ValueError(f"{folder / RESULTS} was measured on other weights than those of the model")
-        joined["results"] += read_results(folder / RESULTS)
+        if found.get("status", "finished") != "finished":
+            raise ValueError(f"{folder / RESULTS} is of a run that is not finished: let it go on, or ask for less")
+        joined["results"] += public(read_results(folder / RESULTS))
         if "references" in found:  # of evaluate.py, which has no other record
-            write_json(output / MEASURED / f"{folder.name}.json", found)
-            shutil.copyfile(folder / "table.md", output / MEASURED / f"{folder.name}.md")
-        for name, caption in found.get("pictures", {}).items():
+            take(folder / RESULTS, output / MEASURED / f"{folder.name}.json")
+            take(folder / "table.md", output / MEASURED / f"{folder.name}.md")
+        for name, caption in listed_pictures(found.get("pictures", {}), folder / RESULTS).items():
             target = f"{folder.name}-{name}" if name in joined["pictures"] else name
-            if target in joined["pictures"]:
-                raise ValueError(f"two of the records have a picture {target}: leave one out")
-            shutil.copyfile(folder / name, output / target)
-            joined["pictures"][target] = caption
-    joined["results"] = public(joined["results"])
-    lowest: dict[tuple, dict[str, Any]] = {}
+            take(folder / name, output / target)
+            joined["pictures"][target] = public(caption)
+    best: dict[tuple, dict[str, Any]] = {}
     for entry in joined["results"]:
         kind = (entry["metric"], entry["dataset"]["name"], entry["dataset"].get("split"))
-        lowest[kind] = min(lowest.get(kind, entry), entry, key=lambda each: each["value"])
+        sign = -1 if entry["metric"].startswith(HIGHER) else 1
+        if entry.get("listed", True):
+            best[kind] = min(best.get(kind, entry), entry, key=lambda each: sign * each["value"])
     for entry in joined["results"]:  # the Hub lists one of each kind, the card has all
-        if not any(entry is each for each in lowest.values()):
+        if not any(entry is each for each in best.values()):
             entry["listed"] = False
     return joined
 
@@ -113,28 +133,43 @@ def main(config: PackageConfig) -> dict[str, Any]:
     """Write the folder, whole or not at all, and its card; return what `results.json` holds."""
     check(config)
     output = Path(config.output)
+    root = Path.cwd() if config.readme is None else Path(config.readme).resolve().parent
+    inside = output.resolve().is_relative_to(root)
+    name = output.resolve().relative_to(root).as_posix() if inside else output.name
     pipe = GeneralizedDDIMPipeline.from_pretrained(config.model)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        aside = Path(scratch) / output.name
+        aside, before = Path(scratch) / output.name, Path(scratch) / "before"
         pipe.save_pretrained(aside)
-        joined = gather([Path(name) for name in config.records], aside, weights_digest(pipe.unet))
+        for file in (CONFIG, SCHEDULER):  # as a push makes them: without the places they came from
+            write_json(aside / file, {key: value for key, value in read_object(aside / file).items() if key != PLACE})
+        joined = gather([Path(each) for each in config.records], aside, weights_digest(pipe.unet))
         write_json(aside / RESULTS, joined)
-        for file, text in zip((HEADLINE, COMMANDS), headline(aside, config.output), strict=True):
+        for file, text in zip((HEADLINE, COMMANDS), headline(aside, name), strict=True):
             write_whole(aside / MEASURED / file, text)
         model = Model(aside, aside)
         write_whole(aside / README, model.card(f"{config.user}/{output.name}", config.license, None, None))
         if output.exists():
-            shutil.rmtree(output)
-        aside.rename(output)
+            output.rename(before)
+        try:
+            aside.rename(output)
+        except BaseException:
+            if before.exists():
+                before.rename(output)
+            raise
     if config.readme is not None:
-        write_whole(Path(config.readme), fill(Path(config.readme).read_text(), Path(config.readme).parent))
+        text = Path(config.readme).read_text(encoding="utf-8")
+        write_whole(Path(config.readme), fill(text, Path(config.readme).parent))
     return joined
 
 
 def fill(text: str, root: Path) -> str:
     """A README with its marked blocks as the files say."""
-    return BLOCK.sub(lambda found: f"{found[1]}\n{(root / found[2]).read_text().strip()}\n\n{found[3]}", text)
+
+    def filled(found: re.Match) -> str:
+        return f"{found[1]}\n{(root / found[2]).read_text(encoding='utf-8').strip()}\n\n{found[3]}"
+
+    return BLOCK.sub(filled, text)
 
 
 def headline(folder: Path, name: str) -> tuple[str, str]:
@@ -162,25 +197,28 @@ def headline(folder: Path, name: str) -> tuple[str, str]:
     if len(of_ten) == 2:
         naive, refined = (f"{of_ten[kind]['mean_squared_error']:.1e}" for kind in (False, True))
         told = f"error for a dimension of held-out images encoded and decoded in ten steps, refined (plain: {naive})"
-        made_by = command(
-            build(reconstruct.ReconstructConfig, found["config"] | {"model": name, "spacing": found["spacing"]})
-        )
+        settings = found["config"] | {"model": name, "spacing": found["spacing"]}
+        made_by = command(build(reconstruct.ReconstructConfig, settings))
         row(refined, told, f"{MEASURED}/reconstruct.json", made_by)
     found = read(f"{MEASURED}/nll.json")
     if ode := found.get("cells", {}).get("ODE"):
-        value = f"{ode['bits']:.2f} ± {ode['standard_error']:.2f}"
+        error = "" if ode["standard_error"] is None else f" ± {ode['standard_error']:.2f}"
         told = f"bits per dimension of {ode['images']} held-out images, by the ODE"
         made_by = command(build(nll.NLLConfig, found["config"] | {"model": name, "spacing": found["spacing"]}))
-        row(value, told, f"{MEASURED}/nll.json", made_by)
-    if found := read("sample.json"):
-        settings = found["settings"]
+        row(f"{ode['bits']:.2f}{error}", told, f"{MEASURED}/nll.json", made_by)
+    found = read("sample.json")
+    settings = {key: value for key, value in found.get("settings", {}).items() if value is not None}
+    if "cpus" in found and settings.keys() >= {"num", "steps"}:
         told = (
             f"seconds for {found['images']} images, S = {settings['steps']}, on {found['cpus']} CPU cores, with loading"
         )
-        made_by = f"ddim-plugin sample {name} --num {settings['num']} --steps {settings['steps']}"
-        row(f"{found['seconds']:.1f}", told, "sample.json", f"{made_by} --batch-size {settings['batch_size']}")
-    table = "\n".join(["| | | |", "|---|---|---|", *rows]) + "\n"
-    return table, "\n".join(["```bash", *commands, "```"]) + "\n"
+        flags = {
+            key: settings[key] for key in ("num", "steps", "seed", "eta", "spacing", "batch_size") if key in settings
+        }
+        words = [f"--{key.replace('_', '-')} {value}" for key, value in flags.items()]
+        row(f"{found['seconds']:.1f}", told, "sample.json", " ".join(["ddim-plugin sample", name, *words]))
+    table = "\n".join(["| | | |", "|---|---|---|", *rows]) if rows else "Nothing has been measured."
+    return table + "\n", "\n".join(["```bash", *commands, "```"]) + "\n"
 
 
 def quality_of_1000(few: dict[str, Any], results: list[dict[str, Any]]) -> float | None:
@@ -202,10 +240,10 @@ def enough(rows: list[dict[str, Any]], goal: float) -> tuple[str, str] | None:
     """The fewest evaluations with which ours has the quality of 1000, and what is said of them."""
     for row in sorted(rows, key=lambda row: row["nfe"]):
         ours = [each for each in row["frechet"] if each["family"].startswith("ours")]
-        best = min(ours, key=lambda each: each["frechet"])
-        if best["frechet"] <= NEAR * goal:
-            told = f"Fréchet distance {best['frechet']:.3g}, {best['family']}; the best of 1000: {goal:.3g}"
-            return str(row["nfe"]), f"steps for the quality of 1000 ({told})"
+        best = min(ours, key=lambda each: each["frechet"], default=None)
+        if best and best["frechet"] <= NEAR * goal:
+            told = f"Fréchet distance {best['frechet']:.3g}, {best['family']}; the best of 1000 steps: {goal:.3g}"
+            return str(row["nfe"]), f"steps for the quality of 1000, within {NEAR - 1:.0%} ({told})"
     return None
 
 

@@ -330,6 +330,7 @@ def main(config: FewStepsConfig) -> dict[str, Any]:
     print(f"{len(every)} samplers; the reference and the solution first", flush=True)
     bench.reference, bench.solution  # noqa: B018
     result = record(config) | {
+        "status": "running",
         "command": command(config),
         "model": bench.settings,
         "rows": [],
@@ -373,6 +374,8 @@ def main(config: FewStepsConfig) -> dict[str, Any]:
             told(each) for each in [bench.quality(sampler, 1000, config.images)] if "frechet" in each
         ]
         write(result, bench.output)
+    result["status"] = "finished"
+    write(result, bench.output)
     return result
 
 
@@ -387,7 +390,8 @@ def write(result: dict[str, Any], output: Path) -> None:
     plot(result, output / "few_steps.png")
     pictures = {"few_steps.png": "Few steps: ours, the best of all samplers of diffusers at each number, and DDIM."}
     sha256 = result["model"]["model"]
-    write_json(output / "results.json", {"model": {"sha256": sha256}, "results": entries(result), "pictures": pictures})
+    joined = {"model": {"sha256": sha256}, "status": result["status"], "results": entries(result), "pictures": pictures}
+    write_json(output / "results.json", joined)
 
 
 def entries(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -408,6 +412,7 @@ def entries(result: dict[str, Any]) -> list[dict[str, Any]]:
                 known[measure]
                 | {"value": each[measure], "nfe": each["nfe"], "num_inference_steps": each["nfe"]}
                 | {"scheduler": kind, "sampler": each["sampler"], "images": each["images"], "seed": config["seed"]}
+                | ({} if measure == "frechet" and kind in ours else {"listed": False})
                 for kind, each in chosen.items()
                 if each
             ]
@@ -474,7 +479,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axis.axhline(entry["frechet"], linestyle=":", linewidth=1, color="black")
             axis.annotate(entry["sampler"], (result["rows"][0]["nfe"], entry["frechet"]), fontsize=7, va="bottom")
         label = {"rms": "RMS distance to the solution", "frechet": "Fréchet distance"}[measure]
-        axis.set(xlabel="network evaluations", ylabel=label, yscale="log")
+        axis.set(xlabel="network evaluations", ylabel=label, yscale="log", xscale="log")
+        numbers = [row["nfe"] for row in result["rows"]]
+        axis.set_xticks(numbers, labels=map(str, numbers))
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)

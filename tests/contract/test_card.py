@@ -269,6 +269,17 @@ def test_the_snippets_fit_the_repo():
     assert "| classes | 10 |" in dropped
 
 
+def test_a_multistep_method_is_told_as_one():
+    solver = {"_class_name": "MultistepDDIMScheduler", "timestep_spacing": "few_steps", "solver_order": None}
+    text = card("ada/cifar", UNET, SCHEDULER | solver | {"fitted_timesteps": {"10": [1], "6": [1]}}, 10)
+    told = dict(row[:2] for row in rows(section(text, "Settings")))
+    assert told["order"] == "3, or 2 with noise"
+    assert told["τ fitted to these weights"] == "S = 6, S = 10"
+    assert "it has its own τ, order 1." in text
+    told = dict(row[:2] for row in rows(section(make(), "Settings")))
+    assert not told.keys() & {"order", "τ fitted to these weights"}
+
+
 def test_odd_texts_do_not_break_tables():
     entry = OTHER | {"name": "a | b\nc", "dataset": {"name": "x|y"}}
     found = section(make(results=[entry]), "Figures")

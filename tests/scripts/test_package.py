@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import nll
 import package
@@ -15,8 +16,8 @@ from ddim_plugin.card import is_written_here
 from ddim_plugin.cli import main as cli
 
 FEW = {
-    "config": {"extractor": "a/resnet"},
-    "command": "python tests/benchmarks/few_steps.py",
+    "config": {"extractor": "a/resnet", "model": "out/m"},
+    "command": "python tests/benchmarks/few_steps.py --model out/m",
     "rows": [
         {"nfe": nfe, "frechet": [{"family": family, "frechet": value, "images": 7} for family, value in found]}
         for nfe, found in (
@@ -78,7 +79,9 @@ def test_a_folder_that_opens_with_card_figures_and_pictures(measured, tmp_path):
         assert f"]({name})" in text
     for name in ("reconstruct.json", "table2.md", "nll.json", "nll.md", "headline.md"):
         assert (folder / "measured" / name).is_file()
-    assert str(tmp_path) not in "".join(path.read_text() for path in folder.rglob("*.json"))
+    text_of_all = "".join(path.read_text() for path in folder.rglob("*") if path.suffix in (".json", ".md"))
+    assert str(tmp_path) not in text_of_all
+    assert str(measured) not in text_of_all
     told = readme.read_text()
     written = block.format(f"\n{(folder / 'measured' / 'headline.md').read_text()}\n")
     assert told == f"A\n{written}B\n{written}C\n"
@@ -97,18 +100,74 @@ def test_what_is_refused(measured, tmp_path, make_unet):
     with pytest.raises(ValueError, match="there is no folder"):
         pack(measured, tmp_path / "out", "gone")
     twice = shutil.copytree(measured / "table2", tmp_path / "twice" / "table2")
-    with pytest.raises(ValueError, match=r"two of the records have a picture table2-table2\.png"):
-        pack(measured, tmp_path / "out", "table2", str(twice), "table2")
-    with pytest.raises(ValueError, match="one of the folders that are read"):
-        pack(measured, measured / "model")
+    with pytest.raises(ValueError, match=r"two of the records would be measured/reconstruct\.json"):
+        pack(measured, tmp_path / "out", "table2", str(twice))
+    for holding in (measured / "model", measured):
+        with pytest.raises(ValueError, match="holds what is read"):
+            pack(measured, holding, overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     with pytest.raises(ValueError, match="not empty"):
         pack(measured, tmp_path / "mine")
-    with pytest.raises(ValueError, match="no model that --overwrite may replace"):
+    with pytest.raises(ValueError, match="no package as it was written"):
         pack(measured, tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "other", "twice"]
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- gone/table.md -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match=r"has a block for gone/table\.md, which is not there"):
+        pack(measured, tmp_path / "out", readme=str(readme))
+    escaping = shutil.copytree(measured / "table2", tmp_path / "escaping")
+    found = json.loads((escaping / "results.json").read_text())
+    for changes, told in (
+        ({"pictures": {"../../victim.png": ""}}, "must list names such as figure4.png"),
+        ({"status": "running"}, "not finished"),
+    ):
+        (escaping / "results.json").write_text(json.dumps(found | changes))
+        with pytest.raises(ValueError, match=told):
+            pack(measured, tmp_path / "out", str(escaping))
+    left = ["README.md", "escaping", "mine", "other", "twice"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_a_package_that_somebody_changed_is_kept(measured, tmp_path):
+    pack(measured, tmp_path / "out")
+    card = tmp_path / "out" / "README.md"
+    card.write_text(card.read_text().replace("An unconditional", "My unconditional"))
+    with pytest.raises(ValueError, match="no package as it was written"):
+        pack(measured, tmp_path / "out", overwrite=True)
+    assert "My unconditional" in card.read_text()
+
+
+def test_an_interruption_leaves_the_package_before_it(measured, tmp_path, monkeypatch):
+    pack(measured, tmp_path / "out")
+    rename = Path.rename
+
+    def interrupted(path, target):
+        if path.parent.name.startswith(".out-"):
+            monkeypatch.setattr(Path, "rename", rename)
+            if path.name == "out":
+                raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack(measured, tmp_path / "out", "nll", overwrite=True)
+    assert (tmp_path / "out" / "table2.png").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_headline_has_the_steps_for_the_quality_of_1000(measured, tmp_path):
+    pack(measured, tmp_path / "out")
+    folder = tmp_path / "out"
+    (folder / "measured" / "few_steps.json").write_text(json.dumps(FEW))
+    (folder / "results.json").write_text(json.dumps({"results": RESULTS}))
+    table, commands = package.headline(folder, "cards/out")
+    assert table.splitlines()[2].startswith(
+        "| **8** | steps for the quality of 1000, within 5% (Fréchet distance 1.04,"
+    )
+    assert commands.splitlines()[1] == "python tests/benchmarks/few_steps.py --model cards/out"
+    assert commands.splitlines()[-2] == "ddim-plugin sample cards/out --num 3 --steps 2 --seed 0 --batch-size 16"
+    assert package.headline(tmp_path, "x") == ("Nothing has been measured.\n", "```bash\n```\n")
 
 
 def test_a_package_is_replaced_whole(measured, tmp_path):
@@ -123,7 +182,7 @@ def test_the_steps_for_the_quality_of_1000_are_counted_among_as_many_pictures():
     assert goal == 1.0
     assert package.enough(FEW["rows"], goal) == (
         "8",
-        "steps for the quality of 1000 (Fréchet distance 1.04, ours, η = 1; the best of 1000: 1)",
+        "steps for the quality of 1000, within 5% (Fréchet distance 1.04, ours, η = 1; the best of 1000 steps: 1)",
     )
     assert package.enough(FEW["rows"], 0.96)[0] == "10"
     assert package.enough(FEW["rows"], 0.5) is None

@@ -340,6 +340,16 @@ def test_only_files_of_the_model_are_sent(hub, folder):
         push_folder(folder, REPO)
 
 
+def test_the_licence_in_a_card_of_the_folder_goes_with_it(hub, folder):
+    push_folder(folder, REPO, license="cc-by-4.0")
+    (folder / "README.md").write_text(card(hub))
+    (folder / "samples.png").unlink(missing_ok=True)
+    push_folder(folder, "ada/again")
+    again = hub.files("ada/again")["README.md"].decode()
+    assert "license: cc-by-4.0" in again
+    assert 'from_pretrained("ada/again"' in again
+
+
 def test_places_in_results_are_not_published(hub, folder):
     entry = RESULTS["results"][0] | {"dataset": {"name": "/home/ada/faces", "split": "train"}}
     (folder / "results.json").write_text(json.dumps({"results": [entry]}))
