@@ -3135,6 +3135,8 @@ def _unknown_to_stock(unet: dict[str, Any], scheduler: dict[str, Any]) -> str:
 def _other_sampler(scheduler: dict[str, Any]) -> str:
     """What is to be said where the stock pipeline, which has η = 0 and its own τ, makes other pictures."""
     told = [] if scheduler.get("timestep_spacing") in STOCK_SPACINGS else ["its own τ"]
+    if "solver_order" in scheduler and scheduler["solver_order"] != 1:
+        told.append("order 1")
     if scheduler.get("eta") or scheduler.get("variance_type") in ("fixed_large", "optimal"):
         told.append("η = 0")
     if scheduler.get("beta_schedule") and scheduler.get("use_clipped_model_output"):
@@ -3157,13 +3159,15 @@ def _settings(scheduler: dict[str, Any]) -> list[tuple[str, Any]]:
         constraint = f"thresholded dynamically, ratio {scheduler.get('dynamic_thresholding_ratio')}"
     elif scheduler.get("clip_sample"):
         constraint = f"clipped to ±{scheduler.get('clip_sample_range')}"
-    spacing = scheduler.get("timestep_spacing")
+    spacing, fitted = scheduler.get("timestep_spacing"), scheduler.get("fitted_timesteps") or {}
     return [
         ("scheduler", f"`{scheduler.get('_class_name')}`"),
         ("T", scheduler.get("num_train_timesteps")),
         ("β", betas),
         ("prediction", scheduler.get("prediction_type")),
         ("τ", TAU_NAMES.get(spacing, spacing)),
+        ("τ fitted to these weights", ", ".join(f"S = {S}" for S in sorted(map(int, fitted))) or None),
+        ("order", (scheduler["solver_order"] or "3, or 2 with noise") if "solver_order" in scheduler else None),
         ("η", scheduler.get("eta")),
         ("variance", scheduler.get("variance_type")),
         ("x̂0", constraint),
@@ -3847,7 +3851,7 @@ def push_folder(
         if sampler is not None and samples != 0 and (samples or GRID not in model.pictures):
             drawn = draw(sampler(), samples or DRAWN, classes=model.classes)
             files[GRID] = _png(drawn[0])
-        license = license or (license_of(card_there) if ours and same else None)
+        license = license or model.license or (license_of(card_there) if ours and same else None)
         files[README] = model.card(repo_id, license, drawn, branch).encode()
     stale = {name for name in there if CODE.fullmatch(name) or (not same and variant_of(name) is not None)}
     if is_ours(_object(texts.get(INDEX, ""))) and (model.said or not same):
@@ -3927,7 +3931,7 @@ class Model:
         found = {name: read_object(records / name) for name in RECORDS if (records / name).is_file()}
         self.results = public(entries_of(found[RESULTS], records / RESULTS)) if RESULTS in found else []
         self.training, self.conversion = (public(found.get(name, {})) for name in (TRAINING, CONVERSION))
-        listed = _listed(found.get(RESULTS, {}).get("pictures", {}), records / RESULTS)
+        listed = listed_pictures(found.get(RESULTS, {}).get("pictures", {}), records / RESULTS)
         self.pictures = _pictures(records, list(listed))
         self.captions = {name: public(told) for name, told in listed.items() if told and name in self.pictures}
         measured = found.get(RESULTS, {}).get("model")
@@ -3946,6 +3950,7 @@ class Model:
         own = folder / README
         written = own.is_file() and not is_written_here(own.read_text(encoding="utf-8", errors="replace"))
         self.own_card = own if written else None
+        self.license = license_of(own.read_text(encoding="utf-8")) if own.is_file() and not written else None
         self.card("user/model", None, None, None)  # finds records that are not in order before anything is sent
 
     @property
@@ -4039,7 +4044,7 @@ def _code(folder: Path, index: dict[str, Any]) -> dict[str, Content]:
     return files | {INDEX: (json.dumps(public(made), indent=2) + "\n").encode()}
 
 
-def _listed(listed: Any, file: Path) -> dict[str, str]:
+def listed_pictures(listed: Any, file: Path) -> dict[str, str]:
     """The pictures that `results.json` names, a list or captions by name, with their captions. Raises ValueError."""
     named = {str(name): "" for name in listed} if isinstance(listed, list) else listed
     if not isinstance(named, dict) or not all(
