@@ -33,7 +33,9 @@ from .schedulers import InverseDDIMScheduler, sampler_class
 from .tau import is_integer
 
 README, RESULTS, TRAINING, CONVERSION = "README.md", "results.json", "training.json", "conversion.json"
-GRID, LOSS, CONFIG = "samples.png", "loss.png", "unet/config.json"
+GRID, LOSS = "samples.png", "loss.png"
+CONFIG = "unet/config.json"
+CONFIGS = (CONFIG, "scheduler/scheduler_config.json")
 RECORDS = (RESULTS, TRAINING, CONVERSION)
 PICTURE = re.compile(r"[\w-]+\.png")
 DRAWN, DRAWN_STEPS = 16, 20
@@ -191,7 +193,7 @@ class Model:
         index = _index(folder)
         self.records = records
         self.files = _code(folder, index) | _state(folder)
-        for name in (CONFIG, "scheduler/scheduler_config.json"):
+        for name in CONFIGS:
             content = read_object(folder / name)
             self.files[name] = _json(content, folder / name, finite=False)  # some schedulers have infinite settings
         found = {name: read_object(records / name) for name in RECORDS if (records / name).is_file()}

@@ -20,12 +20,10 @@ from config import build, command, parse, write_json
 from ddim_plugin import GeneralizedDDIMPipeline
 from ddim_plugin.card import is_written_here, public, read_object, read_results
 from ddim_plugin.hub import weights_digest, write_whole
-from ddim_plugin.push import CONFIG, GRID, LOSS, README, RESULTS, TRAINING, Model, listed_pictures
+from ddim_plugin.push import CONFIGS, GRID, LOSS, README, RESULTS, TRAINING, Model, listed_pictures
 
 MEASURED, HEADLINE, COMMANDS = "measured", "headline.md", "commands.md"
 """Where the scripts' own records and tables lie in the folder; they are not pushed."""
-
-SCHEDULER, PLACE = "scheduler/scheduler_config.json", "_name_or_path"
 
 BLOCK = re.compile(r"(<!-- (\S+\.md) -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DOTALL)
 """In a README, what is to hold the text of that file."""
@@ -141,13 +139,13 @@ def main(config: PackageConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         aside, before = Path(scratch) / output.name, Path(scratch) / "before"
         pipe.save_pretrained(aside)
-        for file in (CONFIG, SCHEDULER):  # as a push makes them: without the places they came from
-            write_json(aside / file, {key: value for key, value in read_object(aside / file).items() if key != PLACE})
         joined = gather([Path(each) for each in config.records], aside, weights_digest(pipe.unet))
         write_json(aside / RESULTS, joined)
         for file, text in zip((HEADLINE, COMMANDS), headline(aside, name), strict=True):
             write_whole(aside / MEASURED / file, text)
         model = Model(aside, aside)
+        for file in CONFIGS:  # as a push makes them: without the places they came from
+            (aside / file).write_bytes(model.files[file])
         write_whole(aside / README, model.card(f"{config.user}/{output.name}", config.license, None, None))
         if output.exists():
             output.rename(before)

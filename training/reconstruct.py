@@ -5,7 +5,6 @@ python training/reconstruct.py --model user/model --data pictures --output out/r
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ PICTURES = {
     "table2.png": "Table 2: the error of reconstructions against S.",
     "reconstructions.png": "Held-out images, encoded and decoded.",
     "figure5.png": "One latent in each column, decoded at several S (Fig. 5 of the paper).",
-    "figure6.png": "The grid between four held-out images (Fig. 6 of the paper).",
     "interpolations.png": "Paths between pairs of held-out images.",
+    "figure6.png": "The grid between four held-out images (Fig. 6 of the paper).",
 }
 WRITTEN = ["reconstruct.json", "results.json", "table2.md", *PICTURES]
 
@@ -222,12 +221,6 @@ def main(config: ReconstructConfig) -> dict[str, Any]:
         "model": {"sha256": weights_digest(bench.pipe.unet)},
         "table": [],
     }
-    written: list[str] = []
-
-    def save(name: str, write: Callable[[Path], Any]) -> None:
-        write(output / name)
-        written.append(name)
-
     pictures: dict[tuple[int, bool], Tensor] = {}
     for S, refinement in zip(config.steps, refinements, strict=True):
         for steps in dict.fromkeys((0, refinement)):
@@ -237,9 +230,9 @@ def main(config: ReconstructConfig) -> dict[str, Any]:
                 for name in WRITTEN:
                     (output / name).unlink(missing_ok=True)  # no result beside those of another run
             result["table"].append(row)
-            write_results(result, output, [])
+            write_results(result, output)
             print(f"S = {S:4d}  {'refined' if steps else 'naive  '}  error {row['mean_squared_error']:.2e}")
-    save("table2.png", lambda path: plot(result, path))
+    plot(result, output / "table2.png")
 
     few, many = config.strip
     shown = images[: config.columns]
@@ -250,32 +243,32 @@ def main(config: ReconstructConfig) -> dict[str, Any]:
         pictures[key][: config.columns] for key in ((few, False), (few, True), (many, False))
     ]
     labels = ["image", f"naive S = {few}", f"refined S = {few}", f"naive S = {many}"]
-    save("reconstructions.png", lambda path: grid(arrays(rows), labels).save(path))
+    grid(arrays(rows), labels).save(output / "reconstructions.png")
 
     result["figure_5"], rows = same_latent(bench)
     labels = [f"S = {S}" for S in config.figure_steps]
-    save("figure5.png", lambda path: grid(arrays(rows), labels, "one latent in each column").save(path))
+    grid(arrays(rows), labels, "one latent in each column").save(output / "figure5.png")
 
     if config.paths and len(images) >= 2:
         z, _ = bench.encode(images[: max(2 * config.paths, 4)], config.interpolation_steps, refinements[0])
         result["figure_6"], made = paths(bench, images, z)
-        save("interpolations.png", lambda path: grid(arrays(made)).save(path))
+        grid(arrays(made)).save(output / "interpolations.png")
         if len(images) >= 4:
             settings = {"num_inference_steps": config.interpolation_steps, "output_type": "pt", **bench.shared}
             cells = bench.pipe.interpolate_grid(z[:4], config.points, **settings).float().cpu()
             cells = cells.view(config.points, config.points, *images.shape[1:])
-            save("figure6.png", lambda path: grid(arrays(cells), title="between four images").save(path))
-    write_results(result, output, written)
+            grid(arrays(cells), title="between four images").save(output / "figure6.png")
+    write_results(result, output)
     return result
 
 
 # ---- tables and pictures ---------------------------------------------------------------------------------------
 
 
-def write_results(result: dict[str, Any], output: Path, pictures: list[str]) -> None:
-    """The record, and from it `results.json` for cards, and the table."""
+def write_results(result: dict[str, Any], output: Path) -> None:
+    """The record, and from it `results.json` for cards, with the pictures that are there, and the table."""
     write_json(output / "reconstruct.json", result)
-    captions = {name: PICTURES[name] for name in pictures}
+    captions = {name: told for name, told in PICTURES.items() if (output / name).is_file()}
     write_json(output / "results.json", {"model": result["model"], "results": entries(result), "pictures": captions})
     write_whole(output / "table2.md", table(result))
 

@@ -7,6 +7,7 @@ python tests/golden/freeze.py model_cards/X --card   # its card from its records
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,6 +31,20 @@ def draw(pipe):
     return pipe(batch_size=2, generator=seeds, output_type="np", **CALL).images
 
 
+def without_package(cases, home):
+    """What a process that cannot import the package answers to these cases of `tests/reader.py`."""
+    done = subprocess.run(
+        [sys.executable, str(GOLDEN.parent / "reader.py"), "diffusers"],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        env={"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def draw_card(folder):
     """Four images of a committed model in ten steps, (4, H, W, C) in [0, 1]."""
     pipe = GeneralizedDDIMPipeline.from_pretrained(folder)
@@ -46,12 +61,12 @@ def made_card(folder):
 
 
 def main(version, *flags):
+    card = CARDS / Path(version).name
     if flags == ("--card",):
-        (CARDS / Path(version).name / "README.md").write_text(made_card(CARDS / Path(version).name))
+        (card / "README.md").write_text(made_card(card))
         return
-    if (CARDS / Path(version).name).is_dir():
-        images = (draw_card(version) * 255).round().astype(np.uint8)
-        np.save(GOLDEN / f"{Path(version).name}.npy", images)
+    if card.is_dir():
+        np.save(GOLDEN / f"{card.name}.npy", (draw_card(card) * 255).round().astype(np.uint8))
         return
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "layers_per_block": 1}

@@ -3,14 +3,12 @@
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import package
 import pytest
-from freeze import CARDS, GOLDEN, draw_card, made_card
+from freeze import CARDS, GOLDEN, draw_card, made_card, without_package
 
 from ddim_plugin import GeneralizedDDIMPipeline
 
@@ -42,16 +40,7 @@ def test_it_opens_without_the_package(folder, tmp_path):
         digest = hashlib.sha256(path.with_name(path.name.replace("_pipeline", "")).read_bytes()).hexdigest()[:8]
         assert path.stem.endswith(f"_{digest}_pipeline")
     cases = [{"source": str(folder), "call": {"num_inference_steps": 5}}]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "reader.py"), "diffusers"],
-        input=json.dumps(cases),
-        capture_output=True,
-        text=True,
-        env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    [answer] = json.loads(done.stdout.splitlines()[-1])
+    [answer] = without_package(cases, tmp_path)
     assert answer.get("trace") is None
     assert np.array(answer["images"]).std() > 0.2
 

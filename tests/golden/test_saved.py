@@ -1,19 +1,15 @@
 """Folders that earlier versions saved, code and all: they open, and make the pictures they made."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from freeze import CALL, SAVED, draw
+from freeze import CALL, SAVED, draw, without_package
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, bundle
 
 FOLDERS = sorted(folder for folder in SAVED.iterdir() if folder.is_dir())
-READER = Path(__file__).parents[1] / "reader.py"
 TOLERANCE = 1e-5  # convolutions differ between versions of torch and between processors
 
 
@@ -39,16 +35,7 @@ def test_without_it_all_versions_in_one_process(tmp_path, make_unet):
     GeneralizedDDIMPipeline(make_unet(), GeneralizedDDIMScheduler(prediction_type="sample")).save_pretrained(now)
     cases = [{"source": str(folder), "call": CALL} for folder in FOLDERS]
     cases += [{"source": str(now), "call": {"num_inference_steps": 3}}, *cases]
-    done = subprocess.run(
-        [sys.executable, str(READER), "diffusers"],
-        input=json.dumps(cases),
-        capture_output=True,
-        text=True,
-        env={"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout.splitlines()[-1])
+    answers = without_package(cases, tmp_path / "home")
     assert [answer.get("trace") for answer in answers] == [None] * len(cases)
     for folder, answer in zip([*FOLDERS, None, *FOLDERS], answers, strict=True):
         if folder is None:

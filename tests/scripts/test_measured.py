@@ -1,20 +1,17 @@
 """What is committed of measurements: the tables are those of the JSON beside them."""
 
 import json
-import sys
 from itertools import product
 from pathlib import Path
 
 import evaluate
+import few_steps
 import nll
 import pytest
 import reconstruct
 import timing
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
-import few_steps  # noqa: E402
-
 RECORDS = sorted([*ROOT.glob("training/measured/*/*.json"), *ROOT.glob("model_cards/*/measured/*.json")])
 TABLES = {
     "nll": ("nll.md", nll.table),
