@@ -91,7 +91,8 @@ def main(config: ClassifierConfig) -> dict[str, Any]:
             id2label=dict(enumerate(pictures.classes)),
             label2id={name: i for i, name in enumerate(pictures.classes)},
         )
-    ).to(device)
+    )
+    network.to(device)
     centre, scale = (torch.tensor(each, device=device).view(1, -1, 1, 1) for each in (mean, std))
 
     def logits(batch: Tensor) -> Tensor:

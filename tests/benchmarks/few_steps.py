@@ -7,8 +7,9 @@ root mean square distance to the converged solution of the ODE, over the pixels 
 distance. Of every sampler the first is measured, on `near` images in float32. Those within `margin` of the best of
 diffusers, and those that add noise, are screened by the second on `screen` images (not those with noise that were
 screened at the number before, and beyond `margin` of the best); the best of theirs, DDIM's best and ours are then
-measured on `images`, and if asked for 1000 steps too. Interrupted, it goes on where it was. A model that knows its own
-times (`ddim-plugin fit`, with a seed far from this one) is also measured with them.
+measured on `draws` sets of `images` others, so that nothing is chosen by what it is measured with: the mean and its
+standard error. If asked for, 1000 steps too. Interrupted, it goes on where it was. A model that knows its own times
+(`ddim-plugin fit`, with a seed far from this one) is also measured with them.
 """
 
 import copy
@@ -16,6 +17,7 @@ import hashlib
 import inspect
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -32,7 +34,8 @@ from config import command, parse, record, write_json
 from data import Frame, as_dataset, open_pictures
 from diffusers.utils.torch_utils import randn_tensor
 from evaluate import DTYPES, start_processes
-from features import open_extractor, open_reference, statistics
+from features import open_extractor, open_reference
+from features import statistics as features_of
 from metrics import check_count, fit, frechet
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
@@ -70,7 +73,8 @@ class FewStepsConfig:
     nfe: tuple[int, ...] = field(default=(5, 6, 8, 10, 12, 15, 20), metadata={"help": "network evaluations"})
     near: int = field(default=64, metadata={"help": "images for the distance to the solution, of every sampler"})
     screen: int = field(default=256, metadata={"help": "images for a first Fréchet distance"})
-    images: int = field(default=5000, metadata={"help": "images of the best by it"})
+    images: int = field(default=5000, metadata={"help": "images in a set, to measure the best by it"})
+    draws: int = field(default=1, metadata={"help": "such sets, whose distances are averaged"})
     shortlist: int = field(default=6, metadata={"help": "samplers of diffusers that are measured on them"})
     margin: float = field(default=2.0, metadata={"help": "times the best of diffusers: what is worse is left out"})
     thousand: tuple[float, ...] = field(default=(), metadata={"help": "η of 1000 steps to compare with, as 0 1"})
@@ -154,7 +158,7 @@ class Bench:
         self.shape = (self.unet.config.in_channels, *self.pipe.image_size)
         self.saved = self.pipe.scheduler.config
         self.extractor = open_extractor(config.extractor, self.device, self.shape)
-        check_count(config.screen, self.extractor.dimension, "screened images")
+        check_count(min(config.screen, config.images), self.extractor.dimension, "images")
         self.file = self.output / "measured.jsonl"
         self.settings = {
             "model": weights_digest(self.unet),
@@ -181,7 +185,7 @@ class Bench:
         frame, cache = Frame(self.shape[0], self.shape[1:]), self.output / "references"
         pictures = open_pictures(config.reference)
         reference = open_reference(pictures, "train", frame, config.reference, cache, None, 2)
-        return statistics(reference, self.extractor, cache, config.batch_size, True, False).gaussian
+        return features_of(reference, self.extractor, cache, config.batch_size, True, False).gaussian
 
     def noise(self, numbers: range) -> Tensor:
         """x_T of these images."""
@@ -237,12 +241,11 @@ class Bench:
             raise Unfit("images that are not finite")
         return x.clamp(-1, 1)
 
-    def make(self, unet: Any, sampler: Sampler, nfe: int, images: int) -> Iterator[Tensor]:
-        """The first images of a sampler, in batches."""
-        for start in range(0, images, self.config.batch_size):
-            numbers = range(start, min(start + self.config.batch_size, images))
+    def make(self, unet: Any, sampler: Sampler, nfe: int, numbers: range) -> Iterator[Tensor]:
+        """These images of a sampler, in batches."""
+        for start in range(0, len(numbers), self.config.batch_size):
             try:
-                yield self.sample(unet, self.scheduler(sampler, nfe), numbers)
+                yield self.sample(unet, self.scheduler(sampler, nfe), numbers[start : start + self.config.batch_size])
             except (
                 RuntimeError,
                 ValueError,
@@ -265,7 +268,7 @@ class Bench:
         made = []
         for S in (250, 500):
             scheduler = Sampler("ours", "MultistepDDIMScheduler", {"timestep_spacing": "linear"} | TEACHER)
-            made.append(torch.cat(list(self.make(self.unet, scheduler, S, near))))
+            made.append(torch.cat(list(self.make(self.unet, scheduler, S, range(near)))))
         torch.save({"settings": self.settings, "images": made[1].cpu(), "converged_to": rms(*made)}, file)
         print(f"the solution at 250 and 500 steps differs by {rms(*made):.2g}")
         return made[1]
@@ -274,20 +277,34 @@ class Bench:
         """Of the first images, the root mean square distance to the solution."""
 
         def measured() -> float:
-            made = torch.cat(list(self.make(self.unet, sampler, nfe, self.config.near)))
-            return rms(made, self.solution)
+            return rms(torch.cat(list(self.make(self.unet, sampler, nfe, numbers))), self.solution)
 
-        return self._entry("rms", sampler, nfe, self.config.near, measured)
+        numbers = range(self.config.near)
+        return self._entry("rms", sampler, nfe, numbers, measured)
 
-    def quality(self, sampler: Sampler, nfe: int, images: int) -> dict[str, Any]:
-        """The Fréchet distance of this many images."""
+    def quality(self, sampler: Sampler, nfe: int) -> dict[str, Any]:
+        """The Fréchet distance, the mean of several sets of images that the screening has not seen."""
+        config, entry, values = self.config, {}, []
+        for draw in range(config.draws):
+            first = config.screen + draw * config.images
+            entry = self.frechet(sampler, nfe, range(first, first + config.images))
+            if "unfit" in entry:
+                return entry
+            values.append(entry["frechet"])
+        mean = {"frechet": statistics.fmean(values), "draws": values}
+        if config.draws > 1:
+            mean["standard_error"] = statistics.stdev(values) / math.sqrt(config.draws)
+        return entry | mean
+
+    def frechet(self, sampler: Sampler, nfe: int, numbers: range) -> dict[str, Any]:
+        """The Fréchet distance of these images."""
 
         def measured() -> float:
-            batches = self.make(self.fast, sampler, nfe, images)
+            batches = self.make(self.fast, sampler, nfe, numbers)
             features = [self.extractor(((made + 1) * 127.5).round().to(torch.uint8)).features for made in batches]
             return frechet(fit(lambda: iter(features)), self.reference)
 
-        return self._entry("frechet", sampler, nfe, images, measured)
+        return self._entry("frechet", sampler, nfe, numbers, measured)
 
     def moves(self, sampler: Sampler, nfe: int) -> str:
         """The same for samplers that make the same moves: several grids of diffusers are one at some settings."""
@@ -298,12 +315,13 @@ class Bench:
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def _entry(
-        self, measure: str, sampler: Sampler, nfe: int, images: int, measured: Callable[[], float]
+        self, measure: str, sampler: Sampler, nfe: int, numbers: range, measured: Callable[[], float]
     ) -> dict[str, Any]:
-        key = f"{measure} of {sampler.name}, {nfe} evaluations, {images} images"
+        images = f"{numbers.start} to {numbers.stop}"
+        key = f"{measure} of {sampler.name}, {nfe} evaluations, images {images}"
         if key not in self.known:
             entry = {"key": key, "settings": self.settings, "family": sampler.family, "sampler": sampler.name}
-            entry |= {"noisy": sampler.noisy, "nfe": nfe, "images": images}
+            entry |= {"noisy": sampler.noisy, "nfe": nfe, "images": len(numbers)}
             try:
                 alike = f"{measure} {nfe} {images} {self.moves(sampler, nfe)}"
                 found = self.alike.get(alike)
@@ -347,7 +365,8 @@ def main(config: FewStepsConfig) -> dict[str, Any]:
         near_enough |= {each.name for each in every if each.noisy} - dropped
         near_enough |= {each.name for each in still if each.name in near and each.family in (*FAMILIES, "DDIM")}
         left = [each for each in every if each.name in near_enough]
-        found += [bench.quality(each, nfe, config.screen) for each in tqdm(left, desc=f"{nfe}, Fréchet", leave=False)]
+        first = range(config.screen)
+        found += [bench.frechet(each, nfe, first) for each in tqdm(left, desc=f"{nfe}, Fréchet", leave=False)]
         result["unfit"] |= {f"{entry['sampler']}, {nfe}": entry["unfit"] for entry in found if "unfit" in entry}
         screened = {entry["sampler"]: entry for entry in found if "frechet" in entry}
         ranks = sorted((entry["frechet"], name) for name, entry in screened.items() if stock(entry["family"]))
@@ -355,11 +374,8 @@ def main(config: FewStepsConfig) -> dict[str, Any]:
         chosen = [name for _, name in ranks[: config.shortlist]]
         chosen += [name for _, name in ranks if screened[name]["family"] == "DDIM"][:1]
         chosen += [name for name, entry in screened.items() if not stock(entry["family"])]
-        measured = [
-            bench.quality(each, nfe, config.images)
-            for each in tqdm(left, desc=f"{nfe}, all images", leave=False)
-            if each.name in chosen
-        ]
+        left = [each for each in left if each.name in chosen]
+        measured = [bench.quality(each, nfe) for each in tqdm(left, desc=f"{nfe}, all images", leave=False)]
         result["unfit"] |= {f"{entry['sampler']}, {nfe}": entry["unfit"] for entry in measured if "unfit" in entry}
         measured = [entry for entry in measured if "frechet" in entry]
         distances = [entry for entry in found if "rms" in entry]
@@ -370,9 +386,7 @@ def main(config: FewStepsConfig) -> dict[str, Any]:
     for eta in config.thousand:
         settings = {"eta": eta, "timestep_spacing": "linear"}
         sampler = Sampler("1000 steps", "GeneralizedDDIMScheduler", settings)
-        result["thousand"] += [
-            told(each) for each in [bench.quality(sampler, 1000, config.images)] if "frechet" in each
-        ]
+        result["thousand"] += [told(each) for each in [bench.quality(sampler, 1000)] if "frechet" in each]
         write(result, bench.output)
     result["status"] = "finished"
     write(result, bench.output)
@@ -412,6 +426,7 @@ def entries(result: dict[str, Any]) -> list[dict[str, Any]]:
                 known[measure]
                 | {"value": each[measure], "nfe": each["nfe"], "num_inference_steps": each["nfe"]}
                 | {"scheduler": kind, "sampler": each["sampler"], "images": each["images"], "seed": config["seed"]}
+                | {key: each[key] for key in ("draws", "standard_error") if key in each}
                 | ({} if measure == "frechet" and kind in ours else {"listed": False})
                 for kind, each in chosen.items()
                 if each
@@ -452,15 +467,20 @@ def table(result: dict[str, Any]) -> str:
         cells = [str(row["nfe"])]
         for measure, ours in families.items():
             theirs = best(row[measure], measure, stock)
-            cells += [f"{theirs[measure]:.4g}", theirs["sampler"]] if theirs else ["", ""]
+            cells += [value(theirs, measure), theirs["sampler"]] if theirs else ["", ""]
             for family in ours:
                 found = best(row[measure], measure, family.__eq__)
                 ratio = f" ({found[measure] / theirs[measure]:.2f})" if found and theirs else ""
-                cells.append(f"{found[measure]:.4g}{ratio}" if found else "")
+                cells.append(f"{value(found, measure)}{ratio}" if found else "")
         lines.append("| " + " | ".join(cells) + " |")
     for entry in result["thousand"]:
         lines += ["", f"Fréchet distance of {entry['sampler']}: {entry['frechet']:.4g}"]
     return "\n".join(lines) + "\n"
+
+
+def value(entry: dict[str, Any], measure: str) -> str:
+    error = entry.get("standard_error")
+    return f"{entry[measure]:.4g}" + (f" ± {error:.2g}" if error is not None else "")
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
