@@ -5,7 +5,8 @@
     value, and nfe: evaluations of the network for an image;
     dataset: {"name", and optionally "id" on the Hub and "split"}, what the value was measured against;
 and optionally the settings it was measured with: num_inference_steps, eta, variance_type, timestep_spacing, scheduler,
-images, seed. With `"listed": false` it stands in the card's tables but not in the metadata that the Hub lists.
+images, draws (sets of so many images, whose values were averaged), seed. With `"listed": false` it stands in the card's
+tables but not in the metadata that the Hub lists.
 `training.json` is the record that the training script leaves.
 """
 
@@ -28,7 +29,7 @@ from .version import __version__
 TASK = "unconditional-image-generation"
 """The Hub's name for the task of these pipelines."""
 
-SETTINGS = ("num_inference_steps", "eta", "variance_type", "timestep_spacing", "scheduler", "images", "seed")
+SETTINGS = ("num_inference_steps", "eta", "variance_type", "timestep_spacing", "scheduler", "images", "draws", "seed")
 """What a result may tell of how it was measured."""
 
 MARK = "*Written by ddim-plugin"
@@ -427,14 +428,16 @@ def _figures(results: list[dict[str, Any]]) -> str:
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for entry in results:
         data = " ".join(filter(None, (entry["dataset"]["name"], entry["dataset"].get("split"))))
-        groups.setdefault((_name(entry), data, entry.get("images"), entry.get("seed")), []).append(entry)
+        key = (_name(entry), data, entry.get("images"), entry.get("draws"), entry.get("seed"))
+        groups.setdefault(key, []).append(entry)
     parts = []
-    for (name, data, images, seed), entries in groups.items():
+    for (name, data, images, draws, seed), entries in groups.items():
         told = [f"**{_cell(name)}**", _cell(data)]
-        told += [] if images is None else [f"{images:,} images"]
+        sets = "" if draws in (None, 1) else f"mean of {draws} sets of "
+        told += [] if images is None else [f"{sets}{images:,} images"]
         told += [] if seed is None else [f"seed {seed}"]
         parts += [", ".join(told), _by_steps(entries)]
-    note = "In brackets evaluations of the network for an image (NFE), where they are not S."
+    note = "In brackets evaluations of the network for an image (NFE), where they are not S; ± the standard error."
     return "\n\n".join([*parts, f"{note} All of it is in `results.json`."])
 
 

@@ -108,24 +108,24 @@ def record(config: Any) -> dict[str, Any]:
     }
 
 
-def command(config: Any) -> str:
-    """The line that runs a script with these settings: flags where they differ from the defaults, but for machines'."""
+MACHINES = ("device", "batch_size", "workers", "part", "cache", "overwrite")
+"""Settings that say where and how fast, not what."""
+
+
+def command(config: Any, free: tuple[str, ...] = MACHINES) -> str:
+    """The line that runs a script with these settings: flags where they differ from the defaults, but for `free`."""
     script = Path(sys.modules[type(config).__module__].__file__ or "")
     root = Path(__file__).resolve().parents[1]
     told = ["python", str(script.resolve().relative_to(root))]
     for each in dataclasses.fields(config):
         value = getattr(config, each.name)
-        if each.name in MACHINES or value == each.default or value in (None, {}, ()):
+        if each.name in free or value == each.default or value in (None, {}, ()):
             continue
         if isinstance(value, bool):
             told.append(f"--{'' if value else 'no-'}{each.name}")
         else:
             told += [f"--{each.name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return shlex.join(told)
-
-
-MACHINES = ("device", "batch_size", "workers", "part", "cache", "overwrite")
-"""Settings that say where and how fast, not what."""
 
 
 def revision() -> str | None:

@@ -62,7 +62,7 @@ class Extractor:
     @property
     def slug(self) -> str:
         """The name as part of a metric's id."""
-        return re.sub(r"[^A-Za-z0-9]+", "-", Path(self.name).name).strip("-").lower()
+        return slug(self.name)
 
     def record(self) -> dict[str, Any]:
         """What is written beside results."""
@@ -82,6 +82,11 @@ def open_extractor(name: str, device: str | torch.device, shape: tuple[int, int,
             f"--extractors a classifier trained on pictures with {shape[0]}"
         )
     return made
+
+
+def slug(name: str) -> str:
+    """The name of an extractor as part of a metric's id."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", Path(name).name).strip("-").lower()
 
 
 def digest(value: Any) -> str:

@@ -7,9 +7,10 @@ root mean square distance to the converged solution of the ODE, over the pixels 
 distance. Of every sampler the first is measured, on `near` images in float32. Those within `margin` of the best of
 diffusers, and those that add noise, are screened by the second on `screen` images (not those with noise that were
 screened at the number before, and beyond `margin` of the best); the best of theirs, DDIM's best and ours are then
-measured on `draws` sets of `images` others, so that nothing is chosen by what it is measured with: the mean and its
-standard error. If asked for, 1000 steps too. Interrupted, it goes on where it was. A model that knows its own times
-(`ddim-plugin fit`, with a seed far from this one) is also measured with them.
+measured on `draws` sets of `images` others, which did not choose them; told is the mean, and the standard error of such
+a mean, pooled over all samplers. (What is then the best of theirs is chosen by these means, and so a little too low.)
+If asked for, 1000 steps too. Interrupted, it goes on where it was. A model that knows its own times (`ddim-plugin fit`,
+with a seed far from this one) is also measured with them.
 """
 
 import copy
@@ -34,7 +35,7 @@ from config import command, parse, record, write_json
 from data import Frame, as_dataset, open_pictures
 from diffusers.utils.torch_utils import randn_tensor
 from evaluate import DTYPES, start_processes
-from features import open_extractor, open_reference
+from features import digest, open_extractor, open_reference, slug
 from features import statistics as features_of
 from metrics import check_count, fit, frechet
 from torch import Generator, Tensor
@@ -158,39 +159,45 @@ class Bench:
         self.shape = (self.unet.config.in_channels, *self.pipe.image_size)
         self.saved = self.pipe.scheduler.config
         self.extractor = open_extractor(config.extractor, self.device, self.shape)
-        check_count(min(config.screen, config.images), self.extractor.dimension, "images")
+        for name in ("screen", "images"):
+            check_count(getattr(config, name), self.extractor.dimension, f"--{name}")
         self.file = self.output / "measured.jsonl"
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.reference, contents = self._reference()
         self.settings = {
             "model": weights_digest(self.unet),
+            "scheduler": digest(dict(self.saved)),
             "extractor": self.extractor.fingerprint,
+            "reference": contents,
             "dtype": config.dtype,
             "seed": config.seed,
         }
-        self.output.mkdir(parents=True, exist_ok=True)
         if config.overwrite:
             for file in (self.file, self.output / "solution.pt"):
                 file.unlink(missing_ok=True)
         self.known: dict[str, dict[str, Any]] = {}
         self.alike: dict[str, dict[str, Any]] = {}
-        for line in self.file.read_text().splitlines() if self.file.exists() else []:
+        *lines, torn = (self.file.read_text() if self.file.exists() else "").split("\n")
+        if torn:  # by a kill
+            self.file.write_text("".join(line + "\n" for line in lines))
+        for line in lines:
             entry = json.loads(line)
             if entry["settings"] == self.settings:
                 self.known[entry["key"]] = entry
                 self.alike[entry.get("alike", "")] = entry
 
-    @cached_property
-    def reference(self) -> Any:
-        """The Gaussian of the training pictures as the extractor sees them."""
+    def _reference(self) -> tuple[Any, str]:
+        """The Gaussian of the training pictures as the extractor sees them, and the SHA-256 of the pictures."""
         config = self.config
         frame, cache = Frame(self.shape[0], self.shape[1:]), self.output / "references"
         pictures = open_pictures(config.reference)
         reference = open_reference(pictures, "train", frame, config.reference, cache, None, 2)
-        return features_of(reference, self.extractor, cache, config.batch_size, True, False).gaussian
+        found = features_of(reference, self.extractor, cache, config.batch_size, True, False)
+        return found.gaussian, reference.contents
 
-    def noise(self, numbers: range) -> Tensor:
-        """x_T of these images."""
-        generators = [Generator().manual_seed(self.config.seed + i) for i in numbers]
-        return randn_tensor((len(numbers), *self.shape), generator=generators, device=self.device)
+    def generators(self, numbers: range, first: int = 0) -> list[Generator]:
+        """One for each of these images, so that a batch's size changes nothing."""
+        return [Generator().manual_seed(first + self.config.seed + i) for i in numbers]
 
     def scheduler(self, sampler: Sampler, nfe: int) -> Any:
         """The sampler's scheduler with times set for exactly `nfe` evaluations. Raises Unfit where there is none."""
@@ -230,10 +237,11 @@ class Bench:
     @torch.inference_mode()
     def sample(self, unet: Any, scheduler: Any, numbers: range) -> Tensor:
         """These images, in −1..1. Raises Unfit where they are not finite."""
-        x = self.noise(numbers) * float(scheduler.init_noise_sigma)
+        noise = randn_tensor((len(numbers), *self.shape), generator=self.generators(numbers), device=self.device)
+        x = noise * float(scheduler.init_noise_sigma)
         drawn = {}
         if "generator" in inspect.signature(scheduler.step).parameters:  # apart from those of x_T
-            drawn["generator"] = Generator().manual_seed(2**31 + self.config.seed + numbers.start)  # 32 bits count
+            drawn["generator"] = self.generators(numbers, 2**31)  # 32 bits count
         for t in scheduler.timesteps:
             output = unet(scheduler.scale_model_input(x, t).to(unet.dtype), t).sample.to(x.dtype)
             x = scheduler.step(output, t, x, **drawn).prev_sample
@@ -283,18 +291,15 @@ class Bench:
         return self._entry("rms", sampler, nfe, numbers, measured)
 
     def quality(self, sampler: Sampler, nfe: int) -> dict[str, Any]:
-        """The Fréchet distance, the mean of several sets of images that the screening has not seen."""
+        """The Fréchet distance, the mean of several sets of images that no sampler was chosen by."""
         config, entry, values = self.config, {}, []
-        for draw in range(config.draws):
-            first = config.screen + draw * config.images
+        start = max(config.near, config.screen)
+        for first in range(start, start + config.draws * config.images, config.images):
             entry = self.frechet(sampler, nfe, range(first, first + config.images))
             if "unfit" in entry:
                 return entry
             values.append(entry["frechet"])
-        mean = {"frechet": statistics.fmean(values), "draws": values}
-        if config.draws > 1:
-            mean["standard_error"] = statistics.stdev(values) / math.sqrt(config.draws)
-        return entry | mean
+        return entry | {"frechet": statistics.fmean(values), "draws": values}
 
     def frechet(self, sampler: Sampler, nfe: int, numbers: range) -> dict[str, Any]:
         """The Fréchet distance of these images."""
@@ -339,14 +344,26 @@ def rms(x: Tensor, y: Tensor) -> float:
     return float((x - y).double().square().mean().sqrt())
 
 
-def main(config: FewStepsConfig) -> dict[str, Any]:
-    """Write few_steps.json, few_steps.md, few_steps.png and results.json."""
+def check(config: FewStepsConfig) -> None:
+    """Raise ValueError for settings that cannot be."""
     if config.dtype not in DTYPES:
         raise ValueError(f"unknown dtype {config.dtype!r}: use one of {', '.join(DTYPES)}")
+    for name in ("near", "draws", "batch_size", "shortlist"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be 1 at least, not {getattr(config, name)}")
+    if wrong := [nfe for nfe in config.nfe if nfe < 1]:
+        raise ValueError(f"nfe must be 1 at least, not {wrong[0]}")
+    if not config.margin >= 1:
+        raise ValueError(f"margin must be 1 at least, not {config.margin}: it is in terms of the best")
+
+
+def main(config: FewStepsConfig) -> dict[str, Any]:
+    """Write few_steps.json, few_steps.md, few_steps.png and results.json."""
+    check(config)
     bench = Bench(config)
     every = [each for each in samplers() if not config.families or each.family.startswith(config.families)]
-    print(f"{len(every)} samplers; the reference and the solution first", flush=True)
-    bench.reference, bench.solution  # noqa: B018
+    print(f"{len(every)} samplers; the solution first", flush=True)
+    bench.solution  # noqa: B018
     result = record(config) | {
         "status": "running",
         "command": command(config),
@@ -398,6 +415,16 @@ def told(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in ("key", "settings", "alike")}
 
 
+def relative_error(result: dict[str, Any]) -> float | None:
+    """The standard error of a mean of Fréchet distances in terms of the mean, pooled over samplers and numbers of
+    evaluations: that of one mean of a few draws would say nothing. None where there is one draw."""
+    means = [entry for row in result["rows"] for entry in row["frechet"]]
+    spread = [
+        statistics.variance(each["draws"]) / each["frechet"] ** 2 for each in means if len(each.get("draws", "")) > 1
+    ]
+    return math.sqrt(statistics.fmean(spread) / result["config"]["draws"]) if spread else None
+
+
 def write(result: dict[str, Any], output: Path) -> None:
     write_json(output / "few_steps.json", result)
     write_whole(output / "few_steps.md", table(result))
@@ -410,8 +437,19 @@ def write(result: dict[str, Any], output: Path) -> None:
 
 def entries(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Ours, DDIM's best, the best of all of diffusers, and 1000 steps, as entries of `results.json`."""
-    config, found = result["config"], []
-    extractor = Path(config["extractor"]).name
+    config, found, error = result["config"], [], relative_error(result)
+    extractor = slug(config["extractor"])
+
+    def told(each: dict[str, Any], scheduler: str) -> dict[str, Any]:
+        """What both measures say of an entry."""
+        measure = "rms" if "rms" in each else "frechet"
+        same = {"value": each[measure], "nfe": each["nfe"], "num_inference_steps": each["nfe"], "scheduler": scheduler}
+        same |= {"sampler": each["sampler"], "images": each["images"], "seed": config["seed"]}
+        if "draws" in each:
+            same |= {"draws": len(each["draws"])}
+            same |= {} if error is None else {"standard_error": error * each[measure]}
+        return known[measure] | same
+
     known = {
         "rms": {"metric": "rms_to_solution", "name": "Few steps: RMS distance to the solution of the ODE"}
         | {"dataset": {"name": "the ODE's solution"}},
@@ -423,20 +461,11 @@ def entries(result: dict[str, Any]) -> list[dict[str, Any]]:
         for row in result["rows"]:
             chosen = {kind: best(row[measure], measure, families) for kind, families in kinds.items()}
             found += [
-                known[measure]
-                | {"value": each[measure], "nfe": each["nfe"], "num_inference_steps": each["nfe"]}
-                | {"scheduler": kind, "sampler": each["sampler"], "images": each["images"], "seed": config["seed"]}
-                | {key: each[key] for key in ("draws", "standard_error") if key in each}
-                | ({} if measure == "frechet" and kind in ours else {"listed": False})
+                told(each, kind) | ({} if measure == "frechet" and kind in ours else {"listed": False})
                 for kind, each in chosen.items()
                 if each
             ]
-    return found + [
-        known["frechet"]
-        | {"value": each["frechet"], "nfe": 1000, "num_inference_steps": 1000}
-        | {"scheduler": each["sampler"], "images": each["images"], "seed": config["seed"]}
-        for each in result["thousand"]
-    ]
+    return found + [told(each, each["sampler"]) for each in result["thousand"]]
 
 
 def best(entries: list[dict[str, Any]], measure: str, families: Callable[[str], bool]) -> dict[str, Any] | None:
@@ -467,20 +496,18 @@ def table(result: dict[str, Any]) -> str:
         cells = [str(row["nfe"])]
         for measure, ours in families.items():
             theirs = best(row[measure], measure, stock)
-            cells += [value(theirs, measure), theirs["sampler"]] if theirs else ["", ""]
+            cells += [f"{theirs[measure]:.4g}", theirs["sampler"]] if theirs else ["", ""]
             for family in ours:
                 found = best(row[measure], measure, family.__eq__)
                 ratio = f" ({found[measure] / theirs[measure]:.2f})" if found and theirs else ""
-                cells.append(f"{value(found, measure)}{ratio}" if found else "")
+                cells.append(f"{found[measure]:.4g}{ratio}" if found else "")
         lines.append("| " + " | ".join(cells) + " |")
     for entry in result["thousand"]:
         lines += ["", f"Fréchet distance of {entry['sampler']}: {entry['frechet']:.4g}"]
+    if (error := relative_error(result)) is not None:
+        sets = f"{result['config']['draws']} sets of {result['config']['images']:,} images"
+        lines += ["", f"Fréchet distances are means of {sets}, with a standard error of {error:.0%}."]
     return "\n".join(lines) + "\n"
-
-
-def value(entry: dict[str, Any], measure: str) -> str:
-    error = entry.get("standard_error")
-    return f"{entry[measure]:.4g}" + (f" ± {error:.2g}" if error is not None else "")
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -2,21 +2,25 @@
 
 import json
 import statistics
+from dataclasses import replace
+from pathlib import Path
 
 import classifier
 import few_steps
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from config import build
 from data import load
 from features import open_extractor
+from PIL import Image
 
 from ddim_plugin import GeneralizedDDIMPipeline, MultistepDDIMScheduler
 from ddim_plugin.card import read_results
 
 SMALL = {"data": "digits", "hidden_sizes": (16, 16), "layers": 1, "steps": 150, "batch_size": 64, "shift": 0}
-SMALL["learning_rate"] = 1e-2
+SMALL |= {"learning_rate": 1e-2, "test_split": "test", "device": "cpu"}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -25,6 +29,8 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +66,14 @@ def test_the_same_command_makes_the_same_classifier(extractor, tmp_path):
     [
         ({"steps": 0}, "steps must be positive, not 0"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive, not nan"),
-        ({"shift": -1}, "shift must not be negative, as -1 is"),
+        ({"learning_rate": float("inf")}, "learning_rate must be positive, not inf"),
+        ({"shift": -1}, "shift and seed must not be negative, as one of -1 and 0 is"),
+        ({"shift": 8}, "shift=8 moves pictures of 8×8 out of sight"),
+        ({"batch_size": 1}, "batch_size must be 2 at least"),
         ({"hidden_sizes": (8, 0)}, "hidden_sizes must be positive"),
+        ({"hidden_sizes": ()}, "hidden_sizes must be positive"),
+        ({"test_split": "tests"}, "unknown split 'tests'"),
+        ({"learning_rate": 1e30}, "lower --learning_rate"),
         ({"data": "missing/labelled.parquet"}, "there is no file"),
     ],
 )
@@ -71,9 +83,44 @@ def test_bad_settings_of_a_classifier(settings, said, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_earlier_classifier_is_kept(extractor):
+def test_what_is_there_is_kept(extractor, make_unet, tmp_path):
+    """An earlier classifier unless told otherwise, anything else always."""
     with pytest.raises(ValueError, match="pass --overwrite"):
         classifier.main(build(classifier.ClassifierConfig, SMALL | {"output": str(extractor)}))
+    (tmp_path / "file").write_text("kept")
+    GeneralizedDDIMPipeline(make_unet(), MultistepDDIMScheduler()).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "training.json").write_text("{}")
+    for name in ("file", "model"):
+        settings = SMALL | {"output": str(tmp_path / name), "overwrite": True}
+        with pytest.raises(ValueError, match="no classifier that was made here"):
+            classifier.main(build(classifier.ClassifierConfig, settings))
+    settings = SMALL | {"output": str(tmp_path / "again"), "steps": 2}
+    before = classifier.main(build(classifier.ClassifierConfig, settings))
+    after = classifier.main(build(classifier.ClassifierConfig, settings | {"overwrite": True, "seed": 1}))
+    assert after["sha256"] == json.loads((tmp_path / "again" / "training.json").read_text())["sha256"]
+    assert after["sha256"] != before["sha256"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "file", "model"]
+
+
+def test_splits_are_not_classes(tmp_path):
+    for name in ("train/0", "train/1", "test/0", "test/1"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 9).save(tmp_path / "set" / name / "a.png")
+    settings = SMALL | {"data": str(tmp_path / "set"), "output": str(tmp_path / "out"), "test_split": None}
+    with pytest.raises(ValueError, match="classes of .* are test, train"):
+        classifier.main(build(classifier.ClassifierConfig, settings))
+    settings["data"] += "/train"
+    with pytest.raises(ValueError, match="all of one colour"):
+        classifier.main(build(classifier.ClassifierConfig, settings))
+
+
+def test_channels_are_those_of_the_model(tmp_path):
+    for label in (0, 1):
+        (tmp_path / "set" / str(label)).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (250 * label, 9, 9)).save(tmp_path / "set" / str(label) / "a.png")
+    settings = SMALL | {"data": str(tmp_path / "set"), "output": str(tmp_path / "out"), "test_split": None, "steps": 2}
+    classifier.main(build(classifier.ClassifierConfig, settings | {"channels": 1}))
+    assert open_extractor(str(tmp_path / "out"), "cpu", (1, 8, 8)).channels == 1
 
 
 def test_pictures_are_moved_with_black_coming_in():
@@ -122,7 +169,6 @@ def test_the_best_are_measured_on_images_that_did_not_choose_them(compared):
             draws = [bench.frechet(sampler, row["nfe"], numbers)["frechet"] for numbers in sets]
             assert entry["draws"] == draws
             assert entry["frechet"] == pytest.approx(statistics.fmean(draws))
-            assert entry["standard_error"] == pytest.approx(abs(draws[0] - draws[1]) / 2)
 
 
 def test_a_set_is_measured_as_by_hand(compared, extractor):
@@ -149,10 +195,62 @@ def test_a_second_run_measures_nothing_again(compared, monkeypatch):
 
 
 def test_the_table_and_the_results_tell_mean_and_error(compared):
+    """The error is pooled: relative deviations of all samplers at all numbers of evaluations."""
     config, result = compared
-    text = few_steps.table(result)
+    pairs = [each["draws"] for row in result["rows"] for each in row["frechet"]]
+    error = np.sqrt(np.mean([(a - b) ** 2 / 2 / ((a + b) / 2) ** 2 for a, b in pairs]) / 2)
+    assert f"means of 2 sets of 20 images, with a standard error of {error:.0%}." in few_steps.table(result)
     [entry] = [each for each in result["rows"][0]["frechet"] if each["family"] == "ours"]
-    assert f"{entry['frechet']:.4g} ± {entry['standard_error']:.2g}" in text
-    found = read_results(few_steps.Path(config.output) / "results.json")
+    found = read_results(Path(config.output) / "results.json")
     [told] = [each for each in found if each.get("scheduler") == "ours" and each["nfe"] == 3 and "draws" in each]
-    assert told["standard_error"] == entry["standard_error"]
+    assert told["value"] == entry["frechet"]
+    assert told["standard_error"] == pytest.approx(error * entry["frechet"])
+    assert told["draws"] == 2
+
+
+def test_the_size_of_a_batch_changes_nothing(compared):
+    """Noise comes from one generator for each image."""
+    config, _ = compared
+    for name in ("ours, η = 1 1.0", "DDPM leading"):
+        [sampler] = [each for each in few_steps.samplers() if each.name == name]
+        made = []
+        for size in (3, 8):
+            bench = few_steps.Bench(replace(config, batch_size=size))
+            made.append(torch.cat(list(bench.make(bench.unet, sampler, 5, range(24, 32)))))
+        assert torch.allclose(*made, atol=1e-5)
+
+
+def test_what_belongs_to_another_model_or_reference_is_not_taken(compared, tmp_path):
+    """Nor what another schedule, with other fitted times, was measured with; a line that a kill tore is dropped."""
+    config, _ = compared
+    bench = few_steps.Bench(config)
+    with open(bench.file, "a") as file:
+        file.write('{"key": "rms of ou')
+    assert few_steps.Bench(config).known.keys() == bench.known.keys()
+    assert bench.file.read_text().endswith("}\n")
+    pipe = GeneralizedDDIMPipeline.from_pretrained(config.model)
+    times = {"fitted_timesteps": {"3": [700, 400, 100]}}
+    pipe.scheduler = MultistepDDIMScheduler.from_config(pipe.scheduler.config, **times)
+    pipe.save_pretrained(tmp_path / "fitted")
+    assert not few_steps.Bench(replace(config, model=str(tmp_path / "fitted"))).known
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"draws": 0}, "draws must be 1 at least, not 0"),
+        ({"shortlist": -1}, "shortlist must be 1 at least, not -1"),
+        ({"nfe": (5, 0)}, "nfe must be 1 at least, not 0"),
+        ({"margin": float("nan")}, "margin must be 1 at least, not nan"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"screen": 10}, "10 --screen are too few"),
+        ({"reference": "missing/set.parquet", "overwrite": True}, "there is no file"),
+    ],
+)
+def test_bad_settings_lose_nothing(compared, settings, said, monkeypatch):
+    config, _ = compared
+    before = (Path(config.output) / "measured.jsonl").read_bytes()
+    monkeypatch.setattr(few_steps.Bench, "sample", None)
+    with pytest.raises(ValueError, match=said):
+        few_steps.main(replace(config, **settings))
+    assert (Path(config.output) / "measured.jsonl").read_bytes() == before
