@@ -16,6 +16,7 @@ from typing import Any
 import nll
 import reconstruct
 from config import build, command, parse, write_json
+from features import slug
 
 from ddim_plugin import GeneralizedDDIMPipeline
 from ddim_plugin.card import is_written_here, public, read_object, read_results
@@ -33,6 +34,8 @@ HIGHER = ("is", "inception_score", "precision", "recall")
 
 NEAR = 1.05
 """Times the distance of 1000 steps: what counts as its quality."""
+
+FEW_STEPS = "few_steps.json"
 
 WHOLE = ("nll", "reconstruct", "few_steps", "fit", "table2")
 """Names of those, as .json and .md. evaluate.py's have the name of their folder."""
@@ -79,9 +82,11 @@ def check(config: PackageConfig) -> None:
 def gather(folders: list[Path], output: Path, digest: str) -> dict[str, Any]:
     """Copy records, tables and pictures, and join the `results.json` of all folders.
 
-    Raises ValueError for figures that were measured on other weights, and for two files of one name.
+    Raises ValueError for figures that were measured on other weights, for two files of one name, and for figures of two
+    extractors of one name.
     """
     joined: dict[str, Any] = {"model": {"sha256": digest}, "results": [], "pictures": {}}
+    extractors: dict[str, str] = {}
     (output / MEASURED).mkdir()
 
     def take(source: Path, target: Path) -> None:
@@ -100,6 +105,9 @@ def gather(folders: list[Path], output: Path, digest: str) -> dict[str, Any]:
         for name in WHOLE:
             take(folder / f"{name}.json", output / MEASURED / f"{name}.json")
             take(folder / f"{name}.md", output / MEASURED / f"{name}.md")
+        for name, fingerprint in _extractors(folder):
+            if extractors.setdefault(slug(name), fingerprint) != fingerprint:
+                raise ValueError(f"{folder} was measured with another extractor {slug(name)} than a record before it")
         if not (folder / RESULTS).is_file():
             continue
         found = read_object(folder / RESULTS)
@@ -125,6 +133,14 @@ def gather(folders: list[Path], output: Path, digest: str) -> dict[str, Any]:
         if not any(entry is each for each in best.values()):
             entry["listed"] = False
     return joined
+
+
+def _extractors(folder: Path) -> list[tuple[str, str]]:
+    """Names and fingerprints of the extractors that Fréchet distances in this folder were measured with."""
+    found = read_object(folder / RESULTS) if (folder / RESULTS).is_file() else {}
+    used = [(each["name"], each["fingerprint"]) for each in found.get("extractors", ())]
+    few = read_object(folder / FEW_STEPS) if (folder / FEW_STEPS).is_file() else {}
+    return used + ([(few["config"]["extractor"], few["model"]["extractor"])] if few else [])
 
 
 def main(config: PackageConfig) -> dict[str, Any]:
@@ -185,11 +201,11 @@ def headline(folder: Path, name: str) -> tuple[str, str]:
     def read(record: str) -> dict[str, Any]:
         return read_object(folder / record) if (folder / record).is_file() else {}
 
-    few = read(f"{MEASURED}/few_steps.json")
+    few = read(f"{MEASURED}/{FEW_STEPS}")
     goal = quality_of_1000(few, read(RESULTS)["results"]) if few else None
     if reached := goal and enough(few["rows"], goal):
         made_by = few["command"].replace(f"--model {few['config']['model']}", f"--model {name}")
-        row(*reached, f"{MEASURED}/few_steps.json", made_by)
+        row(*reached, f"{MEASURED}/{FEW_STEPS}", made_by)
     found = read(f"{MEASURED}/reconstruct.json")
     of_ten = {each["refinement_steps"] > 0: each for each in found.get("table", ()) if each["S"] == 10}
     if len(of_ten) == 2:
@@ -222,7 +238,7 @@ def headline(folder: Path, name: str) -> tuple[str, str]:
 def quality_of_1000(few: dict[str, Any], results: list[dict[str, Any]]) -> float | None:
     """The lowest Fréchet distance of 1000 steps that was measured, of as many pictures as at few steps."""
     images = {each["images"] for row in few["rows"] for each in row["frechet"]}
-    metric = f"fd_{Path(few['config']['extractor']).name}"
+    metric = f"fd_{slug(few['config']['extractor'])}"
     found = [
         each["value"]
         for each in results

@@ -200,3 +200,18 @@ def test_a_command_is_read_back_as_its_settings():
     words = line.split()[2:]
     again = package.parse(nll.NLLConfig, words)
     assert again == dataclasses.replace(config, batch_size=64)
+
+
+def test_two_extractors_of_one_name_are_refused(measured, tmp_path):
+    """Distances compare with others of the same extractor alone."""
+    digest = json.loads((measured / "nll" / "results.json").read_text())["model"]["sha256"]
+    for name, fingerprint in (("a", "1"), ("b", "2")):
+        found = {"model": {"sha256": digest}, "results": [], "pictures": {}}
+        found["extractors"] = [{"name": f"{name}/ResNet", "fingerprint": fingerprint}]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(found))
+    few = FEW | {"config": {"extractor": "c/resnet"}, "model": {"extractor": "1"}}
+    (tmp_path / "a" / "few_steps.json").write_text(json.dumps(few))
+    with pytest.raises(ValueError, match="b was measured with another extractor resnet"):
+        pack(measured, tmp_path / "out", tmp_path / "a", tmp_path / "b")
+    pack(measured, tmp_path / "out", tmp_path / "a")
