@@ -137,7 +137,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         device, network_dtype = self._execution_device, self.unet.dtype  # slow to ask for: once
         condition = self._condition(class_labels, guidance_scale, null_class_label, shape[0], device)
         self._check_channels()
-        self._set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
+        self._set_timesteps(self.scheduler, num_inference_steps, timesteps, device, eta)
         step_kwargs = self._step_kwargs(eta, generator, use_clipped_model_output)
 
         dtype = torch.promote_types(network_dtype, torch.float32)  # of the state
@@ -679,12 +679,15 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         num_inference_steps: int | None,
         timesteps: Sequence[int] | Tensor | None,
         device: torch.device,
+        eta: float | None = None,
     ) -> None:
+        taken = inspect.signature(scheduler.set_timesteps).parameters
         if timesteps is None:
             steps = num_inference_steps
             if steps is None:
                 steps = min(50, getattr(scheduler.config, "num_train_timesteps", 50))
-            scheduler.set_timesteps(steps, device=device)
+            told = {"eta": eta} if "eta" in taken else {}
+            scheduler.set_timesteps(steps, device=device, **told)
             return
         if not hasattr(timesteps, "__len__") or getattr(timesteps, "ndim", 1) != 1:
             raise ValueError(f"timesteps must be a list of integers, not {timesteps!r}")
@@ -692,7 +695,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             raise ValueError(
                 f"num_inference_steps={num_inference_steps} and {len(timesteps)} timesteps disagree: pass one of them"
             )
-        if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        if "timesteps" not in taken:
             raise ValueError(f"{type(scheduler).__name__} takes no timesteps of one's own: pass num_inference_steps")
         scheduler.set_timesteps(timesteps=timesteps, device=device)
 

@@ -828,7 +828,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         start_from_top: whether the first sample is x_T; False takes it as x at τ_S, as other schedulers, order 1,
             "pece" and the process with noise do.
         fitted_timesteps: τ for some numbers of steps, {"S": network times, descending}, as `ddim_plugin.fit_timesteps`
-            finds them for a model; it takes the place of the spacing "few_steps" there.
+            finds them for a model; it takes the place of the spacing "few_steps" there, in the deterministic process.
         The others are those of `GeneralizedDDIMScheduler`; with "learned_range" eta=0, the default, is the
         deterministic process here.
 
@@ -902,6 +902,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             self.register_to_config(fitted_timesteps=kept)
         self._kept = (solver_order or 3) - 1 + (solver_corrector is not None)  # values, beside the newest
         self.order = 2 if solver_corrector == "pece" else 1  # times for each step, to pipelines that count
+        self._noisy = False
         self._forget()
 
     def _own_settings(self) -> dict[str, Any]:
@@ -941,13 +942,19 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | Tensor | np.ndarray | None = None,
+        eta: float | None = None,
     ) -> None:
-        """Plan the moves over τ; see `GeneralizedDDIMScheduler.set_timesteps`. "pece" takes S steps in 2S − 1 times."""
+        """Plan the moves over τ; see `GeneralizedDDIMScheduler.set_timesteps`. "pece" takes S steps in 2S − 1 times.
+
+        `eta` is that of the steps to come, where it is not the scheduler's: `fitted_timesteps` are not for noise.
+        """
+        self._noisy = process.adds_noise(*self._kind(eta))
         super().set_timesteps(num_inference_steps, device, timesteps)
         self._forget()
 
     def _spaced(self, S: int | None) -> tau.Times:
-        if self.config.timestep_spacing == "few_steps" and tau.is_integer(S) and S in self._fitted:
+        fits = self.config.timestep_spacing == "few_steps" and not self._noisy
+        if fits and tau.is_integer(S) and S in self._fitted:
             return self._fitted[S]
         return super()._spaced(S)
 

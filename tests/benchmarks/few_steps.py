@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 
 import diffusers
+import numpy as np
 import torch
 from config import command, parse, record, write_json
 from data import Frame, as_dataset, open_pictures
@@ -415,14 +416,24 @@ def told(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in ("key", "settings", "alike")}
 
 
-def relative_error(result: dict[str, Any]) -> float | None:
-    """The standard error of a mean of Fréchet distances in terms of the mean, pooled over samplers and numbers of
-    evaluations: that of one mean of a few draws would say nothing. None where there is one draw."""
-    means = [entry for row in result["rows"] for entry in row["frechet"]]
-    spread = [
-        statistics.variance(each["draws"]) / each["frechet"] ** 2 for each in means if len(each.get("draws", "")) > 1
-    ]
-    return math.sqrt(statistics.fmean(spread) / result["config"]["draws"]) if spread else None
+def relative_errors(result: dict[str, Any]) -> tuple[float, float] | None:
+    """The standard errors of a mean of Fréchet distances, and of the ratio of two of them at one number of evaluations,
+    in terms of either. None where there is one draw.
+
+    They are pooled over samplers and numbers of evaluations, since a few draws tell little of their own spread. A ratio
+    is better known than its parts: samplers share x_T, and some sets are worse than others for all of them.
+    """
+    draws = result["config"].get("draws", 1)
+    if draws < 2:
+        return None
+    means, ratios = [], []
+    for row in result["rows"]:
+        logs = np.log([entry["draws"] for entry in row["frechet"]])
+        apart = logs - logs.mean(1, keepdims=True)
+        means.append(np.square(apart).sum() / (len(logs) * (draws - 1)))
+        if len(logs) > 1:
+            ratios.append(np.square(apart - apart.mean(0)).sum() / ((len(logs) - 1) * (draws - 1)))
+    return math.sqrt(np.mean(means) / draws), math.sqrt(2 * np.mean(ratios or means) / draws)
 
 
 def write(result: dict[str, Any], output: Path) -> None:
@@ -437,7 +448,7 @@ def write(result: dict[str, Any], output: Path) -> None:
 
 def entries(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Ours, DDIM's best, the best of all of diffusers, and 1000 steps, as entries of `results.json`."""
-    config, found, error = result["config"], [], relative_error(result)
+    config, found, errors = result["config"], [], relative_errors(result)
     extractor = slug(config["extractor"])
 
     def told(each: dict[str, Any], scheduler: str) -> dict[str, Any]:
@@ -447,7 +458,7 @@ def entries(result: dict[str, Any]) -> list[dict[str, Any]]:
         same |= {"sampler": each["sampler"], "images": each["images"], "seed": config["seed"]}
         if "draws" in each:
             same |= {"draws": len(each["draws"])}
-            same |= {} if error is None else {"standard_error": error * each[measure]}
+            same |= {} if errors is None else {"standard_error": errors[0] * each[measure]}
         return known[measure] | same
 
     known = {
@@ -504,9 +515,10 @@ def table(result: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     for entry in result["thousand"]:
         lines += ["", f"Fréchet distance of {entry['sampler']}: {entry['frechet']:.4g}"]
-    if (error := relative_error(result)) is not None:
+    if errors := relative_errors(result):
         sets = f"{result['config']['draws']} sets of {result['config']['images']:,} images"
-        lines += ["", f"Fréchet distances are means of {sets}, with a standard error of {error:.0%}."]
+        errors = f"{errors[0]:.0%} of a mean, {errors[1]:.0%} of a ratio"
+        lines += ["", f"Fréchet distances are means over {sets}, which all samplers share. Standard errors: {errors}."]
     return "\n".join(lines) + "\n"
 
 

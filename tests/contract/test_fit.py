@@ -73,6 +73,25 @@ def test_they_are_used_saved_and_carried(make_unet, tmp_path):
     assert loaded.config.fitted_timesteps == fitted
 
 
+def test_they_are_for_the_deterministic_process(make_unet):
+    """With noise τ is that of the spacing, whether the scheduler says so or the call."""
+    fitted = {"fitted_timesteps": {"3": [900, 400, 30]}}
+    usual = MultistepDDIMScheduler()
+    usual.set_timesteps(3)
+    noisy = MultistepDDIMScheduler(eta=1.0, **fitted)
+    noisy.set_timesteps(3)
+    assert noisy.timesteps.tolist() == usual.timesteps.tolist()
+    noisy.set_timesteps(3, eta=0.0)
+    assert noisy.timesteps.tolist() == [900, 400, 30]
+    pipe = GeneralizedDDIMPipeline(make_unet(), MultistepDDIMScheduler(**fitted))
+    pipe.set_progress_bar_config(disable=True)
+    for eta, times in ((None, [900, 400, 30]), (0.0, [900, 400, 30]), (1.0, usual.timesteps.tolist())):
+        pipe(num_inference_steps=3, eta=eta, output_type="pt")
+        assert pipe.scheduler.timesteps.tolist() == times
+    with pytest.raises(ValueError, match="eta"):
+        noisy.set_timesteps(3, eta=-1.0)
+
+
 def test_what_was_fitted_before_stays():
     pipe = exact_pipe(DATA, MultistepDDIMScheduler(fitted_timesteps={"3": [900, 400, 30], "4": [950, 700, 300, 20]}))
     found = fit_timesteps(pipe, [4], **FEW)

@@ -195,17 +195,27 @@ def test_a_second_run_measures_nothing_again(compared, monkeypatch):
 
 
 def test_the_table_and_the_results_tell_mean_and_error(compared):
-    """The error is pooled: relative deviations of all samplers at all numbers of evaluations."""
     config, result = compared
-    pairs = [each["draws"] for row in result["rows"] for each in row["frechet"]]
-    error = np.sqrt(np.mean([(a - b) ** 2 / 2 / ((a + b) / 2) ** 2 for a, b in pairs]) / 2)
-    assert f"means of 2 sets of 20 images, with a standard error of {error:.0%}." in few_steps.table(result)
+    error, of_ratio = few_steps.relative_errors(result)
+    said = f"means over 2 sets of 20 images, which all samplers share. Standard errors: {error:.0%} of a mean, "
+    assert f"{said}{of_ratio:.0%} of a ratio." in few_steps.table(result)
     [entry] = [each for each in result["rows"][0]["frechet"] if each["family"] == "ours"]
     found = read_results(Path(config.output) / "results.json")
     [told] = [each for each in found if each.get("scheduler") == "ours" and each["nfe"] == 3 and "draws" in each]
     assert told["value"] == entry["frechet"]
     assert told["standard_error"] == pytest.approx(error * entry["frechet"])
     assert told["draws"] == 2
+
+
+def test_errors_are_those_that_the_draws_were_made_with():
+    """Distances that vary by 5 % from set to set for all samplers alike, and by 2 % for each."""
+    rng = np.random.default_rng(0)
+    sets = 0.05 * rng.standard_normal((400, 1, 3))
+    values = np.exp(sets + 0.02 * rng.standard_normal((400, 6, 3)) + rng.standard_normal((400, 6, 1)))
+    rows = [{"frechet": [{"draws": list(each)} for each in row]} for row in values]
+    errors = few_steps.relative_errors({"config": {"draws": 3}, "rows": rows})
+    assert errors == pytest.approx(((0.05**2 + 0.02**2) ** 0.5 / 3**0.5, 2**0.5 * 0.02 / 3**0.5), rel=0.03)
+    assert few_steps.relative_errors({"config": {}, "rows": rows}) is None
 
 
 def test_the_size_of_a_batch_changes_nothing(compared):
