@@ -60,6 +60,9 @@ OURS, FITTED, NOISY = "ours", "ours, fitted τ", "ours, η = 1"
 FAMILIES = (OURS, FITTED, NOISY)
 """The default, the same with the times that were fitted to the model, and the default at η = 1."""
 
+SCREENED = 2**24
+"""Number of the first image of the screening: they are not among those that are measured on."""
+
 NOISELESS = {"tau_func": 0}
 """SA-Solver without noise."""
 
@@ -292,11 +295,10 @@ class Bench:
         return self._entry("rms", sampler, nfe, numbers, measured)
 
     def quality(self, sampler: Sampler, nfe: int) -> dict[str, Any]:
-        """The Fréchet distance, the mean of several sets of images that no sampler was chosen by."""
-        config, entry, values = self.config, {}, []
-        start = max(config.near, config.screen)
-        for first in range(start, start + config.draws * config.images, config.images):
-            entry = self.frechet(sampler, nfe, range(first, first + config.images))
+        """The Fréchet distance, the mean of several sets of images; the first are those of evaluate.py."""
+        images, entry, values = self.config.images, {}, []
+        for draw in range(self.config.draws):
+            entry = self.frechet(sampler, nfe, range(draw * images, (draw + 1) * images))
             if "unfit" in entry:
                 return entry
             values.append(entry["frechet"])
@@ -383,8 +385,8 @@ def main(config: FewStepsConfig) -> dict[str, Any]:
         near_enough |= {each.name for each in every if each.noisy} - dropped
         near_enough |= {each.name for each in still if each.name in near and each.family in (*FAMILIES, "DDIM")}
         left = [each for each in every if each.name in near_enough]
-        first = range(config.screen)
-        found += [bench.frechet(each, nfe, first) for each in tqdm(left, desc=f"{nfe}, Fréchet", leave=False)]
+        apart = range(SCREENED, SCREENED + config.screen)
+        found += [bench.frechet(each, nfe, apart) for each in tqdm(left, desc=f"{nfe}, Fréchet", leave=False)]
         result["unfit"] |= {f"{entry['sampler']}, {nfe}": entry["unfit"] for entry in found if "unfit" in entry}
         screened = {entry["sampler"]: entry for entry in found if "frechet" in entry}
         ranks = sorted((entry["frechet"], name) for name, entry in screened.items() if stock(entry["family"]))
