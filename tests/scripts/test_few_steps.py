@@ -19,6 +19,7 @@ from PIL import Image
 from ddim_plugin import GeneralizedDDIMPipeline, MultistepDDIMScheduler
 from ddim_plugin.card import read_results
 
+ROOT = Path(__file__).parents[2]
 SMALL = {"data": "digits", "hidden_sizes": (16, 16), "layers": 1, "steps": 150, "batch_size": 64, "shift": 0}
 SMALL |= {"learning_rate": 1e-2, "test_split": "test", "device": "cpu"}
 
@@ -121,6 +122,15 @@ def test_channels_are_those_of_the_model(tmp_path):
     settings = SMALL | {"data": str(tmp_path / "set"), "output": str(tmp_path / "out"), "test_split": None, "steps": 2}
     classifier.main(build(classifier.ClassifierConfig, settings | {"channels": 1}))
     assert open_extractor(str(tmp_path / "out"), "cpu", (1, 8, 8)).channels == 1
+
+
+def test_the_committed_extractor_is_the_one_that_was_measured_with():
+    folder = ROOT / "training" / "extractors" / "mnist-resnet"
+    opened = open_extractor(str(folder), "cpu", (1, 28, 28))
+    for name in ("table1", "few_steps"):
+        record = json.loads((ROOT / "model_cards" / "ddim-mnist-28" / "measured" / f"{name}.json").read_text())
+        used = record["model"]["extractor"] if name == "few_steps" else record["extractors"][0]["fingerprint"]
+        assert opened.fingerprint == used
 
 
 def test_pictures_are_moved_with_black_coming_in():
