@@ -183,12 +183,14 @@ def test_the_steps_for_the_quality_of_1000_are_counted_among_as_many_pictures():
     assert goal == 1.0
     assert package.enough(FEW["rows"], goal) == (
         "8",
-        "steps for the quality of 1000, within 5% (Fréchet distance 1.04, ours, η = 1; the best of 1000 steps, from the same x_T: 1)",
+        "steps for the quality of 1000, within 5% "
+        "(Fréchet distance 1.04, ours, η = 1; the best of 1000 steps, from the same x_T: 1)",
     )
     assert package.enough(FEW["rows"], 0.96)[0] == "10"
     assert package.enough(FEW["rows"], 0.5) == (
         "10",
-        "steps for 2.00 times the distance of 1000 (Fréchet distance 1, ours; the best of 1000 steps, from the same x_T: 0.5)",
+        "steps for 2.00 times the distance of 1000 "
+        "(Fréchet distance 1, ours; the best of 1000 steps, from the same x_T: 0.5)",
     )
     assert package.enough([{"nfe": 5, "frechet": [{"family": "UniPC", "frechet": 1.0}]}], 1.0) is None
     assert package.quality_of_1000(FEW, RESULTS[1:]) is None

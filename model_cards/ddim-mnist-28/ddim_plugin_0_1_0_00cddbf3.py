@@ -2379,7 +2379,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         start_from_top: whether the first sample is x_T; False takes it as x at τ_S, as other schedulers, order 1,
             "pece" and the process with noise do.
         fitted_timesteps: τ for some numbers of steps, {"S": network times, descending}, as `ddim_plugin.fit_timesteps`
-            finds them for a model; it takes the place of the spacing "few_steps" there.
+            finds them for a model; it takes the place of the spacing "few_steps" there, in the deterministic process.
         The others are those of `GeneralizedDDIMScheduler`; with "learned_range" eta=0, the default, is the
         deterministic process here.
 
@@ -2453,6 +2453,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             self.register_to_config(fitted_timesteps=kept)
         self._kept = (solver_order or 3) - 1 + (solver_corrector is not None)  # values, beside the newest
         self.order = 2 if solver_corrector == "pece" else 1  # times for each step, to pipelines that count
+        self._noisy = False
         self._forget()
 
     def _own_settings(self) -> dict[str, Any]:
@@ -2492,13 +2493,19 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | Tensor | np.ndarray | None = None,
+        eta: float | None = None,
     ) -> None:
-        """Plan the moves over τ; see `GeneralizedDDIMScheduler.set_timesteps`. "pece" takes S steps in 2S − 1 times."""
+        """Plan the moves over τ; see `GeneralizedDDIMScheduler.set_timesteps`. "pece" takes S steps in 2S − 1 times.
+
+        `eta` is that of the steps to come, where it is not the scheduler's: `fitted_timesteps` are not for noise.
+        """
+        self._noisy = process.adds_noise(*self._kind(eta))
         super().set_timesteps(num_inference_steps, device, timesteps)
         self._forget()
 
     def _spaced(self, S: int | None) -> tau.Times:
-        if self.config.timestep_spacing == "few_steps" and tau.is_integer(S) and S in self._fitted:
+        fits = self.config.timestep_spacing == "few_steps" and not self._noisy
+        if fits and tau.is_integer(S) and S in self._fitted:
             return self._fitted[S]
         return super()._spaced(S)
 
@@ -2759,7 +2766,8 @@ def _check_noise(sample: Tensor, generator: Randomness, variance_noise: Tensor |
     value, and nfe: evaluations of the network for an image;
     dataset: {"name", and optionally "id" on the Hub and "split"}, what the value was measured against;
 and optionally the settings it was measured with: num_inference_steps, eta, variance_type, timestep_spacing, scheduler,
-images, seed. With `"listed": false` it stands in the card's tables but not in the metadata that the Hub lists.
+images, draws (sets of so many images, whose values were averaged), seed. With `"listed": false` it stands in the card's
+tables but not in the metadata that the Hub lists.
 `training.json` is the record that the training script leaves.
 """
 
@@ -2782,7 +2790,7 @@ images, seed. With `"listed": false` it stands in the card's tables but not in t
 TASK = "unconditional-image-generation"
 """The Hub's name for the task of these pipelines."""
 
-SETTINGS = ("num_inference_steps", "eta", "variance_type", "timestep_spacing", "scheduler", "images", "seed")
+SETTINGS = ("num_inference_steps", "eta", "variance_type", "timestep_spacing", "scheduler", "images", "draws", "seed")
 """What a result may tell of how it was measured."""
 
 MARK = "*Written by ddim-plugin"
@@ -3181,14 +3189,16 @@ def _figures(results: list[dict[str, Any]]) -> str:
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for entry in results:
         data = " ".join(filter(None, (entry["dataset"]["name"], entry["dataset"].get("split"))))
-        groups.setdefault((_name(entry), data, entry.get("images"), entry.get("seed")), []).append(entry)
+        key = (_name(entry), data, entry.get("images"), entry.get("draws"), entry.get("seed"))
+        groups.setdefault(key, []).append(entry)
     parts = []
-    for (name, data, images, seed), entries in groups.items():
+    for (name, data, images, draws, seed), entries in groups.items():
         told = [f"**{_cell(name)}**", _cell(data)]
-        told += [] if images is None else [f"{images:,} images"]
+        sets = "" if draws in (None, 1) else f"mean of {draws} sets of "
+        told += [] if images is None else [f"{sets}{images:,} images"]
         told += [] if seed is None else [f"seed {seed}"]
         parts += [", ".join(told), _by_steps(entries)]
-    note = "In brackets evaluations of the network for an image (NFE), where they are not S."
+    note = "In brackets evaluations of the network for an image (NFE), where they are not S; ± the standard error."
     return "\n\n".join([*parts, f"{note} All of it is in `results.json`."])
 
 
@@ -3767,7 +3777,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 README, RESULTS, TRAINING, CONVERSION = "README.md", "results.json", "training.json", "conversion.json"
-GRID, LOSS, CONFIG = "samples.png", "loss.png", "unet/config.json"
+GRID, LOSS = "samples.png", "loss.png"
+CONFIG = "unet/config.json"
+CONFIGS = (CONFIG, "scheduler/scheduler_config.json")
 RECORDS = (RESULTS, TRAINING, CONVERSION)
 PICTURE = re.compile(r"[\w-]+\.png")
 DRAWN, DRAWN_STEPS = 16, 20
@@ -3925,7 +3937,7 @@ class Model:
         index = _index(folder)
         self.records = records
         self.files = _code(folder, index) | _state(folder)
-        for name in (CONFIG, "scheduler/scheduler_config.json"):
+        for name in CONFIGS:
             content = read_object(folder / name)
             self.files[name] = _json(content, folder / name, finite=False)  # some schedulers have infinite settings
         found = {name: read_object(records / name) for name in RECORDS if (records / name).is_file()}
@@ -4254,7 +4266,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         device, network_dtype = self._execution_device, self.unet.dtype  # slow to ask for: once
         condition = self._condition(class_labels, guidance_scale, null_class_label, shape[0], device)
         self._check_channels()
-        self._set_timesteps(self.scheduler, num_inference_steps, timesteps, device)
+        self._set_timesteps(self.scheduler, num_inference_steps, timesteps, device, eta)
         step_kwargs = self._step_kwargs(eta, generator, use_clipped_model_output)
 
         dtype = torch.promote_types(network_dtype, torch.float32)  # of the state
@@ -4796,12 +4808,15 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         num_inference_steps: int | None,
         timesteps: Sequence[int] | Tensor | None,
         device: torch.device,
+        eta: float | None = None,
     ) -> None:
+        taken = inspect.signature(scheduler.set_timesteps).parameters
         if timesteps is None:
             steps = num_inference_steps
             if steps is None:
                 steps = min(50, getattr(scheduler.config, "num_train_timesteps", 50))
-            scheduler.set_timesteps(steps, device=device)
+            told = {"eta": eta} if "eta" in taken else {}
+            scheduler.set_timesteps(steps, device=device, **told)
             return
         if not hasattr(timesteps, "__len__") or getattr(timesteps, "ndim", 1) != 1:
             raise ValueError(f"timesteps must be a list of integers, not {timesteps!r}")
@@ -4809,7 +4824,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             raise ValueError(
                 f"num_inference_steps={num_inference_steps} and {len(timesteps)} timesteps disagree: pass one of them"
             )
-        if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+        if "timesteps" not in taken:
             raise ValueError(f"{type(scheduler).__name__} takes no timesteps of one's own: pass num_inference_steps")
         scheduler.set_timesteps(timesteps=timesteps, device=device)
 
