@@ -143,7 +143,7 @@ def main(config: ClassifierConfig) -> dict[str, Any]:
         processor |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
         write_json(aside / "preprocessor_config.json", processor | {"image_mean": mean, "image_std": std})
         write_json(aside / TRAINING, record(config) | said)
-        if output.exists():
+        if config.overwrite and output.exists():
             output.rename(before)
         aside.rename(output)
     return said

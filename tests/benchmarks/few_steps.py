@@ -183,7 +183,7 @@ class Bench:
         self.alike: dict[str, dict[str, Any]] = {}
         *lines, torn = (self.file.read_text() if self.file.exists() else "").split("\n")
         if torn:  # by a kill
-            self.file.write_text("".join(line + "\n" for line in lines))
+            write_whole(self.file, "".join(line + "\n" for line in lines))
         for line in lines:
             entry = json.loads(line)
             if entry["settings"] == self.settings:
@@ -281,7 +281,9 @@ class Bench:
         for S in (250, 500):
             scheduler = Sampler("ours", "MultistepDDIMScheduler", {"timestep_spacing": "linear"} | TEACHER)
             made.append(torch.cat(list(self.make(self.unet, scheduler, S, range(near)))))
-        torch.save({"settings": self.settings, "images": made[1].cpu(), "converged_to": rms(*made)}, file)
+        kept = {"settings": self.settings, "images": made[1].cpu(), "converged_to": rms(*made)}
+        torch.save(kept, file.with_suffix(".part"))
+        file.with_suffix(".part").replace(file)
         print(f"the solution at 250 and 500 steps differs by {rms(*made):.2g}")
         return made[1]
 
@@ -363,8 +365,10 @@ def check(config: FewStepsConfig) -> None:
 def main(config: FewStepsConfig) -> dict[str, Any]:
     """Write few_steps.json, few_steps.md, few_steps.png and results.json."""
     check(config)
-    bench = Bench(config)
     every = [each for each in samplers() if not config.families or each.family.startswith(config.families)]
+    if not every:
+        raise ValueError(f"no family of samplers begins with {' or '.join(config.families)}")
+    bench = Bench(config)
     print(f"{len(every)} samplers; the solution first", flush=True)
     bench.solution  # noqa: B018
     result = record(config) | {
@@ -430,15 +434,20 @@ def relative_errors(result: dict[str, Any]) -> tuple[float, float] | None:
         return None
     means, ratios = [], []
     for row in result["rows"]:
+        if not row["frechet"]:
+            continue
         logs = np.log([entry["draws"] for entry in row["frechet"]])
         apart = logs - logs.mean(1, keepdims=True)
         means.append(np.square(apart).sum() / (len(logs) * (draws - 1)))
         if len(logs) > 1:
             ratios.append(np.square(apart - apart.mean(0)).sum() / ((len(logs) - 1) * (draws - 1)))
+    if not means:
+        return None
     return math.sqrt(np.mean(means) / draws), math.sqrt(2 * np.mean(ratios or means) / draws)
 
 
 def write(result: dict[str, Any], output: Path) -> None:
+    result["relative_errors"] = relative_errors(result)
     write_json(output / "few_steps.json", result)
     write_whole(output / "few_steps.md", table(result))
     plot(result, output / "few_steps.png")

@@ -227,6 +227,8 @@ def test_errors_are_those_that_the_draws_were_made_with():
     errors = few_steps.relative_errors({"config": {"draws": 3}, "rows": rows})
     assert errors == pytest.approx(((0.05**2 + 0.02**2) ** 0.5 / 3**0.5, 2**0.5 * 0.02 / 3**0.5), rel=0.03)
     assert few_steps.relative_errors({"config": {}, "rows": rows}) is None
+    assert few_steps.relative_errors({"config": {"draws": 3}, "rows": [*rows, {"frechet": []}]}) == errors
+    assert few_steps.relative_errors({"config": {"draws": 3}, "rows": [{"frechet": []}]}) is None
 
 
 def test_the_size_of_a_batch_changes_nothing(compared):
@@ -264,6 +266,7 @@ def test_what_belongs_to_another_model_or_reference_is_not_taken(compared, tmp_p
         ({"nfe": (5, 0)}, "nfe must be 1 at least, not 0"),
         ({"margin": float("nan")}, "margin must be 1 at least, not nan"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"families": ("Euler 9",)}, "no family of samplers begins with Euler 9"),
         ({"screen": 10}, "10 --screen are too few"),
         ({"reference": "missing/set.parquet", "overwrite": True}, "there is no file"),
     ],

@@ -181,18 +181,23 @@ def test_a_package_is_replaced_whole(measured, tmp_path):
 def test_the_steps_for_the_quality_of_1000_are_counted_among_as_many_pictures():
     goal = package.quality_of_1000(FEW, RESULTS)
     assert goal == 1.0
-    assert package.enough(FEW["rows"], goal) == (
+    few = FEW | {"relative_errors": [0.1, 0.2]}
+    few["config"] = FEW["config"] | {"draws": 4}
+    assert package.enough(few, goal) == (
         "8",
-        "steps for the quality of 1000, within 5% "
-        "(Fréchet distance 1.04, ours, η = 1; the best of 1000 steps, from the same x_T: 1)",
+        "steps for the quality of 1000, within 5% (1.04 ± 0.42 times its Fréchet distance: 1.04, ours, η = 1; "
+        "the best of 1000 steps, from the same x_T: 1)",
     )
-    assert package.enough(FEW["rows"], 0.96)[0] == "10"
-    assert package.enough(FEW["rows"], 0.5) == (
+    assert package.enough(FEW, 0.96)[0] == "10"
+    assert package.enough(FEW, 0.5) == (
         "10",
-        "steps for 2.00 times the distance of 1000 "
-        "(Fréchet distance 1, ours; the best of 1000 steps, from the same x_T: 0.5)",
+        "steps for the quality that comes nearest to that of 1000 (2.00 times its Fréchet distance: 1, ours; "
+        "the best of 1000 steps, from the same x_T: 0.5)",
     )
-    assert package.enough([{"nfe": 5, "frechet": [{"family": "UniPC", "frechet": 1.0}]}], 1.0) is None
+    assert package.enough({"rows": [{"nfe": 5, "frechet": [{"family": "UniPC", "frechet": 1.0}]}]}, 1.0) is None
+    means = THOUSAND | {"value": 0.1, "images": 7, "draws": 2}  # of several sets, whose first is told apart
+    thousand = {"thousand": [{"frechet": 0.1, "draws": [0.9, -0.7]}]}
+    assert package.quality_of_1000(FEW | thousand, [*RESULTS, means]) == 0.9
     assert package.quality_of_1000(FEW, RESULTS[1:]) is None
 
 
