@@ -164,7 +164,7 @@ def test_the_headline_has_the_steps_for_the_quality_of_1000(measured, tmp_path):
     (folder / "results.json").write_text(json.dumps({"results": RESULTS}))
     table, commands = package.headline(folder, "cards/out")
     assert table.splitlines()[2].startswith(
-        "| **8** | steps for the quality of 1000, within 5% (Fréchet distance 1.04,"
+        "| **8** | steps for the quality of 1000, within 5% (1.04 times its Fréchet distance: 1.04, ours, η = 1;"
     )
     assert commands.splitlines()[1] == "python tests/benchmarks/few_steps.py --model cards/out"
     assert commands.splitlines()[-2] == "ddim-plugin sample cards/out --num 3 --steps 2 --seed 0 --batch-size 16"

@@ -2497,7 +2497,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     ) -> None:
         """Plan the moves over τ; see `GeneralizedDDIMScheduler.set_timesteps`. "pece" takes S steps in 2S − 1 times.
 
-        `eta` is that of the steps to come, where it is not the scheduler's: `fitted_timesteps` are not for noise.
+        `eta` is that of the steps to come, where it is not the scheduler's: `fitted_timesteps` are not for noise. A
+        loop that tells η to `step` alone has them all the same.
         """
         self._noisy = process.adds_noise(*self._kind(eta))
         super().set_timesteps(num_inference_steps, device, timesteps)
