@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from config import MACHINES, command, parse, record, write_json
+from config import MACHINES, command, parse, put_in_place, record, write_json
 from data import SPLITS, Feed, Frame, Pictures, Share, as_dataset, find_frame, held_out, in_memory, open_pictures
 from evaluate import start_processes
 from torch import Tensor, nn
@@ -136,16 +136,14 @@ def main(config: ClassifierConfig) -> dict[str, Any]:
         said |= {"dataset": as_dataset(config.data, "train"), "images": pictures.count}
         if tested is not None:
             said["accuracy"] = accuracy(logits, *tested)
-        aside, before = Path(scratch) / "made", Path(scratch) / "before"
+        aside = Path(scratch) / output.name
         network.save_pretrained(aside)
         sides = dict(zip(("height", "width"), frame.size, strict=True))
         processor = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": sides, "resample": 2}
         processor |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
         write_json(aside / "preprocessor_config.json", processor | {"image_mean": mean, "image_std": std})
         write_json(aside / TRAINING, record(config) | said)
-        if config.overwrite and output.exists():
-            output.rename(before)
-        aside.rename(output)
+        put_in_place(aside, output, config.overwrite)
     return said
 
 
@@ -165,7 +163,8 @@ def train(network: nn.Module, logits: Callable[[Tensor], Tensor], feed: Feed, co
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1)
     generator = np.random.default_rng([config.seed, 2])
     loss = torch.tensor(math.nan)
-    for step, (batch, labels) in zip(_bar(config.steps), feed.batches(0), strict=False):
+    bar = tqdm(range(config.steps), desc="training", disable=not sys.stderr.isatty())
+    for step, (batch, labels) in zip(bar, feed.batches(0), strict=False):
         found = logits(shifted(batch, config.shift, generator))
         loss = nn.functional.cross_entropy(found, labels, label_smoothing=0.1)
         optimizer.zero_grad()
@@ -175,10 +174,6 @@ def train(network: nn.Module, logits: Callable[[Tensor], Tensor], feed: Feed, co
         if (step % 100 == 99 or step == config.steps - 1) and not bool(loss.isfinite()):
             raise ValueError(f"the loss is {loss.item()} at step {step + 1}: lower --learning_rate")
     return loss.item()
-
-
-def _bar(steps: int) -> Any:
-    return tqdm(range(steps), desc="training", disable=not sys.stderr.isatty())
 
 
 def shifted(batch: Tensor, shift: int, generator: np.random.Generator) -> Tensor:

@@ -152,6 +152,22 @@ def move_in(aside: Path, output: Path) -> None:
     aside.rmdir()
 
 
+def put_in_place(aside: Path, output: Path, overwrite: bool) -> None:
+    """Rename a folder made on the same disk to `output`. What was there is moved beside it, and back where that fails.
+
+    Raises OSError where a folder that holds something is there, unless it may be overwritten.
+    """
+    before = aside.with_name(aside.name + ".before")
+    if overwrite and output.exists():
+        output.rename(before)
+    try:
+        aside.rename(output)
+    except BaseException:
+        if before.exists():
+            before.rename(output)
+        raise
+
+
 def code_files(output: Path) -> list[Path]:
     """The code files of a pipeline."""
     return [path for path in output.glob("*.py") if CODE.fullmatch(path.name)]

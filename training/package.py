@@ -15,7 +15,7 @@ from typing import Any
 
 import nll
 import reconstruct
-from config import build, command, parse, write_json
+from config import build, command, parse, put_in_place, write_json
 from features import slug
 
 from ddim_plugin import GeneralizedDDIMPipeline
@@ -153,7 +153,7 @@ def main(config: PackageConfig) -> dict[str, Any]:
     pipe = GeneralizedDDIMPipeline.from_pretrained(config.model)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        aside, before = Path(scratch) / output.name, Path(scratch) / "before"
+        aside = Path(scratch) / output.name
         pipe.save_pretrained(aside)
         joined = gather([Path(each) for each in config.records], aside, weights_digest(pipe.unet))
         write_json(aside / RESULTS, joined)
@@ -163,14 +163,7 @@ def main(config: PackageConfig) -> dict[str, Any]:
         for file in CONFIGS:  # as a push makes them: without the places they came from
             (aside / file).write_bytes(model.files[file])
         write_whole(aside / README, model.card(f"{config.user}/{output.name}", config.license, None, None))
-        if output.exists():
-            output.rename(before)
-        try:
-            aside.rename(output)
-        except BaseException:
-            if before.exists():
-                before.rename(output)
-            raise
+        put_in_place(aside, output, overwrite=True)
     if config.readme is not None:
         text = Path(config.readme).read_text(encoding="utf-8")
         write_whole(Path(config.readme), fill(text, Path(config.readme).parent))

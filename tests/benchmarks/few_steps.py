@@ -462,8 +462,8 @@ def entries(result: dict[str, Any]) -> list[dict[str, Any]]:
     config, found, errors = result["config"], [], relative_errors(result)
     extractor = slug(config["extractor"])
 
-    def told(each: dict[str, Any], scheduler: str) -> dict[str, Any]:
-        """What both measures say of an entry."""
+    def listed(each: dict[str, Any], scheduler: str) -> dict[str, Any]:
+        """An entry of either measure, as `results.json` has it."""
         measure = "rms" if "rms" in each else "frechet"
         same = {"value": each[measure], "nfe": each["nfe"], "num_inference_steps": each["nfe"], "scheduler": scheduler}
         same |= {"sampler": each["sampler"], "images": each["images"], "seed": config["seed"]}
@@ -483,11 +483,11 @@ def entries(result: dict[str, Any]) -> list[dict[str, Any]]:
         for row in result["rows"]:
             chosen = {kind: best(row[measure], measure, families) for kind, families in kinds.items()}
             found += [
-                told(each, kind) | ({} if measure == "frechet" and kind in ours else {"listed": False})
+                listed(each, kind) | ({} if measure == "frechet" and kind in ours else {"listed": False})
                 for kind, each in chosen.items()
                 if each
             ]
-    return found + [told(each, each["sampler"]) for each in result["thousand"]]
+    return found + [listed(each, each["sampler"]) for each in result["thousand"]]
 
 
 def best(entries: list[dict[str, Any]], measure: str, families: Callable[[str], bool]) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import nll
 import package
 import pytest
 import reconstruct
-from config import build, command
+from config import build, command, put_in_place
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.card import is_written_here
@@ -223,3 +223,26 @@ def test_two_extractors_of_one_name_are_refused(measured, tmp_path):
     with pytest.raises(ValueError, match="b was measured with another extractor resnet"):
         pack(measured, tmp_path / "out", tmp_path / "a", tmp_path / "b")
     pack(measured, tmp_path / "out", tmp_path / "a")
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_what_was_there(tmp_path, monkeypatch):
+    for name in ("made", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text(name)
+    made, there = tmp_path / "made", tmp_path / "there"
+    with pytest.raises(OSError, match="not empty"):
+        put_in_place(made, there, overwrite=False)
+    rename = Path.rename
+
+    def fails(self, target):
+        if self == made:
+            raise OSError("the disk is full")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="the disk is full"):
+            put_in_place(made, there, overwrite=True)
+    assert (there / "there").read_text() == "there"
+    put_in_place(made, there, overwrite=True)
+    assert [path.name for path in there.iterdir()] == ["made"]
