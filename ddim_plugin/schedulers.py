@@ -280,7 +280,8 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: what the network predicts: "epsilon", "sample" (x0) or "v_prediction".
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x̂0 (instead of clipping).
         timestep_spacing: τ by name: "linear", "quadratic", "leading", "trailing", "linspace", "paper_linear",
-            "paper_quadratic", and for few steps "few_steps", "few_steps_power", "log_snr" (see `ddim_plugin.tau`).
+            "paper_quadratic", and for few steps "few_steps", "few_steps_noise", "few_steps_power", "log_snr" (see
+            `ddim_plugin.tau`).
         rescale_betas_zero_snr: rescale β so that ᾱ_T = 0 (Lin et al. 2023).
         eta: η of Eq. 16 where a step is not given one: 0 is DDIM, 1 is DDPM. Not used by "fixed_large" and
             "learned_range", which stand at η = 1.
@@ -800,7 +801,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     grid (`ddim_plugin.ode`). The first moves have fewer values; order 1 is `GeneralizedDDIMScheduler`. A step at a time
     that does not follow the one before, or of another shape, begins anew, as does one with times for each sample. The
     values are kept in the scheduler: two loops that take turns need one each. With η > 0 the mean of the stochastic
-    move is made in the same way, of the ODE's mean of x̂0.
+    move is made in the same way, of x̂0 in the SDE that adds η² times the noise (variance) of DDPM.
 
     The first sample is x_T, also where τ ends below T, as it should for few steps: the network sees x_T at τ_S, where
     it tells nearly the same x̂0, and the first move of the deterministic process is made from T with it. Elsewhere than
@@ -829,8 +830,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             "pece" and the process with noise do.
         fitted_timesteps: τ for some numbers of steps, {"S": network times, descending}, as `ddim_plugin.fit_timesteps`
             finds them for a model; it takes the place of the spacing "few_steps" there, in the deterministic process.
-        The others are those of `GeneralizedDDIMScheduler`; with "learned_range" eta=0, the default, is the
-        deterministic process here.
+        The others are those of `GeneralizedDDIMScheduler`. With noise the spacing "few_steps" is "few_steps_noise";
+        with "learned_range" eta=0, the default, is the deterministic process here.
 
     Raises:
         ValueError: as there, and for settings of the solver that are unknown.
@@ -946,18 +947,21 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     ) -> None:
         """Plan the moves over τ; see `GeneralizedDDIMScheduler.set_timesteps`. "pece" takes S steps in 2S − 1 times.
 
-        `eta` is that of the steps to come, where it is not the scheduler's: `fitted_timesteps` are not for noise. A
-        loop that tells η to `step` alone has them all the same.
+        `eta` is that of the steps to come, where it is not the scheduler's: with noise "few_steps" is
+        "few_steps_noise", and `fitted_timesteps` are not used. A loop that tells η to `step` alone has the times of the
+        deterministic process all the same.
         """
         self._noisy = process.adds_noise(*self._kind(eta))
         super().set_timesteps(num_inference_steps, device, timesteps)
         self._forget()
 
     def _spaced(self, S: int | None) -> tau.Times:
-        fits = self.config.timestep_spacing == "few_steps" and not self._noisy
-        if fits and tau.is_integer(S) and S in self._fitted:
-            return self._fitted[S]
-        return super()._spaced(S)
+        config = self.config
+        if config.timestep_spacing != "few_steps":
+            return super()._spaced(S)
+        if self._noisy:
+            return tau.tau("few_steps_noise", S, config.num_train_timesteps, alpha_bar=self._alpha_bar)
+        return self._fitted[S] if tau.is_integer(S) and S in self._fitted else super()._spaced(S)
 
     def _make_pairs(self, times: tau.Times) -> list[tuple[int, int]]:
         pairs = super()._make_pairs(times)
@@ -1047,7 +1051,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         reach = self.config.solver_extrapolation
         reach = (1.5 if noisy else 1.0) if reach is None else reach
         row = np.zeros(len(known))
-        mean = self._mean(quantity, self._pairs[place], known[:order], reach)
+        mean = self._mean(quantity, self._pairs[place], known[:order], kind[1], reach)
         if len(mean) > 1:
             slope = self._linear(quantity, kind, place)[1]
             row[: len(mean)] += slope * mean
@@ -1055,8 +1059,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         if corrected and self._is_corrected(quantity, kind, place, known):
             before = self._pairs[place - 1]
             factor = self._linear(quantity, kind, place)[0] * self._linear(quantity, kind, place - 1)[1]
-            old = self._mean(quantity, before, known[1 : order + 1], reach)
-            new = self._mean(quantity, before, known[: max(2, order)])
+            old = self._mean(quantity, before, known[1 : order + 1], kind[1], reach)
+            new = self._mean(quantity, before, known[: max(2, order)], kind[1])
             row[: len(new)] += factor * new
             row[1 : len(old) + 1] -= factor * old
         return row.tolist()
@@ -1076,7 +1080,9 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             return float(step.eps / sigma), float(step.x0 - step.eps * alpha / sigma)
         return float(step.x0 / alpha), float(step.eps - step.x0 * sigma / alpha)
 
-    def _mean(self, quantity: str, move: tuple[int, int], times: tuple[int, ...], reach: float = 1.0) -> ode.Array:
+    def _mean(
+        self, quantity: str, move: tuple[int, int], times: tuple[int, ...], eta: float, reach: float = 1.0
+    ) -> ode.Array:
         """Weights of g at these times, or at the first of them, for its mean over a move, gone so far towards it."""
         ends = [float(self._alpha_bar[time]) for time in move]
         known = [float(self._alpha_bar[time]) for time in times]
@@ -1089,7 +1095,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             known = known[:-1]  # the top, or the data, where these are infinite
         if len(known) < 2:
             return np.ones(1)
-        weights = reach * _mean_weights(quantity, coordinate, *ends, tuple(known))
+        weights = reach * _mean_weights(quantity, coordinate, *ends, tuple(known), eta)
         weights[0] += 1 - reach
         return weights
 

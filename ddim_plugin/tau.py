@@ -78,6 +78,17 @@ def few_steps(S: int, alpha_bar: Array) -> Times:
     return _spread(top - (top - bottom) * way, len(alpha_bar) - 1)
 
 
+def few_steps_noise(S: int, alpha_bar: Array) -> Times:
+    """S times evenly spaced from T/8, or 2.5·T/S where that is lower, to the top of `few_steps`.
+
+    For a multistep method with noise: the last draw is at the bottom, and what is drawn nearer to the data costs small
+    networks more than it mends. The best bottom hardly depends on S, as long as steps are few.
+    """
+    T = len(alpha_bar) - 1
+    top = _ends(S, alpha_bar)[0]
+    return _spread(np.linspace(top, min(top, max(1, T / max(8, S / 2.5))), S), T)
+
+
 def few_steps_power(S: int, alpha_bar: Array) -> Times:
     """The ends of `few_steps`, and S times between them along a power law of exponent 1.5: nearer to the data."""
     top, bottom = _ends(S, alpha_bar)
@@ -113,7 +124,9 @@ SPACINGS: dict[str, Callable[[int, int], Times]] = {
     f.__name__: f for f in (linear, quadratic, leading, trailing, linspace, paper_linear, paper_quadratic)
 }
 
-OF_ALPHA_BAR: dict[str, Callable[[int, Array], Times]] = {f.__name__: f for f in (few_steps, few_steps_power, log_snr)}
+OF_ALPHA_BAR: dict[str, Callable[[int, Array], Times]] = {
+    f.__name__: f for f in (few_steps, few_steps_noise, few_steps_power, log_snr)
+}
 """Spacings that depend on ᾱ."""
 
 NAMES = (*SPACINGS, *OF_ALPHA_BAR)

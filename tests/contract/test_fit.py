@@ -76,7 +76,7 @@ def test_they_are_used_saved_and_carried(make_unet, tmp_path):
 def test_they_are_for_the_deterministic_process(make_unet):
     """With noise τ is that of the spacing, whether the scheduler says so or the call."""
     fitted = {"fitted_timesteps": {"3": [900, 400, 30]}}
-    usual = MultistepDDIMScheduler()
+    usual = MultistepDDIMScheduler(timestep_spacing="few_steps_noise")
     usual.set_timesteps(3)
     noisy = MultistepDDIMScheduler(eta=1.0, **fitted)
     noisy.set_timesteps(3)

@@ -90,9 +90,10 @@ def test_few_steps_stays_inside(schedule):
         for spacing in tau.OF_ALPHA_BAR:
             times = tau.tau(spacing, S, 1000, alpha_bar=alpha_bar)
             assert times[-1] == max(noise, round(1000 * S / (S + 2)))
-            assert S == 1 or times[0] == max(1, round(1000 / (2 * S)))
-    even, power, _ = (np.diff(tau.tau(name, 10, 1000, alpha_bar=alpha_bar)) for name in tau.OF_ALPHA_BAR)
-    assert np.ptp(even[:-2]) <= 1
+            bottom = 125 if spacing == "few_steps_noise" else max(1, round(1000 / (2 * S)))
+            assert S == 1 or times[0] == bottom
+    even, noisy, power, _ = (np.diff(tau.tau(name, 10, 1000, alpha_bar=alpha_bar)) for name in tau.OF_ALPHA_BAR)
+    assert np.ptp(even[:-2]) <= 1 >= np.ptp(noisy)
     assert np.allclose(even[:-3:-1] / even[0], tau.FIRST_GAPS, atol=0.02)
     assert (np.diff(power) > 0).all()
     snr = np.log(alpha_bar[1:] / (1 - alpha_bar[1:]))
@@ -100,6 +101,14 @@ def test_few_steps_stays_inside(schedule):
     assert np.ptp(gaps) < 0.1 * abs(gaps.mean())
     with pytest.raises(ValueError, match="depends on ᾱ: give alpha_bar"):
         tau.tau("log_snr", 10, 1000)
+
+
+def test_with_noise_the_bottom_falls_once_steps_are_many():
+    for S, bottom in ((8, 125), (20, 125), (50, 50), (100, 25), (1000, 1)):
+        times = tau.tau("few_steps_noise", S, 1000, alpha_bar=schedules.alpha_bar(schedules.betas("linear", 1000)))
+        assert (len(times), times[0]) == (S, bottom)
+    alpha_bar = schedules.alpha_bar(schedules.betas("linear", 4, 0.1, 0.5))
+    assert tau.tau("few_steps_noise", 2, 4, alpha_bar=alpha_bar).tolist() == [1, 4]
 
 
 def test_offset_shifts_leading_only():

@@ -299,7 +299,7 @@ def test_half_precision_is_rounded_once(dtype, quantity):
 def test_what_a_step_tells():
     """x̂0 and ε̂ are the network's own; the mean is what x_s is drawn around."""
     scheduler = MultistepDDIMScheduler(eta=0.5)
-    plain = GeneralizedDDIMScheduler(eta=0.5, timestep_spacing="few_steps")
+    plain = GeneralizedDDIMScheduler(eta=0.5, timestep_spacing="few_steps_noise")
     x, *outputs = draws(2)
     for each in (scheduler, plain):
         each.set_timesteps(10)
@@ -512,7 +512,8 @@ def test_up_and_down_again():
 
 def test_a_learned_variance_without_noise(make_unet):
     """The process is the deterministic one unless η = 1 is asked for, in the config or in the call."""
-    plain, noisy = (MultistepDDIMScheduler(variance_type="learned_range", eta=eta) for eta in (0.0, 1.0))
+    settings = {"variance_type": "learned_range", "timestep_spacing": "trailing"}
+    plain, noisy = (MultistepDDIMScheduler(eta=eta, **settings) for eta in (0.0, 1.0))
     x, *outputs = draws(4)
     outputs = [torch.cat([output, output], dim=1) for output in outputs]
     for scheduler in (plain, noisy):
@@ -586,6 +587,34 @@ def test_with_noise_a_move_goes_further():
         results.append(run(scheduler, outputs, x, eta=1.0, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(*results[:2])
     assert not torch.allclose(*results[1:])
+
+
+def test_with_noise_the_mean_is_that_of_the_sde():
+    """Second order: what x̂0 that is linear in log-SNR leads to in one move, and in many small ones of order 1."""
+    alpha_bar = MultistepDDIMScheduler().alpha_bar
+    lam = np.log(alpha_bar[1:] / (1 - alpha_bar[1:]))
+    x, z = torch.zeros(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+
+    def x0(t):
+        return torch.full_like(x, lam[t] / 10)
+
+    def mean(scheduler, times, given):
+        scheduler.set_timesteps(timesteps=times)
+        y = given
+        for t in scheduler.timesteps[:-1]:
+            y = scheduler.step(x0(int(t)), t, y, variance_noise=z).prev_sample
+        return y
+
+    settings = {"prediction_type": "sample", "eta": 1.0}
+    small = mean(GeneralizedDDIMScheduler(**settings), list(range(600, 399, -1)), x)
+    scheduler = MultistepDDIMScheduler(solver_extrapolation=1.0, **settings)
+    scheduler.set_timesteps(timesteps=[700, 600, 400, 100])
+    scheduler.step(x0(700), scheduler.timesteps[0], x, variance_noise=z)
+    found = scheduler.step(x0(600), scheduler.timesteps[1], x, variance_noise=z).prev_sample
+    assert found.item() == pytest.approx(small.item(), rel=0.02)
+    first = GeneralizedDDIMScheduler(**settings)
+    first.set_timesteps(timesteps=[600, 400, 100])
+    assert first.step(x0(600), 600, x, variance_noise=z).prev_sample.item() != pytest.approx(small.item(), rel=0.2)
 
 
 def test_the_last_move_is_of_order_1_where_alpha_bar_is_not_1():

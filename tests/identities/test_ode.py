@@ -45,6 +45,19 @@ def test_the_mean_of_a_polynomial_is_exact(quantity, coordinate, nsr_t, nsr_s, k
         assert found == pytest.approx(mean, rel=1e-8, abs=1e-10)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
+def test_the_mean_in_an_sde_is_that_of_many_small_moves(eta):
+    """Of x̂0 in λ = ln(1/ς), weighted by what is left of it at the end, e^(−(1 + η²)·(λ_s − λ))."""
+    known = (2.0, 5.0)
+    weights = mean_weights("sample", "log_snr", alpha_of(2.0), alpha_of(0.6), [alpha_of(n) for n in known], eta)
+    edges = np.linspace(-math.log(2.0), -math.log(0.6), 20_001)
+    middle = (edges[1:] + edges[:-1]) / 2
+    left = np.exp((1 + eta**2) * middle)
+    share = (middle + math.log(5.0)) / math.log(2.5)  # of the value at ς = 2; 0 at ς = 5
+    assert weights[0] == pytest.approx((share * left).sum() / left.sum(), rel=1e-6)
+    assert weights.sum() == pytest.approx(1, abs=1e-12)
+
+
 @pytest.mark.parametrize("coordinate", COORDINATES)
 def test_down_to_the_data(coordinate):
     """∫ of a polynomial in ς or ln ς to ς = 0; of x̂0 the value there."""
@@ -80,6 +93,7 @@ def test_from_zero_signal():
         (("epsilon", "nsr", 0.0, 0.5, [0.0]), "quantity 'sample'"),
         (("sample", "nsr", 1.0, 0.5, [0.9]), "quantity 'epsilon'"),
         (("sample", "nsr", 0.1, 0.5, [0.1, 0.0]), "'nsr' is infinite"),
+        (("epsilon", "nsr", 0.5, 0.6, [0.5], 1.0), "eta=1. ε̂ changes with every draw"),
     ],
 )
 def test_means_that_do_not_exist(given, said):
