@@ -825,7 +825,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             the way. None is 1 for the deterministic process, and 1.5 with noise: the mean of x̂0 lacks the variance that
             x_0 has given x_t, and going further makes up for some of it. A corrector takes it back.
         lower_order_final: whether the last move, to the data, is of order 1 (that of x̂0 to ᾱ = 1 always is). An ε̂
-            extrapolated there leaves what it is wrong by in the picture.
+            extrapolated there leaves what it is wrong by in the picture, but keeps detail that x̂0 lacks.
         start_from_top: whether the first sample is x_T; False takes it as x at τ_S, as other schedulers, order 1,
             "pece" and the process with noise do.
         fitted_timesteps: τ for some numbers of steps, {"S": network times, descending}, as `ddim_plugin.fit_timesteps`
@@ -864,7 +864,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         solver_coordinate: str | None = None,
         solver_corrector: str | None = None,
         solver_extrapolation: float | None = None,
-        lower_order_final: bool = True,
+        lower_order_final: bool = False,
         start_from_top: bool = True,
         fitted_timesteps: dict[str, list[int]] | None = None,
     ):

@@ -112,10 +112,9 @@ class Trajectories(NamedTuple):
 def search_trajectories(alpha_bar: Array, path: Trajectories, largest: int, noise: float) -> list[Found]:
     """For S = 1..`largest`, the τ among `path.times` along which the multistep method of order 3 errs least.
 
-    The method holds ε̂ in the coordinate "bounded", makes its first move from T and its last, to the data, at order 1
-    (see `MultistepDDIMScheduler`). The cost of a move is the mean square of its error along the solutions, times what
-    is left of that at the data. τ ends where ᾱ ≤ `noise`, or at the highest time. Raises ValueError for more steps than
-    times.
+    The method holds ε̂ in the coordinate "bounded" and makes its first move from T (see `MultistepDDIMScheduler`). The
+    cost of a move is the mean square of its error along the solutions, times what is left of that at the data. τ ends
+    where ᾱ ≤ `noise`, or at the highest time. Raises ValueError for more steps than times.
     """
     n, alpha_bar = len(path.times), np.asarray(alpha_bar)
     if not 1 <= largest <= n:
@@ -137,9 +136,7 @@ def search_trajectories(alpha_bar: Array, path: Trajectories, largest: int, nois
         for each in each_path:
             if each not in known:
                 *values_at, t, s = [ends[node] for node in (*each[:-1], *each[-2:])]
-                newest_first = values_at[-1:] if s == 1 else values_at[::-1]  # to the data at order 1
-                known[each] = np.zeros(values)
-                known[each][-len(newest_first) :] = ode.mean_weights("epsilon", "bounded", t, s, newest_first)[::-1]
+                known[each] = ode.mean_weights("epsilon", "bounded", t, s, values_at[::-1])[::-1]
         paths, weights = np.array(each_path), np.array([known[each] for each in each_path])
         step = nsr[paths[:, -1]] - nsr[paths[:, -2]]
         terms = np.concatenate([paths[:, :-1], n + paths[:, -2:]], axis=1)

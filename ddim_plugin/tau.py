@@ -66,8 +66,8 @@ def paper_quadratic(S: int, T: int) -> Times:
 
 
 def few_steps(S: int, alpha_bar: Array) -> Times:
-    """S times between two ends that move out as S grows: T/(2S), and T·S/(S + 2) or, where that is higher, the start of
-    noise; evenly spaced but for the uppermost gaps, which are smaller.
+    """S times between two ends that move out as S grows: 2.5·T/S² (T/(2S) below S = 5), and T·S/(S + 2) or, where that
+    is higher, the start of noise; even in t^(4/5) but for the uppermost gaps, which are smaller.
 
     For a multistep method whose first move is made from T. Above its top the network is shown noise alone (ᾱ ≤ NOISE),
     and tells hardly more of it than at the top.
@@ -75,11 +75,11 @@ def few_steps(S: int, alpha_bar: Array) -> Times:
     top, bottom = _ends(S, alpha_bar)
     gaps = np.append(FIRST_GAPS, np.ones(S))[: S - 1]
     way = np.append(0, gaps.cumsum()) / (gaps.sum() or 1)
-    return _spread(top - (top - bottom) * way, len(alpha_bar) - 1)
+    return _spread((top**0.8 - (top**0.8 - bottom**0.8) * way) ** 1.25, len(alpha_bar) - 1)
 
 
 def few_steps_noise(S: int, alpha_bar: Array) -> Times:
-    """S times evenly spaced from T/8, or 2.5·T/S where that is lower, to the top of `few_steps`.
+    """S times from T/8, or 2.5·T/S where that is lower, to the top of `few_steps`, evenly spaced.
 
     For a multistep method with noise: the last draw is at the bottom, and what is drawn nearer to the data costs small
     networks more than it mends. The best bottom hardly depends on S, as long as steps are few.
@@ -109,7 +109,7 @@ def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
     T = len(alpha_bar) - 1
     noise = np.flatnonzero(alpha_bar <= NOISE)
     top = min(T, max(S, round(T * S / (S + 2)), int(noise[0]) if len(noise) else T))
-    return top, min(top, max(1, round(T / (2 * S))))
+    return top, min(top, max(1, round(min(T / (2 * S), 2.5 * T / S**2))))
 
 
 def _spread(times: Array, T: int) -> Times:

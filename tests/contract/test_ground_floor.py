@@ -82,7 +82,7 @@ def test_diffusers_spacings_at_seven_steps(spacing, expected):
 
 @pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2", "scaled_linear"])
 def test_few_steps_stays_inside(schedule):
-    """From half a step above the data to two steps below T, or to where the sample is noise."""
+    """From what falls as 1/S² above the data to two steps below T, or to where the sample is noise."""
     alpha_bar = schedules.alpha_bar(schedules.betas(schedule, 1000, 1e-4, 0.02))
     noise = int(np.flatnonzero(alpha_bar <= tau.NOISE)[0])
     assert alpha_bar[noise - 1] > tau.NOISE
@@ -90,11 +90,13 @@ def test_few_steps_stays_inside(schedule):
         for spacing in tau.OF_ALPHA_BAR:
             times = tau.tau(spacing, S, 1000, alpha_bar=alpha_bar)
             assert times[-1] == max(noise, round(1000 * S / (S + 2)))
-            bottom = 125 if spacing == "few_steps_noise" else max(1, round(1000 / (2 * S)))
-            assert S == 1 or times[0] == bottom
-    even, noisy, power, _ = (np.diff(tau.tau(name, 10, 1000, alpha_bar=alpha_bar)) for name in tau.OF_ALPHA_BAR)
-    assert np.ptp(even[:-2]) <= 1 >= np.ptp(noisy)
-    assert np.allclose(even[:-3:-1] / even[0], tau.FIRST_GAPS, atol=0.02)
+            bottom = {1: int(times[-1]), 2: 250, 5: 100, 10: 25, 20: 6}[S]
+            assert times[0] == (bottom if spacing != "few_steps_noise" or S == 1 else 125)
+    _, noisy, power, _ = (np.diff(tau.tau(name, 10, 1000, alpha_bar=alpha_bar)) for name in tau.OF_ALPHA_BAR)
+    assert np.ptp(noisy) <= 1
+    gaps = np.diff(tau.tau("few_steps", 10, 1000, alpha_bar=alpha_bar) ** 0.8)
+    assert np.allclose(gaps[:-2], gaps[:-2].mean(), rtol=0.02)
+    assert np.allclose(gaps[:-3:-1] / gaps[:-2].mean(), tau.FIRST_GAPS, atol=0.02)
     assert (np.diff(power) > 0).all()
     snr = np.log(alpha_bar[1:] / (1 - alpha_bar[1:]))
     gaps = np.diff(snr[tau.tau("log_snr", 10, 1000, alpha_bar=alpha_bar) - 1])

@@ -45,7 +45,7 @@ def by_hand(
     start_from_top,
     corrector=None,
     factor=1.0,
-    lower_order_final=True,
+    lower_order_final=False,
 ):
     known, before, place = [], None, -1
     outputs = list(outputs)

@@ -31,7 +31,7 @@ def by_definition(path, nodes):
     eps[nodes[0]] = path.start
     ends = [*nodes, len(TIMES)]
     for i, (t, s) in enumerate(itertools.pairwise(ends)):
-        known = ends[i if s == len(TIMES) else max(0, i - 2) : i + 1][::-1]  # the last move is of order 1
+        known = ends[max(0, i - 2) : i + 1][::-1]
         alpha_s = 1.0 if s == len(TIMES) else ALPHA[TIMES[s]]
         weights = mean_weights("epsilon", "bounded", ALPHA[TIMES[t]], alpha_s, [ALPHA[TIMES[k]] for k in known])
         mean = sum(w * eps[k] for w, k in zip(weights.tolist(), known, strict=True))
