@@ -54,6 +54,9 @@ CORRECTORS = ("pec", "pece")
 COORDINATE = {"epsilon": "bounded", "sample": "log_snr"}
 """The coordinate in which ε̂, or x̂0, is held as a polynomial where none is said."""
 
+MUCH_NOISE = 0.5
+"""η from which on τ and the extrapolation are those for noise."""
+
 _OWN_KEYS = ("eta", "eps_mean_square", "use_clipped_model_output")
 _STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 STOCK_SPACINGS = ("leading", "trailing", "linspace")
@@ -428,8 +431,9 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
                 config.pop("variance_type", None)
             if own is not None:
                 if SOLVER[0] in own and SOLVER[0] not in inspect.signature(cls.__init__).parameters:
-                    only_there = "timestep_spacing", "few_steps"
-                    own = {key: value for key, value in own.items() if (key, value) != only_there}
+                    own = dict(own)
+                    if own.get("timestep_spacing") in ("few_steps", "few_steps_noise"):  # for the multistep method
+                        del own["timestep_spacing"]
                 said = _said(config) - {"trained_betas"}
                 sampler = {} if cls._upwards else own.get(SAMPLER, {})
                 if any(config.get(key) for key in CONSTRAINTS):
@@ -822,15 +826,15 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             2S − 1 evaluations. With `solver_order=1` that is Heun's method. "pec" helps order 2 on some models and not
             on others; with order 3 of ε̂ it can be unstable at few steps.
         solver_extrapolation: how far a move goes from the last value of g towards the mean of the polynomial; 1 is all
-            the way. None is 1 for the deterministic process, and 1.5 with noise: the mean of x̂0 lacks the variance that
-            x_0 has given x_t, and going further makes up for some of it. A corrector takes it back.
+            the way. None is 1, but 1.5 with noise that τ was planned for (η ≥ 0.5): the mean of x̂0 lacks the variance
+            that x_0 has given x_t, and going further makes up for some of it. A corrector takes it back.
         lower_order_final: whether the last move, to the data, is of order 1 (that of x̂0 to ᾱ = 1 always is). An ε̂
             extrapolated there leaves what it is wrong by in the picture, but keeps detail that x̂0 lacks.
         start_from_top: whether the first sample is x_T; False takes it as x at τ_S, as other schedulers, order 1,
             "pece" and the process with noise do.
         fitted_timesteps: τ for some numbers of steps, {"S": network times, descending}, as `ddim_plugin.fit_timesteps`
             finds them for a model; it takes the place of the spacing "few_steps" there, in the deterministic process.
-        The others are those of `GeneralizedDDIMScheduler`. With noise the spacing "few_steps" is "few_steps_noise";
+        The others are those of `GeneralizedDDIMScheduler`. With η ≥ 0.5 the spacing "few_steps" is "few_steps_noise";
         with "learned_range" eta=0, the default, is the deterministic process here.
 
     Raises:
@@ -947,11 +951,12 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     ) -> None:
         """Plan the moves over τ; see `GeneralizedDDIMScheduler.set_timesteps`. "pece" takes S steps in 2S − 1 times.
 
-        `eta` is that of the steps to come, where it is not the scheduler's: with noise "few_steps" is
-        "few_steps_noise", and `fitted_timesteps` are not used. A loop that tells η to `step` alone has the times of the
-        deterministic process all the same.
+        `eta` is that of the steps to come, where it is not the scheduler's: from 0.5 on "few_steps" is
+        "few_steps_noise", `fitted_timesteps` are not used, and a move goes 1.5 times as far. A loop that tells η to
+        `step` alone has the times of the deterministic process, which end too near to the data for noise: set η in the
+        config there.
         """
-        self._noisy = process.adds_noise(*self._kind(eta))
+        self._noisy = self._kind(eta)[1] >= MUCH_NOISE
         super().set_timesteps(num_inference_steps, device, timesteps)
         self._forget()
 
@@ -1049,7 +1054,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         noisy = process.adds_noise(*kind)
         order = self.config.solver_order or (2 if noisy else 3)
         reach = self.config.solver_extrapolation
-        reach = (1.5 if noisy else 1.0) if reach is None else reach
+        reach = (1.5 if noisy and self._noisy else 1.0) if reach is None else reach
         row = np.zeros(len(known))
         mean = self._mean(quantity, self._pairs[place], known[:order], kind[1], reach)
         if len(mean) > 1:

@@ -79,14 +79,14 @@ def few_steps(S: int, alpha_bar: Array) -> Times:
 
 
 def few_steps_noise(S: int, alpha_bar: Array) -> Times:
-    """S times from T/8, or 2.5·T/S where that is lower, to the top of `few_steps`, evenly spaced.
+    """S times from T/8, or T/S where that is lower, to the top of `few_steps`, evenly spaced.
 
-    For a multistep method with noise: the last draw is at the bottom, and what is drawn nearer to the data costs small
-    networks more than it mends. The best bottom hardly depends on S, as long as steps are few.
+    For a multistep method with noise: the last draw is at the bottom, and in so few steps what is drawn nearer to the
+    data costs more than it mends.
     """
     T = len(alpha_bar) - 1
     top = _ends(S, alpha_bar)[0]
-    return _spread(np.linspace(top, min(top, max(1, T / max(8, S / 2.5))), S), T)
+    return _spread(np.linspace(top, min(top, max(1, T / max(8, S))), S), T)
 
 
 def few_steps_power(S: int, alpha_bar: Array) -> Times:

@@ -512,7 +512,7 @@ def test_up_and_down_again():
 
 def test_a_learned_variance_without_noise(make_unet):
     """The process is the deterministic one unless η = 1 is asked for, in the config or in the call."""
-    settings = {"variance_type": "learned_range", "timestep_spacing": "trailing"}
+    settings = {"variance_type": "learned_range", "timestep_spacing": "trailing", "solver_extrapolation": 1.0}
     plain, noisy = (MultistepDDIMScheduler(eta=eta, **settings) for eta in (0.0, 1.0))
     x, *outputs = draws(4)
     outputs = [torch.cat([output, output], dim=1) for output in outputs]
@@ -583,10 +583,24 @@ def test_with_noise_a_move_goes_further():
     results = []
     for settings in ({}, {"solver_extrapolation": 1.5}, {"solver_extrapolation": 1.0}):
         scheduler = MultistepDDIMScheduler(**settings)
-        scheduler.set_timesteps(4)
+        scheduler.set_timesteps(4, eta=1.0)
         results.append(run(scheduler, outputs, x, eta=1.0, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(*results[:2])
     assert not torch.allclose(*results[1:])
+
+
+@pytest.mark.parametrize("planned", [0.0, 0.2])
+def test_not_where_times_were_not_planned_for_noise(planned):
+    """A stock pipeline tells η to `step` alone; and a little noise is no reason to end far from the data."""
+    x, *outputs = draws(4)
+    results, usual = [], MultistepDDIMScheduler()
+    usual.set_timesteps(4)
+    for settings in ({}, {"solver_extrapolation": 1.0}):
+        scheduler = MultistepDDIMScheduler(eta=planned, **settings)
+        scheduler.set_timesteps(4)
+        assert scheduler.timesteps.tolist() == usual.timesteps.tolist()
+        results.append(run(scheduler, outputs, x, eta=1.0, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(*results)
 
 
 def test_with_noise_the_mean_is_that_of_the_sde():

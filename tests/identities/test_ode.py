@@ -58,6 +58,12 @@ def test_the_mean_in_an_sde_is_that_of_many_small_moves(eta):
     assert weights.sum() == pytest.approx(1, abs=1e-12)
 
 
+def test_much_noise_leaves_the_last_value():
+    """Without overflow, however much is forgotten."""
+    weights = mean_weights("sample", "log_snr", 0.9999, 0.99991, [0.9999, 0.9998], 20.0)
+    assert weights.sum() == pytest.approx(1)
+
+
 @pytest.mark.parametrize("coordinate", COORDINATES)
 def test_down_to_the_data(coordinate):
     """∫ of a polynomial in ς or ln ς to ς = 0; of x̂0 the value there."""
