@@ -9,8 +9,8 @@ diffusers, and those that add noise, are screened by the second on `screen` imag
 screened at the number before, and beyond `margin` of the best); the best of theirs, DDIM's best and ours are then
 measured on `draws` sets of `images` others, which did not choose them; told is the mean, and the standard error of such
 a mean, pooled over all samplers. (What is then the best of theirs is chosen by these means, and so a little too low.)
-If asked for, 1000 steps too. Interrupted, it goes on where it was (after a change of our own code say --overwrite). A model that knows its own times (`ddim-plugin fit`,
-with a seed far from this one) is also measured with them.
+If asked for, 1000 steps too. Interrupted, it goes on where it was; after a change of our own code say --overwrite. A
+model that knows its own times (`ddim-plugin fit`, with a seed far from this one) is also measured with them.
 """
 
 import copy
