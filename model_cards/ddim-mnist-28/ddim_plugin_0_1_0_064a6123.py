@@ -330,8 +330,8 @@ def paper_quadratic(S: int, T: int) -> Times:
 
 
 def few_steps(S: int, alpha_bar: Array) -> Times:
-    """S times between two ends that move out as S grows: T/(2S), and T·S/(S + 2) or, where that is higher, the start of
-    noise; evenly spaced but for the uppermost gaps, which are smaller.
+    """S times between two ends that move out as S grows: 2.5·T/S² (T/(2S) below S = 5), and T·S/(S + 2) or, where that
+    is higher, the start of noise; even in t^(4/5) but for the uppermost gaps, which are smaller.
 
     For a multistep method whose first move is made from T. Above its top the network is shown noise alone (ᾱ ≤ NOISE),
     and tells hardly more of it than at the top.
@@ -339,7 +339,18 @@ def few_steps(S: int, alpha_bar: Array) -> Times:
     top, bottom = _ends(S, alpha_bar)
     gaps = np.append(FIRST_GAPS, np.ones(S))[: S - 1]
     way = np.append(0, gaps.cumsum()) / (gaps.sum() or 1)
-    return _spread(top - (top - bottom) * way, len(alpha_bar) - 1)
+    return _spread((top**0.8 - (top**0.8 - bottom**0.8) * way) ** 1.25, len(alpha_bar) - 1)
+
+
+def few_steps_noise(S: int, alpha_bar: Array) -> Times:
+    """S times from T/8, or T/S where that is lower, to the top of `few_steps`, evenly spaced.
+
+    For a multistep method with noise: the last draw is at the bottom, and in so few steps what is drawn nearer to the
+    data costs more than it mends.
+    """
+    T = len(alpha_bar) - 1
+    top = _ends(S, alpha_bar)[0]
+    return _spread(np.linspace(top, min(top, max(1, T / max(8, S))), S), T)
 
 
 def few_steps_power(S: int, alpha_bar: Array) -> Times:
@@ -362,7 +373,7 @@ def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
     T = len(alpha_bar) - 1
     noise = np.flatnonzero(alpha_bar <= NOISE)
     top = min(T, max(S, round(T * S / (S + 2)), int(noise[0]) if len(noise) else T))
-    return top, min(top, max(1, round(T / (2 * S))))
+    return top, min(top, max(1, round(min(T / (2 * S), 2.5 * T / S**2))))
 
 
 def _spread(times: Array, T: int) -> Times:
@@ -377,7 +388,9 @@ SPACINGS: dict[str, Callable[[int, int], Times]] = {
     f.__name__: f for f in (linear, quadratic, leading, trailing, linspace, paper_linear, paper_quadratic)
 }
 
-OF_ALPHA_BAR: dict[str, Callable[[int, Array], Times]] = {f.__name__: f for f in (few_steps, few_steps_power, log_snr)}
+OF_ALPHA_BAR: dict[str, Callable[[int, Array], Times]] = {
+    f.__name__: f for f in (few_steps, few_steps_noise, few_steps_power, log_snr)
+}
 """Spacings that depend on ᾱ."""
 
 NAMES = (*SPACINGS, *OF_ALPHA_BAR)
@@ -465,6 +478,7 @@ tau = SimpleNamespace(
     paper_linear=paper_linear,
     paper_quadratic=paper_quadratic,
     few_steps=few_steps,
+    few_steps_noise=few_steps_noise,
     few_steps_power=few_steps_power,
     log_snr=log_snr,
     _ends=_ends,
@@ -861,7 +875,7 @@ p = SimpleNamespace(
 
 # ======== ode ========
 
-"""The ODE of Eq. 14, and multistep methods that are exact on any grid.
+"""The ODE of Eq. 14 and its SDEs, and multistep methods that are exact on any grid.
 
 With ς = √(1/ᾱ − 1) the ODE reads d(x/√ᾱ) = ε̂ dς, or, in the data, d(x/√(1 − ᾱ)) = x̂0 d(1/ς). So a move from t to s
 needs the mean of ε̂ over dς, or that of x̂0 over d(1/ς), and is a step of DDIM with that mean in place of the network's
@@ -895,34 +909,38 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(96)
 
 
 def mean_weights(
-    quantity: str, coordinate: str, alpha_bar_t: float, alpha_bar_s: float, known: Sequence[float]
+    quantity: str, coordinate: str, alpha_bar_t: float, alpha_bar_s: float, known: Sequence[float], eta: float = 0.0
 ) -> Array:
     """Weights w with Σ_j w_j·g_j the mean of g over the move from ᾱ_t to ᾱ_s, for g_j at the ᾱ in `known`; Σ w_j = 1.
 
     Exact where g is a polynomial of degree len(known) − 1 in the coordinate. The move may go down or up; `known` may
     hold ᾱ_s, as in a corrector, and need not hold ᾱ_t. On a move to the data (ᾱ_s = 1) the mean of x̂0 is its value
-    there. Raises ValueError for ε̂ where ᾱ is 0, for x̂0 from ᾱ_t = 1, for a move from a time to itself, and for a
-    coordinate that is infinite where it is needed.
+    there. With `eta` it is the mean of x̂0 in the SDE that adds η² times the noise (variance) of DDPM, over
+    d(ς^−(1 + η²)). Raises ValueError for ε̂ where ᾱ is 0 or there is noise, for x̂0 from ᾱ_t = 1, for a move from a time
+    to itself, and for a coordinate that is infinite where it is needed.
     """
     check_solver(quantity, coordinate)
     if len(set(known)) < len(known) or not len(known):
         raise ValueError(f"a polynomial needs values at distinct ᾱ, one at least, not at {list(known)}")
     if alpha_bar_t == alpha_bar_s:
         raise ValueError(f"a move from ᾱ = {alpha_bar_t:g} to itself has no mean")
-    noisy = quantity == "epsilon"
-    if noisy and 0 in (alpha_bar_t, alpha_bar_s):
+    of_eps = quantity == "epsilon"
+    if of_eps and 0 in (alpha_bar_t, alpha_bar_s):
         raise ValueError("where ᾱ is 0 the ODE has no solution in ε̂: take quantity 'sample'")
-    if alpha_bar_t == 1 and not noisy:
+    if of_eps and eta > 0:
+        raise ValueError(f"with noise (eta={eta:g}) ε̂ changes with every draw: take quantity 'sample'")
+    if alpha_bar_t == 1 and not of_eps:
         raise ValueError("from the data (ᾱ = 1) the ODE has no solution in x̂0: take quantity 'epsilon'")
     if len(known) == 1:
         return np.ones(1)
     values = np.array([_nsr(alpha_bar) for alpha_bar in known])
-    if alpha_bar_s == 1 and not noisy:
+    if alpha_bar_s == 1 and not of_eps:
         return _basis(coordinate, values, np.zeros(1))[:, 0]
     low, high = sorted((_nsr(alpha_bar_t), _nsr(alpha_bar_s)))
     low, high = (low or high * NEGLIGIBLE), (high if np.isfinite(high) else low / NEGLIGIBLE)
     log = np.log(low * high) / 2 + np.log(high / low) / 2 * _NODES
-    measure = _WEIGHTS * np.exp(log if noisy else -log)  # dς = ς d ln ς, and d(1/ς) = −1/ς d ln ς
+    exponent = log if of_eps else -(1 + eta**2) * log  # d(ς^p) = p·ς^p d ln ς
+    measure = _WEIGHTS * np.exp(exponent - exponent.max() if eta else exponent)
     return _basis(coordinate, values, np.exp(log)) @ (measure / measure.sum())
 
 
@@ -1605,6 +1623,9 @@ CORRECTORS = ("pec", "pece")
 COORDINATE = {"epsilon": "bounded", "sample": "log_snr"}
 """The coordinate in which ε̂, or x̂0, is held as a polynomial where none is said."""
 
+MUCH_NOISE = 0.5
+"""η from which on τ and the extrapolation are those for noise."""
+
 _OWN_KEYS = ("eta", "eps_mean_square", "use_clipped_model_output")
 _STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 STOCK_SPACINGS = ("leading", "trailing", "linspace")
@@ -1831,7 +1852,8 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: what the network predicts: "epsilon", "sample" (x0) or "v_prediction".
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x̂0 (instead of clipping).
         timestep_spacing: τ by name: "linear", "quadratic", "leading", "trailing", "linspace", "paper_linear",
-            "paper_quadratic", and for few steps "few_steps", "few_steps_power", "log_snr" (see `ddim_plugin.tau`).
+            "paper_quadratic", and for few steps "few_steps", "few_steps_noise", "few_steps_power", "log_snr" (see
+            `ddim_plugin.tau`).
         rescale_betas_zero_snr: rescale β so that ᾱ_T = 0 (Lin et al. 2023).
         eta: η of Eq. 16 where a step is not given one: 0 is DDIM, 1 is DDPM. Not used by "fixed_large" and
             "learned_range", which stand at η = 1.
@@ -1978,8 +2000,9 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
                 config.pop("variance_type", None)
             if own is not None:
                 if SOLVER[0] in own and SOLVER[0] not in inspect.signature(cls.__init__).parameters:
-                    only_there = "timestep_spacing", "few_steps"
-                    own = {key: value for key, value in own.items() if (key, value) != only_there}
+                    own = dict(own)
+                    if own.get("timestep_spacing") in ("few_steps", "few_steps_noise"):  # for the multistep method
+                        del own["timestep_spacing"]
                 said = _said(config) - {"trained_betas"}
                 sampler = {} if cls._upwards else own.get(SAMPLER, {})
                 if any(config.get(key) for key in CONSTRAINTS):
@@ -2351,7 +2374,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     grid (`ddim_plugin.ode`). The first moves have fewer values; order 1 is `GeneralizedDDIMScheduler`. A step at a time
     that does not follow the one before, or of another shape, begins anew, as does one with times for each sample. The
     values are kept in the scheduler: two loops that take turns need one each. With η > 0 the mean of the stochastic
-    move is made in the same way, of the ODE's mean of x̂0.
+    move is made in the same way, of x̂0 in the SDE that adds η² times the noise (variance) of DDPM.
 
     The first sample is x_T, also where τ ends below T, as it should for few steps: the network sees x_T at τ_S, where
     it tells nearly the same x̂0, and the first move of the deterministic process is made from T with it. Elsewhere than
@@ -2372,16 +2395,16 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             2S − 1 evaluations. With `solver_order=1` that is Heun's method. "pec" helps order 2 on some models and not
             on others; with order 3 of ε̂ it can be unstable at few steps.
         solver_extrapolation: how far a move goes from the last value of g towards the mean of the polynomial; 1 is all
-            the way. None is 1 for the deterministic process, and 1.5 with noise: the mean of x̂0 lacks the variance that
-            x_0 has given x_t, and going further makes up for some of it. A corrector takes it back.
+            the way. None is 1, but 1.5 with noise that τ was planned for (η ≥ 0.5): the mean of x̂0 lacks the variance
+            that x_0 has given x_t, and going further makes up for some of it. A corrector takes it back.
         lower_order_final: whether the last move, to the data, is of order 1 (that of x̂0 to ᾱ = 1 always is). An ε̂
-            extrapolated there leaves what it is wrong by in the picture.
+            extrapolated there leaves what it is wrong by in the picture, but keeps detail that x̂0 lacks.
         start_from_top: whether the first sample is x_T; False takes it as x at τ_S, as other schedulers, order 1,
             "pece" and the process with noise do.
         fitted_timesteps: τ for some numbers of steps, {"S": network times, descending}, as `ddim_plugin.fit_timesteps`
             finds them for a model; it takes the place of the spacing "few_steps" there, in the deterministic process.
-        The others are those of `GeneralizedDDIMScheduler`; with "learned_range" eta=0, the default, is the
-        deterministic process here.
+        The others are those of `GeneralizedDDIMScheduler`. With η ≥ 0.5 the spacing "few_steps" is "few_steps_noise";
+        with "learned_range" eta=0, the default, is the deterministic process here.
 
     Raises:
         ValueError: as there, and for settings of the solver that are unknown.
@@ -2414,7 +2437,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         solver_coordinate: str | None = None,
         solver_corrector: str | None = None,
         solver_extrapolation: float | None = None,
-        lower_order_final: bool = True,
+        lower_order_final: bool = False,
         start_from_top: bool = True,
         fitted_timesteps: dict[str, list[int]] | None = None,
     ):
@@ -2497,18 +2520,22 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     ) -> None:
         """Plan the moves over τ; see `GeneralizedDDIMScheduler.set_timesteps`. "pece" takes S steps in 2S − 1 times.
 
-        `eta` is that of the steps to come, where it is not the scheduler's: `fitted_timesteps` are not for noise. A
-        loop that tells η to `step` alone has them all the same.
+        `eta` is that of the steps to come, where it is not the scheduler's: from 0.5 on "few_steps" is
+        "few_steps_noise", `fitted_timesteps` are not used, and a move goes 1.5 times as far. A loop that tells η to
+        `step` alone has the times of the deterministic process, which end too near to the data for noise: set η in the
+        config there.
         """
-        self._noisy = process.adds_noise(*self._kind(eta))
+        self._noisy = self._kind(eta)[1] >= MUCH_NOISE
         super().set_timesteps(num_inference_steps, device, timesteps)
         self._forget()
 
     def _spaced(self, S: int | None) -> tau.Times:
-        fits = self.config.timestep_spacing == "few_steps" and not self._noisy
-        if fits and tau.is_integer(S) and S in self._fitted:
-            return self._fitted[S]
-        return super()._spaced(S)
+        config = self.config
+        if config.timestep_spacing != "few_steps":
+            return super()._spaced(S)
+        if self._noisy:
+            return tau.tau("few_steps_noise", S, config.num_train_timesteps, alpha_bar=self._alpha_bar)
+        return self._fitted[S] if tau.is_integer(S) and S in self._fitted else super()._spaced(S)
 
     def _make_pairs(self, times: tau.Times) -> list[tuple[int, int]]:
         pairs = super()._make_pairs(times)
@@ -2596,9 +2623,9 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         noisy = process.adds_noise(*kind)
         order = self.config.solver_order or (2 if noisy else 3)
         reach = self.config.solver_extrapolation
-        reach = (1.5 if noisy else 1.0) if reach is None else reach
+        reach = (1.5 if noisy and self._noisy else 1.0) if reach is None else reach
         row = np.zeros(len(known))
-        mean = self._mean(quantity, self._pairs[place], known[:order], reach)
+        mean = self._mean(quantity, self._pairs[place], known[:order], kind[1], reach)
         if len(mean) > 1:
             slope = self._linear(quantity, kind, place)[1]
             row[: len(mean)] += slope * mean
@@ -2606,8 +2633,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         if corrected and self._is_corrected(quantity, kind, place, known):
             before = self._pairs[place - 1]
             factor = self._linear(quantity, kind, place)[0] * self._linear(quantity, kind, place - 1)[1]
-            old = self._mean(quantity, before, known[1 : order + 1], reach)
-            new = self._mean(quantity, before, known[: max(2, order)])
+            old = self._mean(quantity, before, known[1 : order + 1], kind[1], reach)
+            new = self._mean(quantity, before, known[: max(2, order)], kind[1])
             row[: len(new)] += factor * new
             row[1 : len(old) + 1] -= factor * old
         return row.tolist()
@@ -2627,7 +2654,9 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             return float(step.eps / sigma), float(step.x0 - step.eps * alpha / sigma)
         return float(step.x0 / alpha), float(step.eps - step.x0 * sigma / alpha)
 
-    def _mean(self, quantity: str, move: tuple[int, int], times: tuple[int, ...], reach: float = 1.0) -> ode.Array:
+    def _mean(
+        self, quantity: str, move: tuple[int, int], times: tuple[int, ...], eta: float, reach: float = 1.0
+    ) -> ode.Array:
         """Weights of g at these times, or at the first of them, for its mean over a move, gone so far towards it."""
         ends = [float(self._alpha_bar[time]) for time in move]
         known = [float(self._alpha_bar[time]) for time in times]
@@ -2640,7 +2669,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             known = known[:-1]  # the top, or the data, where these are infinite
         if len(known) < 2:
             return np.ones(1)
-        weights = reach * _mean_weights(quantity, coordinate, *ends, tuple(known))
+        weights = reach * _mean_weights(quantity, coordinate, *ends, tuple(known), eta)
         weights[0] += 1 - reach
         return weights
 
