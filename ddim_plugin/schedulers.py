@@ -833,7 +833,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         start_from_top: whether the first sample is x_T; False takes it as x at τ_S, as other schedulers, order 1,
             "pece" and the process with noise do.
         fitted_timesteps: τ for some numbers of steps, {"S": network times, descending}, as `ddim_plugin.fit_timesteps`
-            finds them for a model; it takes the place of the spacing "few_steps" there, in the deterministic process.
+            finds them for a model in the deterministic process; it takes the place of the spacing "few_steps" there,
+            where η < 0.5.
         The others are those of `GeneralizedDDIMScheduler`. With η ≥ 0.5 the spacing "few_steps" is "few_steps_noise";
         with "learned_range" eta=0, the default, is the deterministic process here.
 
@@ -907,7 +908,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             self.register_to_config(fitted_timesteps=kept)
         self._kept = (solver_order or 3) - 1 + (solver_corrector is not None)  # values, beside the newest
         self.order = 2 if solver_corrector == "pece" else 1  # times for each step, to pipelines that count
-        self._noisy = False
+        self._much_noise = False
         self._forget()
 
     def _own_settings(self) -> dict[str, Any]:
@@ -956,7 +957,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         `step` alone has the times of the deterministic process, which end too near to the data for noise: set η in the
         config there.
         """
-        self._noisy = self._kind(eta)[1] >= MUCH_NOISE
+        self._much_noise = self._kind(eta)[1] >= MUCH_NOISE
         super().set_timesteps(num_inference_steps, device, timesteps)
         self._forget()
 
@@ -964,7 +965,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         config = self.config
         if config.timestep_spacing != "few_steps":
             return super()._spaced(S)
-        if self._noisy:
+        if self._much_noise:
             return tau.tau("few_steps_noise", S, config.num_train_timesteps, alpha_bar=self._alpha_bar)
         return self._fitted[S] if tau.is_integer(S) and S in self._fitted else super()._spaced(S)
 
@@ -1054,7 +1055,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         noisy = process.adds_noise(*kind)
         order = self.config.solver_order or (2 if noisy else 3)
         reach = self.config.solver_extrapolation
-        reach = (1.5 if noisy and self._noisy else 1.0) if reach is None else reach
+        reach = (1.5 if noisy and self._much_noise else 1.0) if reach is None else reach
         row = np.zeros(len(known))
         mean = self._mean(quantity, self._pairs[place], known[:order], kind[1], reach)
         if len(mean) > 1:
