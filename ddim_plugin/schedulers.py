@@ -504,10 +504,11 @@ class GeneralizedDDIMScheduler(SchedulerMixin, ConfigMixin):
         """Raise ValueError where a step of the current plan could not be made at this η (None: the scheduler's)."""
         self._plan(self._kind(eta))
 
-    def _spaced(self, S: int | None) -> tau.Times:
-        """τ of S steps by the spacing."""
+    def _spaced(self, S: int | None, spacing: str | None = None) -> tau.Times:
+        """τ of S steps by this spacing, or by the scheduler's."""
         config = self.config
-        return tau.tau(config.timestep_spacing, S, config.num_train_timesteps, config.steps_offset, self._alpha_bar)
+        spacing = spacing or config.timestep_spacing
+        return tau.tau(spacing, S, config.num_train_timesteps, config.steps_offset, self._alpha_bar)
 
     def _make_pairs(self, times: tau.Times) -> list[tuple[int, int]]:
         """(t, s) of each move, in the order they are made."""
@@ -961,13 +962,13 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         super().set_timesteps(num_inference_steps, device, timesteps)
         self._forget()
 
-    def _spaced(self, S: int | None) -> tau.Times:
-        config = self.config
-        if config.timestep_spacing != "few_steps":
-            return super()._spaced(S)
-        if self._much_noise:
-            return tau.tau("few_steps_noise", S, config.num_train_timesteps, alpha_bar=self._alpha_bar)
-        return self._fitted[S] if tau.is_integer(S) and S in self._fitted else super()._spaced(S)
+    def _spaced(self, S: int | None, spacing: str | None = None) -> tau.Times:
+        if self.config.timestep_spacing == "few_steps":
+            if self._much_noise:
+                spacing = "few_steps_noise"
+            elif tau.is_integer(S) and S in self._fitted:
+                return self._fitted[S]
+        return super()._spaced(S, spacing)
 
     def _make_pairs(self, times: tau.Times) -> list[tuple[int, int]]:
         pairs = super()._make_pairs(times)
