@@ -4,9 +4,9 @@
 # classes beside them: SchedulerMixin and ModelMixin are part of the file format.
 from diffusers import ModelMixin, SchedulerMixin
 
-from .fit import fit_timesteps
-from .pipeline import GeneralizedDDIMPipeline
-from .schedulers import (
+from .pipelines.fit import fit_timesteps
+from .pipelines.generation import GeneralizedDDIMPipeline
+from .schedulers.generalized import (
     GeneralizedDDIMScheduler,
     GeneralizedDDIMSchedulerOutput,
     InverseDDIMScheduler,

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 import torch
 import train
-from config import build
+from trainer.settings import build
 
 
 def digest(module):

@@ -18,14 +18,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from config import MACHINES, command, parse, put_in_place, record, write_json
-from data import SPLITS, Feed, Frame, Pictures, Share, as_dataset, find_frame, held_out, in_memory, open_pictures
 from evaluate import start_processes
+from pictures.sources import (
+    SPLITS,
+    Feed,
+    Frame,
+    Pictures,
+    Share,
+    as_dataset,
+    find_frame,
+    held_out,
+    in_memory,
+    open_pictures,
+)
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from trainer.settings import MACHINES, command, parse, put_in_place, record, write_json
 
-from ddim_plugin.card import read_object
-from ddim_plugin.hub import weights_digest
+from ddim_plugin.hub.card import read_object
+from ddim_plugin.hub.reading import weights_digest
 
 TRAINING, MODEL = "training.json", "config.json"
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from config import move_in, parse, record, write_json
 from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from trainer.settings import move_in, parse, record, write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 

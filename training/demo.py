@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config import parse, record, write_json
+from trainer.settings import parse, record, write_json
 
 HERE = Path(__file__).parent
 MODEL = HERE.parent / "model_cards" / "ddim-mnist-28"

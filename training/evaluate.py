@@ -28,10 +28,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
-from config import parse, record, write_json
-from data import Frame, as_dataset, has_splits, open_pictures
 from diffusers import DiffusionPipeline, SchedulerMixin
-from features import (
+from measure.extractors import (
     INCEPTION,
     Extractor,
     Reference,
@@ -46,16 +44,18 @@ from features import (
     statistics,
     work,
 )
-from metrics import METRICS, Features, check_count, check_metrics, frechet, gaussian
+from measure.metrics import METRICS, Features, check_count, check_metrics, frechet, gaussian
+from pictures.sources import Frame, as_dataset, has_splits, open_pictures
 from safetensors.numpy import load_file
 from torch import Generator, Tensor
+from trainer.settings import parse, record, write_json
 
 import ddim_plugin
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.hub import weights_digest, write_whole
-from ddim_plugin.images import grid
-from ddim_plugin.process import ETA_FREE, VARIANCES
-from ddim_plugin.schedulers import OWN, STOCK_SPACINGS, keep_learned
+from ddim_plugin.hub.reading import weights_digest, write_whole
+from ddim_plugin.pipelines.images import grid
+from ddim_plugin.process.moves import ETA_FREE, VARIANCES
+from ddim_plugin.schedulers.generalized import OWN, STOCK_SPACINGS, keep_learned
 
 SAVED = "saved"
 """The scheduler, variance, spacing or clipping that the model was saved with."""

@@ -14,17 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from config import parse, record, write_json
-from data import as_dataset, load_images
+from measure.bound import DECODERS, Errors, VariationalBound, measure_errors, ode_bits
+from measure.search import bound_costs, bound_of, search_bound
+from pictures.sources import as_dataset, load_images
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
+from trainer.settings import parse, record, write_json
 
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, tau
-from ddim_plugin.bound import DECODERS, Errors, VariationalBound, measure_errors, ode_bits
-from ddim_plugin.card import read_object
-from ddim_plugin.hub import weights_digest, write_whole
-from ddim_plugin.process import ETA_FREE, VARIANCES
-from ddim_plugin.search import bound_costs, bound_of, search_bound
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.hub.card import read_object
+from ddim_plugin.hub.reading import weights_digest, write_whole
+from ddim_plugin.process import spacings as tau
+from ddim_plugin.process.moves import ETA_FREE, VARIANCES
 
 ESTIMATORS = ("second_moment", "error")
 FREE = ("output", "device", "batch_size", "save_model")

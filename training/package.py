@@ -15,13 +15,13 @@ from typing import Any
 
 import nll
 import reconstruct
-from config import build, command, parse, put_in_place, write_json
-from features import slug
+from measure.extractors import slug
+from trainer.settings import build, command, parse, put_in_place, write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline
-from ddim_plugin.card import is_written_here, public, read_object, read_results
-from ddim_plugin.hub import weights_digest, write_whole
-from ddim_plugin.push import CONFIGS, GRID, LOSS, README, RESULTS, TRAINING, Model, listed_pictures
+from ddim_plugin.hub.card import is_written_here, public, read_object, read_results
+from ddim_plugin.hub.push import CONFIGS, GRID, LOSS, README, RESULTS, TRAINING, Model, listed_pictures
+from ddim_plugin.hub.reading import weights_digest, write_whole
 
 MEASURED, HEADLINE, COMMANDS = "measured", "headline.md", "commands.md"
 """Where the scripts' own records and tables lie in the folder; they are not pushed."""

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from config import parse, record, write_json
-from data import as_dataset, load_images
+from pictures.sources import as_dataset, load_images
 from torch import Generator, Tensor
+from trainer.settings import parse, record, write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.hub import weights_digest, write_whole
-from ddim_plugin.images import grid
-from ddim_plugin.inversion import InversionReport
-from ddim_plugin.schedulers import DETERMINISTIC, keep_learned
+from ddim_plugin.hub.reading import weights_digest, write_whole
+from ddim_plugin.pipelines.images import grid
+from ddim_plugin.process.inversion import InversionReport
+from ddim_plugin.schedulers.generalized import DETERMINISTIC, keep_learned
 
 PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 """Table 2: CIFAR-10's test set, the paper's 35.7M network."""

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from config import parse, record, write_json
-from data import load_images
+from pictures.sources import load_images
 from torch import Generator
+from trainer.settings import parse, record, write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.images import grid
+from ddim_plugin.pipelines.images import grid
 
 
 @dataclass(frozen=True)

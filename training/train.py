@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, broadcast_object_list, set_seed
-from checkpoints import Checkpoints, damage
-from config import code_files, move_in, parse, record, write_json
-from data import (
+from diffusers import UNet2DModel
+from huggingface_hub import HfApi
+from pictures.sources import (
     Feed,
     Pictures,
     Share,
@@ -38,19 +38,19 @@ from data import (
     origin,
     to_model,
 )
-from diffusers import UNet2DModel
-from ema import EMA
-from huggingface_hub import HfApi
-from report import Clock, Log, Spikes, Window, plot_loss, preview, read_log
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from trainer.checkpoints import Checkpoints, damage
+from trainer.ema import EMA
+from trainer.objective import TIMES, ImportanceTimes, Objective, draw_times
+from trainer.report import Clock, Log, Spikes, Window, plot_loss, preview, read_log
+from trainer.settings import code_files, move_in, parse, record, write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.bundle import code
-from ddim_plugin.card import check_license
-from ddim_plugin.objective import TIMES, ImportanceTimes, Objective, draw_times
-from ddim_plugin.push import open_repo, push_folder
+from ddim_plugin.hub.card import check_license
+from ddim_plugin.hub.code import code
+from ddim_plugin.hub.push import open_repo, push_folder
 
 SKIPS = 50
 """Steps in a row that fp16's scaler may skip; each halves its scale."""

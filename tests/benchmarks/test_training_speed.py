@@ -7,9 +7,9 @@ import pytest
 import torch
 import train
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from config import build
-from report import Clock
 from timing import ROUNDS, ratios
+from trainer.report import Clock
+from trainer.settings import build
 
 NETWORKS = {
     "1.7M": {

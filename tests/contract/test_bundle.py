@@ -9,7 +9,7 @@ import torch
 from diffusers.utils import dynamic_modules_utils as dynamic
 
 import ddim_plugin
-from ddim_plugin import bundle
+from ddim_plugin.hub import code as bundle
 
 
 @pytest.fixture(scope="module")

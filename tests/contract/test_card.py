@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from ddim_plugin.card import MARK, card, eval_results, is_written_here, public, read_results
+from ddim_plugin.hub.card import MARK, card, eval_results, is_written_here, public, read_results
 
 RESULT = {"metric": "fid", "name": "FID", "value": 4.1613, "nfe": 100, "num_inference_steps": 100, "eta": 0.0}
 RESULT |= {"variance_type": "fixed_small", "timestep_spacing": "quadratic", "images": 50000, "seed": 3}

@@ -13,7 +13,7 @@ from ddim_plugin import (
     MultistepDDIMScheduler,
     fit_timesteps,
 )
-from ddim_plugin.fit import Fitted, _labels
+from ddim_plugin.pipelines.fit import Fitted, _labels
 
 ALPHA = GeneralizedDDIMScheduler().alpha_bar
 DATA = Mixture((0.3, 0.7), (-0.6, 0.5), (0.01, 0.02), ALPHA)

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddim_plugin import betas as schedules
-from ddim_plugin import prediction as p
-from ddim_plugin import tau
+from ddim_plugin.process import betas as schedules
+from ddim_plugin.process import predictions as p
+from ddim_plugin.process import spacings as tau
 
 DISTINCT = ["linear", "quadratic", "leading", "trailing", "linspace", *tau.OF_ALPHA_BAR]
 

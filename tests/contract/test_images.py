@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddim_plugin.images import grid, open_image, read
+from ddim_plugin.pipelines.images import grid, open_image, read
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (8, 6), dtype=np.uint8)

@@ -17,7 +17,7 @@ from ddim_plugin import (
     InverseMultistepDDIMScheduler,
     MultistepDDIMScheduler,
 )
-from ddim_plugin.ode import COORDINATES, QUANTITIES, mean_weights
+from ddim_plugin.process.multistep import COORDINATES, QUANTITIES, mean_weights
 
 ALPHA = GeneralizedDDIMScheduler().alpha_bar
 

@@ -16,8 +16,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.card import license_of
-from ddim_plugin.push import Model
+from ddim_plugin.hub.card import license_of
+from ddim_plugin.hub.push import Model
 
 GOLDEN = Path(__file__).parent
 SAVED, CARDS = GOLDEN / "saved", GOLDEN.parents[1] / "model_cards"

@@ -7,7 +7,8 @@ import pytest
 import torch
 from freeze import CALL, SAVED, draw, without_package
 
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, bundle
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.hub import code as bundle
 
 FOLDERS = sorted(folder for folder in SAVED.iterdir() if folder.is_dir())
 TOLERANCE = 1e-5  # convolutions differ between versions of torch and between processors

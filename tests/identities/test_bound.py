@@ -6,10 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Generator
-
-from ddim_plugin import betas, search
-from ddim_plugin.bound import (
+from measure import search
+from measure.bound import (
     BITS,
     Errors,
     VariationalBound,
@@ -21,10 +19,13 @@ from ddim_plugin.bound import (
     time_of,
     transition_nats,
 )
-from ddim_plugin.gaussian import discretized_log_likelihood
-from ddim_plugin.objective import Objective
-from ddim_plugin.process import beta_tilde, sigma, x0_weight
-from ddim_plugin.tau import linear, quadratic
+from torch import Generator
+from trainer.objective import Objective
+
+from ddim_plugin.process import betas
+from ddim_plugin.process.gaussian import discretized_log_likelihood
+from ddim_plugin.process.moves import beta_tilde, sigma, x0_weight
+from ddim_plugin.process.spacings import linear, quadratic
 
 MEAN, VARIANCE = 0.3, 0.25
 TRUE = 0.5 * math.log(2 * math.pi * math.e * VARIANCE) * BITS  # E −log p of N(MEAN, VARIANCE), for a dimension

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddim_plugin.gaussian import slerp
+from ddim_plugin.process.gaussian import slerp
 
 
 def latents(B=4, n=256, seed=0, dtype=torch.float64):

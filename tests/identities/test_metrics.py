@@ -5,7 +5,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from metrics import BLOCK, Features, Gaussian, check_metrics, frechet, gaussian, inception_score, kid, precision_recall
+from measure.metrics import (
+    BLOCK,
+    Features,
+    Gaussian,
+    check_metrics,
+    frechet,
+    gaussian,
+    inception_score,
+    kid,
+    precision_recall,
+)
 
 RNG = np.random.default_rng(0)
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
+from trainer.objective import ImportanceTimes, Objective, draw_times
 
 from ddim_plugin import GeneralizedDDIMScheduler
-from ddim_plugin.gaussian import discretized_log_likelihood, kl
-from ddim_plugin.objective import ImportanceTimes, Objective, draw_times
+from ddim_plugin.process.gaussian import discretized_log_likelihood, kl
 
 T = 50
 ALPHA = np.concatenate([[1.0], np.cumprod(1 - np.linspace(1e-3, 0.2, T))])

@@ -8,7 +8,7 @@ import pytest
 from oracle import Gaussian, Mixture, alphas, linear_betas
 from scipy.integrate import quad, solve_ivp
 
-from ddim_plugin.ode import COORDINATES, QUANTITIES, mean_weights
+from ddim_plugin.process.multistep import COORDINATES, QUANTITIES, mean_weights
 
 TABLE = alphas(linear_betas())
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddim_plugin import GeneralizedDDIMScheduler, process
+from ddim_plugin import GeneralizedDDIMScheduler
+from ddim_plugin.process import moves as process
 
 ALPHA = oracle.alphas(oracle.linear_betas())
 

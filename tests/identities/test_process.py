@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddim_plugin import betas as schedules
-from ddim_plugin import process
-from ddim_plugin import tau as spacing
+from ddim_plugin.process import betas as schedules
+from ddim_plugin.process import moves as process
+from ddim_plugin.process import spacings as spacing
 
 
 @st.composite

@@ -7,8 +7,8 @@ import pytest
 import torch
 from oracle import alphas, linear_betas
 
-from ddim_plugin.ode import mean_weights
-from ddim_plugin.search import VARIANCE, Trajectories, descend, search_trajectories
+from ddim_plugin.process.multistep import mean_weights
+from ddim_plugin.process.search import VARIANCE, Trajectories, descend, search_trajectories
 
 ALPHA = np.array(alphas(linear_betas()))
 TIMES = np.array([1000, 900, 800, 600, 400, 150, 30])

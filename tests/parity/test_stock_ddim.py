@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from ddim_plugin import GeneralizedDDIMScheduler
-from ddim_plugin import betas as schedules
+from ddim_plugin.process import betas as schedules
 
 DIVISORS = [S for S in range(1, 1001) if 1000 % S == 0]
 SHAPE = (2, 3, 4, 4)

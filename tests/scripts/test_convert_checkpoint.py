@@ -15,11 +15,11 @@ import convert_checkpoint as script
 import pytest
 import torch
 import torch.nn.functional as F
-from config import build, read_toml
 from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from trainer.settings import build, read_toml
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 

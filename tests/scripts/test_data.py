@@ -7,7 +7,18 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from data import Feed, Frame, Order, Share, find_frame, held_out, in_memory, open_pictures, open_stream, to_8_bits
+from pictures.sources import (
+    Feed,
+    Frame,
+    Order,
+    Share,
+    find_frame,
+    held_out,
+    in_memory,
+    open_pictures,
+    open_stream,
+    to_8_bits,
+)
 from PIL import Image
 
 CPU = torch.device("cpu")

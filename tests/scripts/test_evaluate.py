@@ -12,22 +12,22 @@ from types import ModuleType, SimpleNamespace
 import datasets
 import diffusers
 import evaluate
-import features
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from config import build
-from data import Pictures, load
 from diffusers import DDIMScheduler, LDMPipeline, VQModel
-from features import INCEPTION, Extractor
-from metrics import Gaussian, frechet
+from measure import extractors as features
+from measure.extractors import INCEPTION, Extractor
+from measure.metrics import Gaussian, frechet
+from pictures.sources import Pictures, load
 from PIL import Image
+from trainer.settings import build
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.card import read_results
-from ddim_plugin.push import Model
+from ddim_plugin.hub.card import read_results
+from ddim_plugin.hub.push import Model
 
 ROOT = Path(__file__).parents[2]
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 10}
@@ -367,7 +367,7 @@ from pathlib import Path
 
 sys.path.insert(0, "training")
 import evaluate, torch
-from config import build
+from trainer.settings import build
 from sklearn.datasets import load_digits
 from transformers import AutoModelForImageClassification
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from config import build
-from data import load
-from features import open_extractor
+from measure.extractors import open_extractor
+from pictures.sources import load
 from PIL import Image
+from trainer.settings import build
 
 from ddim_plugin import GeneralizedDDIMPipeline, MultistepDDIMScheduler
-from ddim_plugin.card import read_results
+from ddim_plugin.hub.card import read_results
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"data": "digits", "hidden_sizes": (16, 16), "layers": 1, "steps": 150, "batch_size": 64, "shift": 0}

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from config import build
 from nll import NLLConfig, main
+from trainer.settings import build
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.card import read_results
+from ddim_plugin.hub.card import read_results
 
 T = 30
 

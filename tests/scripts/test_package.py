@@ -9,11 +9,11 @@ import nll
 import package
 import pytest
 import reconstruct
-from config import build, command, put_in_place
+from trainer.settings import build, command, put_in_place
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.card import is_written_here
-from ddim_plugin.cli import main as cli
+from ddim_plugin.cli.commands import main as cli
+from ddim_plugin.hub.card import is_written_here
 
 FEW = {
     "config": {"extractor": "a/resnet", "model": "out/m", "seed": 0},

@@ -16,15 +16,17 @@ import torch
 import train
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from config import build
 from diffusers import DDPMPipeline, DDPMScheduler
 from huggingface_hub import ModelCard
 from loopback_hub import LoopbackHub
 from PIL import Image
+from trainer.settings import build
 
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, bundle, cli
-from ddim_plugin.hub import weights_digest
-from ddim_plugin.push import push_folder
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.cli import commands as cli
+from ddim_plugin.hub import code as bundle
+from ddim_plugin.hub.push import push_folder
+from ddim_plugin.hub.reading import weights_digest
 
 TOKEN = "hf_ada_writes"
 READS = "hf_eve_reads"

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import reconstruct
 import torch
-from config import build
-from data import load, load_images
 from exact import exact_pipe
 from oracle import Mixture, alphas, linear_betas
+from pictures.sources import load, load_images
 from PIL import Image
+from trainer.settings import build
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 

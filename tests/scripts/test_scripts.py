@@ -12,10 +12,10 @@ import pytest
 import sample
 import torch
 import train
-from config import build, parse, read_toml
-from data import load, to_model
+from pictures.sources import load, to_model
 from PIL import Image
 from safetensors.torch import load_file
+from trainer.settings import build, parse, read_toml
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "training" / "configs" / "digits.toml"

@@ -23,8 +23,9 @@ MAKE = """
 import sys
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, InverseDDIMScheduler, bundle
-from ddim_plugin.push import push_folder
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, InverseDDIMScheduler
+from ddim_plugin.hub import code as bundle
+from ddim_plugin.hub.push import push_folder
 
 torch.set_num_threads(1)
 

@@ -10,21 +10,21 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoints as checkpoints_
 import datasets
 import numpy as np
 import pytest
 import torch
 import train
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from config import build, read_toml
-from data import Share, load
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
-from ema import EMA
+from pictures.sources import Share, load
 from PIL import Image
-from report import Spikes, Window, read_log
 from safetensors.torch import load_file
+from trainer import checkpoints as checkpoints_
+from trainer.ema import EMA
+from trainer.report import Spikes, Window, read_log
+from trainer.settings import build, read_toml
 from trials import digests
 
 from ddim_plugin import GeneralizedDDIMPipeline
@@ -599,7 +599,7 @@ import sys; sys.path[:0] = ["tests", "training"]
 import os, torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from diffusers import UNet2DModel
-from ema import EMA
+from trainer.ema import EMA
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1,

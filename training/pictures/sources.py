@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ddim_plugin.images import MODES, SUFFIXES, fit, open_upright
+from ddim_plugin.pipelines.images import MODES, SUFFIXES, fit, open_upright
 
 HELD_OUT = 297
 """How many of the 1797 digits, the last ones, are the test split."""

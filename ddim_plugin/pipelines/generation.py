@@ -16,13 +16,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 from torch import Tensor
 
-from . import images as pictures
-from . import inversion, process
-from .gaussian import slerp
-from .hub import check_repo_id, logger, parts, plain_index, replaced, write_index
-from .inversion import InversionReport
-from .push import push_folder, same_weights
-from .schedulers import (
+from ..hub.push import push_folder, same_weights
+from ..hub.reading import check_repo_id, logger, parts, plain_index, replaced, write_index
+from ..process import inversion
+from ..process import moves as process
+from ..process.gaussian import slerp
+from ..process.inversion import InversionReport
+from ..process.spacings import is_integer
+from ..schedulers.generalized import (
     GeneralizedDDIMScheduler,
     GeneralizedDDIMSchedulerOutput,
     InverseDDIMScheduler,
@@ -32,7 +33,7 @@ from .schedulers import (
     check_generators,
     sampler_class,
 )
-from .tau import is_integer
+from . import images as pictures
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents", "sample", "pred_original_sample", "pred_epsilon")

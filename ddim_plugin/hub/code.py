@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from .version import __version__
+from ..version import __version__
 
 MODULES = ("version", "betas", "tau", "process", "prediction", "ode", "gaussian", "inversion", "images")
 MODULES += ("schedulers", "card", "hub", "push", "pipeline")

@@ -22,9 +22,9 @@ import huggingface_hub
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import yaml_dump
 
-from .betas import RANGED
-from .schedulers import STOCK_SPACINGS
-from .version import __version__
+from ..process.betas import RANGED
+from ..schedulers.generalized import STOCK_SPACINGS
+from ..version import __version__
 
 TASK = "unconditional-image-generation"
 """The Hub's name for the task of these pipelines."""

@@ -12,8 +12,11 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from PIL import Image
 from torch import Generator
 
+from ..pipelines.images import grid
+from ..process.spacings import is_integer
+from ..schedulers.generalized import InverseDDIMScheduler, sampler_class
 from .card import card, check_license, entries_of, eval_results, is_written_here, license_of, public, read_object
-from .hub import (
+from .reading import (
     CODE,
     INDEX,
     check_repo_id,
@@ -28,9 +31,6 @@ from .hub import (
     weights_digest,
     with_code,
 )
-from .images import grid
-from .schedulers import InverseDDIMScheduler, sampler_class
-from .tau import is_integer
 
 README, RESULTS, TRAINING, CONVERSION = "README.md", "results.json", "training.json", "conversion.json"
 GRID, LOSS = "samples.png", "loss.png"

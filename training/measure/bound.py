@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
-from . import prediction as p
-from . import process
-from .gaussian import BIN, BITS, discretized_log_likelihood, kl
+from ddim_plugin.process import moves as process
+from ddim_plugin.process import predictions as p
+from ddim_plugin.process.gaussian import BIN, BITS, discretized_log_likelihood, kl
 
 DECODERS = ("next", "beta")
 """Variance of p(x_0|x_{τ_1}), where σ(η) is 0: that of the move above (Ho's code), or β = 1 − ᾱ_{τ_1}."""

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import process
-from .gaussian import BITS, discretized_log_likelihood, kl
-from .prediction import check_prediction, learned_log_variance, split_variance
+from ddim_plugin.process import moves as process
+from ddim_plugin.process.gaussian import BITS, discretized_log_likelihood, kl
+from ddim_plugin.process.predictions import check_prediction, learned_log_variance, split_variance
 
 LOSSES = ("simple", "theorem1", "min_snr", "soft_min_snr", "bound", "hybrid")
 """See `Objective`."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .process import Move
+from .moves import Move
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 """What a network may predict: the noise ε, the clean image x0, or the velocity v."""

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from ddim_plugin.hub import CODE, INDEX, write_whole
+from ddim_plugin.hub.reading import CODE, INDEX, write_whole
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -32,20 +32,20 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "training"))
 import diffusers
 import numpy as np
 import torch
-from config import command, parse, record, write_json
-from data import Frame, as_dataset, open_pictures
 from diffusers.utils.torch_utils import randn_tensor
 from evaluate import DTYPES, start_processes
-from features import digest, open_extractor, open_reference, slug
-from features import statistics as features_of
-from metrics import check_count, fit, frechet
+from measure.extractors import digest, open_extractor, open_reference, slug
+from measure.extractors import statistics as features_of
+from measure.metrics import check_count, fit, frechet
+from pictures.sources import Frame, as_dataset, open_pictures
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
+from trainer.settings import command, parse, record, write_json
 
 import ddim_plugin
 from ddim_plugin import GeneralizedDDIMPipeline
-from ddim_plugin.fit import TEACHER
-from ddim_plugin.hub import weights_digest, write_whole
+from ddim_plugin.hub.reading import weights_digest, write_whole
+from ddim_plugin.pipelines.fit import TEACHER
 
 SPACINGS = ("leading", "trailing", "linspace")
 SIGMAS = ("", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")

@@ -9,10 +9,10 @@ import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from . import tau as spacings
-from .pipeline import Condition, GeneralizedDDIMPipeline
-from .schedulers import MultistepDDIMScheduler
-from .search import Trajectories, descend, search_trajectories
+from ..process import spacings
+from ..process.search import Trajectories, descend, search_trajectories
+from ..schedulers.generalized import MultistepDDIMScheduler
+from .generation import Condition, GeneralizedDDIMPipeline
 
 NODES = 28
 """Times that the dynamic programming chooses from."""

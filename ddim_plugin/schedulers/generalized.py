@@ -20,9 +20,11 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-from . import betas as schedules
-from . import ode, process, tau
-from . import prediction as p
+from ..process import betas as schedules
+from ..process import moves as process
+from ..process import multistep as ode
+from ..process import predictions as p
+from ..process import spacings as tau
 
 OWN = "_ddim_plugin"
 """Key of a saved config that keeps what stock schedulers have no word for; they carry it along unread."""

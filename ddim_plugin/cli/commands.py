@@ -17,15 +17,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
-from .fit import fit_timesteps
-from .images import check_channels, grid, image_files, open_image, read
-from .inversion import InversionReport
-from .pipeline import TOLERANCE, GeneralizedDDIMPipeline
-from .process import VARIANCES
-from .push import push_folder, variants
-from .schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, MultistepDDIMScheduler, keep_learned
-from .tau import NAMES
-from .version import __version__
+from ..hub.push import push_folder, variants
+from ..pipelines.fit import fit_timesteps
+from ..pipelines.generation import TOLERANCE, GeneralizedDDIMPipeline
+from ..pipelines.images import check_channels, grid, image_files, open_image, read
+from ..process.inversion import InversionReport
+from ..process.moves import VARIANCES
+from ..process.spacings import NAMES
+from ..schedulers.generalized import DETERMINISTIC, GeneralizedDDIMScheduler, MultistepDDIMScheduler, keep_learned
+from ..version import __version__
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LATENTS = "latents.safetensors"

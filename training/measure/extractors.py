@@ -20,16 +20,16 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from config import write_json
-from data import Frame, Pictures, as_dataset, origin
 from huggingface_hub.errors import EntryNotFoundError
-from metrics import Features, Gaussian, fit, gaussian, library
+from pictures.sources import Frame, Pictures, as_dataset, origin
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
+from trainer.settings import write_json
 
-from ddim_plugin.hub import weights_digest
-from ddim_plugin.images import MODES
+from ddim_plugin.hub.reading import weights_digest
+from ddim_plugin.pipelines.images import MODES
+from measure.metrics import Features, Gaussian, fit, gaussian, library
 
 FIDELITY = {"inception-v3-compat": ("2048", "logits_unbiased")} | {
     f"dinov2-vit-{size}-14": ("dinov2", None) for size in "sblg"

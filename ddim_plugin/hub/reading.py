@@ -33,14 +33,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from .bundle import code
-from .card import read_object
-from .schedulers import (
+from ..schedulers.generalized import (
     GeneralizedDDIMScheduler,
     InverseDDIMScheduler,
     InverseMultistepDDIMScheduler,
     MultistepDDIMScheduler,
 )
+from .card import read_object
+from .code import code
 
 logger = logging.getLogger("ddim_plugin")
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddim_plugin import GeneralizedDDIMPipeline
-from ddim_plugin.hub import write_whole
-from ddim_plugin.images import grid
+from ddim_plugin.hub.reading import write_whole
+from ddim_plugin.pipelines.images import grid
 
 SPIKE = 5.0
 """A loss or gradient norm this many times the median before it is noted as a spike."""

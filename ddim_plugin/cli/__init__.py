@@ -1,0 +1,5 @@
+"""The command `ddim-plugin`."""
+
+from .commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,1 @@
+"""Saving, sharing and opening models."""

@@ -1,0 +1,1 @@
+"""The pipeline that samples, encodes, decodes and interpolates."""

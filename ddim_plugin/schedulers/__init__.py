@@ -1,0 +1,1 @@
+"""Schedulers for the loop of any pipeline of diffusers."""

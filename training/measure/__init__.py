@@ -1,0 +1,1 @@
+"""Measurements: distances, likelihoods, tables."""

@@ -1,0 +1,1 @@
+"""Pictures from data sets, folders and files."""
