@@ -11,7 +11,6 @@ tables but not in the metadata that the Hub lists.
 """
 
 import hashlib
-import json
 import re
 from numbers import Real
 from pathlib import Path, PureWindowsPath
@@ -25,6 +24,7 @@ from huggingface_hub.utils import yaml_dump
 from ..process.betas import RANGED
 from ..schedulers.generalized import STOCK_SPACINGS
 from ..version import __version__
+from .files import read_object
 
 TASK = "unconditional-image-generation"
 """The Hub's name for the task of these pipelines."""
@@ -143,17 +143,6 @@ def entries_of(content: dict[str, Any], file: str | Path) -> list[dict[str, Any]
         if problem:
             raise ValueError(f"{file}: entry {i} of results {problem}")
     return entries
-
-
-def read_object(file: str | Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError naming a file that holds none."""
-    try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"cannot read {file}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return content
 
 
 def _problem(entry: Any) -> str | None:

@@ -15,7 +15,8 @@ from torch import Generator
 from ..pipelines.images import grid
 from ..process.spacings import is_integer
 from ..schedulers.generalized import InverseDDIMScheduler, sampler_class
-from .card import card, check_license, entries_of, eval_results, is_written_here, license_of, public, read_object
+from .card import card, check_license, entries_of, eval_results, is_written_here, license_of, public
+from .files import read_object, weights_digest
 from .reading import (
     CODE,
     INDEX,
@@ -28,7 +29,6 @@ from .reading import (
     scheduler_is_ours,
     told,
     variant_of,
-    weights_digest,
     with_code,
 )
 

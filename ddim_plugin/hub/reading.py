@@ -5,7 +5,6 @@ entry to it, which `model_index.json` names: that is what diffusers needs to loa
 those files are never run: classes are taken by their names, from what this process knows.
 """
 
-import hashlib
 import inspect
 import json
 import logging
@@ -39,8 +38,8 @@ from ..schedulers.generalized import (
     InverseMultistepDDIMScheduler,
     MultistepDDIMScheduler,
 )
-from .card import read_object
 from .code import code
+from .files import read_object, weights_digest, write_file  # noqa: F401
 
 logger = logging.getLogger("ddim_plugin")
 
@@ -58,6 +57,8 @@ SCHEDULERS = {
 
 CODE = re.compile(r"(scheduler/)?ddim_plugin_\w+_[0-9a-f]{8}(_pipeline|_scheduler)?\.py")
 """Names of the code files, of any version."""
+
+write_whole = write_file
 
 OURS = re.compile(r"ddim_plugin(_\w+)?")
 """Modules that `model_index.json` may name for classes of this package."""
@@ -115,8 +116,8 @@ def write_index(pipe: DiffusionPipeline, folder: str | Path) -> None:
     index, files = with_code(index)
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / name, text)
-    write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")
+        write_file(folder / name, text)
+    write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")
     for path in (*folder.glob("*.py"), *folder.glob("scheduler/*.py")):
         name = path.relative_to(folder).as_posix()
         if CODE.fullmatch(name) and name not in files:
@@ -147,16 +148,6 @@ def replaced(folder: str | Path, variant: str | None) -> Iterator[None]:
         aside.unlink()
 
 
-def weights_digest(*modules: Any) -> str:
-    """SHA-256 of the names, types, shapes and bytes of all weights."""
-    found = hashlib.sha256()
-    for module in modules:
-        for name, value in module.state_dict().items():
-            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
 def with_code(index: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """What `model_index.json` holds, with entries that name code files; and those files, names and texts."""
     name, text = code()
@@ -173,14 +164,6 @@ def _entry(classes: list[str]) -> str:
     line = f"from .{name} import {names}"  # not in the template: diffusers would take it for one of this file
     takes = "\n".join(f'{each} = sys.modules["{name}"].{each}' for each in classes)
     return ENTRY.format(name=name, classes=names, line=line, takes=takes)
-
-
-def write_whole(path: str | Path, text: str) -> None:
-    """A text file, written aside and renamed, so that a reader never meets half of it."""
-    path = Path(path)
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 # ---- opening -------------------------------------------------------------------------------------------------------
