@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from evaluate import start_processes
+from measure.parts import start_processes
 from pictures.sources import (
     SPLITS,
     Feed,

@@ -33,10 +33,11 @@ import diffusers
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from evaluate import DTYPES, start_processes
-from measure.extractors import digest, open_extractor, open_reference, slug
-from measure.extractors import statistics as features_of
+from measure.extractors import open_extractor, slug
 from measure.metrics import check_count, fit, frechet
+from measure.parts import DTYPES, digest, start_processes
+from measure.references import open_reference
+from measure.references import statistics as features_of
 from pictures.sources import Frame, as_dataset, open_pictures
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
