@@ -1,75 +1,15 @@
-"""The ddim-plugin command: as a process once, and from within for the rest."""
+"""What the commands write."""
 
 import json
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cli_runs import latents, run
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
-import ddim_plugin
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
-from ddim_plugin.cli import commands as cli
-
-
-@pytest.fixture(scope="module")
-def model(make_unet, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli") / "model"
-    unet = make_unet(channels=3)
-    torch.nn.init.normal_(unet.conv_out.weight, std=0.01, generator=torch.Generator().manual_seed(0))
-    GeneralizedDDIMPipeline(unet, GeneralizedDDIMScheduler(timestep_spacing="leading")).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
-    for i, each in enumerate(pixels):
-        Image.fromarray(each).save(folder / f"{i}.png")
-    return folder
-
-
-def run(command, *arguments, ok=True):
-    status = cli.main([command, *map(str, arguments)])
-    assert status == (0 if ok else 1)
-
-
-def latents(folder):
-    return load_file(folder / "latents.safetensors")["latents"]
-
-
-def test_it_is_installed():
-    program = shutil.which("ddim-plugin", path=Path(sys.executable).parent)
-    assert program is not None
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=120)
-    assert done.stdout.strip() == ddim_plugin.__version__
-
-
-@pytest.mark.parametrize("command", ["sample", "encode", "reconstruct", "interpolate", "fit"])
-def test_help_shows_an_example_that_parses(command, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([command, "--help"])
-    assert exit_.value.code == 0
-    text = capsys.readouterr().out
-    example = next(line.split() for line in text.splitlines() if line.startswith(f"  ddim-plugin {command} "))
-    assert cli.parse(example[1:]).command == command
-    assert ("--seed SEED" in text) is (command in ("sample", "fit"))
-
-
-def test_flags_may_stand_anywhere(capsys):
-    for words in (["m", "--steps", "5", "a", "b"], ["--steps", "5", "m", "a", "b"], ["m", "a", "b", "--steps", "5"]):
-        args = cli.parse(["interpolate", *words])
-        assert (args.model, args.images, args.steps) == ("m", ["a", "b"], 5)
-    with pytest.raises(SystemExit):
-        cli.parse(["interpolate", "m", "a", "b", "--stops", "5"])
-    assert "unrecognized arguments: --stops 5" in capsys.readouterr().err
 
 
 def test_sample(model, tmp_path):
@@ -192,11 +132,11 @@ def test_fit_and_the_multistep_method(model, pictures, tmp_path, capsys):
     run("fit", model, "--steps", 2, *settings, "--overwrite", "--output", tmp_path)
     assert list(json.loads((tmp_path / "fit.json").read_text())["fitted"]) == ["2"]
     run("fit", tmp_path / "model", "--steps", 2, *settings, "--overwrite", "--output", tmp_path, ok=False)
-    assert "would put the fitted model in the place of" in capsys.readouterr().err
+    assert "by the fitted model: choose another" in capsys.readouterr().err
     (tmp_path / "other" / "model").mkdir(parents=True)
     (tmp_path / "other" / "model" / "code.py").write_text("precious")
     run("fit", model, "--steps", 2, *settings, "--overwrite", "--output", tmp_path / "other", ok=False)
-    assert "is no model that --overwrite may replace" in capsys.readouterr().err
+    assert "--overwrite replaces models only, and" in capsys.readouterr().err
     assert (tmp_path / "other" / "model" / "code.py").exists()
     run("fit", model, "--steps", 2, *settings, "--dtype", "bfloat16", "--output", tmp_path / "half")
     weights = [
@@ -235,91 +175,3 @@ def test_pictures_of_another_size_and_mode(model, tmp_path, capsys):
 def test_half_precision(model, pictures, tmp_path):
     run("encode", model, pictures, "--dtype", "bfloat16", "--steps", 2, "--output", tmp_path)
     assert latents(tmp_path).dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["sample", "MODEL", "--num", "0"], "--num must be positive, not 0"),
-        (["sample", "MODEL", "--batch-size", "0"], "--batch-size must be positive"),
-        (["sample", "PICTURES"], "is no model: it has no model_index.json"),
-        (["sample", "MODEL", "--latents", "none.safetensors"], "there is no file none.safetensors"),
-        (["sample", "MODEL", "--latents", "PICTURES/0.png"], "0.png"),
-        (["sample", "MODEL", "--class-label", "1"], "unconditional"),
-        (["sample", "MODEL", "--strength", "0.5"], "--strength needs --latents"),
-        (["sample", "MODEL", "--latents", "FLAT"], "they must be (B, C, H, W)"),
-        (["sample", "MODEL", "--latents", "FLAT", "--eta", "1"], "they must be (B, C, H, W)|leave it out"),
-        (["sample", "MODEL", "--latents", "TEXT"], "holds no latents: it has text"),
-        (["sample", "MODEL", "--seed", "99999999999999999999"], "a seed must fit 64 bits"),
-        (["sample", "MODEL", "--device", "nonsense"], "--device nonsense cannot be used here"),
-        (["sample", "MODEL", "--output", "PICTURES/0.png/sub"], "is no folder one may write to"),
-        (["encode", "MODEL", "ODD/broken.png"], "cannot read the image"),
-        (["encode", "MODEL", "ODD/clear.png"], "has transparency"),
-        (["encode", "MODEL", "ODD/deep.png"], "more than 8 bits: scale it to 0..255 first"),
-        (["interpolate", "MODEL", "--seeds", "1", "2", "--strength", "0.5"], "--strength needs images or --latents"),
-        (["sample", "MODEL", "--num", "3", "--class-label", "1", "2"], "2 class labels for 3 images"),
-        (["sample", "MODEL", "--steps", "1001"], "must be an integer from 1 to 1000"),
-        (["sample", "./nowhere"], "there is no folder ./nowhere"),
-        (["interpolate", "MODEL", "--seeds", "1", "2", "--refine", "3"], "--refine and --resize are for images"),
-        (["encode", "MODEL", "none.png"], "there is no file none.png"),
-        (["encode", "MODEL", "EMPTY"], "there is no image in"),
-        (["encode", "MODEL", "PICTURES/0.png", "--refine", "-1"], "refinement_steps must be"),
-        (["encode", "MODEL", "PICTURES/0.png", "--output", "PICTURES/0.png"], "is a file: give a folder"),
-        (["interpolate", "MODEL"], "give the ends in one way"),
-        (["interpolate", "MODEL", "PICTURES/0.png", "--seeds", "1", "2"], "give the ends in one way"),
-        (["interpolate", "MODEL", "--seeds", "1", "2", "3"], "two ends for a path or four for a grid, not 3"),
-        (["interpolate", "MODEL", "--seeds", "1", "2", "--points", "1"], "--points must be at least 2"),
-    ],
-)
-def test_bad_input_is_one_line_and_leaves_nothing(model, pictures, tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    odd = tmp_path / "odd"
-    for folder in (tmp_path / "empty", odd):
-        folder.mkdir()
-    (odd / "broken.png").write_bytes((pictures / "0.png").read_bytes()[:100])
-    Image.new("RGBA", (8, 8)).save(odd / "clear.png")
-    Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(odd / "deep.png")
-    save_file({"latents": torch.zeros(())}, odd / "flat.safetensors")
-    save_file({"text": torch.zeros(1)}, odd / "text.safetensors")
-    places = {"MODEL": model, "PICTURES": pictures, "EMPTY": tmp_path / "empty", "ODD": odd}
-    places |= {"FLAT": odd / "flat.safetensors", "TEXT": odd / "text.safetensors"}
-    for name, place in places.items():
-        arguments = [argument.replace(name, str(place)) for argument in arguments]
-    assert cli.main(arguments) == 1
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ddim-plugin")]
-    assert len(said) == 1
-    assert any(each in said[0] for each in message.split("|"))
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_interrupt_is_one_line(model, tmp_path, monkeypatch, capsys):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(GeneralizedDDIMPipeline, "__call__", interrupt)
-    assert cli.main(["sample", str(model), "--num", "1", "--output", str(tmp_path / "out")]) == 130
-    assert "interrupted, nothing was written" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_networks_without_pictures_are_refused_before_sampling(make_unet, tmp_path, capsys):
-    GeneralizedDDIMPipeline(make_unet(channels=4), GeneralizedDDIMScheduler()).save_pretrained(tmp_path / "model")
-    run("sample", tmp_path / "model", "--output", tmp_path / "out", ok=False)
-    assert "the network takes 4 channels: pictures have 1 or 3" in capsys.readouterr().err
-
-
-def test_earlier_files_are_kept(model, tmp_path, capsys):
-    run("sample", model, "--num", 1, "--steps", 1, "--output", tmp_path)
-    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    run("sample", model, "--num", 2, "--steps", 1, "--output", tmp_path, ok=False)
-    assert "samples.png exists: choose another --output, or pass --overwrite" in capsys.readouterr().err
-    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-    run("sample", model, "--num", 2, "--steps", 1, "--output", tmp_path, "--overwrite")
-    assert len(latents(tmp_path)) == 2
-
-
-def test_a_missing_hub_model_is_one_line(tmp_path, monkeypatch, capsys):
-    """No network here: the Hub cannot be reached, and nothing is in the cache."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    run("sample", "nobody/nothing", "--output", tmp_path, ok=False)
-    assert "ddim-plugin sample: " in capsys.readouterr().err

@@ -1,0 +1,149 @@
+"""The options of the command line: `ddim-plugin COMMAND …`."""
+
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+
+from ..pipelines.generation import TOLERANCE
+from ..process.moves import VARIANCES
+from ..process.spacings import NAMES
+from ..version import __version__
+
+DTYPES = ("float32", "float16", "bfloat16")
+LATENTS = "latents.safetensors"
+MODEL = "model"
+
+FILES = {
+    "sample": ("samples.png", LATENTS, "sample.json"),
+    "encode": (LATENTS, "encode.json"),
+    "reconstruct": ("reconstruction.png", LATENTS, "reconstruct.json"),
+    "interpolate": ("interpolation.png", LATENTS, "interpolate.json"),
+    "fit": (MODEL, "fit.json"),
+    "push": (),
+}
+"""What each command writes into --output."""
+
+
+def parse(argv: Sequence[str] | None = None) -> Namespace:
+    """Parse the arguments of a command.
+
+    The images of `interpolate` may follow other options: argparse alone reads their list as empty.
+    """
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if args.command == "interpolate" and not args.images and not any(word.startswith("-") for word in rest):
+        args.images, rest = rest, []
+    if rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def parser() -> ArgumentParser:
+    """Build the parser of all commands."""
+    top = ArgumentParser("ddim-plugin", description="Sample images with diffusion models, and encode images (DDIM).")
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, summary: str, example: str) -> ArgumentParser:
+        writes = f"\n\nwrites into --output: {', '.join(FILES[name])}" if FILES[name] else ""
+        texts = {"help": summary, "description": f"{summary[0].upper()}{summary[1:]}."}
+        texts["epilog"] = f"example:\n  ddim-plugin {name} {example}{writes}"
+        return commands.add_parser(name, formatter_class=RawDescriptionHelpFormatter, **texts)
+
+    example = "user/model --num 16 --steps 20 --seed 0 --output out"
+    sub = command("sample", "sample images from noise, or decode latents", example)
+    _model(sub)
+    _timesteps(sub)
+    sub.add_argument("--num", type=int, help="number of images (default: 16)")
+    _seed(sub)
+    sub.add_argument("--latents", metavar="FILE", help="decode these latents, with the settings in the file (η = 0)")
+    _strength(sub)
+    sub.add_argument("--eta", type=float, help="η of Eq. 16: 0 is DDIM, 1 is DDPM (default: the model's)")
+    sub.add_argument("--variance", choices=VARIANCES, help="variance of the noise (default: the model's)")
+    sub.add_argument("--clip", action=BooleanOptionalAction, help="clip x̂0 in each step (default: the model's)")
+    _columns(sub)
+
+    sub = command("encode", "encode images as latents", "user/model pictures/*.png --steps 10 --refine 14 --output out")
+    _model(sub)
+    _timesteps(sub)
+    _images(sub, "+")
+
+    example = "user/model pictures/ --steps 10 --refine 14 --output out"
+    sub = command("reconstruct", "encode images and decode them again", example)
+    _model(sub)
+    _timesteps(sub)
+    _images(sub, "+")
+    _columns(sub)
+
+    summary = "interpolate between two images or latents, or on the grid between four"
+    sub = command("interpolate", summary, "user/model a.png b.png --steps 50 --refine 5 --output out")
+    _model(sub)
+    _timesteps(sub)
+    _images(sub, "*")
+    sub.add_argument("--latents", metavar="FILE", help="use these latents as ends, with the settings in the file")
+    sub.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="draw the ends from noise with these seeds")
+    sub.add_argument("--points", type=int, default=11, help="images on a path (default: %(default)s)")
+
+    summary = "fit the timesteps of a model at few steps, and save it with them"
+    sub = command("fit", summary, "user/model --steps 5 8 10 15 20 --output out")
+    _model(sub)
+    sub.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20], metavar="S", help="numbers of steps")
+    sub.add_argument("--num", type=int, default=128, help="number of images to fit on (default: %(default)s)")
+    _seed(sub)
+    sub.add_argument("--teacher-steps", type=int, default=200, help="steps of the solutions (default: %(default)s)")
+    sub.set_defaults(multistep=True, spacing=None)
+
+    summary = "push a saved pipeline to the Hub, with a card written from its records"
+    sub = command("push", summary, "out/digits user/ddim-digits --private --license cc-by-4.0")
+    sub.add_argument("folder", metavar="FOLDER", help="a folder written by save_pretrained or the training script")
+    sub.add_argument("repo_id", metavar="USER/MODEL", help="id of the repo, which is created if it does not exist")
+    sub.add_argument("--private", action="store_true", default=None, help="create the repo as a private one")
+    sub.add_argument("--revision", metavar="BRANCH", help="the branch (default: main)")
+    sub.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    sub.add_argument("--message", dest="commit_message", metavar="TITLE", help="title of the commit")
+    sub.add_argument("--license", help="licence of the weights, by its id on the Hub: mit, cc-by-4.0, …")
+    sub.add_argument("--records", metavar="FOLDER", help="results.json, training.json, pictures (default: FOLDER)")
+    sub.add_argument("--samples", type=int, metavar="N", help="images to sample for the card (default: 16, or its own)")
+    sub.add_argument("--token", help="token with write access (default: HF_TOKEN, or that of `hf auth login`)")
+    return top
+
+
+def _model(sub: ArgumentParser) -> None:
+    sub.add_argument("model", metavar="MODEL", help="a folder written by save_pretrained, or a Hub id")
+    sub.add_argument("--class-label", type=int, nargs="+", metavar="C", help="one for all images, or one for each")
+    sub.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: none)")
+    sub.add_argument("--null-class-label", type=int, metavar="C", help="the label of no class (default: the last)")
+    sub.add_argument("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
+    sub.add_argument("--device", help="cpu, cuda, … (default: an accelerator if there is one)")
+    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network (default: %(default)s)")
+    sub.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    sub.add_argument("--output", default="out", metavar="FOLDER", help="where files are written (default: %(default)s)")
+    sub.add_argument("--overwrite", action="store_true", help="replace files of an earlier run")
+
+
+def _timesteps(sub: ArgumentParser) -> None:
+    steps = sub.add_mutually_exclusive_group()
+    steps.add_argument("--steps", type=int, default=None, help="number of steps S (default: 50)")
+    steps.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="the timesteps themselves, descending")
+    sub.add_argument("--spacing", choices=NAMES, help="spacing of the timesteps (default: the model's)")
+    multistep = "sample with MultistepDDIMScheduler, for few steps (default: the model's scheduler)"
+    sub.add_argument("--multistep", action=BooleanOptionalAction, help=multistep)
+
+
+def _images(sub: ArgumentParser, nargs: str) -> None:
+    sub.add_argument("images", metavar="IMAGE", nargs=nargs, help="image files, or folders of them")
+    sub.add_argument("--resize", action="store_true", help="crop and resize images to the network's size")
+    sub.add_argument("--refine", type=int, default=0, metavar="K", help="evaluations to refine each move with, at most")
+    sub.add_argument("--tolerance", type=float, default=TOLERANCE, help="residual of a move (default: %(default)s)")
+    _strength(sub)
+
+
+def _strength(sub: ArgumentParser) -> None:
+    sub.add_argument("--strength", type=float, help="share of the steps to make, in (0, 1] (default: 1)")
+
+
+def _seed(sub: ArgumentParser) -> None:
+    sub.add_argument("--seed", type=int, default=0, help="image i is drawn with seed + i (default: %(default)s)")
+
+
+def _columns(sub: ArgumentParser) -> None:
+    sub.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default: %(default)s)")

@@ -1,0 +1,26 @@
+"""A small model and pictures for the commands."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+
+
+@pytest.fixture(scope="session")
+def model(make_unet, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    unet = make_unet(channels=3)
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.01, generator=torch.Generator().manual_seed(0))
+    GeneralizedDDIMPipeline(unet, GeneralizedDDIMScheduler(timestep_spacing="leading")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    for i, each in enumerate(pixels):
+        Image.fromarray(each).save(folder / f"{i}.png")
+    return folder

@@ -1,0 +1,99 @@
+"""Commands that fail: one line, status 1, and no file is written or lost."""
+
+import numpy as np
+import pytest
+import torch
+from cli_runs import latents, run
+from PIL import Image
+from safetensors.torch import save_file
+
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "MODEL", "--num", "0"], "--num must be positive, not 0"),
+        (["sample", "MODEL", "--batch-size", "0"], "--batch-size must be positive"),
+        (["sample", "PICTURES"], "has no model_index.json: give a folder written by save_pretrained"),
+        (["sample", "MODEL", "--latents", "none.safetensors"], "file none.safetensors was not found"),
+        (["sample", "MODEL", "--latents", "PICTURES/0.png"], "0.png"),
+        (["sample", "MODEL", "--class-label", "1"], "unconditional"),
+        (["sample", "MODEL", "--strength", "0.5"], "--strength needs --latents"),
+        (["sample", "MODEL", "--latents", "FLAT"], "they must be (B, C, H, W)"),
+        (["sample", "MODEL", "--latents", "FLAT", "--eta", "1"], "they must be (B, C, H, W)|leave it out"),
+        (["sample", "MODEL", "--latents", "TEXT"], "holds no latents, but text"),
+        (["sample", "MODEL", "--seed", "99999999999999999999"], "a seed must fit 64 bits"),
+        (["sample", "MODEL", "--device", "nonsense"], "--device nonsense is not available"),
+        (["sample", "MODEL", "--output", "PICTURES/0.png/sub"], "0.png is no writable folder"),
+        (["encode", "MODEL", "ODD/broken.png"], "cannot read the image"),
+        (["encode", "MODEL", "ODD/clear.png"], "has transparency"),
+        (["encode", "MODEL", "ODD/deep.png"], "more than 8 bits: scale it to 0..255 first"),
+        (["interpolate", "MODEL", "--seeds", "1", "2", "--strength", "0.5"], "--strength needs images or --latents"),
+        (["sample", "MODEL", "--num", "3", "--class-label", "1", "2"], "2 class labels for 3 images"),
+        (["sample", "MODEL", "--steps", "1001"], "must be an integer from 1 to 1000"),
+        (["sample", "./nowhere"], "folder ./nowhere was not found"),
+        (["interpolate", "MODEL", "--seeds", "1", "2", "--refine", "3"], "--refine and --resize need images"),
+        (["encode", "MODEL", "none.png"], "file none.png was not found"),
+        (["encode", "MODEL", "EMPTY"], "there is no image in"),
+        (["encode", "MODEL", "PICTURES/0.png", "--refine", "-1"], "refinement_steps must be"),
+        (["encode", "MODEL", "PICTURES/0.png", "--output", "PICTURES/0.png"], "0.png is no writable folder"),
+        (["interpolate", "MODEL"], "give the ends in one way"),
+        (["interpolate", "MODEL", "PICTURES/0.png", "--seeds", "1", "2"], "give the ends in one way"),
+        (["interpolate", "MODEL", "--seeds", "1", "2", "3"], "two ends for a path or four for a grid, not 3"),
+        (["interpolate", "MODEL", "--seeds", "1", "2", "--points", "1"], "--points must be at least 2"),
+        (["push", "nowhere", "user/model"], "folder nowhere was not found"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(model, pictures, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    odd = tmp_path / "odd"
+    for folder in (tmp_path / "empty", odd):
+        folder.mkdir()
+    (odd / "broken.png").write_bytes((pictures / "0.png").read_bytes()[:100])
+    Image.new("RGBA", (8, 8)).save(odd / "clear.png")
+    Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(odd / "deep.png")
+    save_file({"latents": torch.zeros(())}, odd / "flat.safetensors")
+    save_file({"text": torch.zeros(1)}, odd / "text.safetensors")
+    places = {"MODEL": model, "PICTURES": pictures, "EMPTY": tmp_path / "empty", "ODD": odd}
+    places |= {"FLAT": odd / "flat.safetensors", "TEXT": odd / "text.safetensors"}
+    for name, place in places.items():
+        arguments = [argument.replace(name, str(place)) for argument in arguments]
+    assert cli.main(arguments) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ddim-plugin")]
+    assert len(said) == 1
+    assert any(each in said[0] for each in message.split("|"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_is_one_line(model, tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GeneralizedDDIMPipeline, "__call__", interrupt)
+    assert cli.main(["sample", str(model), "--num", "1", "--output", str(tmp_path / "out")]) == 130
+    assert "interrupted, nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_networks_without_pictures_are_refused_before_sampling(make_unet, tmp_path, capsys):
+    GeneralizedDDIMPipeline(make_unet(channels=4), GeneralizedDDIMScheduler()).save_pretrained(tmp_path / "model")
+    run("sample", tmp_path / "model", "--output", tmp_path / "out", ok=False)
+    assert "the network takes 4 channels: pictures have 1 or 3" in capsys.readouterr().err
+
+
+def test_earlier_files_are_kept(model, tmp_path, capsys):
+    run("sample", model, "--num", 1, "--steps", 1, "--output", tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    run("sample", model, "--num", 2, "--steps", 1, "--output", tmp_path, ok=False)
+    assert "samples.png exists: choose another --output, or pass --overwrite" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    run("sample", model, "--num", 2, "--steps", 1, "--output", tmp_path, "--overwrite")
+    assert len(latents(tmp_path)) == 2
+
+
+def test_a_missing_hub_model_is_one_line(tmp_path, monkeypatch, capsys):
+    """No network here: the Hub cannot be reached, and nothing is in the cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    run("sample", "nobody/nothing", "--output", tmp_path, ok=False)
+    assert "ddim-plugin sample: " in capsys.readouterr().err

@@ -1,0 +1,40 @@
+"""The options of the ddim-plugin command, which is run as a process once."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ddim_plugin
+from ddim_plugin import cli
+from ddim_plugin.cli.parser import parse
+
+
+def test_it_is_installed():
+    program = shutil.which("ddim-plugin", path=Path(sys.executable).parent)
+    assert program is not None
+    for command in ([program], [sys.executable, "-m", "ddim_plugin.cli"]):
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=120)
+        assert done.stdout.strip() == ddim_plugin.__version__
+
+
+@pytest.mark.parametrize("command", ["sample", "encode", "reconstruct", "interpolate", "fit", "push"])
+def test_help_shows_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    example = next(line.split() for line in text.splitlines() if line.startswith(f"  ddim-plugin {command} "))
+    assert parse(example[1:]).command == command
+    assert ("--seed SEED" in text) is (command in ("sample", "fit"))
+
+
+def test_flags_may_stand_anywhere(capsys):
+    for words in (["m", "--steps", "5", "a", "b"], ["--steps", "5", "m", "a", "b"], ["m", "a", "b", "--steps", "5"]):
+        args = parse(["interpolate", *words])
+        assert (args.model, args.images, args.steps) == ("m", ["a", "b"], 5)
+    with pytest.raises(SystemExit):
+        parse(["interpolate", "m", "a", "b", "--stops", "5"])
+    assert "unrecognized arguments: --stops 5" in capsys.readouterr().err
