@@ -1,23 +1,22 @@
 """The pipeline: a U-Net and a scheduler, from noise to images, and from images to latents and back."""
 
 import inspect
+import json
+import logging
 import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import CommitInfo
 from torch import Tensor
 
-from ..hub.push import push_folder, same_weights
-from ..hub.reading import check_repo_id, logger, parts, plain_index, replaced, write_index
 from ..process import inversion
 from ..process import moves as process
 from ..process.gaussian import slerp
@@ -34,6 +33,22 @@ from ..schedulers.generalized import (
     sampler_class,
 )
 from . import images as pictures
+
+KEY = "_ddim_plugin"
+STOCK_SCHEDULER = ["diffusers", "DDIMScheduler"]
+"""Entry of `model_index.json` for a scheduler of this package: its config is readable as that of a stock one."""
+
+CLASSES = {
+    each.__name__: each
+    for each in (
+        GeneralizedDDIMScheduler,
+        InverseDDIMScheduler,
+        MultistepDDIMScheduler,
+        InverseMultistepDDIMScheduler,
+    )
+}
+
+logger = logging.getLogger("ddim_plugin")
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents", "sample", "pred_original_sample", "pred_epsilon")
@@ -73,6 +88,7 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
 
     def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
         super().__init__()
+        _check_weights(unet)
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @property
@@ -161,137 +177,63 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    # ---- sharing -----------------------------------------------------------------------------------------------
+    # ---- saving and opening --------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
-        """A pipeline from a folder or from the Hub. No code of a repo is run, and no flag is needed.
+        """Load a pipeline from a folder or from the Hub.
 
-        Opens what this class or the training script saved, and any unconditional pipeline of diffusers whose network is
-        a `UNet2DModel` (`DDPMPipeline`, `DDIMPipeline`, `PNDMPipeline`): the scheduler of such a one becomes a
-        `GeneralizedDDIMScheduler`, and what that takes over and changes is logged.
+        Opens what this class saved, and unconditional pipelines of diffusers (`DDPMPipeline`, `DDIMPipeline`,
+        `PNDMPipeline`). The scheduler of the latter becomes a `GeneralizedDDIMScheduler` with its settings, which is
+        logged.
 
         Args:
-            pretrained_model_name_or_path: a folder, or the id of a repo.
-            kwargs: those of `DiffusionPipeline.from_pretrained`: `revision`, `token`, `cache_dir`, `local_files_only`,
-                `variant`, `torch_dtype`, `device_map` (of the network), …; and `unet` or `scheduler` to take instead of
-                those in the repo.
+            pretrained_model_name_or_path: a folder, or the id of a repository.
+            kwargs: those of `DiffusionPipeline.from_pretrained`.
 
         Raises:
-            OSError: for a repo, revision or file that is not there, not allowed, or damaged.
-            ValueError: for a model of another kind, classes that this process does not know, weights that do not fit.
+            ValueError: if weights are missing, or the scheduler belongs to another family of models.
         """
-        pipe = cls(**parts(cls, pretrained_model_name_or_path, kwargs))
-        pipe.register_to_config(_name_or_path=os.fspath(pretrained_model_name_or_path))
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if "scheduler" not in kwargs:
+            # The index is in the cache by now: reading it again asks the Hub for nothing.
+            index = cls.load_config(pretrained_model_name_or_path, **kwargs | {"local_files_only": True})
+            pipe.scheduler = _opened(pipe.scheduler, *index["_saved_as"])
         return pipe
 
     @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any):
-        """What `model_index.json` holds, naming the classes of this process where the file names code of its repo."""
-        loaded = super().load_config(*args, **kwargs)
-        return (plain_index(loaded[0]), *loaded[1:]) if isinstance(loaded, tuple) else plain_index(loaded)
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """Read `model_index.json`. Whatever pipeline it names, the classes to load are this one and stock ones."""
+        index = super()._dict_from_json_file(json_file)
+        marked = index.get(KEY, {})
+        saved_as = marked.get("class", index.get("_class_name")), marked.get("scheduler", index.get("scheduler"))
+        pipeline, scheduler = (each[1] if isinstance(each, list) else each for each in saved_as)
+        index |= {"_class_name": cls.__name__, "_saved_as": (pipeline, scheduler)}
+        if scheduler in CLASSES:
+            index["scheduler"] = STOCK_SCHEDULER
+        return index
 
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
         safe_serialization: bool = True,
         variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save into a folder that loads with this package, with diffusers alone, and into the classes of diffusers.
+        """Save into a folder that stock pipelines and this one load. Arguments are those of `DiffusionPipeline`."""
+        super().save_pretrained(save_directory, safe_serialization, variant, **kwargs)
+        _remove_stale_weights(Path(save_directory, "unet"), safe_serialization, variant)
 
-        Args:
-            save_directory: the folder; other files in it stay.
-            safe_serialization: safetensors, not pickles.
-            variant: name of the weights beside the ordinary ones, such as "fp16".
-            max_shard_size: of a file of weights.
-            push_to_hub: also push it; `kwargs` are then those of the method `push_to_hub`, with `repo_id` (by default
-                the folder's name).
-        """
-        if kwargs and not push_to_hub:
-            raise TypeError(f"save_pretrained() got an unexpected keyword {min(kwargs)!r}")
-        with replaced(save_directory, variant):
-            super().save_pretrained(save_directory, safe_serialization, variant=variant, max_shard_size=max_shard_size)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
-
-    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `model_index.json` and the code files it names."""
+    def to_json_string(self) -> str:
+        """Return the index in the form that stock readers know."""
+        index = json.loads(super().to_json_string())
+        index.pop("_name_or_path", None)  # a place on this machine
+        index[KEY] = {"class": type(self).__name__, "scheduler": type(self.scheduler).__name__}
         if type(self) is GeneralizedDDIMPipeline:
-            write_index(self, save_directory)
-        else:
-            super().save_config(save_directory)  # a class of somebody's own: its code is not known here
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        revision: str | None = None,
-        license: str | None = None,
-        records: str | os.PathLike | None = None,
-        samples: int | None = None,
-    ) -> CommitInfo:
-        """Push to the Hub in one commit: weights, configs, code files, card, pictures and results.
-
-        Nothing local is changed. Where nothing has changed since the last push there is no commit. A card on the Hub
-        that somebody wrote stays.
-
-        Args:
-            repo_id: id of the repo, such as "user/model"; it is made where it does not exist.
-            commit_message: the commit's title.
-            private: whether a repo that is made is private. Refused where True and the repo is public.
-            token: a token that may write; by default the one of `hf auth login`, or HF_TOKEN.
-            create_pr: open a pull request instead of writing to the branch.
-            safe_serialization: must be True: pickles are not pushed.
-            variant: name of the weights, such as "fp16" for a network in half precision.
-            revision: the branch; main by default, made where it does not exist.
-            license: the Hub's id of the licence of the weights, for the card.
-            records: folder with `results.json`, `training.json` and pictures for the card; by default the one that this
-                pipeline was loaded from, where the weights are still those.
-            samples: number of pictures to draw for the card, at 20 steps; by default 16 where there is no picture yet.
-
-        Returns:
-            the commit, which reads as its URL.
-
-        Raises:
-            ValueError: before anything is sent, for settings and records that are not right.
-            OSError: where the Hub cannot be reached, or refuses.
-        """
-        if not safe_serialization:
-            raise ValueError("pickles are not pushed: leave out safe_serialization=False")
-        if type(self) is not GeneralizedDDIMPipeline:
-            raise ValueError(
-                f"a {type(self).__name__} has code of its own, which cannot be pushed: push a GeneralizedDDIMPipeline"
-            )
-        check_repo_id(repo_id)
-        source = self.name_or_path or ""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, variant=variant)
-            if records is None and os.path.isdir(source):
-                if same_weights(folder, source, variant):
-                    records = source
-                else:
-                    logger.warning("the records in %s are left out: its weights are others, or in other files", source)
-            return push_folder(
-                folder,
-                repo_id,
-                commit_message=commit_message,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                license=license,
-                records=records,
-                samples=samples,
-                sampler=None if self.image_size is None else lambda: self,
-            )
+            index["_class_name"] = "DDIMPipeline"
+        if isinstance(self.scheduler, GeneralizedDDIMScheduler):
+            index["scheduler"] = STOCK_SCHEDULER
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     # ---- latents -----------------------------------------------------------------------------------------------
 
@@ -823,6 +765,45 @@ class GeneralizedDDIMPipeline(DiffusionPipeline):
             return images
         array = images.permute(0, 2, 3, 1).float().cpu().numpy()
         return self.numpy_to_pil(array) if output_type == "pil" else array
+
+
+def _check_weights(unet: torch.nn.Module) -> None:
+    """Raise ValueError if weights were not in the files: diffusers warns, and leaves them without values."""
+    missing = [name for name, parameter in unet.named_parameters() if parameter.is_meta]
+    if missing and not hasattr(unet, "_hf_hook"):  # with a hook the weights are offloaded
+        raise ValueError(f"{len(missing)} weights of the network are missing, such as {missing[0]}: load them all")
+
+
+def _opened(scheduler: SchedulerMixin, saved_by: str, saved_as: str | None) -> SchedulerMixin:
+    """Return the scheduler to use for one that was loaded, given the classes in the index of its pipeline."""
+    if isinstance(scheduler, GeneralizedDDIMScheduler):
+        return scheduler
+    if saved_as in CLASSES:  # a folder of version 0.1
+        return CLASSES[saved_as].from_config(scheduler.config)
+    stock = type(scheduler).__name__
+    if not hasattr(diffusers, str(saved_by)):  # our own pipeline: the stock scheduler was chosen
+        return scheduler
+    if stock not in GeneralizedDDIMScheduler._compatibles:
+        raise ValueError(f"{stock} is for another family of models: pass scheduler=… that fits the network")
+    ours = GeneralizedDDIMScheduler.from_config(scheduler.config)
+    settings = ("eta", "variance_type", "timestep_spacing", "clip_sample")
+    named = ", ".join(f"{key}={ours.config[key]!r}" for key in settings)
+    logger.warning("The %s of this %s became a GeneralizedDDIMScheduler with %s.", stock, saved_by, named)
+    return ours
+
+
+def _remove_stale_weights(folder: Path, safe_serialization: bool, variant: str | None) -> None:
+    """Delete weights of an earlier save that would be loaded instead of those just written.
+
+    diffusers prefers an index of shards to one file, and safetensors to pickles. When it saves, it deletes old shards,
+    but not their index, nor safetensors when it writes a pickle.
+    """
+    ending = "" if variant is None else f".{variant}"
+    if not safe_serialization:
+        (folder / f"diffusion_pytorch_model{ending}.safetensors").unlink(missing_ok=True)
+    for kind in ("safetensors", "bin"):
+        if not any(folder.glob(f"diffusion_pytorch_model{ending}-*-of-*.{kind}")):
+            (folder / f"diffusion_pytorch_model.{kind}.index{ending}.json").unlink(missing_ok=True)
 
 
 def _check_output_type(output_type: str) -> None:
