@@ -1,40 +1,44 @@
-"""The package as one Python file, for a repo whose readers have diffusers and not this package.
+"""The one code file of a repo, for readers who have diffusers and not this package.
 
-diffusers runs code that it finds in a repo (`trust_remote_code=True`), file by file. One file that imports no sibling
-is what it copies and finds most surely. Names change with the content, so that files of several versions can stand in
-one process and one cache.
+diffusers runs such a file for `custom_pipeline=` and `trust_remote_code=True`. One file without relative imports is
+what it finds and copies most reliably, whatever the id of the repo.
 """
 
 import ast
-import hashlib
+import builtins
+import re
+import textwrap
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from ..version import __version__
 
-MODULES = ("version", "betas", "tau", "process", "prediction", "ode", "gaussian", "inversion", "images")
-MODULES += ("schedulers", "card", "hub", "push", "pipeline")
-"""What goes into the file, each after those it imports."""
+ROOT = Path(__file__).parents[1]
+ENTRY = "pipelines.generation"
+"""The module of the pipeline: the file holds it and all that it imports."""
 
 HEADER = f'''"""ddim-plugin {__version__} in one file: Denoising Diffusion Implicit Models for Hugging Face diffusers.
 
-Written by the package itself, from its modules in their order. License: Apache-2.0.
+Joined from the modules of the package, for sampling and latents. Docstrings are cut to their first paragraph.
+License: Apache-2.0.
 """
 '''
 
-ITSELF = '''
-# ======== bundle ========
+KEPT = """
+# diffusers runs this file again at each load. The classes of the first load are put back at the end.
+_first = {name: value for name, value in globals().items() if not name.startswith("__")}
+"""
 
+FOOTER = "globals().update(_first)\n"
 
-def code() -> tuple[str, str]:
-    """(name, text) of this file."""
-    return Path(__file__).stem, Path(__file__).read_text(encoding="utf-8")
-'''
+STALE = re.compile(r"(scheduler/)?ddim_plugin_\d+_\d+\w*\.py")
+"""Names of the code files of any version."""
 
 
 class Code(NamedTuple):
-    """The name of the module, without .py, and its text."""
+    """The name of the code file, without .py, and its text."""
 
     name: str
     text: str
@@ -42,86 +46,144 @@ class Code(NamedTuple):
 
 @cache
 def code() -> Code:
-    """The package as one file. Raises ValueError where two modules claim one name."""
-    text = join({name: Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in MODULES})
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return Code(f"ddim_plugin_{__version__.replace('.', '_')}_{digest}", text)
+    """Return the code file."""
+    return Code("ddim_plugin_" + re.sub(r"\W", "_", __version__), join(sources(ENTRY)))
 
 
-def join(sources: dict[str, str]) -> str:
-    """One source from those of modules, each after those it imports.
+def sources(entry: str) -> dict[str, str]:
+    """Return the sources of a module and of those it imports, by dotted name, dependencies first."""
 
-    Imports from outside go to the top; `from .a import x` goes, as x is there; `from . import a as b` becomes a
-    namespace b with what a defines. Raises ValueError where a name in use would come to mean something else.
+    def path(name: str) -> Path:
+        return ROOT.joinpath(*name.split(".")).with_suffix(".py")
+
+    found: dict[str, str] = {}
+
+    def visit(name: str) -> None:
+        text = path(name).read_text(encoding="utf-8")
+        for node in ast.parse(text).body:
+            for each in _siblings(name, node, lambda other: path(other).is_file()):
+                if each.module not in found:
+                    visit(each.module)
+        found[name] = text
+
+    visit(entry)
+    return found
+
+
+def join(modules: dict[str, str]) -> str:
+    """Join the sources of modules, each after those it imports.
+
+    Absolute imports move to the top. A name that has another meaning in a module before is renamed. A module that is
+    imported becomes a namespace with its names.
+
+    Raises:
+        ValueError: if a name to rename is also a local one; for relative imports that are not at the top of a module.
     """
-    modules = [_Module(name, source) for name, source in sources.items()]
-    _check_names(modules)
-    imports = sorted({line for module in modules for line in module.imported.values()})
-    parts = [HEADER, "\n".join([*imports, "from types import SimpleNamespace"]) + "\n", ITSELF]
-    for module in modules:
-        parts.append(f"\n# ======== {module.name} ========\n\n{module.body}\n")
-        aliases = sorted({alias for other in modules for name, alias in other.siblings if name == module.name})
-        attributes = "".join(f"    {name}={name},\n" for name in module.defined)
-        parts += [f"\n{alias} = SimpleNamespace(\n{attributes})\n" for alias in aliases]
-    return "\n".join(parts)
+    meanings = dict.fromkeys(dir(builtins), "a builtin")  # of the names in the file
+    called: dict[str, dict[str, str]] = {}  # for each module: its names, and what they are called in the file
+    trees = {module: ast.parse(text) for module, text in modules.items()}
+    attributes = {node.attr for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    imports, bodies = {"from types import": {"SimpleNamespace"}}, []
 
+    def claim(module: str, name: str, meaning: str) -> str:
+        """Choose what a name is called in the file. Return that, or "" if the file has it already."""
+        free = meanings.get(name, meaning) == meaning
+        made = called[module][name] = name if free else f"{module.replace('.', '_')}_{name}"
+        return "" if meanings.get(made) == meaning else meanings.setdefault(made, meaning) and made
 
-class _Module:
-    """A module's source, taken apart."""
-
-    def __init__(self, name: str, source: str):
-        tree = ast.parse(source)
-        self.name = name
-        self.defined: dict[str, str] = {}  # names and the statements that define them
-        self.imported: dict[str, str] = {}  # names and the imports from outside that bring them
-        self.siblings: list[tuple[str, str]] = []  # of `from . import name as alias`
-        self.taken: set[str] = set()  # by `from .module import name`
-        lines = source.splitlines()
+    for module, tree in trees.items():
+        made, called[module] = [], {}
         for node in tree.body:
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                self._import(node)
-                for i in range(node.lineno - 1, node.end_lineno or node.lineno):
-                    lines[i] = ""
-            else:
-                self.defined |= dict.fromkeys(_bound(node), ast.unparse(node))
-        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda)]
-        self.late = {each.id for function in functions for each in ast.walk(function) if isinstance(each, ast.Name)}
-        self.body = "\n".join(lines).strip()
+            if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.level == 0):
+                start = "import" if isinstance(node, ast.Import) else f"from {node.module} import"
+                for each in node.names:
+                    if name := claim(module, each.asname or each.name, f"{start} {each.name}"):
+                        imports.setdefault(start, set()).add(
+                            each.name if name == each.name else f"{each.name} as {name}"
+                        )
+            for each in _siblings(module, node, modules.__contains__):
+                if each.is_module:
+                    if name := claim(module, each.alias, f"module {each.module}"):
+                        inside = [f"{key}={new}" for key, new in called[each.module].items() if key in attributes]
+                        lines = textwrap.wrap(", ".join(inside), 116)
+                        made.append("\n    ".join([f"{name} = SimpleNamespace(", *lines]) + "\n)")
+                elif each.name not in called[each.module]:
+                    raise ValueError(f"{module} imports {each.name}, which {each.module} does not define")
+                elif each.alias == each.name:
+                    called[module][each.name] = called[each.module][each.name]
+                elif name := claim(module, each.alias, f"{each.name} of {each.module}"):
+                    made.append(f"{name} = {called[each.module][each.name]}")
+        defined = {name: node for node in tree.body for name in _bound(node)}
+        for name, node in defined.items():
+            used = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)} - {name}
+            alike = isinstance(node, ast.Assign) and not used & defined.keys()  # means the same in every module
+            claim(module, name, ast.unparse(node) if alike else f"{name} of {module}")
+        body = _body(tree, modules[module], {name: new for name, new in called[module].items() if name != new}, module)
+        bodies.append("\n\n".join(filter(None, [f"# ======== {module} ========", *made, body])))
+    lines = [f"import {name}" for name in sorted(imports.pop("import", ()))]
+    lines += [f"{start} {', '.join(sorted(found))}" for start, found in sorted(imports.items())]
+    return "\n\n\n".join(["\n".join([HEADER, *lines, KEPT.rstrip()]), *bodies, FOOTER])
 
-    def _import(self, node: ast.Import | ast.ImportFrom) -> None:
-        if isinstance(node, ast.Import):
-            self.imported |= {each.asname or each.name: f"import {ast.unparse(each)}" for each in node.names}
-        elif node.level == 0:
-            module = f"from {node.module} import"
-            self.imported |= {each.asname or each.name: f"{module} {ast.unparse(each)}" for each in node.names}
-        elif node.module is None:
-            self.siblings += [(each.name, each.asname or each.name) for each in node.names]
-        elif any(each.asname for each in node.names):
-            raise ValueError(f"{self.name} renames what it takes from {node.module}: in one file it cannot")
-        elif node.module != "bundle":
-            self.taken |= {each.name for each in node.names}
+
+class _Sibling(NamedTuple):
+    """What a module takes from another: a name of it, or the module itself; under an alias."""
+
+    module: str
+    name: str
+    alias: str
+    is_module: bool
+
+
+def _siblings(module: str, node: ast.stmt, exists: Callable[[str], bool]) -> Iterator[_Sibling]:
+    """Yield what a relative import takes from other modules; nothing for other statements."""
+    if not isinstance(node, ast.ImportFrom) or node.level == 0:
+        return
+    base = ".".join([*module.split(".")[: -node.level], *(node.module.split(".") if node.module else ())])
+    for each in node.names:
+        found = [f"{base}.{each.name}".removeprefix("."), base, f"{base}.__init__"]
+        name = next((name for name in found if name and name != ".__init__" and exists(name)), None)
+        if name is None:
+            raise ValueError(f"{module} imports {each.name}, which is not for the code file")
+        yield _Sibling(name, each.name, each.asname or each.name, name == found[0])
 
 
 def _bound(node: ast.stmt) -> list[str]:
-    """Names that a statement of a module defines."""
+    """Return the names that a statement of a module defines."""
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return [node.name]
-    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-    return [each.id for target in targets if target for each in ast.walk(target) if isinstance(each, ast.Name)]
+    inner = [each.target for each in ast.walk(node) if isinstance(each, ast.comprehension)]
+    skipped = {each for target in inner for each in ast.walk(target)}
+    found = [each for each in ast.walk(node) if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store)]
+    return list(dict.fromkeys(each.id for each in found if each not in skipped and each.id != "__all__"))
 
 
-def _check_names(modules: list[_Module]) -> None:
-    """Raise ValueError where a name that is looked up later, or taken by another module, has two meanings."""
-    meanings: dict[str, dict[str, str]] = {}  # name → its definition → the module that has it
-    for module in modules:
-        for name, definition in (module.defined | module.imported).items():
-            meanings.setdefault(name, {})[definition] = module.name
-        for name, alias in module.siblings:
-            meanings.setdefault(alias, {})[f"module {name}"] = module.name
-    for name, definitions in meanings.items():
-        users = [module.name for module in modules if name in module.taken]
-        users += [
-            module.name for module in modules if name in module.late & (module.defined.keys() | module.imported.keys())
-        ]
-        if len(definitions) > 1 and users:
-            raise ValueError(f"{' and '.join(definitions.values())} both define {name}, which {users[0]} uses")
+def _body(tree: ast.Module, text: str, renamed: dict[str, str], module: str) -> str:
+    """Return a module without imports of its own, names changed, and docstrings cut to their first paragraph."""
+    lines: list[bytes | None] = list(text.encode().splitlines())  # ast counts bytes
+    scopes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef)]
+    local = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    local |= {name for scope in scopes for node in ast.iter_child_nodes(scope) for name in _bound(node)}
+    if local & renamed.keys():
+        raise ValueError(f"{module} has local names {local & renamed.keys()} that other modules define: rename them")
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in renamed]
+    places = [(node.lineno, node.col_offset, node.id) for node in names]
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in renamed:
+            places.append((node.lineno, len("def " if isinstance(node, ast.FunctionDef) else "class "), node.name))
+            last, new = (node.end_lineno or 0) - 1, renamed[node.name]
+            lines[last] = (lines[last] or b"") + f'\n\n\n{new}.__name__ = {new}.__qualname__ = "{node.name}"'.encode()
+    for line, column, name in sorted(places, reverse=True):
+        whole = lines[line - 1] or b""
+        lines[line - 1] = whole[:column] + renamed[name].encode() + whole[column + len(name.encode()) :]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and node not in tree.body:
+            raise ValueError(f"{module} has a relative import within a block: move it to the top")
+        if isinstance(node, ast.Import | ast.ImportFrom) and node in tree.body:
+            lines[node.lineno - 1 : node.end_lineno] = [None] * ((node.end_lineno or node.lineno) - node.lineno + 1)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            start, end = node.body[0].lineno - 1, node.body[0].end_lineno or 0
+            blank = next((i for i in range(start, end) if not lines[i]), None)
+            if blank is not None:
+                lines[blank - 1 : end] = [(lines[blank - 1] or b"") + b'"""', *[None] * (end - blank)]
+    text = b"\n".join(line for line in lines if line is not None).decode().strip()
+    return re.sub(r"\n{4,}", "\n\n\n", text)
