@@ -1,6 +1,6 @@
-"""Distances between sets of features: the Fréchet distance, and what torch-fidelity computes from the same features.
+"""Distances between sets of features: the Fréchet distance, and those that torch-fidelity computes.
 
-Features are float32 (N, D), logits (N, K). Nothing here knows where they come from.
+Features are float32 (N, D), logits (N, K), from any extractor.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 BLOCK = 1024
-"""Rows at a time on their way into a covariance."""
+"""Rows added to a covariance at a time."""
 
 KID_SUBSETS, INCEPTION_SPLITS, NEIGHBOURS, LIBRARY_SEED = 100, 10, 3, 2020
-"""torch-fidelity's defaults, written down: they are part of what the numbers mean."""
+"""Defaults of torch-fidelity, fixed here because the numbers depend on them."""
 
 
 class Features(NamedTuple):
-    """What an extractor sees in pictures: features (N, D) and, of a classifier, logits (N, K)."""
+    """Features (N, D) of pictures and, from a classifier, logits (N, K)."""
 
     features: np.ndarray
     logits: np.ndarray | None = None
@@ -31,16 +31,34 @@ class Gaussian(NamedTuple):
     covariance: np.ndarray
 
 
+class Statistics(NamedTuple):
+    """A set of pictures as an extractor sees it. A field is None if no metric needs it."""
+
+    gaussian: Gaussian | None
+    features: Features | None
+
+
+Scores = dict[str, tuple[float, float | None]]
+"""Values and their standard deviations, by the names of the metrics."""
+
+
+# ---- the Fréchet distance ------------------------------------------------------------------------------------------
+
+
 def gaussian(features: np.ndarray) -> Gaussian:
-    """The mean and covariance of features (N, D); see `fit`."""
+    """Compute the mean and covariance of features (N, D), as `fit` does."""
     return fit(lambda: (features[i : i + BLOCK] for i in range(0, len(features), BLOCK)))
 
 
 def fit(blocks: Callable[[], Iterable[np.ndarray]]) -> Gaussian:
-    """The mean and covariance of blocks of features (n, D), in float64 whatever they are in: the mean first.
+    """Compute the mean and then the covariance of blocks of features (n, D), in float64.
 
-    `blocks()` is gone through twice. Raises ValueError where all of them are no more rows than D, as the covariance is
-    then singular, and for features that are not finite.
+    Args:
+        blocks: returns the blocks in the same order each time; it is called twice.
+
+    Raises:
+        ValueError: if there are no more rows than features, so that the covariance is singular, or if a feature is not
+            finite.
     """
     count, total = 0, np.zeros(0)
     for block in blocks():
@@ -58,7 +76,7 @@ def fit(blocks: Callable[[], Iterable[np.ndarray]]) -> Gaussian:
 
 
 def check_count(count: int, dimension: int, what: str = "pictures") -> None:
-    """Raise ValueError where so few images span no covariance of this many features."""
+    """Raise ValueError if so few pictures cannot span a covariance of this dimension."""
     if count <= dimension:
         raise ValueError(
             f"{count} {what} are too few for a Fréchet distance on {dimension} features: it needs at least "
@@ -67,7 +85,7 @@ def check_count(count: int, dimension: int, what: str = "pictures") -> None:
 
 
 def frechet(one: Gaussian, other: Gaussian) -> float:
-    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) (Dowson & Landau 1982).
+    """Compute ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½) (Dowson & Landau 1982).
 
     Σ₁Σ₂ has the eigenvalues of the symmetric Σ₁^½ Σ₂ Σ₁^½, which are real and not negative.
     """
@@ -83,7 +101,7 @@ def frechet(one: Gaussian, other: Gaussian) -> float:
 
 
 def library(what: str) -> Any:
-    """The package torch_fidelity. Raises ValueError with the remedy where it, or its torchvision, is not installed."""
+    """Import torch_fidelity. Raises ValueError with the remedy if it or its torchvision is missing."""
     try:
         import torch_fidelity
         import torch_fidelity.metric_isc
@@ -92,29 +110,29 @@ def library(what: str) -> Any:
         import torch_fidelity.utils
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
         raise ValueError(
-            f"{what} needs torch-fidelity, which cannot be imported ({error}): pip install torch-fidelity torchvision; "
-            "without them there are --metrics fd, and as --extractors any image classifier of transformers"
+            f"{what} needs torch-fidelity, which cannot be imported ({error}): pip install torch-fidelity torchvision, "
+            "or use --metrics fd with an image classifier of transformers in --extractors"
         ) from error
     return torch_fidelity
 
 
-def kid(samples: Features, reference: Features, subset_size: int) -> dict[str, tuple[float, float | None]]:
-    """Kernel distance (Bińkowski et al. 2018): the mean over subsets, and their deviation."""
+def kid(samples: Features, reference: Features, subset_size: int) -> Scores:
+    """Compute the kernel distance (Bińkowski et al. 2018): its mean over subsets, and their deviation."""
     compute = library("the metric kid").metric_kid.kid_features_to_metric
     settings = {"kid_subsets": KID_SUBSETS, "kid_subset_size": subset_size, "rng_seed": LIBRARY_SEED, "verbose": False}
     found = compute(_tensor(samples.features), _tensor(reference.features), **settings)
     return {"kid": (found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"])}
 
 
-def inception_score(samples: Features, *_: Any) -> dict[str, tuple[float, float | None]]:
-    """exp E KL(p(y|x) ‖ p(y)) (Salimans et al. 2016): the mean over splits, and their deviation."""
+def inception_score(samples: Features) -> Scores:
+    """Compute exp E KL(p(y|x) ‖ p(y)) (Salimans et al. 2016): its mean over splits, and their deviation."""
     compute = library("the metric is").metric_isc.isc_features_to_metric
     found = compute(_tensor(samples.logits), splits=INCEPTION_SPLITS, shuffle=True, rng_seed=LIBRARY_SEED)
     return {"is": (found["inception_score_mean"], found["inception_score_std"])}
 
 
-def precision_recall(samples: Features, reference: Features, *_: Any) -> dict[str, tuple[float, float | None]]:
-    """Shares of samples near the data, and of data near samples (Kynkäänniemi et al. 2019), by three neighbours."""
+def precision_recall(samples: Features, reference: Features) -> Scores:
+    """Compute the shares of samples near the data, and of data near samples (Kynkäänniemi et al. 2019)."""
     compute = library("the metric pr").metric_prc.prc_features_to_metric
     settings = {"prc_neighborhood": NEIGHBOURS, "save_cpu_ram": True, "verbose": False}
     found = compute(_tensor(samples.features), _tensor(reference.features), **settings)
@@ -125,30 +143,36 @@ def _tensor(array: np.ndarray | None) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
+# ---- by name -------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Metric:
-    """What a metric is computed from. `compute` takes samples, reference and the size of KID's subsets."""
+    """A metric, computed from the statistics of samples and reference and the size of KID's subsets.
 
-    compute: Callable[..., dict[str, tuple[float, float | None]]] | None  # None: the Fréchet distance, from Gaussians
+    `against` is whether it compares with a reference, and `whole` whether it needs features and not just the Gaussian.
+    """
+
+    compute: Callable[[Statistics, Statistics, int], Scores]
     against: bool = True
-    logits: bool = False
+    whole: bool = True
 
 
 METRICS = {
-    "fd": Metric(None),
-    "kid": Metric(kid),
-    "is": Metric(inception_score, against=False, logits=True),
-    "pr": Metric(precision_recall),
+    "fd": Metric(lambda x, y, size: {"fd": (frechet(x.gaussian, y.gaussian), None)}, whole=False),
+    "kid": Metric(lambda x, y, size: kid(x.features, y.features, size)),
+    "is": Metric(lambda x, y, size: inception_score(x.features), against=False),
+    "pr": Metric(lambda x, y, size: precision_recall(x.features, y.features)),
 }
 """Names of metrics: Fréchet distance, kernel distance, inception score, precision and recall."""
 
 
 def check_metrics(metrics: tuple[str, ...]) -> None:
-    """Raise ValueError for a metric that does not exist, twice the same, none, or whose library is not there."""
+    """Raise ValueError for unknown or repeated metrics, for none, and if their library is missing."""
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics or len(set(metrics)) < len(metrics):
         wrong = f"unknown metric {unknown[0]!r}" if unknown else f"metrics must be distinct names, not {metrics}"
         raise ValueError(f"{wrong}: use some of {', '.join(METRICS)}")
     for name in metrics:
-        if METRICS[name].compute:
+        if METRICS[name].whole:
             library(f"the metric {name}")

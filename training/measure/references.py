@@ -8,20 +8,20 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from pictures.sources import Frame, Pictures, as_dataset, origin
+from pictures import Frame, Pictures, as_dataset, origin
 from safetensors.numpy import load_file
 from trainer.settings import write_json
 
 from ddim_plugin.pipelines.images import MODES
 
 from .extractors import Extractor
-from .metrics import Features, Gaussian, fit, gaussian
+from .metrics import Features, Gaussian, Statistics, fit, gaussian
 from .parts import Arrays, Notes, Parts, cut, digest, save_arrays
 
 CHUNK = 1000
@@ -52,13 +52,6 @@ class Reference:
             "preprocessing": f"{MODES[self.frame.channels]}, cropped at the centre to the shape of {size}, then "
             "resized to it by Lanczos",
         }
-
-
-class Statistics(NamedTuple):
-    """A reference as an extractor sees it. A field is None if no metric needs it."""
-
-    gaussian: Gaussian | None
-    features: Features | None
 
 
 def open_reference(

@@ -1,0 +1,188 @@
+"""A run over a grid: what it writes, that a kill loses little, and that nothing is measured twice."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from measure.grid import run, tables
+from measuring import python, values
+from PIL import Image
+
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.hub import push
+from ddim_plugin.hub.card import read_results
+
+
+def test_what_is_written(measure, tmp_path, places):
+    result = measure(variances=("0", "0.5", "fixed_large"), spacings=("linear", "quadratic"), part=16)
+    output = tmp_path / "out"
+    written = json.loads((output / "results.json").read_text())
+    assert written == json.loads(json.dumps(result))
+    model = push.Model(Path(places["model"]), output)  # what a push takes of it: records that fit the weights
+    assert len(model.results) == len(result["results"])
+    assert f"{result['results'][0]['value']:.4g}" in model.card("ada/digits", None, None, None)
+    entries = read_results(output / "results.json")
+    assert len(entries) == 2 * 3 * 2 * 2  # S, variances, spacings, splits
+    assert {entry["metric"] for entry in entries} == {"fd_classifier"}
+    assert {entry["dataset"]["split"] for entry in entries} == {"train", "test"}
+    assert all(entry["images"] == 40 and entry["seconds"] > 0 for entry in entries)
+    assert [each["images"] for each in written["references"]] == [1500, 297]
+    assert written["status"] == "finished"
+    table = (output / "table.md").read_text()
+    assert table == tables.table(written)
+    assert table.count("| η = 0.5 |") == table.count("| σ̂ |") == 4
+    for entry in entries:
+        assert f"{entry['value']:.4g}" in table
+    for name in ("quality", "time", "samples-S0002", "samples-S0003"):
+        assert np.asarray(Image.open(output / f"{name}.png")).std() > 5
+    assert sorted(path.name for path in output.iterdir() if path.is_dir()) == ["cells"]
+
+
+def test_an_estimate_costs_little_and_leaves_nothing(measure, tmp_path, capsys):
+    cost = measure(images=1000, steps=(10, 100), variances=("0", "1"), estimate=True)["estimate"]
+    assert cost["evaluations"] == 1000 * 2 * (10 + 100)
+    assert 0 < cost["hours"] < 1
+    assert "4 cells, of which 0 are finished; for the others 220,000 evaluations" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_finished_is_not_measured_again(measure, drawn, monkeypatch, tmp_path):
+    whole = measure("whole")
+    assert sorted(drawn) == sorted([*range(40)] * 4)
+    drawn.clear()
+    with monkeypatch.context() as patch:
+        extract, calls = run.extract, []
+
+        def fail(extractors, pictures):
+            calls.append(len(pictures))
+            if len(calls) == 2 + 3 + 3 + 3:  # two of the estimate; the third cell's second part
+                raise KeyboardInterrupt
+            return extract(extractors, pictures)
+
+        patch.setattr(run, "extract", fail)
+        with pytest.raises(KeyboardInterrupt):
+            measure(part=16)
+    before = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (before["status"], len(before["cells"])) == ("running", 2)
+    drawn.clear()
+    again = measure(part=16)
+    assert sorted(drawn) == sorted([*range(32, 40), *range(40)])  # two parts of the third cell were there
+    assert values(again) == pytest.approx(values(whole), rel=1e-5)
+    drawn.clear()
+    assert measure(part=16, batch_size=9)["results"] == again["results"]
+    assert drawn == []
+    with pytest.raises(ValueError, match=r"holds results of other settings \(steps\).*--overwrite"):
+        measure(steps=(2, 3, 4))
+    wider = measure(steps=(2, 3, 4), overwrite=True)
+    assert len(drawn) == 2 * 40
+    assert values(wider)[: len(values(again))] == values(again)
+    drawn.clear()
+    measure(seed=1, overwrite=True)
+    assert len(drawn) == 4 * 40
+
+
+def test_at_all_steps_the_spacings_are_one(measure, drawn, make_unet, tmp_path):
+    model = str(tmp_path / "model")
+    GeneralizedDDIMPipeline(
+        make_unet(), GeneralizedDDIMScheduler(6, beta_schedule="squaredcos_cap_v2")
+    ).save_pretrained(model)
+    grid = {"model": model, "variances": ("0.5",), "spacings": ("linear", "quadratic", "leading")}
+    result = measure(steps=(3, 6), **grid)
+    assert sorted(drawn) == sorted([*range(40)] * (3 + 1))
+    entries = [(e["num_inference_steps"], e["timestep_spacing"], e["value"]) for e in result["results"]]
+    assert [spacing for S, spacing, _ in entries[::2] if S == 6] == ["linear", "quadratic", "leading"]
+    assert len({value for S, _, value in entries[::2] if S == 6}) == 1
+    assert len({value for S, _, value in entries[::2] if S == 3}) == 3
+    assert "\n| GeneralizedDDIMScheduler, τ quadratic |" in (tmp_path / "out" / "table.md").read_text()
+    drawn.clear()
+    assert measure(steps=(3, 6), **grid)["results"] == result["results"]
+    assert drawn == []
+
+
+KILLER = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+
+sys.path.insert(0, "training")
+import evaluate, torch
+from trainer.settings import build
+from sklearn.datasets import load_digits
+from transformers import AutoModelForImageClassification
+
+settings, kills, rng = json.loads(sys.argv[1]), int(sys.argv[2]), random.Random(0)
+output = Path(settings["output"])
+
+
+def progress():
+    return len(list(output.glob("parts/*/*.safetensors"))) + 1000 * len(list(output.glob("cells/*.json")))
+
+
+for trial in range(kills + 1):
+    before, child = progress(), os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            evaluate.main(build(evaluate.EvaluateConfig, settings))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if trial < kills:
+        while progress() <= before and os.waitpid(child, os.WNOHANG)[0] == 0:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.15))
+        try:
+            os.kill(child, signal.SIGKILL)
+        except ProcessLookupError:
+            sys.exit("ended before it was killed")
+        print("\\nkilled at", progress(), flush=True)
+    status = os.waitpid(child, 0)[1]
+    if trial == kills:
+        sys.exit(status and "the last run failed")
+"""
+
+
+def test_a_run_killed_again_and_again(places, measure, tmp_path):
+    """SIGKILL at random moments: the numbers and the pictures of the run that was not."""
+    settings = {"images": 120, "steps": (5, 10), "variances": ("0", "0.5", "fixed_large"), "part": 20, "cache": None}
+    whole = measure("whole", **settings)
+    killed = places | settings | {"reference": "digits", "batch_size": 16, "output": str(tmp_path / "killed")}
+    done = python("-c", KILLER, json.dumps(killed), 3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("killed at") == 3
+    again = json.loads((tmp_path / "killed" / "results.json").read_text())
+    assert again["status"] == "finished"
+    assert values(again) == pytest.approx(values(whole), rel=1e-9)
+    for S in (5, 10):
+        grids = [(tmp_path / name / f"samples-S{S:04d}.png").read_bytes() for name in ("whole", "killed")]
+        assert grids[0] == grids[1]
+    assert not list((tmp_path / "killed").rglob("*.part"))
+    assert not (tmp_path / "killed" / "parts").exists()
+
+
+def test_one_process_and_two_this_batch_and_that(places, measure, tmp_path):
+    """The numbers are the same; a batch of another size may round the network's last bit otherwise."""
+    settings = {"images": 230, "steps": (3, 5), "variances": ("0", "1"), "cache": None}
+    one = measure("one", batch_size=64, **settings)
+    other = measure("other", batch_size=100, part=200, **settings)
+    flags = [
+        "--model",
+        places["model"],
+        "--extractors",
+        *places["extractors"],
+        "--reference",
+        "digits",
+        "--images",
+        230,
+    ]
+    flags += ["--steps", 3, 5, "--variances", 0, 1, "--output", tmp_path / "two", "--part", 50, "--batch_size", 64]
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "training/evaluate.py")
+    done = python(*launch, *flags, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert two["processes"] == 2
+    assert done.stdout.count("4 cells, of which 0 are finished") == 1
+    assert values(two) == pytest.approx(values(one), rel=1e-9)
+    assert values(other) == pytest.approx(values(one), rel=1e-5)
+    tables = [(tmp_path / name / "table.md").read_text() for name in ("one", "other", "two")]
+    assert tables[0] == tables[1] == tables[2]
