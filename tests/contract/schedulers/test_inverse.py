@@ -5,12 +5,9 @@ import json
 import diffusers
 import pytest
 import torch
+from plans import settings
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, InverseDDIMScheduler
-
-
-def settings(scheduler):
-    return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +113,8 @@ def test_there_and_back(own, quiet_diffusers, tmp_path):
     assert settings(InverseDDIMScheduler.from_pretrained(tmp_path / "sampler")) == settings(up)
     again = InverseDDIMScheduler.from_config(up.config)
     assert settings(GeneralizedDDIMScheduler.from_config(again.config)) == settings(sampler)
-    assert json.loads((tmp_path / "scheduler_config.json").read_text())["_class_name"] == "InverseDDIMScheduler"
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert (saved["_class_name"], saved["_ddim_plugin"]["class"]) == ("DDIMScheduler", "InverseDDIMScheduler")
     assert quiet_diffusers == []
 
 

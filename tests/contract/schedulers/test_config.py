@@ -5,8 +5,14 @@ import json
 import diffusers
 import pytest
 import torch
+from plans import settings
 
-from ddim_plugin import GeneralizedDDIMScheduler
+from ddim_plugin import (
+    GeneralizedDDIMScheduler,
+    InverseDDIMScheduler,
+    InverseMultistepDDIMScheduler,
+    MultistepDDIMScheduler,
+)
 
 OWN = {
     "timestep_spacing": "quadratic",
@@ -18,10 +24,6 @@ OWN = {
     "prediction_type": "epsilon",
 }
 COMPATIBLE = sorted(cls.__name__ for cls in diffusers.DDIMScheduler().compatibles if "dummy" not in cls.__module__)
-
-
-def settings(scheduler):
-    return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
 
 
 def trajectory(scheduler, S=7):
@@ -167,8 +169,9 @@ def test_every_key_of_the_stock_scheduler_is_understood():
 def test_config_on_disk_is_readable(tmp_path):
     GeneralizedDDIMScheduler(**OWN).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "scheduler_config.json").read_text())
-    assert saved["_class_name"] == "GeneralizedDDIMScheduler"
+    assert saved["_class_name"] == "DDIMScheduler"
     assert saved["_ddim_plugin"] == {
+        "class": "GeneralizedDDIMScheduler",
         "eta": 0.3,
         "eps_mean_square": None,
         "use_clipped_model_output": False,
@@ -176,4 +179,48 @@ def test_config_on_disk_is_readable(tmp_path):
         "variance_type": "fixed_small",
     }
     assert "eta" not in saved
-    assert "timestep_spacing" not in saved
+    assert saved["timestep_spacing"] == "trailing"  # a stock scheduler's nearest
+
+
+# ---- the multistep scheduler ---------------------------------------------------------------------------------------
+
+
+def test_multistep_from_any_sampler():
+    own = MultistepDDIMScheduler()
+    for config in (
+        GeneralizedDDIMScheduler(timestep_spacing="quadratic", eta=1.0, beta_end=0.013).config,
+        GeneralizedDDIMScheduler(variance_type="fixed_large", beta_end=0.013).config,
+        diffusers.DDIMScheduler(timestep_spacing="trailing", beta_end=0.013, clip_sample=False).config,
+        diffusers.UniPCMultistepScheduler(beta_end=0.013).config,
+        diffusers.DDPMScheduler(variance_type="fixed_large", beta_end=0.013).config,
+    ):
+        made = MultistepDDIMScheduler.from_config(config)
+        assert made.config.beta_end == 0.013
+        for key in ("timestep_spacing", "eta", "variance_type", "steps_offset", "solver_order", "clip_sample"):
+            assert made.config[key] == own.config[key], key
+    clipping = diffusers.DDIMScheduler().config
+    for cls in (InverseDDIMScheduler, InverseMultistepDDIMScheduler):
+        back = MultistepDDIMScheduler.from_config(cls.from_config(clipping).config)
+        assert (back.config.clip_sample, back.config.timestep_spacing) == (False, "few_steps")
+    learned = GeneralizedDDIMScheduler(variance_type="learned_range")
+    assert MultistepDDIMScheduler.from_config(learned.config).config.variance_type == "learned_range"
+    asked = MultistepDDIMScheduler.from_config(learned.config, timestep_spacing="trailing", solver_order=2)
+    assert (asked.config.timestep_spacing, asked.config.solver_order) == ("trailing", 2)
+
+
+def test_multistep_on_disk_and_through_others(tmp_path, quiet_diffusers):
+    own = MultistepDDIMScheduler(timestep_spacing="quadratic", solver_order=2, lower_order_final=True, eta=0.2)
+
+    own.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert (saved["_class_name"], saved["_ddim_plugin"]["class"]) == ("DDIMScheduler", "MultistepDDIMScheduler")
+    assert settings(MultistepDDIMScheduler.from_pretrained(tmp_path)) == settings(own)
+    stock = diffusers.DPMSolverMultistepScheduler.from_config(own.config)
+    assert settings(MultistepDDIMScheduler.from_config(stock.config)) == settings(own)
+    assert GeneralizedDDIMScheduler.from_config(own.config).config.timestep_spacing == "quadratic"
+    default = GeneralizedDDIMScheduler.from_config(MultistepDDIMScheduler().config)
+    assert default.config.timestep_spacing == "linear"  # few_steps is for the multistep method
+    theirs = diffusers.DPMSolverMultistepScheduler(solver_order=1).config
+    assert MultistepDDIMScheduler.from_config(theirs).config.solver_order is None
+    assert diffusers.DDIMScheduler.from_pretrained(tmp_path).config.beta_end == 0.02
+    assert quiet_diffusers == []
