@@ -1,60 +1,120 @@
-"""The README's Python runs as it stands, with tiny networks in place of the checkpoints it names."""
+"""The READMEs: their Python runs as it stands, with tiny networks as the checkpoints it names, and they stay short."""
 
+import json
 import re
 from pathlib import Path
 
 import diffusers
 import pytest
+import tiny_stable_diffusion
 import torch
 from loopback_hub import LoopbackHub
 
+import ddim_plugin
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parents[2]
+README, REFERENCE = ROOT / "README.md", ROOT / "ddim_plugin" / "README.md"
+DOCUMENTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (README, REFERENCE)}
+LINKS = [(name, path) for name, text in DOCUMENTS.items() for path in re.findall(r"\]\((?!http)([^)]+)\)", text)]
+MARKED = re.compile(r"<!-- (\S+/\S+) -->\n\n(.*?)\n*<!-- end -->", re.DOTALL)
+
+
+def blocks(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+
+
+def add_repo(hub, name, pipe, folder):
+    pipe.save_pretrained(folder)
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    hub.add_repo(name, {file.relative_to(folder).as_posix(): file.read_bytes() for file in files})
 
 
 def test_the_examples_run(monkeypatch, make_unet, tmp_path):
-    example, few, latents, saving = BLOCKS
-    stock = diffusers.DDPMScheduler(clip_sample=True, variance_type="fixed_large")
-    diffusers.DDPMPipeline(make_unet(channels=3), stock).save_pretrained(tmp_path / "ddpm")
-    files = [file for file in (tmp_path / "ddpm").rglob("*") if file.is_file()]
-
-    class StableDiffusion:  # the real one is in parity/test_stock_pipelines.py
-        scheduler = diffusers.PNDMScheduler(steps_offset=1, skip_prk_steps=True)
-
-        def __call__(self, prompt, timesteps):
-            self.scheduler.set_timesteps(timesteps=timesteps)
-            return diffusers.ImagePipelineOutput(images=[prompt])
-
-    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "from_pretrained", lambda name: StableDiffusion())
+    text, load, process, few, latents, convert, save, restore = blocks(README)
     monkeypatch.chdir(tmp_path)
+    stock = diffusers.DDPMScheduler(clip_sample=True, variance_type="fixed_large")
+    unet = make_unet(channels=3)
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.01, generator=torch.Generator().manual_seed(0))
+    pndm = diffusers.PNDMScheduler(steps_offset=1, skip_prk_steps=True)
+    sd = tiny_stable_diffusion.build(tmp_path / "tokenizer", pndm)
     names = {}
     with LoopbackHub() as hub, hub.in_process(tmp_path / "home", "hf_user"):
         hub.add_user("user", "hf_user")
-        contents = {str(file.relative_to(tmp_path / "ddpm")): file.read_bytes() for file in files}
-        hub.add_repo("google/ddpm-cifar10-32", contents)
-        exec(example, names)
-        assert [image.size for image in names["images"]] == [(8, 8)] * 16
-        assert isinstance(names["sd"].scheduler, GeneralizedDDIMScheduler)
-        assert names["pipe"].scheduler.config.variance_type == "fixed_small"
-        small = names["pipe"].unet.conv_out.weight  # without training, large outputs make moves that no one can invert
-        torch.nn.init.normal_(small, std=0.01, generator=torch.Generator().manual_seed(0))
-        names["images"] = names["pipe"](batch_size=4, num_inference_steps=10).images
-        exec(few, names)
-        assert [image.size for image in names["images"]] == [(8, 8)] * 16
+        add_repo(hub, "google/ddpm-cifar10-32", diffusers.DDPMPipeline(unet, stock), tmp_path / "ddpm")
+        add_repo(hub, "stable-diffusion-v1-5/stable-diffusion-v1-5", sd, tmp_path / "sd")
+        exec(text, names)
         assert isinstance(names["sd"].scheduler, MultistepDDIMScheduler)
+        assert names["image"].size == (16, 16)
+        exec(load, names)
+        assert [image.size for image in names["images"]] == [(8, 8)] * 16
+        assert isinstance(names["pipe"].scheduler, GeneralizedDDIMScheduler)
+        exec(process, names)
+        assert len(names["images"]) == 4
+        assert names["pipe"].scheduler.timesteps.tolist() == [981, 841, 701, 561, 421, 281, 141, 1]
+        assert names["pipe"].scheduler.config.variance_type == "fixed_small"
+        assert names["pipe"].scheduler.config.timestep_spacing == "quadratic"
+        exec(few, names)
+        assert isinstance(names["fast"].scheduler, MultistepDDIMScheduler)
         assert set(names["fast"].scheduler.config.fitted_timesteps or {}) <= {"5", "8"}
         exec(latents, names)
         assert [len(names[name]) for name in ("again", "path", "grid", "variants")] == [4, 11, 25, 4]
-        exec(saving, names)
+        exec(convert, names)
+        assert type(names["stock"]) is diffusers.DDIMScheduler
+        assert names["same"].config == names["pipe"].scheduler.config
+        exec(save, names)
         assert hub.repos["user/my-model"].private
         for source in ("my-model", "user/my-model"):
             again = GeneralizedDDIMPipeline.from_pretrained(source)
             assert again.scheduler.config.timestep_spacing == "quadratic"
-            assert torch.equal(again.unet.conv_out.weight, small)
+            assert torch.equal(again.unet.conv_out.weight, unet.conv_out.weight)
+            assert type(diffusers.DiffusionPipeline.from_pretrained(source)) is diffusers.DDIMPipeline
+        [name] = {name for each in DOCUMENTS.values() for name in re.findall(r'custom_pipeline="(\w+)"', each)}
+        assert name == "ddim_plugin_" + ddim_plugin.__version__.replace(".", "_")
+        assert f"{name}.py" in hub.files("user/my-model")
+        exec(restore, names)
+        assert type(names["again"]) is diffusers.StableDiffusionPipeline
+        assert type(names["again"].scheduler) is MultistepDDIMScheduler
+        assert names["again"].scheduler.config == names["sd"].scheduler.config
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\((?!http)([^)]+)\)", README))
-def test_linked_files_exist(path):
-    assert (Path(__file__).parents[2] / path).exists()
+def test_the_examples_of_the_reference_run(make_unet):
+    latents, convert = blocks(REFERENCE)
+    unet = make_unet(channels=3)
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.01, generator=torch.Generator().manual_seed(0))
+    pipe = GeneralizedDDIMPipeline(unet, GeneralizedDDIMScheduler(timestep_spacing="quadratic"))
+    names = {"pipe": pipe, "images": pipe(2, 3).images}
+    exec(latents, names)
+    assert names["evaluations"].shape == (2,)
+    exec(convert, names)
+    assert names["ours"].config.timestep_spacing == "quadratic"
+
+
+@pytest.mark.parametrize(("document", "path"), LINKS)
+def test_linked_files_exist(document, path):
+    assert (ROOT / document).parent.joinpath(path).exists()
+
+
+def test_the_readme_is_short():
+    prose = re.sub(r"```.*?```|<!--.*?-->|^\|.*?$", "", DOCUMENTS["README.md"], flags=re.DOTALL | re.MULTILINE)
+    assert 500 < len(prose.split()) <= 1200
+
+
+def test_marked_tables_are_the_files_they_name():
+    marked = [found for text in DOCUMENTS.values() for found in MARKED.findall(text)]
+    assert "model_cards/ddim-mnist-28/measured/headline.md" in [name for name, _ in marked]
+    for name, table in marked:
+        assert table == (ROOT / name).read_text().strip()
+
+
+def test_quoted_figures_are_in_the_records():
+    """Figures outside the tables, each found in the record that the README links to."""
+    readme = " ".join(DOCUMENTS["README.md"].split())
+    results = json.loads((ROOT / "model_cards/ddim-cifar10-32-small/results.json").read_text())["results"]
+    five = [each for each in results if each["num_inference_steps"] == 5 and each["metric"].startswith("fd")]
+    found = {each["scheduler"]: each["value"] for each in five}
+    assert f"the Fréchet distance at five evaluations is {found['ours']:.2f}" in readme
+    assert f"reaches {found['the best of diffusers']:.2f}" in readme
+    speed = (ROOT / "training/measured/speed/speed.md").read_text()
+    ratio = re.search(r"^\| 64×3×32×32 \| (\S+) \|", speed, re.MULTILINE)[1]
+    assert f"a step of the stock scheduler at {ratio} times the duration of ours, for 64 images of 32×32" in readme
