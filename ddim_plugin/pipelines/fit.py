@@ -1,4 +1,4 @@
-"""τ for few steps that is fitted to a model, on its own trajectories and nothing else."""
+"""Fit τ for few steps to a model, on its own trajectories."""
 
 import math
 from collections.abc import Sequence
@@ -11,31 +11,26 @@ from tqdm.auto import tqdm
 
 from ..process import spacings
 from ..process.search import Trajectories, descend, search_trajectories
-from ..schedulers.generalized import MultistepDDIMScheduler
-from .generation import Condition, GeneralizedDDIMPipeline
+from ..schedulers import MultistepDDIMScheduler
+from .conditions import Condition
+from .generation import GeneralizedDDIMPipeline
+from .loop import AfterStep, check_count
 
 NODES = 28
 """Times that the dynamic programming chooses from."""
 
-TEACHER = {
-    "solver_order": 3,
-    "solver_quantity": None,
-    "solver_coordinate": None,
-    "solver_corrector": None,
-    "solver_extrapolation": None,
-    "lower_order_final": False,
-}
-"""Settings of the solver that makes the solutions, whatever those of the model are."""
+TEACHER = {"solver_order": 3, "lower_order_final": False}
+"""Settings of the solver that computes the solutions, whatever those of the model are."""
 
 NUMBERS = 2**20
-"""Numbers of the images that it looks at, at most."""
+"""Values of all images together that the dynamic programming uses, at most."""
 
 
 class Fitted(NamedTuple):
-    """τ for S steps, and what it was worth on images that it was not fitted to.
+    """Timesteps for S steps, and their error on images that they were not fitted to.
 
     Attributes:
-        timesteps: network times, descending; those of the spacing "few_steps" where nothing better was found.
+        timesteps: network timesteps, descending; those of the spacing "few_steps" if nothing better was found.
         error: mean over the images of the root mean square distance to the converged solution, in units of the
             network's images (−1..1).
         default_error: that of the spacing "few_steps".
@@ -58,46 +53,33 @@ def fit_timesteps(
     guidance_scale: float = 1.0,
     null_class_label: int | None = None,
 ) -> dict[int, Fitted]:
-    """Find τ for few steps with `MultistepDDIMScheduler`, and give the pipeline such a scheduler that knows it.
+    """Fit timesteps for few steps to a model, and give the pipeline a scheduler with them.
 
-    Solutions of the ODE for `num_images` draws of x_T are made with `teacher_steps` steps of order 3. On half of them
-    τ is found by dynamic programming (`ddim_plugin.search.search_trajectories`), and from there, or from the spacing
-    "few_steps" or an earlier τ where those are better, moved time by time to where the sampler's own images are nearer
-    to the solutions. What is best on the other half is taken. `pipe.scheduler` is then a `MultistepDDIMScheduler` with
-    `fitted_timesteps`, which are saved with it and used wherever that many steps are asked for.
+    The ODE is solved from `num_images` draws of x_T, with `teacher_steps` steps of order 3. On half of the solutions τ
+    is found by dynamic programming (`process.search`), then moved time by time to where the sampler's images are nearer
+    to the solutions; the search starts from the spacing "few_steps" or an earlier τ if those are better. The best τ on
+    the other half is used. `pipe.scheduler` becomes a `MultistepDDIMScheduler` with `fitted_timesteps`, which are saved
+    with it and used for those step counts.
 
     Args:
-        pipe: the model. The settings of a `MultistepDDIMScheduler` in it are kept, but its spacing is "few_steps".
+        pipe: the model. Settings of a `MultistepDDIMScheduler` in it are kept, except that its spacing is "few_steps".
         steps: the S to fit, each from 1 to T/2.
-        num_images: x_T of image i is drawn from `seed` + i.
-        teacher_steps: S of the solutions, or T where that is less.
+        num_images: number of images; x_T of image i is drawn from `seed` + i.
+        teacher_steps: S of the solutions, or T if that is less.
         batch_size: images at a time.
-        class_labels: of a class-conditional network, one for each image; by default spread over all classes, but for
-            the label of no class where guidance is on.
+        class_labels: for a class-conditional network, one for each image. By default they are spread over all classes,
+            without the label of "no class" if guidance is on.
         guidance_scale, null_class_label: as in the pipeline's call.
 
     Returns:
-        For each S what was found.
+        The result for each S.
 
     Raises:
-        ValueError: before the network is called, for numbers that cannot be, or a scheduler that adds noise;
-            afterwards, for images that are not finite.
+        ValueError: before the network is called, for numbers out of range, or a scheduler that adds noise; afterwards,
+            for images that are not finite.
     """
     scheduler = MultistepDDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="few_steps")
-    T = scheduler.config.num_train_timesteps
-    for name, value, least in (("num_images", num_images, 2), ("batch_size", batch_size, 1)):
-        if not spacings.is_integer(value) or value < least:
-            raise ValueError(f"{name} must be an integer from {least} on, not {value!r}")
-    if not isinstance(steps, Sequence):
-        raise ValueError(f"steps must be a list of numbers of steps, not {steps!r}")
-    wrong = [S for S in steps if not spacings.is_integer(S) or not 1 <= S <= T]
-    if wrong or not len(steps):
-        raise ValueError(f"steps must be integers from 1 to {T} (num_train_timesteps), not {wrong or steps!r}")
-    if not spacings.is_integer(teacher_steps) or min(teacher_steps, T) < 2 * max(steps):
-        raise ValueError(
-            f"teacher_steps={teacher_steps!r} of {T} times must be twice the largest of the steps ({max(steps)}) at "
-            "least: the solutions are what the steps are compared with"
-        )
+    _check_numbers(scheduler.config.num_train_timesteps, steps, num_images, teacher_steps, batch_size)
     before = pipe.scheduler
     pipe.scheduler = scheduler
     try:
@@ -105,13 +87,13 @@ def fit_timesteps(
         pipe._check_channels()
         if pipe.image_size is None:
             raise ValueError("the network's config has no sample_size: set it there")
-        shape, device = (pipe.unet.config.in_channels, *pipe.image_size), pipe._execution_device
         if class_labels is None:
             class_labels = _labels(pipe.unet.config.num_class_embeds, num_images, guidance_scale, null_class_label)
-        condition = pipe._condition(class_labels, guidance_scale, null_class_label, num_images, device)
+        condition = pipe._condition(class_labels, guidance_scale, null_class_label, num_images)
+        shape = (pipe.unet.config.in_channels, *pipe.image_size)
         generators = [Generator().manual_seed(seed + i) for i in range(num_images)]
-        noise = torch.stack([torch.randn(shape, generator=each) for each in generators]).to(device)
-        found = _Fitter(pipe, noise, condition, batch_size).fit(sorted(set(steps)), min(teacher_steps, T))
+        noise = torch.stack([torch.randn(shape, generator=each) for each in generators]).to(pipe._execution_device)
+        found = _Fitter(pipe, noise, condition, batch_size).fit(sorted(set(steps)), teacher_steps)
     except BaseException:
         pipe.scheduler = before
         raise
@@ -124,8 +106,24 @@ def fit_timesteps(
     return found
 
 
+def _check_numbers(T: int, steps: Sequence[int], num_images: int, teacher_steps: int, batch_size: int) -> None:
+    """Raise ValueError for numbers out of range."""
+    check_count("num_images", num_images)
+    check_count("batch_size", batch_size, 1)
+    if not isinstance(steps, Sequence):
+        raise ValueError(f"steps must be a list of step counts, not {steps!r}")
+    wrong = [S for S in steps if not spacings.is_integer(S) or not 1 <= S <= T]
+    if wrong or not len(steps):
+        raise ValueError(f"steps must be integers from 1 to {T} (num_train_timesteps), not {wrong or steps!r}")
+    if not spacings.is_integer(teacher_steps) or min(teacher_steps, T) < 2 * max(steps):
+        raise ValueError(
+            f"teacher_steps={teacher_steps!r} of {T} timesteps must be at least twice the largest of the steps "
+            f"({max(steps)}): the solutions are the reference for the steps"
+        )
+
+
 def _labels(classes: int | None, num: int, guidance_scale: float, null_class_label: int | None) -> list[int] | None:
-    """A label for each image, spread over the classes that there are pictures of."""
+    """Return a label for each image, spread over the classes."""
     if not classes:
         return None
     null = classes - 1 if null_class_label is None else null_class_label
@@ -145,7 +143,8 @@ class _Fitter:
         self.errors: dict[tuple[tuple[int, ...], range], float] = {}
 
     def fit(self, steps: list[int], teacher_steps: int) -> dict[int, Fitted]:
-        path = self._solve(teacher_steps)
+        """Fit τ for each S."""
+        path = self._solve(min(teacher_steps, self.T))
         largest = min(max(steps), len(path.times))
         programmed = search_trajectories(self.alpha_bar, path, largest, spacings.NOISE)
         seen, held, found = range(self.half), range(self.half, len(self.noise)), {}
@@ -163,15 +162,15 @@ class _Fitter:
         return found
 
     def _solve(self, S: int) -> Trajectories:
-        """The solutions, and for the dynamic programming the first half of them at some times."""
+        """Solve the ODE, and return the first half of the solutions at some times for the dynamic programming."""
         teacher = spacings.linear(S, self.T)
         wanted = np.round(self.T * np.linspace(0, 1, NODES + 1)[1:] ** 1.5)
         nodes = sorted({int(teacher[np.searchsorted(teacher, t)]) for t in wanted}, reverse=True)
-        nodes = [t for t in nodes if self.alpha_bar[t] > 0]  # with zero terminal SNR ε̂ is not known at the top
+        nodes = [t for t in nodes if self.alpha_bar[t] > 0]  # at ᾱ = 0 ε̂ is undefined
         kept = max(1, min(self.half, NUMBERS // math.prod(self.noise.shape[1:])))
         x, eps, solutions = {t: [] for t in nodes}, {t: [] for t in nodes}, []
 
-        def keep(i: int, sample: Tensor, step: Any) -> None:
+        def keep(i: int, t: Tensor, sample: Tensor, step: Any) -> None:
             time = int(teacher[-1 - i])
             if time in x:
                 x[time].append(sample.cpu())
@@ -190,13 +189,13 @@ class _Fitter:
         return Trajectories(np.array(nodes), *columns, *(each[:kept].cpu().flatten() for each in (self.noise, end)))
 
     def _error(self, tau: list[int], images: range) -> float:
-        """The mean distance of these images to their solutions; each τ is tried once."""
+        """Return the mean distance of these images to their solutions. Each τ is sampled once."""
         key = tuple(tau), images
         if key not in self.errors:
             errors = []
             for rows in self._batches(images):
-                made = self._sample(self.scheduler, tau, rows).clamp(-1, 1)
-                errors.append((made - self.solutions[rows]).flatten(1).square().mean(1).sqrt())
+                sampled = self._sample(self.scheduler, tau, rows).clamp(-1, 1)
+                errors.append((sampled - self.solutions[rows]).flatten(1).square().mean(1).sqrt())
             self.errors[key] = float(torch.cat(errors).mean())
         return self.errors[key]
 
@@ -204,9 +203,10 @@ class _Fitter:
         size = self.batch_size
         return [slice(start, min(start + size, images.stop)) for start in range(images.start, images.stop, size)]
 
-    def _sample(self, scheduler: MultistepDDIMScheduler, tau: list[int], rows: slice, keep: Any = None) -> Tensor:
-        """x_0 along τ, increasing times; `keep` is shown each step."""
-        dtype = self.pipe.unet.dtype
-        x = self.noise[rows].to(torch.promote_types(dtype, torch.float32))
+    def _sample(
+        self, scheduler: MultistepDDIMScheduler, tau: list[int], rows: slice, after_step: AfterStep | None = None
+    ) -> Tensor:
+        """Sample x_0 along τ, increasing times."""
         scheduler.set_timesteps(timesteps=[t - 1 for t in reversed(tau)], device=self.noise.device)
-        return self.pipe._run(scheduler, x, scheduler.timesteps, dtype, self.condition.rows(rows), keep)
+        x, condition = self.pipe._state(self.noise[rows]), self.condition.rows(rows)
+        return self.pipe._run(scheduler, x, scheduler.timesteps, condition, after_step, eta=0.0)

@@ -1,0 +1,350 @@
+"""Latents x_T of images: encode, decode, reconstruct and interpolate (Sections 5.3 and 5.4)."""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..process import inversion
+from ..process.gaussian import slerp
+from ..process.inversion import InversionReport
+from ..process.spacings import is_integer
+from ..schedulers import (
+    GeneralizedDDIMSchedulerOutput,
+    InverseDDIMScheduler,
+    InverseMultistepDDIMScheduler,
+    MultistepDDIMScheduler,
+)
+from .conditions import Condition, Labels
+from .images import Images, read
+from .loop import Loop, check_count, check_output_type
+
+TOLERANCE = 1e-5
+"""Residual of a step, in units of the network's images, at which its refinement ends."""
+
+
+class Latents(Loop):
+    """The deterministic process (η = 0) in both directions, for a pipeline with a scheduler of this package."""
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images: Images,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
+        strength: float = 1.0,
+        class_labels: Labels = None,
+        guidance_scale: float = 1.0,
+        null_class_label: int | None = None,
+        refinement_steps: int = 0,
+        tolerance: float = TOLERANCE,
+        batch_size: int | None = None,
+        return_report: bool = False,
+    ) -> Tensor | tuple[Tensor, InversionReport]:
+        """Encode images as the latents x_T that they are decoded from.
+
+        The naive inverse (`refinement_steps=0`) evaluates the network at the lower end of each step, so that decoding
+        returns the image only as S grows (Table 2). With `refinement_steps` each step is solved for its upper end, and
+        decoding at the same S returns the image. With a `MultistepDDIMScheduler` steps depend on each other and are
+        refined together; the report has one row for the whole path. Images do not depend on each other, apart from
+        the network's rounding at another batch size.
+
+        Args:
+            images: PIL images, arrays (B, H, W, C), tensors (B, C, H, W), one of them or a list. Values are bytes, or
+                numbers in [0, 1].
+            num_inference_steps, timesteps: as in the call; decode with the same.
+            strength: part of the S steps to make, counted from the image: ⌊strength·S⌋. Less than 1 gives x_t of an
+                intermediate t.
+            class_labels, guidance_scale, null_class_label: as in the call.
+            refinement_steps: network evaluations to refine each step with, at most; the first step needs one more. A
+                multistep path takes two for each of its steps at a time, and the first two only measure its error.
+            tolerance: root mean square of (x_s − f(x_t))/√ᾱ_s, in units of the network's images (−1..1), at which a
+                step is solved.
+            batch_size: images to encode together; all by default.
+            return_report: also return an `InversionReport`.
+
+        Returns:
+            Latents (B, C, H, W), in float32 at least; with `return_report` a tuple of them and the report.
+
+        Raises:
+            ValueError: before the network is called, for arguments that do not fit, and for a scheduler that adds noise
+                or constrains x̂0, whose steps have no inverse; afterwards, for latents that are not finite.
+        """
+        if not is_integer(refinement_steps) or refinement_steps < 0:
+            raise ValueError(f"refinement_steps must be a non-negative integer, not {refinement_steps!r}")
+        if not isinstance(tolerance, Real) or not 0 <= tolerance < math.inf:
+            raise ValueError(f"tolerance must be a non-negative number, not {tolerance!r}")
+        self._check_deterministic(invertible=True)
+        batches = _batches(batch_size)
+        x = read(images, self.unet.config.in_channels, self.image_size)
+        condition = self._condition(class_labels, guidance_scale, null_class_label, len(x))
+        self._check_channels()
+        self._set_timesteps(self.scheduler, num_inference_steps, timesteps)
+        multistep = isinstance(self.scheduler, MultistepDDIMScheduler)
+        upwards = InverseMultistepDDIMScheduler if multistep else InverseDDIMScheduler
+        inverse = upwards.from_config(self.scheduler.config)
+        self._set_timesteps(inverse, num_inference_steps, timesteps)
+        steps = self._number_of_steps(strength)
+        ascend = self._ascend_together if multistep else self._ascend
+
+        x = self._state(x)
+        parts = [
+            ascend(x[rows], inverse, steps, condition.rows(rows), refinement_steps, tolerance)
+            for rows in batches(len(x))
+        ]
+        self.maybe_free_model_hooks()
+        z = torch.cat([latents for latents, _ in parts])
+        if not bool(torch.isfinite(z).all()):
+            raise ValueError(
+                "the latents are not finite: the network gave NaN or infinity (in half precision, try float32)"
+            )
+        return (z, inversion.join([report for _, report in parts])) if return_report else z
+
+    def _ascend(
+        self,
+        x: Tensor,
+        inverse: InverseDDIMScheduler,
+        steps: int,
+        condition: Condition,
+        refinement_steps: int,
+        tolerance: float,
+    ) -> tuple[Tensor, InversionReport]:
+        """Encode images `x` over the first `steps` steps, each solved on its own."""
+        image, network_dtype = x, self.unet.dtype
+        reports: list[inversion.MoveReport] = []
+        at_x: GeneralizedDDIMSchedulerOutput | None = None  # the sampler's step from x, if known
+        for i, t in enumerate(self.progress_bar(inverse.timesteps[:steps])):
+            move = inverse.move(i)
+            if move.alpha_bar_t == move.alpha_bar_s:  # the identity
+                reports.append(inversion.nothing(len(x)))
+                continue
+            if at_x is None:
+                guess = inverse.step(self._predict(x.to(network_dtype), t, condition), t, x).prev_sample
+            else:
+                signal, noise = math.sqrt(move.alpha_bar_t), math.sqrt(1 - move.alpha_bar_t)
+                guess = signal * at_x.pred_original_sample + noise * at_x.pred_epsilon
+            if refinement_steps == 0:
+                x = guess
+                reports.append(inversion.naive(len(x), condition.evaluations))
+                continue
+            down = self.scheduler.timesteps[-1 - i]
+            residual = partial(self._residual, x, x is image, down, network_dtype, condition)
+            step_size, unit = inversion.step_size(move.alpha_bar_t, move.alpha_bar_s), math.sqrt(move.alpha_bar_s)
+            solution = inversion.solve(residual, guess, step_size, tolerance * unit, refinement_steps)
+            reports.append(solution.report(tolerance, unit, condition.evaluations, guessed=at_x is None))
+            x = solution.x
+            at_x = self.scheduler.step(solution.output, down, x, eta=0.0)
+        return x, inversion.report(inverse.timesteps[:steps].tolist(), reports, tolerance, x)
+
+    def _residual(
+        self,
+        x_s: Tensor,
+        is_image: bool,
+        t: Tensor,
+        network_dtype: torch.dtype,
+        condition: Condition,
+        x: Tensor,
+        rows: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return x_s − f(x), f the sampler's step at `t`, for some images; and the network's output at x.
+
+        If x_s is the image, f ends with the clamp to −1..1.
+        """
+        output = self._predict(x.to(network_dtype), t, condition.rows(rows))
+        sampled = self.scheduler.step(output, t, x, eta=0.0).prev_sample
+        return x_s[rows] - (sampled.clamp(-1, 1) if is_image else sampled), output
+
+    def _ascend_together(
+        self,
+        image: Tensor,
+        inverse: InverseMultistepDDIMScheduler,
+        steps: int,
+        condition: Condition,
+        refinement_steps: int,
+        tolerance: float,
+    ) -> tuple[Tensor, InversionReport]:
+        """Encode images over the first `steps` steps, refined as one.
+
+        An iteration moves the image by what decoding misses it by, and encodes it again.
+        """
+        up, down = inverse.timesteps[:steps], self.scheduler.timesteps[-steps:]
+        iterations = max(1, refinement_steps // 2)
+
+        def encoded(x: Tensor, rows: Tensor | slice) -> Tensor:
+            bar.update()
+            return self._run(inverse, x, up, condition.rows(rows), eta=0.0)
+
+        def residual(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            z = encoded(x, rows)
+            decoded = self._run(self.scheduler, z, down, condition.rows(rows), eta=0.0)
+            return image[rows] - decoded.clamp(-1, 1), z
+
+        with self.progress_bar(total=iterations) as bar:
+            if refinement_steps == 0:
+                z, found = encoded(image, slice(None)), inversion.naive(len(image), condition.evaluations * steps)
+            else:
+                solution = inversion.solve(residual, image, 1.0, tolerance, iterations)
+                found = solution.report(tolerance, 1.0, condition.evaluations * 2 * steps, guessed=False)
+                z = solution.output
+        return z, inversion.report([int(down[0])], [found], tolerance, z)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        latents: Tensor,
+        num_inference_steps: int | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
+        strength: float = 1.0,
+        class_labels: Labels = None,
+        guidance_scale: float = 1.0,
+        null_class_label: int | None = None,
+        batch_size: int | None = None,
+        output_type: str = "pil",
+    ) -> Any:
+        """Decode latents to images: the call with `latents` and η = 0, bit for bit.
+
+        Args:
+            latents: x_T, or x_t from `encode` with the same `strength`, (B, C, H, W).
+            strength: as in `encode`.
+            batch_size: images to decode together; all by default.
+            num_inference_steps, timesteps, class_labels, guidance_scale, null_class_label, output_type: as in the call.
+
+        Returns:
+            Images: a list of PIL images, an array or a tensor.
+
+        Raises:
+            ValueError: for arguments that do not fit, and for a scheduler that adds noise.
+        """
+        check_output_type(output_type)
+        self._check_deterministic()
+        self._check_latents(latents)
+        batches = _batches(batch_size)
+        condition = self._condition(class_labels, guidance_scale, null_class_label, len(latents))
+        self._check_channels()
+        self._set_timesteps(self.scheduler, num_inference_steps, timesteps)
+        last = self.scheduler.timesteps[-self._number_of_steps(strength) :]
+        x = self._state(latents)
+        parts = [
+            self._run(self.scheduler, x[rows], self.progress_bar(last), condition.rows(rows), eta=0.0)
+            for rows in batches(len(x))
+        ]
+        images = self._images(torch.cat(parts), output_type)
+        self.maybe_free_model_hooks()
+        return images
+
+    def reconstruct(
+        self,
+        images: Images,
+        num_inference_steps: int | None = None,
+        refinement_steps: int = 0,
+        tolerance: float = TOLERANCE,
+        output_type: str = "pil",
+        return_report: bool = False,
+        **settings: Any,
+    ) -> Any:
+        """Encode images and decode them again (Section 5.4, Table 2).
+
+        Args:
+            images, num_inference_steps, refinement_steps, tolerance: as in `encode`.
+            output_type: as in the call.
+            return_report: also return the latents and the `InversionReport`.
+            settings: other keywords that `encode` and `decode` share.
+
+        Returns:
+            Images; with `return_report` a tuple of them, the latents and the report.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        check_output_type(output_type)
+        settings["num_inference_steps"] = num_inference_steps
+        unknown = settings.keys() - set(inspect.signature(self.decode).parameters)
+        if unknown:
+            raise TypeError(f"reconstruct() got an unexpected keyword argument {min(unknown)!r}")
+        z, report = self.encode(
+            images, refinement_steps=refinement_steps, tolerance=tolerance, return_report=True, **settings
+        )
+        again = self.decode(z, output_type=output_type, **settings)
+        return (again, z, report) if return_report else again
+
+    def interpolate(self, z0: Tensor, z1: Tensor, num: int = 11, **decoding: Any) -> Any:
+        """Decode the spherical interpolation of two latents (Section 5.3, Appendix D.5, Fig. 6).
+
+        Args:
+            z0, z1: the ends, (C, H, W), or (B, C, H, W) for B paths.
+            num: images on a path, ends included; at least 2.
+            decoding: keywords of `decode`. `class_labels` are one for all, or one for each path.
+
+        Returns:
+            Images, path after path: a list of B·num PIL images, an array or a tensor.
+
+        Raises:
+            ValueError: for latents of different shapes, `num` below 2, and as `decode`.
+        """
+        check_count("num", num)
+        z0, z1 = (z[None] if isinstance(z, Tensor) and z.ndim == 3 else z for z in (z0, z1))
+        for z in (z0, z1):
+            self._check_latents(z)
+        path = _path(z0, z1.to(z0), num)
+        labels = decoding.get("class_labels")
+        if labels is not None and torch.as_tensor(labels).ndim:
+            if len(labels) != len(z0):
+                raise ValueError(f"{len(labels)} class_labels for {len(z0)} paths: give one, or one for each")
+            decoding["class_labels"] = torch.as_tensor(labels).repeat_interleave(num, 0)
+        return self.decode(path.flatten(0, 1), **decoding)
+
+    def interpolate_grid(self, corners: Tensor, num: int | tuple[int, int] = 11, **decoding: Any) -> Any:
+        """Decode the grid between four latents, the slerp of two slerps (Appendix D.5, Fig. 6).
+
+        Args:
+            corners: top left, top right, bottom left and bottom right, (4, C, H, W).
+            num: rows and columns of the grid, or (rows, columns); each at least 2.
+            decoding: keywords of `decode`. `class_labels` is one for all.
+
+        Returns:
+            Images, row after row: a list of rows·columns PIL images, an array or a tensor.
+
+        Raises:
+            ValueError: for other than four latents, fewer than 2 rows or columns, and as `decode`.
+        """
+        rows, columns = num if isinstance(num, tuple) and len(num) == 2 else (num, num)
+        check_count("num", rows)
+        check_count("num", columns)
+        self._check_latents(corners)
+        if len(corners) != 4:
+            raise ValueError(f"corners must be 4 latents, not {len(corners)}")
+        left, right = _path(corners[:2], corners[2:], rows)
+        return self.decode(_path(left, right, columns).flatten(0, 1), **decoding)
+
+    def _check_latents(self, latents: Tensor) -> None:
+        """Raise ValueError unless `latents` are some for this network."""
+        if latents is None:
+            raise ValueError("latents must be a torch tensor, not None")
+        self._shape(None, latents)
+
+    def _number_of_steps(self, strength: float) -> int:
+        """⌊strength·S⌋, the number of steps between the image and an intermediate t."""
+        S = self.scheduler.num_inference_steps
+        if not isinstance(strength, Real) or not 0 < strength <= 1:
+            raise ValueError(f"strength must lie in (0, 1], not {strength!r}")
+        steps = int(strength * S + 1e-9)
+        if steps == 0:
+            raise ValueError(f"strength={strength:g} of {S} steps is less than one: use at least {1 / S:.3g}")
+        return steps
+
+
+def _path(z0: Tensor, z1: Tensor, num: int) -> Tensor:
+    """Interpolate between each of `z0` and `z1`, (B, …), ends included: (B, num, …)."""
+    return torch.stack([slerp(z0, z1, i / (num - 1)) for i in range(num)], 1)
+
+
+def _batches(batch_size: int | None) -> Callable[[int], list[slice]]:
+    """Check `batch_size`, and return a function from the number of images to the slices of their batches."""
+    if batch_size is not None:
+        check_count("batch_size", batch_size, 1)
+    return lambda count: [slice(i, i + (batch_size or count)) for i in range(0, count, batch_size or count)]
