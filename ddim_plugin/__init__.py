@@ -4,14 +4,17 @@
 # classes beside them: SchedulerMixin and ModelMixin are part of the file format.
 from diffusers import ModelMixin, SchedulerMixin
 
+from .hub.push import push_to_hub as _push_to_hub
+from .hub.stock import save_stock_index as _save_stock_index
 from .pipelines.fit import fit_timesteps
 from .pipelines.generation import GeneralizedDDIMPipeline
-from .schedulers.generalized import (
+from .schedulers import (
     GeneralizedDDIMScheduler,
     GeneralizedDDIMSchedulerOutput,
     InverseDDIMScheduler,
     InverseMultistepDDIMScheduler,
     MultistepDDIMScheduler,
+    restore_scheduler,
 )
 from .version import __version__
 
@@ -26,7 +29,11 @@ __all__ = [
     "SchedulerMixin",
     "__version__",
     "fit_timesteps",
+    "restore_scheduler",
 ]
+
+GeneralizedDDIMPipeline.push_to_hub = _push_to_hub
+_save_stock_index()
 
 # Saved files name these classes by this module, whatever file they stand in.
 for _class in (
