@@ -89,21 +89,6 @@ def few_steps_noise(S: int, alpha_bar: Array) -> Times:
     return _spread(np.linspace(top, min(top, max(1, T / max(8, S))), S), T)
 
 
-def few_steps_power(S: int, alpha_bar: Array) -> Times:
-    """The ends of `few_steps`, and S times between them along a power law of exponent 1.5: nearer to the data."""
-    top, bottom = _ends(S, alpha_bar)
-    return _spread(np.linspace(top ** (2 / 3), bottom ** (2 / 3), S) ** 1.5, len(alpha_bar) - 1)
-
-
-def log_snr(S: int, alpha_bar: Array) -> Times:
-    """The ends of `few_steps`, and S times between them evenly spaced in ln(ᾱ/(1 − ᾱ))."""
-    top, bottom = _ends(S, alpha_bar)
-    t = np.arange(bottom, top + 1)
-    inside = np.clip(alpha_bar[t], 1e-12, 1 - 1e-12)
-    values = np.log(inside / (1 - inside))
-    return _spread(np.interp(np.linspace(values[-1], values[0], S), values[::-1], t[::-1]), len(alpha_bar) - 1)
-
-
 def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
     """Top and bottom for few steps."""
     T = len(alpha_bar) - 1
@@ -124,9 +109,7 @@ SPACINGS: dict[str, Callable[[int, int], Times]] = {
     f.__name__: f for f in (linear, quadratic, leading, trailing, linspace, paper_linear, paper_quadratic)
 }
 
-OF_ALPHA_BAR: dict[str, Callable[[int, Array], Times]] = {
-    f.__name__: f for f in (few_steps, few_steps_noise, few_steps_power, log_snr)
-}
+OF_ALPHA_BAR: dict[str, Callable[[int, Array], Times]] = {f.__name__: f for f in (few_steps, few_steps_noise)}
 """Spacings that depend on ᾱ."""
 
 NAMES = (*SPACINGS, *OF_ALPHA_BAR)

@@ -1,0 +1,280 @@
+"""The ODE of DDIM (Eq. 14) by a multistep method, from noise to data and back."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from ..process import moves, multistep, spacings
+from .config import SAMPLER, SOLVER
+from .generalized import GeneralizedDDIMScheduler
+from .inverse import Upwards
+from .planned import Kind
+from .step import Evaluation, Step
+
+MUCH_NOISE = 0.5
+"""η from which on "few_steps" ends earlier, and a step extrapolates further."""
+
+REACH = 1.5
+"""How far a step with much noise goes from the last value towards the mean: the mean of x̂0 lacks variance."""
+
+OF_OTHERS = ("timestep_spacing", "steps_offset", "eta", "clip_sample", "use_clipped_model_output", *SOLVER)
+"""Settings that are not copied from the config of another class: they were chosen for its sampler."""
+
+COORDINATE = {"epsilon": "bounded", "sample": "log_snr"}
+"""The coordinate in which ε̂, or x̂0, is a polynomial."""
+
+_mean_weights = lru_cache(maxsize=4096)(multistep.mean_weights)  # plans repeat mostly
+
+
+class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
+    """DDIM steps with the mean of ε̂ over the step in place of its last value (Eq. 14), for few steps.
+
+    ε̂ is the polynomial through its last `solver_order` values, and its mean is exact on any grid
+    (`ddim_plugin.process.multistep`). The first steps have fewer values, and order 1 is `GeneralizedDDIMScheduler`.
+    With noise, x̂0 takes the place of ε̂, in the SDE that adds η² times the noise (variance) of DDPM. The values are
+    kept in the scheduler, so that two loops need two schedulers. A step that does not follow the last one, or has
+    another shape, starts anew, and a step with a timestep for each sample is of order 1.
+
+    The first sample is x_T, also if τ ends below T. The network is evaluated at τ_S < T, where it predicts nearly the
+    same x̂0, and the first deterministic step starts from T with it.
+
+    Args:
+        solver_order: number of values that a step uses, 1 to 4. None is 3, or 2 with noise.
+        lower_order_final: whether the last step, to the data, is of order 1.
+        fitted_timesteps: τ for some step counts, {"S": network timesteps, descending}, from
+            `ddim_plugin.fit_timesteps`. They replace the spacing "few_steps" for η < 0.5.
+        The others are those of `GeneralizedDDIMScheduler`. With η ≥ 0.5 "few_steps" becomes "few_steps_noise", and
+        "learned_range" has η = 0 by default.
+
+    Raises:
+        ValueError: as `GeneralizedDDIMScheduler`, and for a `solver_order` or `fitted_timesteps` that do not exist.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: np.ndarray | list[float] | None = None,
+        clip_sample: bool = False,
+        set_alpha_to_one: bool = True,
+        steps_offset: int = 0,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "few_steps",
+        rescale_betas_zero_snr: bool = False,
+        eta: float = 0.0,
+        variance_type: str = "fixed_small",
+        eps_mean_square: list[float] | None = None,
+        use_clipped_model_output: bool = False,
+        solver_order: int | None = None,
+        lower_order_final: bool = False,
+        fitted_timesteps: dict[str, list[int]] | None = None,
+    ):
+        of_process = {k: v for k, v in locals().items() if k not in ("self", "__class__", *SOLVER)}
+        if solver_order is not None and not (spacings.is_integer(solver_order) and 1 <= solver_order <= 4):
+            raise ValueError(f"solver_order must be 1, 2, 3 or 4, or None, not {solver_order!r}")
+        super().__init__(**of_process)
+        self._fitted = _check_fitted(fitted_timesteps, num_train_timesteps)
+        if fitted_timesteps is not None:  # with strings as keys, as JSON has them
+            kept = {str(S): (times[::-1] - 1).tolist() for S, times in self._fitted.items()}
+            self.register_to_config(fitted_timesteps=kept)
+        self._order = solver_order
+        self._much_noise = False
+        self._forget()
+
+    @classmethod
+    def _adapt(cls, settings: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Leave out τ, noise and clipping of another class, but keep "learned_range" and thresholding."""
+        own |= own.pop(SAMPLER, {})
+        if SOLVER[0] in own:
+            return settings, own
+        learned = "learned_range" in (settings.get("variance_type"), own.get("variance_type"))
+        dropped = {*OF_OTHERS} if learned else {*OF_OTHERS, "variance_type"}
+        settings, own = ({k: v for k, v in each.items() if k not in dropped} for each in (settings, own))
+        return settings, own
+
+    # ---- planning ----------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | Tensor | np.ndarray | None = None,
+        eta: float | None = None,
+    ) -> None:
+        """Plan the steps over τ; see `GeneralizedDDIMScheduler.set_timesteps`.
+
+        Args:
+            num_inference_steps, device, timesteps: as there.
+            eta: η of the steps to come, if it is not the scheduler's. From 0.5 on "few_steps" becomes
+                "few_steps_noise", `fitted_timesteps` are not used, and steps extrapolate further. A loop that passes η
+                to `step` alone uses the timesteps of the deterministic process: set η in the config there.
+
+        Raises:
+            ValueError: as there.
+        """
+        self._much_noise = self._kind(eta)[1] >= MUCH_NOISE
+        super().set_timesteps(num_inference_steps, device, timesteps)
+        self._forget()
+
+    def _spaced(self, S: int | None, spacing: str | None = None) -> spacings.Times:
+        if self.config.timestep_spacing == "few_steps":
+            if self._much_noise:
+                spacing = "few_steps_noise"
+            elif spacings.is_integer(S) and S in self._fitted:
+                return self._fitted[S]
+        return super()._spaced(S, spacing)
+
+    def _make_plan(self, pairs: list[tuple[int, int]], kind: Kind) -> list[Step]:
+        plan = super()._make_plan(pairs, kind)
+        if self._starts_above(pairs[0][0]) and not moves.adds_noise(*kind):
+            plan[0] = plan[0].from_top(float(self._alpha_bar[-1]))
+        return plan
+
+    def _starts_above(self, top: int) -> bool:
+        """Whether the first deterministic step starts from T, above the first time of the plan."""
+        return self._order != 1 and top < self.config.num_train_timesteps
+
+    def _kind(self, eta: float | None) -> Kind:
+        if eta is None and self.config.variance_type == "learned_range":
+            eta = self.config.eta  # the network has a learned variance; the process is deterministic unless asked
+        return super()._kind(eta)
+
+    # ---- stepping ----------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        self._history: list[tuple[int, Tensor]] = []  # times and values of ε̂ or x̂0, the newest first
+        self._last: tuple[str, int] | None = None  # the quantity, and the position of its newest value in the plan
+        self._weighted: dict[tuple[Kind, int, tuple[int, ...]], tuple[Step, list[float]]] = {}
+
+    def _evaluate(self, kind: Kind, *args: Any) -> Evaluation:
+        evaluation, place = super()._evaluate(kind, *args), self._place
+        if place is None or self._order == 1:
+            return evaluation
+        quantity = "sample" if moves.adds_noise(*kind) else "epsilon"
+        order = self._order or (2 if quantity == "sample" else 3)
+        value, t = self._value(evaluation, quantity), self._pairs[place][0]
+        follows = self._last == (quantity, place - 1) and self._history[0][1].shape == value.shape
+        earlier = [each for each in self._history if each[0] != t] if follows else []  # a plan may repeat a time
+        self._history = [(t, value), *earlier][:order]
+        self._last = quantity, place
+        times, values = zip(*self._history, strict=True)
+        key = kind, place, times
+        if key not in self._weighted:
+            first, *rest = self._weights(quantity, *key)
+            step, part = evaluation.step, "x0" if quantity == "sample" else "eps"
+            self._weighted[key] = step._replace(**{part: getattr(step, part) + first}), rest
+        step, rest = self._weighted[key]
+        if place == len(self._pairs) - 1:
+            self._history, self._last = [], None  # nothing follows
+        history = [(weight, value) for weight, value in zip(rest, values[1:], strict=True) if weight]
+        return evaluation._replace(step=step, history=history)
+
+    def _value(self, evaluation: Evaluation, quantity: str) -> Tensor:
+        """The value of ε̂ or x̂0 at the sample of this evaluation."""
+        if quantity == "sample":
+            return evaluation.x0()
+        is_output = (evaluation.step.eps_x, evaluation.step.eps_out) == (0, 1) and not evaluation.recompute_eps
+        return evaluation.output if is_output else evaluation.eps()
+
+    def _weights(self, quantity: str, kind: Kind, place: int, times: tuple[int, ...]) -> list[float]:
+        """Weights that the values add to the DDIM step scale·x_t + slope·value, the newest value first."""
+        weights, mean = np.zeros(len(times)), self._mean(quantity, self._pairs[place], times, kind[1])
+        if len(mean) > 1:
+            step, alpha_bar = self._plan(kind)[place], self._alpha_bar[self._pairs[place][0]]
+            signal, noise = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+            slope = step.x0 - step.eps * signal / noise if quantity == "sample" else step.eps - step.x0 * noise / signal
+            weights[: len(mean)] += slope * mean
+            weights[0] -= slope
+        return weights.tolist()
+
+    def _mean(self, quantity: str, pair: tuple[int, int], times: Sequence[int], eta: float) -> np.ndarray:
+        """Weights of the values in the mean over a step."""
+        t, s = (float(self._alpha_bar[time]) for time in pair)
+        known = [float(self._alpha_bar[time]) for time in times]
+        to_data = (quantity == "sample" and s == 1) or (self.config.lower_order_final and pair[1] == 0)
+        to_noise = quantity == "epsilon" and s == 0
+        if to_data or to_noise or t == s or len(set(known)) < len(known):
+            return np.ones(1)
+        if quantity == "sample" and known[-1] in (0, 1):  # log-SNR is infinite there
+            known = known[:-1]
+        if len(known) < 2:
+            return np.ones(1)
+        weights = _mean_weights(quantity, COORDINATE[quantity], t, s, tuple(known), eta)
+        if quantity == "sample" and self._much_noise:
+            weights = REACH * weights
+            weights[0] += 1 - REACH
+        return weights
+
+
+class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
+    """The ODE of Eq. 14 upwards by a multistep method: encodes an image x_0 into x_T in few steps.
+
+    A step from s up to t uses the last values, at s and below, in the loop of any pipeline. For the same number of
+    evaluations, decoding returns nearer to the image than with `InverseDDIMScheduler`, which is of order 1. The network
+    is evaluated at the lower end of a step, and at τ_1 for the first step, from the data. If the sampler starts from
+    T, the last step ends there.
+
+    `from_config` takes the config of a `MultistepDDIMScheduler`, and the other way round. Args and errors are those of
+    that class and of `InverseDDIMScheduler`.
+    """
+
+    def _make_pairs(self, times: spacings.Times) -> list[tuple[int, int]]:
+        path = [0, *(int(t) for t in times)]
+        if len(times) > 1 and self._starts_above(path[-1]):
+            path[-1] = self.config.num_train_timesteps  # a single step ends at τ_1, where the network was evaluated
+        return list(pairwise(path))
+
+    def _evaluated_at(self, pairs: list[tuple[int, int]]) -> list[int]:
+        return [t or s for t, s in pairs]
+
+    def _make_plan(self, pairs: list[tuple[int, int]], kind: Kind) -> list[Step]:
+        return [self._make_step(t, s, kind) for t, s in pairs]
+
+    def _make_step(self, t: int, s: int, kind: Kind) -> Step:
+        move, prediction_type = moves.move(self._alpha_bar, t, s), self.config.prediction_type
+        return Step.down(move, prediction_type) if t else Step.from_data(move, prediction_type)
+
+    def _step_at(self, timestep: int, kind: Kind) -> Step:
+        raise ValueError(f"timestep {timestep} is not in the plan, or not the same for all samples: encode along τ")
+
+    def _all_steps(self, kind: Kind, dtype: torch.dtype, device: torch.device) -> Tensor:
+        raise ValueError("a timestep for each sample is not the same for all samples: encode along τ")
+
+
+def sampler_class(scheduler: object) -> type[GeneralizedDDIMScheduler]:
+    """Return the class that samples with the method of a scheduler. For foreign ones it is the generalized one."""
+    return MultistepDDIMScheduler if isinstance(scheduler, MultistepDDIMScheduler) else GeneralizedDDIMScheduler
+
+
+def keep_learned(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Leave "fixed_small" out of `changes` if the config has "learned_range": the network has twice the channels."""
+    if config.get("variance_type") == "learned_range" and changes.get("variance_type") == "fixed_small":
+        return {key: value for key, value in changes.items() if key != "variance_type"}
+    return changes
+
+
+def _check_fitted(timesteps: dict[str, list[int]] | None, T: int) -> dict[int, spacings.Times]:
+    """Check fitted timesteps, and return τ by step count."""
+    if not isinstance(timesteps or {}, dict):
+        raise ValueError(f"fitted_timesteps must be a dictionary of lists by step counts, not {timesteps!r}")
+    found = {}
+    for S, times in (timesteps or {}).items():
+        if not (spacings.is_integer(S) or (isinstance(S, str) and S.isdecimal())):
+            raise ValueError(f"the keys of fitted_timesteps must be step counts: {S!r} is none")
+        found[int(S)] = spacings.explicit(times, T, lowest=0, descending=True)
+        if len(found[int(S)]) != int(S):
+            raise ValueError(f"fitted_timesteps has {len(times)} timesteps for {S} steps: give as many as steps")
+    return found

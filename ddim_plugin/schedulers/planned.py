@@ -1,0 +1,169 @@
+"""Planning of the steps over τ, and the step that belongs to a timestep."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..process import moves, spacings
+from .marginals import Marginals
+from .step import Step
+
+Kind = tuple[str, float]
+"""Variance type and η of a step."""
+
+
+class Planned(Marginals):
+    """Steps for pairs (t, s) of times, planned once in float64 by `set_timesteps`.
+
+    The timestep of a network is the paper's time minus one, 0..T−1. Only this package's schedulers make that shift.
+    """
+
+    _eps_mean_square: np.ndarray | None  # E‖ε̂‖²/d for t = 0..T
+    _tau: spacings.Times
+    _pairs: list[tuple[int, int]]  # (t, s) of each step
+    _called: list[int]  # the time of the network's evaluation, for each step
+    _plans: dict[Kind, list[Step]]
+    _next: int  # position in the plan of the step that follows the last one
+    _place: int | None = None  # position in the plan of the last step
+    num_inference_steps: int | None = None
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | Tensor | np.ndarray | None = None,
+    ) -> None:
+        """Plan the steps over τ, from the spacing or from explicit timesteps.
+
+        Args:
+            num_inference_steps: S, 1 ≤ S ≤ T.
+            device: device of `self.timesteps`.
+            timesteps: network timesteps 0..T−1, distinct and descending, instead of `num_inference_steps`.
+
+        Raises:
+            ValueError: for a step count or timesteps out of range or order, an η too large for a step, and ε
+                prediction at ᾱ_t = 0.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("set_timesteps takes either num_inference_steps or timesteps=[...], not both or neither")
+        if timesteps is not None:
+            values = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else timesteps
+            times = spacings.explicit(values, self.config.num_train_timesteps, lowest=0, descending=True)
+        else:
+            times = self._spaced(num_inference_steps)
+        kind, pairs = self._kind(None), self._make_pairs(times)
+        plan = self._make_plan(pairs, kind)  # raises for a step that does not exist, and leaves the old plan
+        self._tau, self._pairs, self._plans, self._next = times, pairs, {kind: plan}, 0
+        self._called = self._evaluated_at(pairs)
+        self._first = {t: i for i, t in reversed(list(enumerate(self._called)))}
+        self._moving = {t: i for i, (t, s) in enumerate(pairs) if t != s}
+        self._tables = {key: table for key, table in self._tables.items() if key[0] == "marginals"}
+        self.num_inference_steps = len(times)
+        self.timesteps = self._planned = torch.tensor(self._called, dtype=torch.int64).sub(1).to(device)
+
+    @property
+    def alpha_bar(self) -> np.ndarray:
+        """ᾱ_0..ᾱ_T, float64, shape (T + 1,). ᾱ_0 is the level of the data."""
+        return self._alpha_bar.copy()
+
+    def move(self, i: int) -> moves.Move:
+        """Return step `i` of the plan without noise, in the order of `timesteps`."""
+        return moves.move(self._alpha_bar, *self._pairs[i])
+
+    def check_eta(self, eta: float | None) -> None:
+        """Raise ValueError if a step of the plan does not exist at this η. None is the scheduler's own."""
+        self._plan(self._kind(eta))
+
+    def _spaced(self, S: int | None, spacing: str | None = None) -> spacings.Times:
+        """τ of S steps, by this spacing or the scheduler's."""
+        config = self.config
+        T, offset = config.num_train_timesteps, config.steps_offset
+        return spacings.tau(spacing or config.timestep_spacing, S, T, offset, self._alpha_bar)
+
+    def _make_pairs(self, times: spacings.Times) -> list[tuple[int, int]]:
+        """(t, s) of each step, in the order of the loop."""
+        return moves.downwards(times)
+
+    def _evaluated_at(self, pairs: list[tuple[int, int]]) -> list[int]:
+        """The time of the network's evaluation, for each step."""
+        return [t for t, _ in pairs]
+
+    def _make_step(self, t: int, s: int, kind: Kind) -> Step:
+        move = moves.move(self._alpha_bar, t, s, kind[1], kind[0], self._eps_mean_square)
+        return Step.down(move, self.config.prediction_type)
+
+    def _make_plan(self, pairs: list[tuple[int, int]], kind: Kind) -> list[Step]:
+        return [self._make_step(t, s, kind) for t, s in pairs]
+
+    def _plan(self, kind: Kind) -> list[Step]:
+        if kind not in self._plans:
+            self._plans[kind] = self._make_plan(self._pairs, kind)
+        return self._plans[kind]
+
+    def _kind(self, eta: float | None) -> Kind:
+        return moves.effective_eta(self.config.variance_type, eta, self.config.eta)
+
+    # ---- lookup ------------------------------------------------------------------------------------------------
+
+    def _find(self, timestep: int | Tensor, kind: Kind, sample: Tensor) -> Step:
+        """Find the step for `timestep`: one for all, or one for each sample. Reads no tensor of a device."""
+        self._place = None
+        if not isinstance(timestep, Tensor):
+            if not spacings.is_integer(timestep):
+                raise ValueError(f"timestep must be an integer, not {timestep!r}")
+            return self._next_step(int(timestep), kind)
+        if timestep.is_floating_point() or timestep.is_complex() or timestep.dtype == torch.bool:
+            raise ValueError(f"timestep must be an integer, not a tensor of {timestep.dtype}")
+        if timestep.numel() == 1:
+            # An element of `self.timesteps` is looked up by position, without synchronising the device.
+            if timestep.untyped_storage().data_ptr() == self._planned.untyped_storage().data_ptr():
+                return self._take(timestep.storage_offset(), kind)
+            return self._next_step(int(timestep), kind)
+        if timestep.shape != sample.shape[:1]:
+            raise ValueError(
+                f"timestep has shape {tuple(timestep.shape)}: give one, or one for each of {sample.shape[0]} samples"
+            )
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        if timestep.device.type == "cpu":
+            rows = torch.tensor([self._step_at(t, kind) for t in timestep.tolist()], dtype=torch.float64)
+            rows = rows.to(dtype).to(sample.device)
+        else:
+            rows = self._all_steps(kind, dtype, sample.device)[timestep.to(sample.device)]
+        return Step(*(column.view(-1, *[1] * (sample.ndim - 1)) for column in rows.unbind(1)))
+
+    def _next_step(self, timestep: int, kind: Kind) -> Step:
+        """Find the next step at this timestep, which a plan may contain more than once."""
+        i: int | None = self._next
+        if not (i < len(self._called) and self._called[i] == timestep + 1):
+            i = self._first.get(timestep + 1)
+        return self._step_at(timestep, kind) if i is None else self._take(i, kind)
+
+    def _take(self, i: int, kind: Kind) -> Step:
+        self._place, self._next = i, i + 1
+        return self._plan(kind)[i]
+
+    def _step_at(self, timestep: int, kind: Kind) -> Step:
+        """Find or make the step from any timestep to the nearest time of the plan below it."""
+        T = self.config.num_train_timesteps
+        if not 0 <= timestep < T:
+            raise ValueError(f"timestep {timestep} is outside 0..{T - 1}")
+        t = timestep + 1
+        if t in self._moving:
+            return self._plan(kind)[self._moving[t]]
+        below = int(np.searchsorted(self._tau, t))
+        return self._make_step(t, int(self._tau[below - 1]) if below else 0, kind)
+
+    def _all_steps(self, kind: Kind, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Make a table on the device with the steps from all timesteps, and NaN where none exists."""
+        key = ("steps", kind, dtype, device)
+        if key not in self._tables:
+            rows = np.full((self.config.num_train_timesteps, len(Step._fields)), np.nan)
+            for timestep in range(len(rows)):
+                try:
+                    rows[timestep] = self._step_at(timestep, kind)
+                except ValueError:
+                    continue
+            self._tables[key] = torch.tensor(rows).to(dtype).to(device)
+        return self._tables[key]

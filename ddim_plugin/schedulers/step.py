@@ -1,0 +1,204 @@
+"""One step of the sampler: its coefficients in float64, and the tensors computed from (x_t, network output)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..process import moves
+from ..process import predictions as p
+from .tensors import Coefficient, accumulate, at_least_float32, combine, learned_std, rescale, threshold
+
+
+class Step(NamedTuple):
+    """Coefficients of one step: numbers, or tensors (B, 1, 1, 1) if each sample has its own timestep.
+
+    x̂0 = x0_x·x_t + x0_out·output, ε̂ = eps_x·x_t + eps_out·output and x_s = x0·x̂0 + eps·ε̂ + noise·z. A learned
+    standard deviation lies between exp(log_low/2) and exp(log_high/2), and is multiplied by `noise`.
+    """
+
+    x0_x: Coefficient
+    x0_out: Coefficient
+    eps_x: Coefficient
+    eps_out: Coefficient
+    x0: Coefficient
+    eps: Coefficient
+    noise: Coefficient = 0.0
+    log_low: Coefficient = 0.0
+    log_high: Coefficient = 0.0
+
+    @classmethod
+    def down(cls, move: moves.Move, prediction_type: str) -> "Step":
+        """Build the step x_t → x_s (Eq. 12)."""
+        noise = (move.noise,) if move.log_variance is None else (1.0, *move.log_variance)
+        return cls(*p.prediction(prediction_type, move.alpha_bar_t), move.x0, move.eps, *noise)
+
+    @classmethod
+    def up(cls, move: moves.Move, prediction_type: str) -> "Step":
+        """Build the step x_s → x_t: `down` solved for x_t, with the network's output at t held fixed."""
+        m = p.prediction(prediction_type, move.alpha_bar_t)
+        x, out = p.unfold(m, move)
+        prediction = (m.x0_x * x, m.x0_x * out + m.x0_out, m.eps_x * x, m.eps_x * out + m.eps_out)
+        return cls(*prediction, move.alpha_bar_t**0.5, (1 - move.alpha_bar_t) ** 0.5)
+
+    @classmethod
+    def from_data(cls, move: moves.Move, prediction_type: str) -> "Step":
+        """Build the step x_0 → x_s with ε̂ from the network at the upper end. x̂0 follows from x_0 and ε̂."""
+        called = p.prediction(prediction_type, move.alpha_bar_s)
+        signal, noise = move.alpha_bar_t**0.5, (1 - move.alpha_bar_t) ** 0.5
+        x0 = (1 - noise * called.eps_x) / signal, -noise * called.eps_out / signal
+        return cls(*x0, called.eps_x, called.eps_out, move.x0, move.eps)
+
+    def from_top(self, alpha_bar_T: float) -> "Step":
+        """Replace ε̂ by (x_T − √ᾱ_T·x̂0)/√(1 − ᾱ_T), for a sample x_T evaluated at a lower timestep."""
+        a, b = p.eps_from_x0(alpha_bar_T)
+        return self._replace(eps_x=a + b * self.x0_x, eps_out=b * self.x0_out)
+
+    def eps_of_x0(self) -> tuple[Coefficient, Coefficient]:
+        """Return (a, b) with ε̂ = a·x_t + b·x̂0, the noise that agrees with a clipped x̂0."""
+        b = self.eps_out / self.x0_out
+        return self.eps_x - b * self.x0_x, b
+
+
+class Evaluation(NamedTuple):
+    """A step applied to one output of the network. Each method computes one new tensor."""
+
+    step: Step
+    sample: Tensor
+    output: Tensor
+    variance: Tensor | None = None  # the network's choice between β̃ and β
+    limit: float | None = None  # x̂0 is clipped to ± this
+    thresholding: tuple[float, float] | None = None  # ratio and largest value of dynamic thresholding
+    recompute_eps: bool = False
+    history: Sequence[tuple[float, Tensor]] = ()  # weights and earlier values that a multistep method adds
+
+    def x0(self) -> Tensor:
+        """Predict x̂0, and constrain it."""
+        is_output = not isinstance(self.step.x0_x, Tensor) and (self.step.x0_x, self.step.x0_out) == (0, 1)
+        if is_output and self.limit is not None and self.thresholding is None:
+            return at_least_float32(self.output).clamp(-self.limit, self.limit)
+        x0 = combine(self.step.x0_x, self.sample, self.step.x0_out, self.output)
+        if self.thresholding is not None:
+            return threshold(x0, *self.thresholding)
+        return x0 if self.limit is None else x0.clamp_(-self.limit, self.limit)
+
+    def eps(self) -> Tensor:
+        """Predict ε̂, or recompute it from the constrained x̂0."""
+        if self.recompute_eps:
+            a, b = self.step.eps_of_x0()
+            return combine(a, self.sample, b, self.x0())
+        return combine(self.step.eps_x, self.sample, self.step.eps_out, self.output)
+
+    def mean(self) -> Tensor:
+        """Compute the mean of x_s: two passes over memory, at most five if x̂0 is clipped."""
+        mean = self._first_order()
+        for weight, value in self.history:
+            mean = accumulate(mean, weight, value)
+        return mean
+
+    def _first_order(self) -> Tensor:
+        s = self.step
+        if self.limit is None and self.thresholding is None:
+            x, out = s.x0 * s.x0_x + s.eps * s.eps_x, s.x0 * s.x0_out + s.eps * s.eps_out
+            return combine(x, self.sample, out, self.output)
+        w, x, out = s.x0, s.eps * s.eps_x, s.eps * s.eps_out  # the mean is w·x̂0 + x·x_t + out·output
+        if self.recompute_eps:
+            a, b = s.eps_of_x0()
+            w, x, out = s.x0 + s.eps * b, s.eps * a, 0.0
+        a, b = w * s.x0_x, w * s.x0_out
+        if self.thresholding is not None or isinstance(a, Tensor) or a == 0:
+            mean = accumulate(self.x0().mul_(w), out, self.output)
+        else:  # w·clip(x̂0) = a·clip(x_t + b/a·output, ± limit·w/a)
+            bound = abs(w / a) * self.limit
+            clipped = torch.add(at_least_float32(self.sample), self.output, alpha=b / a).clamp_(-bound, bound)
+            mean = rescale(clipped, a, out, self.output)
+        return accumulate(mean, x, self.sample)
+
+    def std(self) -> Coefficient:
+        """Compute the standard deviation of x_s."""
+        if self.variance is None:
+            return self.step.noise
+        variance = self.variance.to(torch.promote_types(self.variance.dtype, torch.float32))
+        return learned_std(variance, (self.step.log_low, self.step.log_high)) * self.step.noise
+
+
+class GeneralizedDDIMSchedulerOutput(Mapping):
+    """Result of a step, read by attribute, key or position. All but `prev_sample` is computed when first read.
+
+    Tensors have the shape (B, C, H, W) and dtype of the sample. Values read later are computed from the step's `sample`
+    and `model_output`: do not change those in place before.
+
+    Attributes:
+        prev_sample: x_s, the sample after the step.
+        pred_original_sample: x̂0 after clipping or thresholding (Eq. 9).
+        pred_epsilon: ε̂ as used in the step.
+        mean: mean of x_s given x_t (Eq. 12 without its last term).
+        std: standard deviation of x_s given x_t: a scalar, (B, 1, 1, 1) with a timestep for each sample, or
+            (B, C, H, W) for a learned variance.
+    """
+
+    _KEYS = ("prev_sample", "pred_original_sample", "mean", "std", "pred_epsilon")
+
+    def __init__(self, prev_sample: Tensor, evaluation: Evaluation):
+        self.prev_sample, self._evaluation = prev_sample, evaluation
+
+    @cached_property
+    def pred_original_sample(self) -> Tensor:
+        return self._evaluation.x0().to(self.prev_sample.dtype)
+
+    @cached_property
+    def pred_epsilon(self) -> Tensor:
+        return self._evaluation.eps().to(self.prev_sample.dtype)
+
+    @cached_property
+    def mean(self) -> Tensor:
+        return self._evaluation.mean().to(self.prev_sample.dtype)
+
+    @cached_property
+    def std(self) -> Tensor:
+        std = self._evaluation.std()
+        if not isinstance(std, Tensor):
+            return torch.full((), std, dtype=self.prev_sample.dtype, device=self.prev_sample.device)
+        return std.to(self.prev_sample.dtype)
+
+    def to_tuple(self) -> tuple[Tensor, ...]:
+        """Compute all values, in the order of the keys."""
+        return tuple(getattr(self, key) for key in self._KEYS)
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, slice):
+            return tuple(getattr(self, name) for name in self._KEYS[key])
+        name = self._KEYS[key] if isinstance(key, int) else key
+        if name not in self._KEYS:
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._KEYS
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._KEYS)
+
+    def __len__(self) -> int:
+        return len(self._KEYS)
+
+
+class StepTuple(tuple):
+    """(x_s, x̂0) of a step with `return_dict=False`. x̂0 is computed when it is read."""
+
+    _result: GeneralizedDDIMSchedulerOutput
+
+    def __new__(cls, result: GeneralizedDDIMSchedulerOutput) -> "StepTuple":
+        pair = super().__new__(cls, (result.prev_sample, None))
+        pair._result = result
+        return pair
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return tuple(self._result[i] for i in range(2)[key])
+        return self._result[range(2)[key]]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self._result[i] for i in range(2))

@@ -1,0 +1,100 @@
+"""Tensor work of a step: few passes over memory, float32 at least, and no read on the host."""
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Generator, Tensor
+
+Coefficient = float | Tensor
+"""A number, or a tensor that broadcasts over (B, C, H, W)."""
+
+Randomness = Generator | list[Generator] | None
+"""One generator for the batch, a list with one for each image, or the global one."""
+
+
+def combine(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
+    """Compute a·x + b·y as one new tensor, in float32 at least: two passes over memory."""
+    return accumulate(torch.mul(at_least_float32(x), a), b, y)
+
+
+def accumulate(x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
+    """Add b·y to x in place."""
+    if isinstance(b, Tensor):
+        return x.addcmul_(b, y.to(x.dtype))
+    return x.add_(y, alpha=b) if b else x
+
+
+def rescale(x: Tensor, a: float, b: float, y: Tensor) -> Tensor:
+    """Compute a·x + b·y in place. The CPU has one kernel for it, as a·x + b·(y ⊗ 1)."""
+    if b and x.device.type == "cpu" and x.dtype == y.dtype and x.is_contiguous() and y.is_contiguous():
+        x.view(-1, 1).addr_(y.view(-1), _ONE if x.dtype == torch.float32 else x.new_ones(1), beta=a, alpha=b)
+        return x
+    return accumulate(x.mul_(a), b, y)
+
+
+_ONE = torch.ones(1)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Convert half precision to float32, and return other tensors unchanged."""
+    return x if x.dtype == torch.float32 or x.dtype == torch.float64 else x.float()
+
+
+def split_variance(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """Split the output (B, 2C, H, W) of a network into prediction and variance, each (B, C, H, W)."""
+    mean, variance = torch.split(output, channels, dim=1)
+    return mean, variance
+
+
+def learned_log_variance(variance: Tensor, log_variance: tuple[Coefficient, Coefficient]) -> Tensor:
+    """Compute v·ln β + (1 − v)·ln β̃, v = (`variance` + 1)/2, from (ln β̃, ln β) (Nichol & Dhariwal 2021, Eq. 15)."""
+    low, high = log_variance
+    return low + (variance + 1) * (0.5 * (high - low))
+
+
+def learned_std(variance: Tensor, log_variance: tuple[Coefficient, Coefficient]) -> Tensor:
+    """Compute the standard deviation that belongs to `learned_log_variance`."""
+    return torch.exp(0.5 * learned_log_variance(variance, log_variance))
+
+
+def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
+    """Clip each image to [−s, s] and divide it by s (Saharia et al. 2022, Section 2.3).
+
+    s is the `ratio` quantile of |x̂0| over the pixels of the image, (B, C, H, W), limited to [1, `max_value`].
+    """
+    s = _quantile(x0.abs().flatten(1), ratio).clamp(1, max_value)
+    s = s.view(-1, *[1] * (x0.ndim - 1))
+    return torch.clamp(x0, -s, s) / s
+
+
+def _quantile(rows: Tensor, ratio: float) -> Tensor:
+    """Compute a quantile of each row, (B, n), linear between ranks. `torch.quantile` limits n and reads the host."""
+    rank = ratio * (rows.shape[1] - 1)
+    low = int(rank)
+    below = rows.kthvalue(low + 1, dim=1).values
+    if rank == low:
+        return below
+    above = rows.kthvalue(low + 2, dim=1).values
+    return torch.lerp(below, above, rank - low)
+
+
+def check_generators(generator: Randomness, batch_size: int) -> None:
+    """Raise ValueError unless `generator` is None, one generator, or a list with one for each image."""
+    each = generator if isinstance(generator, list) else [generator]
+    if generator is not None and not all(isinstance(one, Generator) for one in each):
+        raise ValueError(f"generator must be a torch.Generator or a list of them, not {generator!r}")
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(f"{len(generator)} generators for a batch of {batch_size}: give one, or one for each image")
+
+
+def check_noise(sample: Tensor, generator: Randomness, variance_noise: Tensor | None) -> None:
+    """Raise ValueError unless the noise of a step can be drawn, or was given, for this sample."""
+    check_generators(generator, sample.shape[0])
+    if generator is not None and variance_noise is not None:
+        raise ValueError("give either generator or variance_noise, not both")
+    if variance_noise is not None and variance_noise.shape != sample.shape:
+        raise ValueError(f"variance_noise has shape {tuple(variance_noise.shape)}, the sample {tuple(sample.shape)}")
+
+
+def draw(like: Tensor, dtype: torch.dtype, generator: Randomness) -> Tensor:
+    """Draw standard normal noise of the shape and device of `like`."""
+    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)
