@@ -18,12 +18,12 @@ from safetensors.torch import save
 from torch import Generator, Tensor
 
 from ..hub.files import replace_folder, write_file
-from ..hub.push import push_folder, variants
+from ..hub.push import push_folder
 from ..pipelines.fit import fit_timesteps
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..pipelines.images import check_channels, grid, image_files, open_image, read
 from ..process.inversion import InversionReport
-from ..schedulers.generalized import DETERMINISTIC, GeneralizedDDIMScheduler, MultistepDDIMScheduler, keep_learned
+from ..schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, MultistepDDIMScheduler, keep_learned
 from ..version import __version__
 from .parser import FILES, LATENTS, MODEL, parse
 
@@ -32,8 +32,7 @@ HIDDEN = ("found", "command", "token")  # arguments that are no settings
 KEPT = ("steps", "timesteps", "spacing", "multistep", "strength", "class_label", "guidance_scale", "null_class_label")
 """Settings saved in a file of latents, with which they are decoded."""
 
-Made = dict[str, Any]
-"""File name → its content: an image, a tensor, a pipeline or a dictionary."""
+Made = dict[str, Any]  # file name → its content: an image, a tensor, a pipeline or a dictionary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,12 +163,10 @@ def fit(args: argparse.Namespace) -> Made:
     if os.path.lexists(folder) and (folder.is_symlink() or not (folder / "model_index.json").is_file()):
         raise ValueError(f"--overwrite replaces models only, and {folder} is none: choose another --output")
     pipe = _load(args, {"eta": 0.0, "variance_type": "fixed_small"})
-    found = fit_timesteps(
-        pipe, args.steps, args.num, args.teacher_steps, args.seed, args.batch_size, labels, **_guidance(args)
-    )
+    images = args.num, args.teacher_steps, args.seed, args.batch_size
+    found = fit_timesteps(pipe, args.steps, *images, labels, **_guidance(args))
     for S, each in found.items():
-        distances = f"{each.error:.3g} (not fitted: {each.default_error:.3g})"
-        print(f"S = {S}: distance to the solution {distances}", file=sys.stderr)
+        print(f"S = {S}: distance to the solution {each.error:.3g} (default {each.default_error:.3g})", file=sys.stderr)
     if args.dtype != "float32":  # the weights are saved as they were loaded
         scheduler, args.dtype = pipe.scheduler, "float32"
         pipe = _load(args, {})
@@ -179,23 +176,11 @@ def fit(args: argparse.Namespace) -> Made:
 
 def push(args: argparse.Namespace) -> str:
     """Push a folder to the Hub, and return the address of the commit or pull request."""
-    if not Path(args.folder).is_dir():
-        raise ValueError(f"folder {args.folder} was not found: check the path")
-
-    def sampler() -> GeneralizedDDIMPipeline:
-        pipe = GeneralizedDDIMPipeline.from_pretrained(args.folder, variant=variants(args.folder)[0])
-        pipe.set_progress_bar_config(desc="sampling for the card", leave=False)
-        return pipe.to(_accelerator())
-
-    settings = {key: value for key, value in vars(args).items() if key != "command"}
-    commit = push_folder(**settings, sampler=sampler)
+    commit = push_folder(**{key: value for key, value in vars(args).items() if key != "command"})
     return commit.pr_url or commit.commit_url
 
 
 COMMANDS = {"sample": sample, "encode": encode, "reconstruct": reconstruct, "interpolate": interpolate, "fit": fit}
-
-
-# ---- input -----------------------------------------------------------------------------------------------------
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -252,11 +237,8 @@ def _load(args: argparse.Namespace, changes: dict[str, Any]) -> GeneralizedDDIMP
     pipe.set_progress_bar_config(desc=args.command, leave=False)
     if args.dtype != "float32":
         pipe.to(dtype=getattr(torch, args.dtype))
-    return pipe.to(args.device or _accelerator())
-
-
-def _accelerator() -> str:
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return pipe.to(args.device or accelerator or "cpu")
 
 
 def _encode(args: argparse.Namespace) -> tuple[GeneralizedDDIMPipeline, Tensor, Tensor, InversionReport]:
@@ -316,9 +298,6 @@ def _labels(args: argparse.Namespace, num: int) -> list[int] | None:
     if len(labels) != num:
         raise ValueError(f"{len(labels)} class labels for {num} images: give one, or one for each")
     return labels
-
-
-# ---- keywords and output ---------------------------------------------------------------------------------------
 
 
 def _shared(args: argparse.Namespace, labels: int | list[int] | None) -> dict[str, Any]:

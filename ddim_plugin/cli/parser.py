@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
-from ..pipelines.generation import TOLERANCE
+from ..pipelines.latents import TOLERANCE
 from ..process.moves import VARIANCES
 from ..process.spacings import NAMES
 from ..version import __version__
@@ -102,7 +102,9 @@ def parser() -> ArgumentParser:
     sub.add_argument("--message", dest="commit_message", metavar="TITLE", help="title of the commit")
     sub.add_argument("--license", help="licence of the weights, by its id on the Hub: mit, cc-by-4.0, …")
     sub.add_argument("--records", metavar="FOLDER", help="results.json, training.json, pictures (default: FOLDER)")
-    sub.add_argument("--samples", type=int, metavar="N", help="images to sample for the card (default: 16, or its own)")
+    card = "write a model card (default: if there are records or samples, or an earlier card)"
+    sub.add_argument("--card", action=BooleanOptionalAction, help=card)
+    sub.add_argument("--samples", type=int, metavar="N", help="images to sample for the card (default: none)")
     sub.add_argument("--token", help="token with write access (default: HF_TOKEN, or that of `hf auth login`)")
     return top
 

