@@ -98,7 +98,10 @@ def open_pictures(
     rows = _rows(name, split, labelled)
     column = _image_column(rows.features, name, image_column)
     labels, classes = _labels(rows, name, label_column) if labelled else (None, ())
-    raw = rows.cast_column(column, datasets.Image(decode=False)).select_columns([column])
+    try:
+        raw = rows.cast_column(column, datasets.Image(decode=False)).select_columns([column])
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"the column {column!r} of {name} holds no images: {error}") from error
 
     def picture(i: int) -> Image.Image:
         return _decode(raw[int(i)][column], f"image {i} of {name}")

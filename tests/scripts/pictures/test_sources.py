@@ -1,64 +1,13 @@
-"""Data sets of every kind, and the batches made of them."""
+"""Data sets of every kind, read by number or as streams."""
 
 import io
-import itertools
 
 import datasets
 import numpy as np
 import pytest
-import torch
-from pictures.sources import (
-    Feed,
-    Frame,
-    Order,
-    Share,
-    find_frame,
-    held_out,
-    in_memory,
-    open_pictures,
-    open_stream,
-    to_8_bits,
-)
+from painted import numbers, picture
+from pictures import Frame, find_frame, held_out, open_pictures, open_stream, to_8_bits
 from PIL import Image
-
-CPU = torch.device("cpu")
-
-
-def picture(i, size=(8, 8), mode="RGB"):
-    """A picture (width, height) that tells its number by its red, or its gray."""
-    rng = np.random.default_rng(i)
-    array = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    array[..., 0] = i
-    return Image.fromarray(array).convert(mode) if mode != "L" else Image.fromarray(array[..., 0])
-
-
-def numbers(batch):
-    """Which pictures are in a batch."""
-    return batch[:, 0].flatten(1).float().mean(1).round().int().tolist()
-
-
-@pytest.fixture
-def parquet(tmp_path):
-    """40 pictures with the columns that CIFAR-10 has on the Hub, in two files."""
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["even", "odd"])})
-    for part in range(2):
-        rows = range(part * 20, part * 20 + 20)
-        table = {"img": [picture(i) for i in rows], "label": [i % 2 for i in rows]}
-        datasets.Dataset.from_dict(table, features).to_parquet(tmp_path / f"train-{part}.parquet")
-    return tmp_path
-
-
-def feed(pictures, frame=None, share=None, memory=True, flip=False, seed=0, workers=2):
-    frame = frame or find_frame(pictures, None, None)
-    images = in_memory(pictures, frame, True, 2, True) if memory else None
-    return Feed(pictures, frame, share or Share(4, 1), seed, flip, workers, CPU, images)
-
-
-def take(feed, count, step=0):
-    return list(itertools.islice(feed.batches(step), count))
-
-
-# ---- opening -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["folder", "pattern", "file"])
@@ -165,6 +114,43 @@ def test_a_split_without_labels(tmp_path):
         open_pictures(str(tmp_path / "a.parquet"), labelled=True)
 
 
+def test_pictures_are_turned_upright(tmp_path):
+    """As their EXIF says, from files and from rows."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90° clockwise
+    picture(3, (8, 4)).save(tmp_path / "a.png", exif=exif)
+    upright = np.rot90(np.asarray(picture(3, (8, 4))), -1)
+    features = datasets.Features({"image": datasets.Image()})
+    data = (tmp_path / "a.png").read_bytes()
+    datasets.Dataset.from_dict({"image": [{"bytes": data, "path": None}]}, features).to_parquet(tmp_path / "a.parquet")
+    for name in (tmp_path, tmp_path / "a.parquet"):
+        assert np.array_equal(np.asarray(open_pictures(str(name)).first()), upright)
+    assert np.array_equal(np.asarray(open_stream(str(tmp_path / "a.parquet")).first()), upright)
+
+
+def test_names_of_folders_and_files_are_taken_to_the_letter(tmp_path):
+    """Patterns, hidden files and letter case change nothing in a folder of images."""
+    for i, name in enumerate(["B/[1].png", "a b/.hidden.png", "a/__x.PNG", "a-b/*.png"]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture(i).save(tmp_path / name)
+    found = open_pictures(str(tmp_path), labelled=True)
+    assert sorted(np.asarray(found.picture(i))[0, 0, 0] for i in range(found.count)) == [0, 1, 2, 3]
+    assert found.classes == ("B", "a", "a b", "a-b")
+
+
+def test_columns_that_hold_no_images(parquet, tmp_path):
+    with pytest.raises(ValueError, match="the column 'label' of .* holds no images"):
+        open_pictures(str(parquet / "train-0.parquet"), image_column="label")
+    picture(0).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="has no column 'img': its columns are image"):
+        open_pictures(str(tmp_path), image_column="img")
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": [None]}, features).to_parquet(tmp_path / "none.parquet")
+    for opened in (open_pictures, open_stream):
+        with pytest.raises(ValueError, match="cannot read .*: its row holds no image"):
+            opened(str(tmp_path / "none.parquet")).first()
+
+
 def test_sixteen_bits(tmp_path):
     values = np.linspace(0, 65535, 64).reshape(8, 8).round().astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
@@ -215,99 +201,6 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
         open_pictures("nobody/nothing")
 
 
-# ---- frames --------------------------------------------------------------------------------------------------------
-
-
-def test_frames():
-    wide = picture(3, (30, 20))
-    assert Frame(3, (8, 8)).canvas(wide, "x").shape == (3, 8, 8)
-    assert Frame(1, (8, 12)).canvas(wide, "x").shape == (1, 8, 12)
-    assert Frame(3, (8, 8), resize=10).canvas(wide, "x").shape == (3, 8, 8)
-    assert Frame(3, (8, 8), crop="random").canvas(wide, "x").shape == (3, 8, 12)
-    assert Frame(3, (8, 8), resize=10, crop="random").canvas(wide, "x").shape == (3, 10, 15)
-    same = Frame(3, (20, 30)).canvas(wide, "x")
-    assert np.array_equal(same, np.asarray(wide).transpose(2, 0, 1))
-    canvas = np.arange(20).reshape(1, 4, 5)
-    frame = Frame(1, (2, 2), crop="random")
-    assert frame.cut(canvas, (0, 0)).tolist() == [[[0, 1], [5, 6]]]
-    assert frame.cut(canvas, (0.999, 0.999)).tolist() == [[[13, 14], [18, 19]]]
-    with pytest.raises(ValueError, match="x has transparency"):
-        Frame(3, (8, 8)).canvas(picture(0, mode="RGBA"), "x")
-
-
-def test_mixed_sizes_need_a_resolution(tmp_path):
-    for i, size in enumerate([(8, 8), (8, 8), (9, 8)]):
-        picture(i, size).save(tmp_path / f"{i}.png")
-    found = open_pictures(str(tmp_path))
-    frame = find_frame(found, None, None)
-    with pytest.raises(ValueError, match=r"differ in size: number 2 is 8×9, the first 8×8 .*Say --resolution"):
-        in_memory(found, frame, False, 2, True)
-    assert in_memory(found, frame, True, 2, True).shape == (3, 3, 8, 8)
-    assert in_memory(found, Frame(3, (8, 8), crop="random"), True, 2, True) is None  # each is cropped by itself
-
-
-# ---- batches -------------------------------------------------------------------------------------------------------
-
-
-def test_every_picture_once_an_epoch_from_any_step_on():
-    order = Order(10, seed=3)
-    first = np.concatenate([order(start, 4) for start in range(0, 20, 4)])
-    assert sorted(first[:10]) == sorted(first[10:]) == list(range(10))
-    assert first[:10].tolist() != first[10:].tolist()
-    assert Order(10, seed=3)(8, 8).tolist() == first[8:16].tolist()
-    assert Order(10, seed=4)(0, 10).tolist() != first[:10].tolist()
-    assert sorted(Order(3, 0)(0, 9)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-
-
-@pytest.mark.parametrize("memory", [True, False])
-def test_batches_do_not_depend_on_processes_workers_or_where_they_begin(parquet, memory):
-    found = open_pictures(str(parquet), labelled=True)
-    frame = Frame(3, (6, 6), crop="random", resize=8)
-    whole = take(feed(found, frame, Share(8, 1), memory, flip=True), 12)
-    seen = [number for images, _ in whole[:5] for number in numbers(images)]
-    assert sorted(seen) == list(range(40))
-    for images, labels in whole:
-        assert images.shape == (8, 3, 6, 6)
-        assert images.dtype == torch.uint8
-        assert labels.tolist() == [number % 2 for number in numbers(images)]
-    other = take(feed(found, frame, Share(8, 1), not memory, flip=True, workers=0), 3, step=9)
-    for (images, _), (again, _) in zip(whole[9:], other, strict=True):
-        assert torch.equal(images, again)
-    shares = [take(feed(found, frame, Share(2, 2, rank, 2), memory, flip=True), 24) for rank in range(2)]
-    for step, (images, _) in enumerate(whole):
-        parts = [shares[rank][2 * step + part][0] for part in range(2) for rank in range(2)]
-        assert torch.equal(torch.cat(parts), images)
-    flipped = take(feed(found, frame, Share(8, 1), memory), 12)
-    turned = [
-        not torch.equal(a, b)
-        for (images, _), (plain, _) in zip(whole, flipped, strict=True)
-        for a, b in zip(images, plain, strict=True)
-    ]
-    assert 25 < sum(turned) < 71
-    assert all(torch.equal(b, a) or torch.equal(b.flip(-1), a) for a, b in zip(whole[3][0], flipped[3][0], strict=True))
-
-
-@pytest.mark.parametrize("kind", ["parquet", "saved"])
-def test_streams(parquet, kind, streams_end_at_once):
-    name = parquet
-    if kind == "saved":
-        name = parquet / "saved"
-        datasets.load_dataset("parquet", data_files=str(parquet / "*.parquet"), split="train").save_to_disk(name)
-    stream = open_stream(str(name), labelled=True)
-    assert stream.classes == ("even", "odd")
-    frame = find_frame(stream, None, (8, 8))
-    whole = take(feed(stream, frame, Share(4, 1), memory=False), 20)
-    epochs = [[number for images, _ in whole[half : half + 10] for number in numbers(images)] for half in (0, 10)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(40))
-    assert epochs[0] != epochs[1] != list(range(40))
-    assert all(labels.tolist() == [number % 2 for number in numbers(images)] for images, labels in whole)
-    again = take(feed(stream, frame, Share(4, 1), memory=False, workers=1), 7, step=13)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[13:], again, strict=True))
-    halves = [take(feed(stream, frame, Share(2, 1, rank, 2), memory=False), 10) for rank in range(2)]
-    seen = [[number for images, _ in half[:8] for number in numbers(images)] for half in halves]
-    assert len({*seen[0], *seen[1]}) == 32
-
-
 def test_streams_that_cannot_be(parquet, tmp_path):
     with pytest.raises(ValueError, match="is read by number, not as a stream"):
         open_stream("digits")
@@ -319,12 +212,3 @@ def test_streams_that_cannot_be(parquet, tmp_path):
     )
     with pytest.raises(ValueError, match="does not say how many classes 'label' has"):
         open_stream(str(tmp_path / "plain"), labelled=True)
-
-
-def test_a_picture_that_cannot_be_read_ends_the_feed(tmp_path):
-    for i in range(4):
-        picture(i).save(tmp_path / f"{i}.png")
-    found = open_pictures(str(tmp_path))
-    (tmp_path / "2.png").write_bytes(b"gone bad")
-    with pytest.raises(ValueError, match=r"cannot read .*2.png"):
-        take(feed(found, Frame(3, (8, 8)), Share(4, 1), memory=False), 1)
