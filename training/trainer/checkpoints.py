@@ -1,22 +1,34 @@
-"""Checkpoints that a killed process cannot spoil: written aside, listed in a manifest, renamed."""
+"""Checkpoints that survive a kill: written aside, flushed, listed in a manifest, then renamed."""
 
+import dataclasses
 import json
 import os
 import shutil
 import sys
 import zlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 
+from ddim_plugin.hub.files import replace_folder
+
+from .config import BOUND, FREE, TrainConfig
+from .run import Run
+
 MANIFEST = "manifest.json"
 
 
+class NotWritten(Exception):
+    """A process could not write to the disk."""
+
+
 class Checkpoints:
-    """The checkpoints of a run, `folder`/step-00001000 and so on, of which the last `keep` stay.
+    """The checkpoints of a run: `folder`/step-00001000 and so on, of which the last `keep` are kept.
 
     All processes call each method; they share the folder.
     """
@@ -25,43 +37,33 @@ class Checkpoints:
         self.folder, self.keep, self.accelerator = folder, keep, accelerator
 
     def save(self, step: int, write: Callable[[Path], None]) -> str | None:
-        """Write a checkpoint with `write(folder)` in each process. Returns what went wrong, if anything did.
+        """Save a checkpoint with `write(folder)` in each process.
 
-        Where it fails (a full disk) nothing is left of it, and the ones before stay.
+        Returns:
+            None, or what went wrong (a full disk). Nothing is then left of it, and earlier checkpoints stay.
         """
-        accelerator = self.accelerator
-        final = self.folder / f"step-{step:08d}"
-        aside = final.with_suffix(".part")
-        error = None
-        if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-        accelerator.wait_for_everyone()
+        main, final = self.accelerator.is_main_process, self.folder / f"step-{step:08d}"
+
+        def put_in_place() -> None:
+            stack.close()
+            if main:
+                _flush(self.folder)
+                self._rotate()
+
         try:
-            aside.mkdir(parents=True, exist_ok=True)
-            write(aside)
-        except (OSError, RuntimeError, SafetensorError) as problem:
-            if not is_disk_error(problem):
-                raise
-            error = f"{type(problem).__name__}: {problem}"
-        error = next((each for each in gather_object([error]) if each), None)
-        if accelerator.is_main_process:
-            if error is None:
-                try:
-                    _seal(aside, step)
-                    shutil.rmtree(final, ignore_errors=True)
-                    aside.rename(final)
-                    _flush(self.folder)
-                    self._rotate()
-                except OSError as problem:
-                    error = f"{type(problem).__name__}: {problem}"
-            if error is not None:
-                shutil.rmtree(aside, ignore_errors=True)
-        return broadcast_object_list([error])[0]
+            with ExitStack() as stack:
+                aside = together(lambda: stack.enter_context(replace_folder(final)) if main else None)
+                together(lambda: write(aside))
+                together(lambda: seal(aside, step) if main else None)
+                together(put_in_place)
+        except NotWritten as problem:
+            return str(problem)
+        return None
 
     def latest(self) -> Path | None:
-        """The newest whole checkpoint, with a warning for each damaged one after it; None where there is none.
+        """Return the newest intact checkpoint, or None if there is no checkpoint.
 
-        Raises ValueError where there are some and all are damaged.
+        Prints a warning for each damaged one after it. Raises ValueError if all are damaged.
         """
         found = [None, None]
         if self.accelerator.is_main_process:
@@ -70,18 +72,18 @@ class Checkpoints:
                 if found[1] is None:
                     found[0] = str(folder)
                     break
-                print(f"warning: {folder} is damaged ({found[1]}): taking the one before", file=sys.stderr)
+                print(f"warning: {folder} is damaged ({found[1]}): trying the one before", file=sys.stderr)
         path, problem = broadcast_object_list(found)
         if problem is not None:
-            raise ValueError(f"all checkpoints in {self.folder} are damaged: repair one, or begin in another folder")
+            raise ValueError(f"all checkpoints in {self.folder} are damaged: repair one, or start in another folder")
         return None if path is None else Path(path)
 
     def all(self) -> list[Path]:
-        """Folders of checkpoints, the newest first."""
+        """List the folders of checkpoints, the newest first."""
         return sorted((each for each in self.folder.glob("step-*") if not each.suffix), reverse=True)
 
     def forget_after(self, step: int) -> None:
-        """Set checkpoints of later steps aside, as "….later": those of a branch that is left, or damaged ones."""
+        """Rename checkpoints of later steps to "….later": they belong to another branch, or are damaged."""
         if self.accelerator.is_main_process:
             for folder in self.all():
                 if int(folder.name.removeprefix("step-")) > step:
@@ -91,22 +93,86 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def _rotate(self) -> None:
-        for stale in self.folder.glob("step-*.part"):
-            shutil.rmtree(stale, ignore_errors=True)
+        """Delete old checkpoints, and what killed processes have left."""
         for old in self.all()[self.keep :]:
-            gone = old.with_suffix(".part")  # so that a kill in between never leaves half a checkpoint
-            old.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            old.rename(old.with_name(f".{old.name}-old"))  # a kill while deleting never leaves half a checkpoint
+        for stale in self.folder.glob(".step-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def resume(run: Run, checkpoints: Checkpoints) -> int:
+    """Load the checkpoint that the settings name; return its step, or 0 for a new run.
+
+    Raises ValueError for a damaged checkpoint, and for settings that cannot continue it.
+    """
+    config, accelerator = run.config, run.accelerator
+    if config.resume is None:
+        return 0
+    if config.resume == "latest":
+        folder = checkpoints.latest()
+        if folder is None:
+            accelerator.print(f"note: {config.output} has no checkpoint yet: starting at step 0")
+            return 0
+    else:
+        folder = Path(config.resume)
+        problem = damage(folder)
+        if problem is not None:
+            raise ValueError(
+                f"cannot resume from {folder}: {problem}. Pass latest, or such as OUTPUT/checkpoints/step-00005000"
+            )
+    _compare(config, json.loads((folder / "run.json").read_text())["config"], folder, accelerator)
+    step = run.read(folder)
+    if step > config.steps:
+        raise ValueError(f"{folder} is of step {step}, beyond steps={config.steps}: raise it")
+    checkpoints.forget_after(step)
+    accelerator.print(f"resuming after step {step} from {folder}")
+    return step
+
+
+def _compare(config: TrainConfig, before: dict[str, Any], folder: Path, accelerator: Accelerator) -> None:
+    """Print the settings that change on resuming. Raises ValueError for those that must not."""
+    now = json.loads(json.dumps(dataclasses.asdict(config)))  # with lists for tuples, as in the file
+    for key in now:
+        if key in FREE or now[key] == before.get(key):
+            continue
+        if key in BOUND:
+            raise ValueError(
+                f"cannot resume {folder} with another {key}: it was {before.get(key)!r}, now {now[key]!r}. Start a new "
+                "run in another folder"
+            )
+        accelerator.print(f"note: {key} was {before.get(key)!r}, from here on {now[key]!r}")
+
+
+# ---- the disk ------------------------------------------------------------------------------------------------------
+
+
+def together(work: Callable[[], Any]) -> Any:
+    """Run `work` in each process and return the main process's result.
+
+    Raises NotWritten in all of them if the disk failed in any.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except (OSError, RuntimeError, SafetensorError) as problem:
+        if not is_disk_error(problem):
+            raise
+        error = f"{type(problem).__name__}: {problem}"
+    ends = gather_object([(result, error)])
+    error = next((error for _, error in ends if error), None)
+    if error is not None:
+        raise NotWritten(error)
+    return ends[0][0]
 
 
 def is_disk_error(problem: Exception) -> bool:
-    """Whether writing failed: torch and safetensors say it in words."""
+    """Whether writing failed; torch and safetensors have no exception for it, only words."""
     words = ("PytorchStreamWriter", "unexpected pos", "No space", "File too large", "I/O error")
     return isinstance(problem, OSError) or any(word in str(problem) for word in words)
 
 
-def _seal(folder: Path, step: int) -> None:
-    """Write every byte through to the disk, then the list of files with their sizes and checksums."""
+def seal(folder: Path, step: int) -> None:
+    """Flush every file to the disk, then write the manifest with their sizes and checksums."""
     files = {}
     for file in sorted(each for each in folder.rglob("*") if each.is_file()):
         with open(file, "rb") as opened:
@@ -119,30 +185,8 @@ def _seal(folder: Path, step: int) -> None:
     _flush(folder)
 
 
-def _flush(folder: Path) -> None:
-    """Make renames in a folder last, where the system can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
-
-
-def _checksum(file: Path) -> int:
-    value = 0
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
-
-
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Describe what is wrong with a checkpoint; None if it is intact."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -156,3 +200,25 @@ def damage(folder: Path) -> str | None:
         if _checksum(file) != checksum:
             return f"{name} has changed"
     return None
+
+
+def _checksum(file: Path) -> int:
+    value = 0
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _flush(folder: Path) -> None:
+    """Make renames in a folder durable, if the system can."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

@@ -1,4 +1,4 @@
-"""What a network is trained to minimise: L_γ of Theorem 1, its variational bound, and the weights in use since.
+"""The losses of training: L_γ of Theorem 1, its variational bound, and weights that later papers introduced.
 
 The network sees x_t = √ᾱ_t·x_0 + √(1 − ᾱ_t)·ε (Eq. 4) at a time t in 1..T and predicts ε, x0 or v. Every loss is a
 function of the error of that prediction (and of the learned variance), image by image, in float32.
@@ -11,15 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ddim_plugin.process import moves as process
+from ddim_plugin.process import moves
 from ddim_plugin.process.gaussian import BITS, discretized_log_likelihood, kl
-from ddim_plugin.process.predictions import check_prediction, learned_log_variance, split_variance
+from ddim_plugin.process.predictions import check_prediction
+from ddim_plugin.schedulers.tensors import learned_log_variance, split_variance
 
 LOSSES = ("simple", "theorem1", "min_snr", "soft_min_snr", "bound", "hybrid")
 """See `Objective`."""
 
 TIMES = ("antithetic", "uniform", "importance")
-"""How times are drawn: in pairs t and T + 1 − t (the authors' code), independently, or by their share of the loss."""
+"""Ways to draw times: in pairs t and T + 1 − t (the authors' code), independently, or by their share of the loss."""
 
 
 class Noised(NamedTuple):
@@ -32,7 +33,7 @@ class Noised(NamedTuple):
 
 
 class Objective:
-    """The loss of each image of a batch.
+    """Computes the loss of each image of a batch.
 
     - "simple": mean squared error of the prediction; with ε, L_γ at γ = 1 (Eq. 5).
     - "theorem1": ε's squared error times γ_t = c_t²·(1 − ᾱ_t)/(2σ_t²·ᾱ_t), s = t − 1, σ_t = σ(η),
@@ -50,15 +51,15 @@ class Objective:
 
     Args:
         alpha_bar: ᾱ, float64 of shape (T + 1,), ᾱ_0 = 1.
-        prediction_type: what the network predicts: "epsilon", "sample" (x0) or "v_prediction".
+        prediction_type: "epsilon", "sample" (x0) or "v_prediction".
         loss: one of `LOSSES`.
         variance_type: "fixed_small", "fixed_large" or "learned_range"; the network then has 2C channels.
-        eta: η of the process whose bound is meant, in "theorem1", "bound" and "hybrid".
+        eta: η of the process that "theorem1", "bound" and "hybrid" refer to.
         snr_gamma: γ of "min_snr" and "soft_min_snr".
         bound_weight: λ of "hybrid".
 
     Raises:
-        ValueError: for unknown names, and for combinations that do not exist or cannot be learned.
+        ValueError: for unknown names, and for combinations that are undefined or cannot be learned.
     """
 
     def __init__(
@@ -81,13 +82,13 @@ class Objective:
         self.learned, self.bound_weight = variance_type == "learned_range", bound_weight
         terminal = alpha_bar[-1] == 0
         if terminal and prediction_type == "epsilon":
-            raise ValueError('ε prediction says nothing at zero terminal SNR: use prediction_type = "v_prediction"')
+            raise ValueError('ε does not determine x0 at zero terminal SNR: use prediction_type = "v_prediction"')
         if terminal and loss in ("theorem1", "min_snr", "soft_min_snr"):
             raise ValueError(f"{loss!r} gives time T the weight 0 or ∞ at zero terminal SNR: use loss 'simple'")
         if self.learned != (loss == "hybrid") and not (self.learned and loss == "bound"):
             raise ValueError(
-                f"loss {loss!r} does not go with variance_type {variance_type!r}: a learned variance is trained by "
-                "'hybrid' (or 'bound'), and 'hybrid' needs variance_type 'learned_range'"
+                f"loss {loss!r} does not fit variance_type {variance_type!r}: a learned variance needs 'hybrid' "
+                "(or 'bound'), and 'hybrid' needs variance_type 'learned_range'"
             )
         with np.errstate(divide="ignore", invalid="ignore"):
             columns = _weights(alpha_bar, prediction_type, loss, snr_gamma)
@@ -99,12 +100,17 @@ class Objective:
         self._table = torch.tensor(np.stack(list(columns.values()), axis=1), dtype=torch.float32, device=device)
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Noised:
-        """x_t of images `x0` in −1..1 and standard normal `noise`, both (B, C, H, W), at times `t` in 1..T, (B,)."""
+        """Make x_t from images `x0` in −1..1 and normal `noise`, both (B, C, H, W), at times `t` in 1..T, (B,)."""
         signal, scale = self._at(t, "signal", "scale")
         return Noised(x0, noise, torch.addcmul(scale * noise, signal, x0), t)
 
     def __call__(self, output: Tensor, batch: Noised) -> Tensor:
-        """The loss of each image, (B,), from the network's output (B, C, H, W), or (B, 2C, H, W) with its variance."""
+        """Return the loss of each image, (B,).
+
+        Args:
+            output: the network's output, (B, C, H, W), or (B, 2C, H, W) with a learned variance.
+            batch: what the network has seen, from `noised`.
+        """
         output = output.float()
         if self.learned:
             output, variance = split_variance(output, batch.x0.shape[1])
@@ -128,7 +134,7 @@ class Objective:
         return signal * batch.noise - scale * batch.x0
 
     def _bound(self, error: Tensor, variance: Tensor | None, batch: Noised) -> Tensor:
-        """Bits per dimension, (B,), whose expectation over uniform t and ε is the bound."""
+        """Return bits per dimension, (B,), whose expectation over uniform t and ε is the bound."""
         names = ("mean_error", "log_variance_q", "log_variance_low", "log_variance_high")
         mean_error, log_variance_q, low, high = self._at(batch.t, *names)
         log_variance = low if variance is None else learned_log_variance(variance, (low, high))
@@ -143,7 +149,7 @@ class Objective:
         return (nats + prior).flatten(1).mean(1) * BITS
 
     def _at(self, t: Tensor, *names: str) -> list[Tensor]:
-        """Columns of the table at times t, each (B, 1, 1, 1)."""
+        """Look up columns of the table at times t, each (B, 1, 1, 1)."""
         rows = self._table[t]
         return [rows[:, self._names[name]].view(-1, 1, 1, 1) for name in names]
 
@@ -152,7 +158,7 @@ class Objective:
 
 
 def _weights(alpha_bar: NDArray[np.float64], prediction_type: str, loss: str, gamma: float) -> dict[str, NDArray]:
-    """√ᾱ, √(1 − ᾱ), and the weight of the squared error of the prediction, for every t; row 0 is never read."""
+    """Return √ᾱ, √(1 − ᾱ) and the weight of the squared error for every t; row 0 is never read."""
     snr = alpha_bar / (1 - alpha_bar)
     weight = np.ones_like(alpha_bar)
     if loss in ("min_snr", "soft_min_snr"):
@@ -162,7 +168,7 @@ def _weights(alpha_bar: NDArray[np.float64], prediction_type: str, loss: str, ga
 
 
 def _x0_error(alpha_bar: NDArray[np.float64], prediction_type: str) -> NDArray[np.float64]:
-    """k with x_0 − x̂0 = k·(target − output)."""
+    """Return k with x_0 − x̂0 = k·(target − output)."""
     if prediction_type == "epsilon":
         return -np.sqrt(1 - alpha_bar) / np.sqrt(alpha_bar)
     return np.ones_like(alpha_bar) if prediction_type == "sample" else -np.sqrt(1 - alpha_bar)
@@ -171,21 +177,21 @@ def _x0_error(alpha_bar: NDArray[np.float64], prediction_type: str) -> NDArray[n
 def _bound_table(
     alpha_bar: NDArray[np.float64], prediction_type: str, variance_type: str, eta: float
 ) -> dict[str, NDArray]:
-    """For every t: the factor from the prediction's error to that of the mean, and the log variances of q and p."""
+    """Return the factor from the prediction's error to the mean's, and the log variances of q and p, for every t."""
     T = len(alpha_bar) - 1
     if T < 2 or alpha_bar[0] != 1:
         raise ValueError("the variational bound needs num_train_timesteps of at least 2, and set_alpha_to_one")
     if variance_type not in ("fixed_small", "fixed_large", "learned_range"):
         raise ValueError(f"the bound of variance_type {variance_type!r} cannot be trained: use fixed_small")
     if variance_type != "fixed_small" and eta != 1:
-        raise ValueError(f"variance_type {variance_type!r} stands at η = 1, not {eta!r}")
+        raise ValueError(f"variance_type {variance_type!r} requires eta = 1, not {eta!r}")
     if not eta > 0:
         raise ValueError(f"the variational bound is infinite at eta={eta!r}: use eta in (0, 1]")
     a_t, a_s = alpha_bar[1:], alpha_bar[:-1]
-    weight = process.x0_weight(a_t, a_s, eta)
+    weight = moves.x0_weight(a_t, a_s, eta)
     if np.isnan(weight).any():
         raise ValueError(f"eta={eta!r} is too large: σ² would exceed 1 − ᾱ_s; 1 always exists")
-    small, large = np.asarray(process.beta_tilde(a_t, a_s)) * eta**2, np.asarray(process.beta(a_t, a_s))
+    small, large = np.asarray(moves.beta_tilde(a_t, a_s)) * eta**2, np.asarray(moves.beta(a_t, a_s))
     small[0] = small[1]  # σ_1 would be 0; Ho's code takes the next one for both kinds
     if variance_type == "fixed_large":
         large[0] = small[0]
@@ -199,7 +205,7 @@ def _bound_table(
 
 
 def draw_times(kind: str, count: int, T: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """`count` times in 1..T: "uniform", or "antithetic" (each t with T + 1 − t, in the two halves of the batch)."""
+    """Draw `count` times in 1..T: "uniform", or "antithetic" (each t with T + 1 − t, in the two halves)."""
     if kind == "uniform":
         return rng.integers(1, T + 1, count)
     half = rng.integers(1, T + 1, (count + 1) // 2)
@@ -207,7 +213,7 @@ def draw_times(kind: str, count: int, T: int, rng: np.random.Generator) -> NDArr
 
 
 class ImportanceTimes:
-    """Times with p_t ∝ √E[L_t²], from the last losses at each time (Nichol & Dhariwal 2021, Section 3.3).
+    """Draws times with p_t ∝ √E[L_t²], from the last losses at each time (Nichol & Dhariwal 2021, Section 3.3).
 
     Until every time has `HISTORY` losses, times are uniform. A share `UNIFORM` stays uniform throughout.
     """
@@ -224,7 +230,7 @@ class ImportanceTimes:
         return bool((self.counts >= self.HISTORY).all())
 
     def probabilities(self) -> NDArray[np.float64]:
-        """p_t for t = 1..T."""
+        """Return p_t for t = 1..T."""
         T = len(self.counts)
         if not self.warm:
             return np.full(T, 1 / T)
@@ -232,13 +238,13 @@ class ImportanceTimes:
         return (1 - self.UNIFORM) * root / root.sum() + self.UNIFORM / T
 
     def draw(self, count: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """(t, 1/(T·p_t)): times in 1..T, and the weights that keep the loss unbiased, both (count,)."""
+        """Return times in 1..T and weights 1/(T·p_t) that keep the loss unbiased, both (count,)."""
         p = self.probabilities()
         drawn = rng.choice(len(p), count, p=p)
         return drawn + 1, 1 / (len(p) * p[drawn])
 
     def record(self, t: Tensor, losses: Tensor) -> None:
-        """Note the losses, without their weights, of times `t`, both (N,). Reads them on the host."""
+        """Record the losses, without their weights, of times `t`, both (N,). Reads them on the host."""
         for time, loss in zip(t.tolist(), losses.tolist(), strict=True):
             self.losses[time - 1, self.counts[time - 1] % self.HISTORY] = loss
             self.counts[time - 1] += 1

@@ -1,10 +1,11 @@
-"""What a training run tells of itself: log.jsonl, the trackers, the progress bar, previews, the plot of the loss."""
+"""The reports of a training run: log.jsonl, trackers, progress bar, previews, the plot of the loss."""
 
 import json
 import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddim_plugin import GeneralizedDDIMPipeline
-from ddim_plugin.hub.reading import write_whole
+from ddim_plugin.hub.files import write_file
 from ddim_plugin.pipelines.images import grid
 
 SPIKE = 5.0
-"""A loss or gradient norm this many times the median before it is noted as a spike."""
+"""A loss or gradient norm this many times the median before it counts as a spike."""
 
 
 class Window:
-    """Losses and gradient norms of the steps since the last report, kept on the device and read there once."""
+    """Losses and gradient norms since the last report, kept on the device and read there once."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -35,7 +36,7 @@ class Window:
         self.values.append(torch.stack([loss, norm.to(loss)]))
 
     def read(self, last: int) -> tuple[list[float], list[float]]:
-        """(losses, gradient norms) of the steps up to `last`, over all processes.
+        """Return (losses, gradient norms) of the steps up to `last`, averaged over all processes.
 
         Raises FloatingPointError naming the first step at which one is not finite.
         """
@@ -60,7 +61,7 @@ class Spikes:
         self.before: deque[tuple[float, float]] = deque(maxlen=self.HISTORY)
 
     def find(self, losses: list[float], norms: list[float], last: int) -> list[dict[str, float]]:
-        """Those among the steps up to `last`."""
+        """Return the spikes among the steps up to `last`."""
         found = []
         for step, pair in enumerate(zip(losses, norms, strict=True), last - len(losses) + 1):
             if len(self.before) >= self.LEAST:
@@ -72,15 +73,15 @@ class Spikes:
 
 
 class Log:
-    """`log.jsonl`, one line for each report, and the same to the trackers. Only the main process writes."""
+    """Writes `log.jsonl`, one line for each report, and the same to the trackers, in the main process alone."""
 
     def __init__(self, path: Path, accelerator: Accelerator, step: int, steps: int):
         self.path, self.accelerator = path, accelerator
         self.main = accelerator.is_main_process
         if self.main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in read_log(path) if line["step"] <= step]  # what a resumed run will do again goes
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+            kept = [line for line in read_log(path) if line["step"] <= step]  # later steps are trained again
+            write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self.bar = tqdm(initial=step, total=steps, desc="training", unit="step", disable=not self.main, mininterval=0.5)
 
     def write(self, step: int, **values: Any) -> None:
@@ -91,45 +92,64 @@ class Log:
         self.accelerator.log({key: value for key, value in values.items() if isinstance(value, int | float)}, step=step)
 
     def picture(self, step: int, picture: Image.Image) -> None:
+        """Send a preview to the trackers that take pictures."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
-                array = np.asarray(picture).transpose(2, 0, 1)
-                tracker.writer.add_image("preview", array, step)
+                tracker.log_images({"preview": np.asarray(picture)[None]}, step, dataformats="NHWC")
             elif tracker.name == "wandb":
-                import wandb
-
-                tracker.log({"preview": wandb.Image(picture)}, step=step)
+                tracker.log_images({"preview": [picture]}, step)
 
     def close(self) -> None:
         self.bar.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log that are whole."""
+    """Read the lines of a log, without one that a kill has cut off."""
     lines = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             lines.append(json.loads(line))
-        except ValueError:  # cut off by a kill
+        except ValueError:
             continue
     return lines
 
 
+def summary(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Summarise a log for `training.json`: the loss of its last tenth, seconds, speed, spikes."""
+    timed = [line for line in lines if "images_per_second" in line]
+    seconds = sum(line["seconds"] for line in timed)
+    last = timed[-max(1, len(timed) // 10) :]
+    return {
+        "loss": sum(line["loss"] for line in last) / len(last) if last else None,
+        "seconds": seconds,
+        "images_per_second": sum(line["images"] for line in timed) / seconds if seconds else None,
+        "loader_share": sum(line["loader_share"] * line["seconds"] for line in timed) / seconds if seconds else None,
+        "spikes": sum(len(line.get("spikes", ())) for line in lines),
+    }
+
+
 class Clock:
-    """Seconds spent in training steps and, of those, in waiting for data. Pauses do not count."""
+    """Measures seconds of training and, of those, of waiting for data. Pauses do not count."""
 
     def __init__(self):
         self.start, self.waited, self.paused = time.perf_counter(), 0.0, 0.0
 
     def read(self) -> tuple[float, float]:
-        """(seconds, seconds waiting) since the last reading."""
+        """Return (seconds, seconds waiting) since the last reading."""
         now = time.perf_counter()
         found = now - self.start - self.paused, self.waited
         self.start, self.waited, self.paused = now, 0.0, 0.0
         return found
 
+    def wait(self, batches: Iterator[Any]) -> Any:
+        """Return the next batch, and count the seconds as waiting."""
+        before = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - before
+        return batch
+
     def pause(self, work: Any, *args: Any) -> Any:
-        """work(*args), off the clock."""
+        """Return work(*args), without counting its seconds."""
         before = time.perf_counter()
         try:
             return work(*args)
@@ -146,9 +166,14 @@ def preview(
     seed: int,
     batch_size: int,
 ) -> Image.Image | None:
-    """A grid of `count` samples at η = 0, from the same x_T each time, shared between the processes.
+    """Draw a grid of samples at η = 0, from the same x_T each time. The processes share the work.
 
-    The main process gets the picture, the others None. With `classes`, sample i is of class i modulo their number.
+    Args:
+        count: number of samples.
+        classes: number of classes, or 0; sample i is of class i modulo that number.
+
+    Returns:
+        the picture in the main process, None in the others.
     """
     mine = range(accelerator.process_index, count, accelerator.num_processes)
     made = []
@@ -172,7 +197,7 @@ def preview(
 
 
 def plot_loss(lines: list[dict[str, Any]], path: Path) -> None:
-    """The loss of the log, and that on held-out pictures, as a picture."""
+    """Plot the loss of a log, and that on held-out pictures."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
@@ -185,3 +210,17 @@ def plot_loss(lines: list[dict[str, Any]], path: Path) -> None:
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def device_name(accelerator: Accelerator) -> str:
+    """Name the devices, for the record."""
+    device = accelerator.device
+    if device.type == "cuda":
+        return f"{accelerator.num_processes} × {torch.cuda.get_device_name(device)}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = "CPU"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'' if threads == 1 else 's'}" if device.type == "cpu" else str(device)

@@ -1,4 +1,4 @@
-"""A script's settings: one frozen dataclass, whose fields make the flags, with a TOML file beneath."""
+"""The settings of a script: one frozen dataclass whose fields become flags, with a TOML file beneath."""
 
 import argparse
 import dataclasses
@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import types
@@ -15,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from ddim_plugin.hub.reading import CODE, INDEX, write_whole
+from ddim_plugin.hub.files import write_file
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,11 +23,15 @@ else:
 
 Config = TypeVar("Config")
 
+MACHINES = ("device", "batch_size", "workers", "part", "cache", "overwrite")
+"""Settings that change where and how fast a script runs, not its results."""
+
 
 def parse(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
-    """`cls` from the command line: flags override the file given as `--config`, which overrides the defaults.
+    """Build `cls` from the command line.
 
-    Unknown or missing keys and values of the wrong type end the program with a message that names them.
+    Flags override the file given as `--config`, which overrides the defaults. Unknown or missing keys and values of
+    the wrong type end the program with a message that names them.
     """
     parser = argparse.ArgumentParser(
         description=(cls.__doc__ or "").strip(), formatter_class=argparse.RawDescriptionHelpFormatter
@@ -56,7 +59,7 @@ def parse(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The table in a TOML file. Raises ValueError naming the file where it is not TOML."""
+    """Read a TOML file. Raises ValueError, with the file's name, if it is not TOML."""
     with open(path, "rb") as file:
         try:
             return tomllib.load(file)
@@ -65,7 +68,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def build(cls: type[Config], values: dict[str, Any]) -> Config:
-    """`cls(**values)`, with lists made tuples. Raises ValueError for unknown, missing or mistyped keys."""
+    """Build `cls(**values)`, with tuples for lists. Raises ValueError for unknown, missing or mistyped keys."""
     hints = get_type_hints(cls)
     unknown = sorted(values.keys() - hints.keys())
     if unknown:
@@ -91,14 +94,14 @@ def build(cls: type[Config], values: dict[str, Any]) -> Config:
 
 
 def _base_type(hint: Any) -> Any:
-    """T of an optional `T | None`, else the hint itself."""
+    """Return T of an optional `T | None`, else the hint itself."""
     if get_origin(hint) is types.UnionType:
         return next(kind for kind in get_args(hint) if kind is not type(None))
     return hint
 
 
 def record(config: Any) -> dict[str, Any]:
-    """What a result is written with: the settings, the revision of the code, versions, and the kind of machine."""
+    """Describe a run for its result: settings, revision of the code, versions, and the kind of machine."""
     return {
         "config": dataclasses.asdict(config),
         "revision": revision(),
@@ -108,28 +111,27 @@ def record(config: Any) -> dict[str, Any]:
     }
 
 
-MACHINES = ("device", "batch_size", "workers", "part", "cache", "overwrite")
-"""Settings that say where and how fast, not what."""
-
-
 def command(config: Any, free: tuple[str, ...] = MACHINES) -> str:
-    """The line that runs a script with these settings: flags where they differ from the defaults, but for `free`."""
+    """Return the command line that runs a script with these settings.
+
+    It has a flag for each setting that differs from its default, except for those in `free`.
+    """
     script = Path(sys.modules[type(config).__module__].__file__ or "")
-    root = Path(__file__).resolve().parents[1]
-    told = ["python", str(script.resolve().relative_to(root))]
+    root = Path(__file__).resolve().parents[2]
+    words = ["python", str(script.resolve().relative_to(root))]
     for each in dataclasses.fields(config):
         value = getattr(config, each.name)
         if each.name in free or value == each.default or value in (None, {}, ()):
             continue
         if isinstance(value, bool):
-            told.append(f"--{'' if value else 'no-'}{each.name}")
+            words.append(f"--{'' if value else 'no-'}{each.name}")
         else:
-            told += [f"--{each.name}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return shlex.join(told)
+            words += [f"--{each.name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
 
 
 def revision() -> str | None:
-    """The commit of this checkout, with "+changes" where files differ from it; None outside a checkout."""
+    """Return the commit of this checkout, with "+changes" if files differ from it; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -139,23 +141,10 @@ def revision() -> str | None:
     return commit + ("+changes" if dirty.stdout.strip() else "")
 
 
-def move_in(aside: Path, output: Path) -> None:
-    """Move a pipeline saved aside into its place, `model_index.json` last, so that what reads as one is one."""
-    (output / INDEX).unlink(missing_ok=True)
-    for old in code_files(output):
-        old.unlink()
-    for part in sorted(aside.iterdir(), key=lambda part: part.name == INDEX):
-        target = output / part.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        part.replace(target)
-    aside.rmdir()
-
-
 def put_in_place(aside: Path, output: Path, overwrite: bool) -> None:
-    """Rename a folder made on the same disk to `output`. What was there is moved beside it, and back where that fails.
+    """Rename a folder made on the same disk to `output`; on failure, restore the folder that was there.
 
-    Raises OSError where a folder that holds something is there, unless it may be overwritten.
+    Raises OSError if a folder that holds something is there and may not be overwritten.
     """
     before = aside.with_name(aside.name + ".before")
     if overwrite and output.exists():
@@ -168,11 +157,6 @@ def put_in_place(aside: Path, output: Path, overwrite: bool) -> None:
         raise
 
 
-def code_files(output: Path) -> list[Path]:
-    """The code files of a pipeline."""
-    return [path for path in output.glob("*.py") if CODE.fullmatch(path.name)]
-
-
 def write_json(path: str | Path, result: dict[str, Any]) -> None:
-    """`result` as JSON, whole or not at all."""
-    write_whole(path, json.dumps(result, indent=2) + "\n")
+    """Write `result` as JSON, completely or not at all."""
+    write_file(path, json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,222 @@
+"""What a run needs: the accelerator, data, network, optimiser; everything is checked before anything is written."""
+
+import ctypes
+import platform
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
+from diffusers import UNet2DModel
+from pictures import Feed, Frame, Pictures, Share, find_frame, held_out, in_memory, open_pictures, open_stream
+
+from ddim_plugin import GeneralizedDDIMScheduler
+
+from .config import TrainConfig, check
+from .objective import ImportanceTimes, Objective
+from .output import check_output, check_space
+from .run import Run, make_average
+
+
+def build_run(config: TrainConfig) -> Run:
+    """Check everything and build a run. Raises ValueError or OSError before anything is written."""
+    accelerator = make_accelerator(config)
+    check(config, accelerator.num_processes)
+    check_output(config)
+    parts, processes = config.gradient_accumulation_steps, accelerator.num_processes
+    share = Share(config.batch_size // processes // parts, parts, accelerator.process_index, processes)
+    scheduler = GeneralizedDDIMScheduler(**config.scheduler)
+    objective = Objective(
+        scheduler.alpha_bar,
+        scheduler.config.prediction_type,
+        config.loss,
+        scheduler.config.variance_type,
+        config.loss_eta,
+        config.snr_gamma,
+        config.bound_weight,
+        accelerator.device,
+    )
+    columns = (config.image_column, config.label_column, config.class_conditional)
+    with accelerator.main_process_first():  # one process reads the Hub, the others its cache
+        pictures = (open_stream if config.streaming else open_pictures)(config.data, config.split, *columns)
+        frame = find_frame(pictures, config.channels, wanted_size(config), config.resize, config.crop)
+        fits = isinstance(pictures, Pictures) and memory_needed(pictures, frame) <= config.memory_gb * 1e9
+        if not fits and wanted_size(config) is None:
+            raise ValueError(f"{config.data} is not held in memory (see --memory_gb): pass --resolution")
+    classes = pictures.classes if config.class_conditional else ()
+
+    set_seed(config.seed)  # the same weights on every process
+    unet = make_unet(config, frame, scheduler.config.variance_type == "learned_range", len(classes))
+    check_space(config, unet.num_parameters())
+    GeneralizedDDIMScheduler.from_config(scheduler.config).set_timesteps(min(config.preview_steps, objective.T))
+    eval_set = None
+    if config.eval_every:
+        split = config.eval_split or ("test" if config.eval_data is None else "train")
+        others = open_pictures(config.eval_data or config.data, split, *columns)
+        eval_set = held_out(others, frame, config.eval_images, classes)
+    images = None
+    if fits:
+        quiet = not accelerator.is_main_process
+        images = in_memory(pictures, frame, wanted_size(config) is not None, config.workers, quiet)
+    feed = Feed(pictures, frame, share, config.seed, config.flip, config.workers, accelerator.device, images)
+
+    unet.to(accelerator.device)
+    if config.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if config.compile:
+        unet.compile()
+    shapes = [weight.shape for weight in unet.parameters()]
+    optimizer = make_optimizer(config, unet, accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it asks the data loader, and there is none
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = share.size
+    network, optimizer = accelerator.prepare(unet, optimizer)
+    if [weight.shape for weight in network.parameters()] != shapes:
+        raise ValueError("the weights are in shards of unknown shapes: use FSDP 2, or ZeRO 1 or 2")
+    network.train()
+    set_seed(config.seed + 1 + share.rank)  # dropout differs between processes
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        feed=feed,
+        share=share,
+        scheduler=scheduler,
+        objective=objective,
+        unet=accelerator.unwrap_model(network),
+        network=network,
+        optimizer=optimizer,
+        average=make_average(network, config.ema_decay, config.ema_warmup),
+        importance=ImportanceTimes(objective.T) if config.times == "importance" else None,
+        classes=classes,
+        eval_set=eval_set,
+        dtype=next(network.parameters()).dtype,
+    )
+
+
+# ---- the machine ---------------------------------------------------------------------------------------------------
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Start Accelerate. Raises ValueError for a precision that the device does not have, and for unknown trackers."""
+    output = Path(config.output).resolve()
+    if config.mixed_precision not in (None, "no", "fp16", "bf16"):
+        raise ValueError(f"unknown mixed_precision {config.mixed_precision!r}: use no, fp16 or bf16")
+    trackers = check_trackers(config.trackers)
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "trackers")),
+        )
+    except ValueError as error:
+        raise ValueError(f"{error} Use mixed_precision bf16 or no") from error
+    device = accelerator.device
+    if accelerator.mixed_precision == "fp16" and device.type == "cpu":
+        raise ValueError("mixed_precision fp16 needs an accelerator, and the device is the CPU: use bf16 or no")
+    if device.type == "cpu":
+        keep_memory()
+    without_bf16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if accelerator.mixed_precision == "bf16" and without_bf16:
+        raise ValueError(f"{torch.cuda.get_device_name(device)} has no bf16: use mixed_precision fp16 or no")
+    return accelerator
+
+
+def check_trackers(trackers: tuple[str, ...]) -> list[str]:
+    """Return the names of trackers, without "none". Raises ValueError for one that is unknown or not installed."""
+    names = [name for name in trackers if name != "none"]
+    known = [str(name) for name in LOGGER_TYPE_TO_CLASS]
+    available = [str(name) for name in get_available_trackers()]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"unknown tracker {name!r}: use {', '.join(known)}, or none")
+        if name not in available:
+            raise ValueError(f"the tracker {name!r} is not installed: pip install {name}, or pass --trackers none")
+    return names
+
+
+def keep_memory() -> None:
+    """Let the process keep the memory that it frees, if its C library is glibc.
+
+    A step on the CPU frees and allocates the same large tensors again. By default each of them returns to the system
+    and comes back page by page, which takes 3 to 10 % of a step.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
+# ---- the network and its pictures ----------------------------------------------------------------------------------
+
+
+def make_unet(config: TrainConfig, frame: Frame, learned: bool, classes: int) -> UNet2DModel:
+    """Build the network of [unet] for pictures of a frame, with random weights.
+
+    Args:
+        learned: whether it predicts the variance too, with twice the channels.
+        classes: number of classes, or 0. With label_dropout one more embedding means "no class".
+
+    Raises:
+        ValueError: if [unet] contradicts the pictures, or cannot halve them.
+    """
+    embeds = classes + (config.label_dropout > 0) if classes else None
+    size = frame.size[0] if frame.size[0] == frame.size[1] else frame.size
+    needed = {"sample_size": size, "in_channels": frame.channels, "out_channels": frame.channels * (1 + learned)}
+    needed |= {"num_class_embeds": embeds} if embeds else {}
+    unet = UNet2DModel(**needed | {key: None if value == "none" else value for key, value in config.unet.items()})
+    check_fit(unet, frame.size, frame.channels, learned, embeds)
+    return unet
+
+
+def check_fit(unet: UNet2DModel, size: tuple[int, int], channels: int, learned: bool, embeds: int | None) -> None:
+    """Raise ValueError if the network does not take pictures of (H, W) = `size` and these labels."""
+    config = unet.config
+    square = isinstance(config.sample_size, int)
+    sample = config.sample_size if square else tuple(config.sample_size)
+    made = (config.in_channels, config.out_channels, sample)
+    needed = (channels, channels * (1 + learned), size[0] if square and size[0] == size[1] else size)
+    if made != needed:
+        raise ValueError(
+            f"[unet] has in_channels, out_channels, sample_size {made}; the images"
+            f"{' with a learned variance' if learned else ''} need {needed}"
+        )
+    halvings = len(config.down_block_types) - 1
+    if size[0] % 2**halvings or size[1] % 2**halvings:
+        raise ValueError(
+            f"pictures of {size[0]}×{size[1]} cannot be halved {halvings} times, as a U-Net of {halvings + 1} levels "
+            f"does: take a resolution that is a multiple of {2**halvings}, or fewer blocks in [unet]"
+        )
+    if config.num_class_embeds != embeds:
+        raise ValueError(f"[unet] has num_class_embeds = {config.num_class_embeds}; this training needs {embeds}")
+
+
+def wanted_size(config: TrainConfig) -> tuple[int, int] | None:
+    """Return (H, W) if the settings have it, in `resolution` or in [unet] sample_size."""
+    size = config.resolution or config.unet.get("sample_size")
+    if size is None or isinstance(size, int):
+        return None if size is None else (size, size)
+    if not (isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(side, int) for side in size)):
+        raise ValueError(f"sample_size in [unet] must be a side, or [height, width], not {size!r}")
+    return (size[0], size[1])
+
+
+def memory_needed(pictures: Pictures, frame: Frame) -> int:
+    """Estimate the bytes of the whole set from its first picture."""
+    return pictures.count * frame.canvas(pictures.first(), f"image 0 of {pictures.name}").size
+
+
+def make_optimizer(config: TrainConfig, unet: UNet2DModel, accelerator: Accelerator) -> torch.optim.Optimizer:
+    """Build Adam or AdamW, fused if the device allows it."""
+    fused = accelerator.device.type in ("cpu", "cuda", "mps", "xpu")
+    fused &= accelerator.mixed_precision != "fp16"  # there Accelerate would not see that the scaler skipped a step
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](
+        unet.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=fused,
+    )
