@@ -4,20 +4,21 @@ import json
 from itertools import product
 from pathlib import Path
 
-import evaluate
-import few_steps
-import nll
 import pytest
-import reconstruct
 import timing
+from measure import likelihood, reconstructions
+from measure.comparison import tables as comparison
+from measure.grid import tables as grid
+from measure.grid.settings import PRESETS
+from measure.records import headline
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECORDS = sorted([*ROOT.glob("training/measured/*/*.json"), *ROOT.glob("model_cards/*/measured/*.json")])
 TABLES = {
-    "nll": ("nll.md", nll.table),
-    "reconstruct": ("table2.md", reconstruct.table),
-    "few_steps": ("few_steps.md", few_steps.table),
-    "results": ("table.md", evaluate.table),
+    "nll": ("nll.md", likelihood.table),
+    "reconstruct": ("table2.md", reconstructions.table),
+    "few_steps": ("few_steps.md", comparison.table),
+    "results": ("table.md", grid.table),
     "speed": ("speed.md", timing.table),
 }
 """Those of evaluate.py have the name of their folder where they were packaged."""
@@ -43,7 +44,7 @@ def test_there_are_some():
 
 @pytest.mark.parametrize("path", [path for path in RECORDS if path.stem != "fit"], ids=identify)
 def test_tables_are_made_from_the_json(path):
-    name, table = TABLES.get(path.stem, (f"{path.stem}.md", evaluate.table))
+    name, table = TABLES.get(path.stem, (f"{path.stem}.md", grid.table))
     assert (path.parent / name).read_text() == table(read(path))
 
 
@@ -68,6 +69,16 @@ def test_the_whole_grid_was_measured(path):
 
 def test_a_small_network_has_the_grid_of_table_1():
     config = read(ROOT / "training" / "measured" / "mnist_small" / "results.json")["config"]
-    assert config["steps"] == list(evaluate.PRESETS["table1"]["steps"])
-    assert config["variances"] == list(evaluate.PRESETS["table1"]["variances"])
+    assert config["steps"] == list(PRESETS["table1"]["steps"])
+    assert config["variances"] == list(PRESETS["table1"]["variances"])
     assert config["spacings"] == ["linear", "quadratic"]
+
+
+@pytest.mark.parametrize("folder", sorted(ROOT.glob("model_cards/*/measured")), ids=identify)
+def test_the_headline_is_made_from_the_records(folder):
+    """Those of version 0.1 too, whose commands are read from their settings."""
+    table, commands = headline(folder.parent, folder.parent.relative_to(ROOT).as_posix())
+    assert (folder / "headline.md").read_text() == table
+    for line in commands.splitlines()[1:-1]:
+        program, script, *_ = line.split()
+        assert program == "ddim-plugin" or (ROOT / script).is_file()

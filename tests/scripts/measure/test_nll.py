@@ -9,7 +9,7 @@ from nll import NLLConfig, main
 from trainer.settings import build
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.hub.card import read_results
+from ddim_plugin.hub.records import read_results
 
 T = 30
 
@@ -59,11 +59,11 @@ def test_a_stopped_run_goes_on(model, tmp_path, monkeypatch):
 
     bound = nll.Bench.bound
 
-    def stop(self, images, times, variance, *rest):
+    def stop(self, images, along, *rest):
         if len(measured) == 2:
             raise KeyboardInterrupt
-        measured.append((len(times), variance))
-        return bound(self, images, times, variance, *rest)
+        measured.append((len(along), along.variance_type))
+        return bound(self, images, along, *rest)
 
     monkeypatch.setattr(nll.Bench, "bound", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -141,7 +141,7 @@ def test_own_samples_and_drawn_terms(model, tmp_path):
         ({"class_label": 1}, "is unconditional"),
         ({"data": "nowhere.parquet"}, "there is no file"),
         ({"spacing": "cubic"}, "cubic"),
-        ({"model": "nowhere/at/all"}, "there is no folder"),
+        ({"model": "nowhere/at/all"}, "neither a valid local path"),
     ],
 )
 def test_bad_input(model, tmp_path, settings, said):

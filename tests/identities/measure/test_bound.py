@@ -1,4 +1,4 @@
-"""The bound and the ODE's likelihood against data whose likelihood is known, and τ that minimises the bound."""
+"""The bound against data whose likelihood is known, and the τ that minimises it."""
 
 import itertools
 import math
@@ -6,57 +6,25 @@ import math
 import numpy as np
 import pytest
 import torch
-from measure import search
+from gaussian_data import ALPHA, MEAN, TRUE, VARIANCE, data, exact_network, table
 from measure.bound import (
     BITS,
     Errors,
     VariationalBound,
-    measure_errors,
+    best_paths,
+    bound_costs,
+    bound_of,
     objective_weights,
-    ode_bits,
-    ode_log_density,
     prior_nats,
-    time_of,
     transition_nats,
 )
+from measure.likelihood import measure_errors
 from torch import Generator
 from trainer.objective import Objective
 
-from ddim_plugin.process import betas
 from ddim_plugin.process.gaussian import discretized_log_likelihood
 from ddim_plugin.process.moves import beta_tilde, sigma, x0_weight
 from ddim_plugin.process.spacings import linear, quadratic
-
-MEAN, VARIANCE = 0.3, 0.25
-TRUE = 0.5 * math.log(2 * math.pi * math.e * VARIANCE) * BITS  # E −log p of N(MEAN, VARIANCE), for a dimension
-
-
-def table(T=1000):
-    scale = 1000 / T
-    return betas.alpha_bar(betas.betas("linear", T, 1e-4 * scale, min(0.02 * scale, 0.999)))
-
-
-ALPHA = table()
-
-
-def exact_network(alpha_bar):
-    """ε of N(MEAN, VARIANCE) at the paper's time t, real or whole."""
-    angles = np.arccos(np.sqrt(alpha_bar))
-
-    def network(x, t):
-        if bool((t == t.round()).all()):
-            a = torch.as_tensor(alpha_bar)[t.long()]
-        else:  # between times: the inverse of `time_of`
-            assert len(set(t.tolist())) == 1
-            low, high = 0.0, float(angles[-1])
-            for _ in range(60):
-                middle = (low + high) / 2
-                low, high = (middle, high) if time_of(middle, angles) < float(t[0]) else (low, middle)
-            a = torch.full_like(t, math.cos(low) ** 2)
-        a = a.view(-1, 1, 1, 1).to(x)
-        return (1 - a).sqrt() * (x - a.sqrt() * MEAN) / (a * VARIANCE + 1 - a)
-
-    return network
 
 
 def exact_errors(alpha_bar):
@@ -74,11 +42,6 @@ def exact_bound(alpha_bar, tau, variance_type, eta):
     errors, t, s = exact_errors(alpha_bar), tau[1:], tau[:-1]
     nats = transition_nats(alpha_bar, t, s, errors.x0[t], variance_type, eta, errors.eps_mean_square).sum()
     return (prior_nats(alpha_bar[tau[-1]], errors.x0_mean_square) + nats + errors.decoder[tau[0]]) * BITS
-
-
-def data(count, seed=0, shape=(1, 2, 2)):
-    x = torch.randn(count, *shape, generator=Generator().manual_seed(seed), dtype=torch.float64)
-    return MEAN + math.sqrt(VARIANCE) * x
 
 
 # ---- the bound -----------------------------------------------------------------------------------------------------
@@ -273,99 +236,38 @@ def test_j_and_its_gamma_form_differ_by_a_constant():
         objective_weights(a, tau, 0.0, deviation)
 
 
-# ---- the ODE -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("hutchinson", [False, True])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_likelihood_of_the_ode_is_the_datas(hutchinson, prediction_type):
-    x0, eps = data(8), exact_network(ALPHA)
-    angles = np.arccos(np.sqrt(ALPHA))
-
-    def network(x, t):
-        if prediction_type == "epsilon":
-            return eps(x, t)
-        low, high = 0.0, float(angles[-1])
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if time_of(middle, angles) < float(t[0]) else (low, middle)
-        noise = eps(x, t)
-        return (noise - math.sin(low) * x) / math.cos(low)
-
-    probes = Generator().manual_seed(0) if hutchinson else None
-    found, latents, evaluations = ode_log_density(network, x0, ALPHA, prediction_type, probes, tolerance=1e-6)
-    a = ALPHA[-1]
-    slope = math.sqrt(
-        (a * VARIANCE + 1 - a) / VARIANCE
-    )  # of the ODE's map, which carries N(0, 1) at the top to the model
-    expected = math.sqrt(a) * MEAN + (x0 - MEAN) * slope
-    model = (-0.5 * (expected**2 + math.log(2 * math.pi)) + math.log(slope)).flatten(1).sum(1)
-    assert (found - model).abs().max() / 4 * BITS < 1e-4
-    assert (latents - expected).abs().max() < 1e-3
-    true = -0.5 * ((x0 - MEAN) ** 2 / VARIANCE + math.log(2 * math.pi * VARIANCE)).flatten(1).sum(1)
-    assert (model - true).abs().max() / 4 * BITS < 5e-3  # ᾱ_T is not 0
-    assert 20 < evaluations < 2000
-
-
-def test_bits_of_bytes():
-    """Of data that are Gaussian but for their bins, the ODE's bits are their entropy, within the standard error."""
-    grid = (torch.arange(256, dtype=torch.float64) + 0.5) / 128 - 1
-    mass = torch.exp(-((grid - MEAN) ** 2) / (2 * VARIANCE))
-    mass = mass / mass.sum()
-    entropy = float(-(mass * mass.log2()).sum())
-    images = torch.multinomial(mass, 4000 * 4, replacement=True, generator=Generator().manual_seed(0))
-    images = images.view(4000, 1, 2, 2).to(torch.uint8)
-    found = ode_bits(exact_network(ALPHA), images, ALPHA, generator=Generator().manual_seed(1))
-    error = float(found.bits.std()) / math.sqrt(4000)
-    outside = -math.log2(float(torch.special.ndtr(torch.tensor((1 - MEAN) / math.sqrt(VARIANCE)))))  # mass beyond white
-    assert abs(float(found.bits.mean()) - entropy - outside) < 4 * error + 0.01
-    with pytest.raises(ValueError, match="uint8"):
-        ode_bits(exact_network(ALPHA), images.float(), ALPHA, generator=Generator())
-    with pytest.raises(ValueError, match="pass a generator"):
-        ode_bits(exact_network(ALPHA), images, ALPHA)
-
-
-def test_times_between_the_trained_ones():
-    angles = np.arccos(np.sqrt(ALPHA))
-    for t in (1, 2, 500, 1000):
-        assert abs(time_of(float(angles[t]), angles) - t) < 1e-6
-    times = [time_of(theta, angles) for theta in np.linspace(0, angles[-1], 500)]
-    assert times[0] == 0
-    assert all(earlier < later for earlier, later in itertools.pairwise(times))
-
-
 # ---- τ -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_search_finds_what_trying_all_finds():
     T = 9
     a = table(T)
-    costs, start = search.bound_costs(a, exact_errors(a))
+    costs, start = bound_costs(a, exact_errors(a))
     for S in range(1, T + 1):
-        tried = [search.bound_of(a, np.array(tau), costs, start) for tau in itertools.combinations(range(1, T + 1), S)]
-        found = search.search_bound(a, exact_errors(a), T)[S - 1]
+        tried = [bound_of(np.array(tau), costs, start) for tau in itertools.combinations(range(1, T + 1), S)]
+        found = best_paths(costs, start, T)[S - 1]
         assert len(found.tau) == S
         assert np.isclose(found.cost, min(tried), rtol=1e-12)
-        assert np.isclose(search.bound_of(a, found.tau, costs, start), found.cost, rtol=1e-12)
+        assert np.isclose(bound_of(found.tau, costs, start), found.cost, rtol=1e-12)
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "optimal"])
 def test_the_searched_tau_is_never_worse(variance_type):
     errors = exact_errors(ALPHA)
-    costs, start = search.bound_costs(ALPHA, errors, variance_type)
-    for found in search.search_bound(ALPHA, errors, 25, variance_type):
+    costs, start = bound_costs(ALPHA, errors, variance_type)
+    for found in best_paths(costs, start, 25):
         S = len(found.tau)
         assert (np.diff(found.tau) > 0).all()
         for spacing in (linear, quadratic):
-            assert found.cost <= search.bound_of(ALPHA, spacing(S, 1000), costs, start) + 1e-12
+            assert found.cost <= bound_of(spacing(S, 1000), costs, start) + 1e-12
 
 
 def test_searches_that_cannot_be():
     with pytest.raises(ValueError, match="has 1..9 moves, not 10"):
-        search.search_bound(table(9), exact_errors(table(9)), 10)
+        best_paths(*bound_costs(table(9), exact_errors(table(9))), 10)
     blocked = np.full((5, 5), np.inf)
     with pytest.raises(ValueError, match="no path of 1 moves"):
-        search.best_paths(blocked, np.zeros(5), 2)
+        best_paths(blocked, np.zeros(5), 2)
 
 
 def test_beta_tilde_is_what_the_bound_has_of_it():

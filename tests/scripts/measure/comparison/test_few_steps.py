@@ -1,0 +1,165 @@
+"""The comparison at few steps: real runs on the digits, and bad input."""
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import few_steps
+import numpy as np
+import pytest
+import torch
+from measure.comparison.bench import Bench
+from measure.comparison.samplers import samplers
+from measure.comparison.tables import relative_errors, table
+from measure.extractors import open_extractor
+from measure.metrics import fit, frechet
+from measuring import classifier
+from pictures.sources import load
+from trainer.settings import build
+
+from ddim_plugin import GeneralizedDDIMPipeline, MultistepDDIMScheduler
+from ddim_plugin.hub.records import read_results
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory):
+    """A classifier of the digits with random weights."""
+    folder = tmp_path_factory.mktemp("classifier") / "small"
+    classifier(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(extractor, make_unet, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("few")
+    GeneralizedDDIMPipeline(make_unet(), MultistepDDIMScheduler()).save_pretrained(folder / "model")
+    settings = {
+        "model": str(folder / "model"),
+        "reference": "digits",
+        "extractor": str(extractor),
+        "output": str(folder / "out"),
+        "nfe": (3, 5),
+        "near": 2,
+        "screen": 24,
+        "images": 20,
+        "draws": 2,
+        "thousand": (),
+        "families": ("ours", "DDIM", "DDPM"),
+        "shortlist": 2,
+        "margin": 100.0,
+        "batch_size": 8,
+    }
+    return build(few_steps.FewStepsConfig, settings), few_steps.main(build(few_steps.FewStepsConfig, settings))
+
+
+def test_the_best_are_measured_on_images_that_did_not_choose_them(compared):
+    config, result = compared
+    bench = Bench(config)
+    for row in result["rows"]:
+        assert {entry["images"] for entry in row["screened"]} == {24}
+        assert few_steps.SCREENED > 40
+        assert {"ours", "ours, η = 1", "DDIM"} <= {entry["family"] for entry in row["frechet"]}
+        for entry in row["frechet"]:
+            [sampler] = [each for each in samplers() if each.name == entry["sampler"]]
+            sets = [range(20), range(20, 40)]
+            draws = [bench.frechet(sampler, row["nfe"], numbers)["frechet"] for numbers in sets]
+            assert entry["draws"] == draws
+            assert entry["frechet"] == pytest.approx(statistics.fmean(draws))
+
+
+def test_a_set_is_measured_as_by_hand(compared, extractor):
+    """Ours without noise: x_T of image i from seed + i, by the pipeline."""
+    config, result = compared
+    pipe = GeneralizedDDIMPipeline.from_pretrained(config.model)
+    opened = open_extractor(str(extractor), "cpu", (1, 8, 8))
+
+    def fitted(x):
+        features = opened(x).features.astype(np.float64)
+        return fit(lambda: iter([features]))
+
+    seeds = [torch.Generator().manual_seed(i) for i in range(20)]
+    images = pipe(20, 5, generator=seeds, output_type="pt").images
+    made = fitted((images * 255).round().to(torch.uint8))
+    [entry] = [each for each in result["rows"][1]["frechet"] if each["family"] == "ours"]
+    assert entry["draws"][0] == pytest.approx(frechet(made, fitted(load("digits")[0])), rel=1e-3)
+
+
+def test_a_second_run_measures_nothing_again(compared, monkeypatch):
+    config, result = compared
+    monkeypatch.setattr(Bench, "sample", None)
+    assert few_steps.main(config)["rows"] == result["rows"]
+
+
+def test_the_table_and_the_results_tell_mean_and_error(compared):
+    config, result = compared
+    error, of_ratio = relative_errors(result)
+    said = f"means over 2 sets of 20 images, which all samplers share. Standard errors: {error:.0%} of a mean, "
+    assert f"{said}{of_ratio:.0%} of a ratio." in table(result)
+    [entry] = [each for each in result["rows"][0]["frechet"] if each["family"] == "ours"]
+    found = read_results(Path(config.output) / "results.json")
+    [told] = [each for each in found if each.get("scheduler") == "ours" and each["nfe"] == 3 and "draws" in each]
+    assert told["value"] == entry["frechet"]
+    assert told["standard_error"] == pytest.approx(error * entry["frechet"])
+    assert told["draws"] == 2
+
+
+def test_errors_are_those_that_the_draws_were_made_with():
+    """Distances that vary by 5 % from set to set for all samplers alike, and by 2 % for each."""
+    rng = np.random.default_rng(0)
+    sets = 0.05 * rng.standard_normal((400, 1, 3))
+    values = np.exp(sets + 0.02 * rng.standard_normal((400, 6, 3)) + rng.standard_normal((400, 6, 1)))
+    rows = [{"frechet": [{"draws": list(each)} for each in row]} for row in values]
+    errors = relative_errors({"config": {"draws": 3}, "rows": rows})
+    assert errors == pytest.approx(((0.05**2 + 0.02**2) ** 0.5 / 3**0.5, 2**0.5 * 0.02 / 3**0.5), rel=0.03)
+    assert relative_errors({"config": {}, "rows": rows}) is None
+    assert relative_errors({"config": {"draws": 3}, "rows": [*rows, {"frechet": []}]}) == errors
+    assert relative_errors({"config": {"draws": 3}, "rows": [{"frechet": []}]}) is None
+
+
+def test_the_size_of_a_batch_changes_nothing(compared):
+    """Noise comes from one generator for each image."""
+    config, _ = compared
+    for name in ("ours, η = 1 1.0", "DDPM leading"):
+        [sampler] = [each for each in samplers() if each.name == name]
+        made = []
+        for size in (3, 8):
+            bench = Bench(replace(config, batch_size=size))
+            made.append(torch.cat(list(bench.make(bench.unet, sampler, 5, range(24, 32)))))
+        assert torch.allclose(*made, atol=1e-5)
+
+
+def test_what_belongs_to_another_model_or_reference_is_not_taken(compared, tmp_path):
+    """Nor what another schedule, with other fitted times, was measured with; a line that a kill tore is dropped."""
+    config, _ = compared
+    bench = Bench(config)
+    with open(bench.journal.file, "a") as file:
+        file.write('{"key": "rms of ou')
+    assert Bench(config).journal.known.keys() == bench.journal.known.keys()
+    assert bench.journal.file.read_text().endswith("}\n")
+    pipe = GeneralizedDDIMPipeline.from_pretrained(config.model)
+    times = {"fitted_timesteps": {"3": [700, 400, 100]}}
+    pipe.scheduler = MultistepDDIMScheduler.from_config(pipe.scheduler.config, **times)
+    pipe.save_pretrained(tmp_path / "fitted")
+    assert not Bench(replace(config, model=str(tmp_path / "fitted"))).journal.known
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"draws": 0}, "draws must be 1 at least, not 0"),
+        ({"shortlist": -1}, "shortlist must be 1 at least, not -1"),
+        ({"nfe": (5, 0)}, "nfe must be 1 at least, not 0"),
+        ({"margin": float("nan")}, "margin must be 1 at least, not nan"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"families": ("Euler 9",)}, "no family of samplers begins with Euler 9"),
+        ({"screen": 10}, "10 --screen are too few"),
+        ({"reference": "missing/set.parquet", "overwrite": True}, "there is no file"),
+    ],
+)
+def test_bad_settings_lose_nothing(compared, settings, said, monkeypatch):
+    config, _ = compared
+    before = (Path(config.output) / "measured.jsonl").read_bytes()
+    monkeypatch.setattr(Bench, "sample", None)
+    with pytest.raises(ValueError, match=said):
+        few_steps.main(replace(config, **settings))
+    assert (Path(config.output) / "measured.jsonl").read_bytes() == before

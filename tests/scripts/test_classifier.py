@@ -1,0 +1,134 @@
+"""The classifier that comparisons are measured with: real runs on the digits, and bad input."""
+
+import json
+from pathlib import Path
+
+import classifier
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from measure.extractors import open_extractor
+from pictures.sources import load
+from PIL import Image
+from trainer.settings import build
+
+from ddim_plugin import GeneralizedDDIMPipeline, MultistepDDIMScheduler
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"data": "digits", "hidden_sizes": (16, 16), "layers": 1, "steps": 150, "batch_size": 64, "shift": 0}
+SMALL |= {"learning_rate": 1e-2, "test_split": "test", "device": "cpu"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="module")
+def extractor(tmp_path_factory):
+    """A classifier of the digits, trained for seconds."""
+    folder = tmp_path_factory.mktemp("classifier") / "small"
+    classifier.main(build(classifier.ClassifierConfig, SMALL | {"output": str(folder)}))
+    return folder
+
+
+def test_a_classifier_learns_and_is_an_extractor(extractor):
+    said = json.loads((extractor / "training.json").read_text())
+    opened = open_extractor(str(extractor), "cpu", (1, 8, 8))
+    images, labels = load("digits", "test")
+    features, logits = opened(images)
+    accuracy = float((logits.argmax(1) == labels.numpy()).mean())
+    assert opened.dimension == 16
+    assert features.shape == (len(images), 16)
+    assert accuracy == pytest.approx(said["accuracy"])  # by its saved preprocessing
+    assert accuracy > 0.5
+
+
+def test_the_same_command_makes_the_same_classifier(extractor, tmp_path):
+    said = classifier.main(build(classifier.ClassifierConfig, SMALL | {"output": str(tmp_path / "again")}))
+    assert said["sha256"] == json.loads((extractor / "training.json").read_text())["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"steps": 0}, "steps must be positive, not 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive, not nan"),
+        ({"learning_rate": float("inf")}, "learning_rate must be positive, not inf"),
+        ({"shift": -1}, "shift and seed must not be negative, as one of -1 and 0 is"),
+        ({"shift": 8}, "shift=8 moves pictures of 8×8 out of sight"),
+        ({"batch_size": 1}, "batch_size must be 2 at least"),
+        ({"hidden_sizes": (8, 0)}, "hidden_sizes must be positive"),
+        ({"hidden_sizes": ()}, "hidden_sizes must be positive"),
+        ({"test_split": "tests"}, "unknown split 'tests'"),
+        ({"learning_rate": 1e30}, "lower --learning_rate"),
+        ({"data": "missing/labelled.parquet"}, "there is no file"),
+    ],
+)
+def test_bad_settings_of_a_classifier(settings, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        classifier.main(build(classifier.ClassifierConfig, SMALL | {"output": str(tmp_path / "out")} | settings))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_there_is_kept(extractor, make_unet, tmp_path):
+    """An earlier classifier unless told otherwise, anything else always."""
+    with pytest.raises(ValueError, match="pass --overwrite"):
+        classifier.main(build(classifier.ClassifierConfig, SMALL | {"output": str(extractor)}))
+    (tmp_path / "file").write_text("kept")
+    GeneralizedDDIMPipeline(make_unet(), MultistepDDIMScheduler()).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "training.json").write_text("{}")
+    for name in ("file", "model"):
+        settings = SMALL | {"output": str(tmp_path / name), "overwrite": True}
+        with pytest.raises(ValueError, match="no classifier that was made here"):
+            classifier.main(build(classifier.ClassifierConfig, settings))
+    settings = SMALL | {"output": str(tmp_path / "again"), "steps": 2}
+    before = classifier.main(build(classifier.ClassifierConfig, settings))
+    after = classifier.main(build(classifier.ClassifierConfig, settings | {"overwrite": True, "seed": 1}))
+    assert after["sha256"] == json.loads((tmp_path / "again" / "training.json").read_text())["sha256"]
+    assert after["sha256"] != before["sha256"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "file", "model"]
+
+
+def test_splits_are_not_classes(tmp_path):
+    for name in ("train/0", "train/1", "test/0", "test/1"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 9).save(tmp_path / "set" / name / "a.png")
+    settings = SMALL | {"data": str(tmp_path / "set"), "output": str(tmp_path / "out"), "test_split": None}
+    with pytest.raises(ValueError, match="classes of .* are test, train"):
+        classifier.main(build(classifier.ClassifierConfig, settings))
+    settings["data"] += "/train"
+    with pytest.raises(ValueError, match="all of one colour"):
+        classifier.main(build(classifier.ClassifierConfig, settings))
+
+
+def test_channels_are_those_of_the_model(tmp_path):
+    for label in (0, 1):
+        (tmp_path / "set" / str(label)).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (250 * label, 9, 9)).save(tmp_path / "set" / str(label) / "a.png")
+    settings = SMALL | {"data": str(tmp_path / "set"), "output": str(tmp_path / "out"), "test_split": None, "steps": 2}
+    classifier.main(build(classifier.ClassifierConfig, settings | {"channels": 1}))
+    assert open_extractor(str(tmp_path / "out"), "cpu", (1, 8, 8)).channels == 1
+
+
+def test_the_committed_extractor_is_the_one_that_was_measured_with():
+    folder = ROOT / "training" / "extractors" / "mnist-resnet"
+    opened = open_extractor(str(folder), "cpu", (1, 28, 28))
+    for name in ("table1", "few_steps"):
+        record = json.loads((ROOT / "model_cards" / "ddim-mnist-28" / "measured" / f"{name}.json").read_text())
+        used = record["model"]["extractor"] if name == "few_steps" else record["extractors"][0]["fingerprint"]
+        assert opened.fingerprint == used
+
+
+def test_pictures_are_moved_with_black_coming_in():
+    batch = torch.arange(1, 17, dtype=torch.uint8).view(1, 1, 4, 4)
+    seen = {tuple(classifier.shifted(batch, 1, np.random.default_rng(i)).flatten().tolist()) for i in range(60)}
+    assert len(seen) == 9
+    assert tuple(batch.flatten().tolist()) in seen
+    assert (6, 7, 8, 0, 10, 11, 12, 0, 14, 15, 16, 0, 0, 0, 0, 0) in seen

@@ -1,0 +1,1 @@
+"""Samplers without training, compared at few evaluations of the network."""

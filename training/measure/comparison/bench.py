@@ -1,0 +1,233 @@
+"""Measure samplers on one model, from the same x_T."""
+
+import copy
+import hashlib
+import inspect
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from pictures.frames import Frame
+from pictures.sources import open_pictures
+from torch import Generator, Tensor
+
+from ddim_plugin import GeneralizedDDIMPipeline
+from ddim_plugin.hub.files import weights_digest, write_file
+from ddim_plugin.pipelines.fit import TEACHER
+
+from ..extractors import open_extractor
+from ..metrics import Gaussian, check_count, fit, frechet
+from ..parts import DTYPES, digest, start_processes
+from ..references import open_reference
+from ..references import statistics as statistics_of
+from .samplers import SIGMAS, Sampler, Unfit, make_scheduler
+
+FAILURES = (
+    RuntimeError,
+    ValueError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    NotImplementedError,
+)
+"""Exceptions with which diffusers' schedulers fail at settings that they do not support."""
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """A model, what it is measured with, and the images."""
+
+    model: str = field(metadata={"help": "a folder written by save_pretrained, or a Hub id"})
+    reference: str = field(metadata={"help": "data set: digits, a folder, parquet or arrow, or a Hub id"})
+    extractor: str = field(metadata={"help": "of torch-fidelity by name, or a folder or Hub id of a classifier"})
+    output: str = field(default="out/few_steps", metadata={"help": "folder for the results"})
+    near: int = field(default=64, metadata={"help": "images for the distance to the solution, of every sampler"})
+    screen: int = field(default=256, metadata={"help": "images for a first Fréchet distance"})
+    images: int = field(default=5000, metadata={"help": "images in a set, to measure the best samplers with"})
+    draws: int = field(default=1, metadata={"help": "such sets, whose distances are averaged"})
+    dtype: str = field(default="float32", metadata={"help": "of the network, for the Fréchet distance"})
+    batch_size: int = field(default=125, metadata={"help": "images at a time"})
+    seed: int = field(default=0, metadata={"help": "x_T of image i comes from seed + i"})
+    device: str | None = field(default=None, metadata={"help": "cpu, cuda, …"})
+    overwrite: bool = field(default=False, metadata={"help": "delete what was measured before"})
+
+
+class Journal:
+    """Measurements of runs with the same settings, one line of JSON each, so that a run can be resumed.
+
+    `known` holds entries by their key, `alike` by what determines their value.
+    """
+
+    def __init__(self, file: Path, settings: dict[str, Any]):
+        self.file, self.settings = file, settings
+        self.known: dict[str, dict[str, Any]] = {}
+        self.alike: dict[str, dict[str, Any]] = {}
+        *lines, torn = (file.read_text() if file.exists() else "").split("\n")
+        if torn:  # by a kill
+            write_file(file, "".join(line + "\n" for line in lines))
+        for line in lines:
+            entry = json.loads(line)
+            if entry["settings"] == settings:
+                self.known[entry["key"]] = entry
+                self.alike[entry.get("alike", "")] = entry
+
+    def add(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """Append an entry, and return it."""
+        entry |= {"settings": self.settings}
+        self.known[entry["key"]] = entry
+        if "alike" in entry:
+            self.alike.setdefault(entry["alike"], entry)
+        with open(self.file, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+        return entry
+
+
+class Bench:
+    """Sample from a model with any sampler, and measure the images. `journal` keeps what was measured."""
+
+    def __init__(self, config: BenchSettings):
+        self.config, self.output = config, Path(config.output)
+        self.device = start_processes(config.device).device
+        self.pipe = GeneralizedDDIMPipeline.from_pretrained(config.model).to(self.device)
+        self.unet = self.pipe.unet.eval()
+        self.fast = copy.deepcopy(self.unet).to(DTYPES[config.dtype])
+        self.shape = (self.unet.config.in_channels, *self.pipe.image_size)
+        self.saved = self.pipe.scheduler.config
+        self.extractor = open_extractor(config.extractor, self.device, self.shape)
+        for name in ("screen", "images"):
+            check_count(getattr(config, name), self.extractor.dimension, f"--{name}")
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.reference, contents = self._reference()
+        self.settings = {
+            "model": weights_digest(self.unet),
+            "scheduler": digest(dict(self.saved)),
+            "extractor": self.extractor.fingerprint,
+            "reference": contents,
+            "dtype": config.dtype,
+            "seed": config.seed,
+        }
+        file = self.output / "measured.jsonl"
+        if config.overwrite:
+            for each in (file, self.output / "solution.pt"):
+                each.unlink(missing_ok=True)
+        self.journal = Journal(file, self.settings)
+
+    def _reference(self) -> tuple[Gaussian | None, str]:
+        """Return the Gaussian of the training pictures' features, and the SHA-256 of the pictures."""
+        config = self.config
+        frame, cache = Frame(self.shape[0], self.shape[1:]), self.output / "references"
+        pictures = open_pictures(config.reference)
+        reference = open_reference(pictures, "train", frame, config.reference, cache, None, 2)
+        found = statistics_of(reference, self.extractor, cache, config.batch_size, True, False)
+        return found.gaussian, reference.contents
+
+    def generators(self, numbers: range, first: int = 0) -> list[Generator]:
+        """Return a generator for each image, so that the size of a batch changes nothing."""
+        return [Generator().manual_seed(first + self.config.seed + i) for i in numbers]
+
+    @torch.inference_mode()
+    def sample(self, unet: Any, scheduler: Any, numbers: range) -> Tensor:
+        """Sample these images, in −1..1. Raises Unfit if they are not finite."""
+        noise = randn_tensor((len(numbers), *self.shape), generator=self.generators(numbers), device=self.device)
+        x = noise * float(scheduler.init_noise_sigma)
+        drawn = {}
+        if "generator" in inspect.signature(scheduler.step).parameters:  # not the seeds of x_T; 32 bits count
+            drawn["generator"] = self.generators(numbers, 2**31)
+        for t in scheduler.timesteps:
+            output = unet(scheduler.scale_model_input(x, t).to(unet.dtype), t).sample.to(x.dtype)
+            x = scheduler.step(output, t, x, **drawn).prev_sample
+        if not bool(x.isfinite().all()):
+            raise Unfit("images that are not finite")
+        return x.clamp(-1, 1)
+
+    def make(self, unet: Any, sampler: Sampler, nfe: int, numbers: range) -> Iterator[Tensor]:
+        """Yield these images of a sampler in batches."""
+        for start in range(0, len(numbers), self.config.batch_size):
+            part = numbers[start : start + self.config.batch_size]
+            try:
+                yield self.sample(unet, make_scheduler(sampler, nfe, self.saved), part)
+            except FAILURES as error:
+                raise Unfit(f"{type(error).__name__}: {error}") from error
+
+    @cached_property
+    def solution(self) -> Tensor:
+        """The converged solution of the ODE for the first images; a file keeps it, with its error."""
+        file, near = self.output / "solution.pt", self.config.near
+        if file.exists():
+            kept = torch.load(file)
+            if kept["settings"] == self.settings and len(kept["images"]) >= near:
+                return kept["images"][:near].to(self.device)
+        teacher = Sampler("ours", "MultistepDDIMScheduler", {"timestep_spacing": "linear"} | TEACHER)
+        rough, fine = (torch.cat(list(self.make(self.unet, teacher, S, range(near)))) for S in (250, 500))
+        kept = {"settings": self.settings, "images": fine.cpu(), "converged_to": rms(rough, fine)}
+        torch.save(kept, file.with_suffix(".part"))
+        file.with_suffix(".part").replace(file)
+        print(f"the solution at 250 and 500 steps differs by {rms(rough, fine):.2g}")
+        return fine
+
+    def distance(self, sampler: Sampler, nfe: int) -> dict[str, Any]:
+        """Measure the root mean square distance of the first images to the solution."""
+
+        def measured() -> float:
+            return rms(torch.cat(list(self.make(self.unet, sampler, nfe, numbers))), self.solution)
+
+        numbers = range(self.config.near)
+        return self._entry("rms", sampler, nfe, numbers, measured)
+
+    def frechet(self, sampler: Sampler, nfe: int, numbers: range) -> dict[str, Any]:
+        """Measure the Fréchet distance of these images."""
+
+        def measured() -> float:
+            batches = self.make(self.fast, sampler, nfe, numbers)
+            features = [self.extractor(((made + 1) * 127.5).round().to(torch.uint8)).features for made in batches]
+            return frechet(fit(lambda: iter(features)), self.reference)
+
+        return self._entry("frechet", sampler, nfe, numbers, measured)
+
+    def quality(self, sampler: Sampler, nfe: int) -> dict[str, Any]:
+        """Measure the mean Fréchet distance of several sets of images; the first set is that of evaluate.py."""
+        images, entry, values = self.config.images, {}, []
+        for draw in range(self.config.draws):
+            entry = self.frechet(sampler, nfe, range(draw * images, (draw + 1) * images))
+            if "unfit" in entry:
+                return entry
+            values.append(entry["frechet"])
+        return entry | {"frechet": statistics.fmean(values), "draws": values}
+
+    def moves(self, sampler: Sampler, nfe: int) -> str:
+        """Return a digest of the moves: several grids of diffusers are the same at some settings."""
+        made = make_scheduler(sampler, nfe, self.saved)
+        settings = {key: value for key, value in sampler.settings.items() if key not in ("timestep_spacing", *SIGMAS)}
+        grid = [torch.as_tensor(each).tolist() for each in (made.timesteps, getattr(made, "sigmas", ()))]
+        text = json.dumps([sampler.scheduler, settings, *grid, float(made.init_noise_sigma)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _entry(
+        self, measure: str, sampler: Sampler, nfe: int, numbers: range, measured: Callable[[], float]
+    ) -> dict[str, Any]:
+        """Return the entry of a measurement, which is made only if the journal has none."""
+        images = f"{numbers.start} to {numbers.stop}"
+        key = f"{measure} of {sampler.name}, {nfe} evaluations, images {images}"
+        if key in self.journal.known:
+            return self.journal.known[key]
+        entry = {"key": key, "family": sampler.family, "sampler": sampler.name}
+        entry |= {"noisy": sampler.noisy, "nfe": nfe, "images": len(numbers)}
+        try:
+            alike = f"{measure} {nfe} {images} {self.moves(sampler, nfe)}"
+            found = self.journal.alike.get(alike)
+            entry |= {measure: measured() if found is None else found[measure], "alike": alike}
+        except Unfit as reason:
+            entry["unfit"] = str(reason)[:200]
+        return self.journal.add(entry)
+
+
+def rms(x: Tensor, y: Tensor) -> float:
+    """Return the root mean square of a difference."""
+    return float((x - y).double().square().mean().sqrt())

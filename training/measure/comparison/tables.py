@@ -1,0 +1,136 @@
+"""Tables, entries and a plot of a comparison at few steps, from its record `few_steps.json`."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pictures.files import as_dataset
+
+from ..extractors import slug
+from .samplers import FAMILIES, is_stock
+
+Entry = dict[str, Any]
+
+
+def relative_errors(result: dict[str, Any]) -> tuple[float, float] | None:
+    """Return the relative standard errors of a mean Fréchet distance, and of the ratio of two of them.
+
+    They are pooled over samplers and numbers of evaluations, since a few draws show little of their own spread. A ratio
+    at one number of evaluations is better known than its parts: samplers share x_T, and some sets are worse for all of
+    them. None if there is only one draw.
+    """
+    draws = result["config"].get("draws", 1)
+    if draws < 2:
+        return None
+    means, ratios = [], []
+    for row in result["rows"]:
+        if not row["frechet"]:
+            continue
+        logs = np.log([entry["draws"] for entry in row["frechet"]])
+        apart = logs - logs.mean(1, keepdims=True)
+        means.append(np.square(apart).sum() / (len(logs) * (draws - 1)))
+        if len(logs) > 1:
+            ratios.append(np.square(apart - apart.mean(0)).sum() / ((len(logs) - 1) * (draws - 1)))
+    if not means:
+        return None
+    return math.sqrt(np.mean(means) / draws), math.sqrt(2 * np.mean(ratios or means) / draws)
+
+
+def best(entries: list[Entry], measure: str, families: Callable[[str], bool]) -> Entry | None:
+    """Return the entry of these families with the lowest value."""
+    return min((each for each in entries if families(each["family"])), key=lambda each: each[measure], default=None)
+
+
+def measures(result: dict[str, Any]) -> dict[str, list[str]]:
+    """Return, for each measure, those of our families that were measured by it."""
+    found = {}
+    for measure in ("rms", "frechet"):
+        measured = {entry["family"] for row in result["rows"] for entry in row[measure]}
+        found[measure] = [each for each in FAMILIES if each in measured]
+    return found
+
+
+def entries(result: dict[str, Any]) -> list[Entry]:
+    """Return ours, DDIM's best, diffusers' best and 1000 steps, as entries of `results.json`."""
+    config, found, errors = result["config"], [], relative_errors(result)
+    extractor = slug(config["extractor"])
+    of_measure = {
+        "rms": {"metric": "rms_to_solution", "name": "Few steps: RMS distance to the solution of the ODE"}
+        | {"dataset": {"name": "the ODE's solution"}},
+        "frechet": {"metric": f"fd_{extractor}", "name": f"Few steps: FD, {extractor}"}
+        | {"dataset": as_dataset(config["reference"], "train")},
+    }
+
+    def listed(each: Entry, scheduler: str) -> Entry:
+        measure = "rms" if "rms" in each else "frechet"
+        same = {"value": each[measure], "nfe": each["nfe"], "num_inference_steps": each["nfe"], "scheduler": scheduler}
+        same |= {"sampler": each["sampler"], "images": each["images"], "seed": config["seed"]}
+        if "draws" in each:
+            same |= {"draws": len(each["draws"])}
+            same |= {} if errors is None else {"standard_error": errors[0] * each[measure]}
+        return of_measure[measure] | same
+
+    for measure, ours in measures(result).items():
+        kinds = {"the best of diffusers": is_stock, "DDIM": "DDIM".__eq__} | {name: name.__eq__ for name in ours}
+        for row in result["rows"]:
+            chosen = {kind: best(row[measure], measure, families) for kind, families in kinds.items()}
+            found += [
+                listed(each, kind) | ({} if measure == "frechet" and kind in ours else {"listed": False})
+                for kind, each in chosen.items()
+                if each
+            ]
+    return found + [listed(each, each["sampler"]) for each in result["thousand"]]
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return, in Markdown, the best of diffusers and ours by both measures, with the ratio of the two."""
+    families = measures(result)
+    head = ["NFE", "RMS, best of diffusers", "by", *families["rms"]]
+    head += ["Fréchet, best of diffusers", "by", *families["frechet"]]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in result["rows"]:
+        cells = [str(row["nfe"])]
+        for measure, ours in families.items():
+            theirs = best(row[measure], measure, is_stock)
+            cells += [f"{theirs[measure]:.4g}", theirs["sampler"]] if theirs else ["", ""]
+            for family in ours:
+                found = best(row[measure], measure, family.__eq__)
+                ratio = f" ({found[measure] / theirs[measure]:.2f})" if found and theirs else ""
+                cells.append(f"{found[measure]:.4g}{ratio}" if found else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    for entry in result["thousand"]:
+        lines += ["", f"Fréchet distance of {entry['sampler']}: {entry['frechet']:.4g}"]
+    if errors := relative_errors(result):
+        sets = f"{result['config']['draws']} sets of {result['config']['images']:,} images"
+        known = f"{errors[0]:.0%} of a mean, {errors[1]:.0%} of a ratio"
+        lines += ["", f"Fréchet distances are means over {sets}, which all samplers share. Standard errors: {known}."]
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Draw both measures against evaluations: ours, the best of diffusers, DDIM, and 1000 steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axis, (measure, ours) in zip(figure.subplots(1, 2), measures(result).items(), strict=True):
+        names = {"DDIM": "DDIM".__eq__, "best of diffusers": is_stock} | {family: family.__eq__ for family in ours}
+        for name, families in names.items():
+            found = [(row["nfe"], best(row[measure], measure, families)) for row in result["rows"]]
+            points = sorted((nfe, entry[measure]) for nfe, entry in found if entry)
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        for entry in result["thousand"] if measure == "frechet" else []:
+            axis.axhline(entry["frechet"], linestyle=":", linewidth=1, color="black")
+            axis.annotate(entry["sampler"], (result["rows"][0]["nfe"], entry["frechet"]), fontsize=7, va="bottom")
+        label = {"rms": "RMS distance to the solution", "frechet": "Fréchet distance"}[measure]
+        axis.set(xlabel="network evaluations", ylabel=label, yscale="log", xscale="log")
+        numbers = [row["nfe"] for row in result["rows"]]
+        axis.set_xticks(numbers, labels=map(str, numbers))
+        axis.set_xticks([], minor=True)
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks("{x:g}")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,244 @@
+"""Likelihoods of a saved model in bits per dimension: its bounds, its ODE, and the errors that bounds follow from."""
+
+import math
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pictures.files import as_dataset
+from pictures.frames import load_images, to_model
+from torch import Generator, Tensor
+from tqdm.auto import tqdm
+from trainer.settings import write_json
+
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.hub.files import read_object
+from ddim_plugin.process import spacings
+from ddim_plugin.process.gaussian import BIN, discretized_log_likelihood
+from ddim_plugin.process.predictions import prediction
+
+from .bound import Array, Errors, Generators, Network, VariationalBound, best_paths, bound_costs, bound_of, draw
+from .ode import ode_bits
+
+
+@torch.no_grad()
+def measure_errors(
+    network: Network,
+    x0: Tensor,
+    alpha_bar: Array,
+    prediction_type: str,
+    generator: Generators,
+    progress: Callable[[range], Iterable[int]] = iter,
+) -> Errors:
+    """Measure `Errors` over a batch of images, with T evaluations an image; average them over several batches.
+
+    `x0` are 8-bit images in −1..1, of the data or the model's own; `progress` may wrap the times in a progress bar.
+    """
+    T = len(alpha_bar) - 1
+    errors, squares = np.zeros(T + 1), np.ones(T + 1)
+    variances = np.geomspace(BIN**2 / 10, np.maximum(1 - alpha_bar, BIN**2), 12, axis=1)
+    decoders = np.zeros_like(variances)
+    for t in progress(range(1, T + 1)):
+        a_t = float(alpha_bar[t])
+        predicted = prediction(prediction_type, a_t)
+        noise = draw(generator, len(x0), lambda size, one: torch.randn(*size, *x0.shape[1:], generator=one)).to(x0)
+        x = math.sqrt(a_t) * x0 + math.sqrt(1 - a_t) * noise
+        output = network(x, torch.full((len(x0),), t, device=x0.device))[:, : x0.shape[1]].to(x0.dtype)
+        guess = predicted.x0_x * x + predicted.x0_out * output
+        errors[t] = float((x0 - guess).double().square().mean())
+        squares[t] = float((predicted.eps_x * x + predicted.eps_out * output).double().square().mean())
+        for k, variance in enumerate(variances[t]):
+            deviation = torch.tensor(math.sqrt(variance)).to(x0)
+            decoders[t, k] = -float(discretized_log_likelihood(x0, guess, deviation).double().mean())
+    return Errors(errors, squares, variances, decoders, float(x0.double().square().mean()))
+
+
+class Bench:
+    """Measure likelihoods of a saved model, image by image, with a generator for each.
+
+    Args:
+        model: a folder written by `save_pretrained`, or a Hub id.
+        class_label: label of all images, for a class-conditional network.
+        batch_size: images at a time.
+        seed: the noise of image i comes from seed + i.
+        device: name of a device; an accelerator by default, if there is one.
+
+    Raises:
+        ValueError: if the label does not fit the network.
+    """
+
+    def __init__(self, model: str, class_label: int | None, batch_size: int, seed: int, device: str | None):
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.pipe = GeneralizedDDIMPipeline.from_pretrained(model).to(self.device)
+        if not isinstance(self.pipe.scheduler, GeneralizedDDIMScheduler):
+            self.pipe.scheduler = GeneralizedDDIMScheduler.from_config(self.pipe.scheduler.config)
+        self.class_label, self.batch_size, self.seed = class_label, batch_size, seed
+        unet = self.pipe.unet
+        if (unet.class_embedding is not None) != (class_label is not None):
+            known = "is unconditional: leave class_label out" if class_label is not None else "needs class_label"
+            raise ValueError(f"the network {known}")
+        classes = unet.config.num_class_embeds or math.inf
+        if class_label is not None and not 0 <= class_label < classes:
+            raise ValueError(f"class_label must be in 0..{classes - 1}, not {class_label}")
+        self.learned = unet.config.out_channels == 2 * unet.config.in_channels
+        self.alpha_bar = self.pipe.scheduler.alpha_bar
+        self.T = len(self.alpha_bar) - 1
+        self.prediction_type = self.pipe.scheduler.config.prediction_type
+
+    def times(self, spacing: str, S: int) -> NDArray[np.int64]:
+        """Return the distinct times of a spacing: a repeated time is no move."""
+        return np.unique(spacings.tau(spacing, S, self.T, alpha_bar=self.alpha_bar))
+
+    def network(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the output at the paper's time t, (B,), whole or real."""
+        label = self.class_label
+        labels = None if label is None else torch.full((len(x),), label, device=x.device)
+        return self.pipe.unet(x, (t.to(x.device) - 1).clamp(min=0), class_labels=labels).sample
+
+    def batches(self, images: Tensor, name: str) -> Iterable[tuple[Tensor, list[Generator]]]:
+        """Yield bytes in batches, (B, C, H, W), and a generator for each image, with a progress bar."""
+        for start in tqdm(range(0, len(images), self.batch_size), desc=name, leave=False):
+            part = images[start : start + self.batch_size].to(self.device)
+            yield part, [Generator().manual_seed(self.seed + start + k) for k in range(len(part))]
+
+    def bound(self, images: Tensor, bound: VariationalBound, draws: int = 0) -> dict[str, Any]:
+        """Measure a variational bound over the images: mean, standard error, terms; 0 `draws` take every term."""
+
+        def network(x: Tensor, t: Tensor) -> Tensor:
+            output = self.network(x, t)
+            return output if bound.learned else output[:, : x.shape[1]]
+
+        totals, priors, decoders = [], [], []
+        for part, generators in self.batches(images, f"S = {len(bound)}, {bound.variance_type}"):
+            if draws:
+                totals.append(bound.sampled(network, to_model(part), generators, draws))
+                continue
+            terms = bound.exact(network, to_model(part), generators)
+            totals.append(terms.total)
+            priors.append(terms.prior)
+            decoders.append(terms.decoder)
+        result = summary(torch.cat(totals)) | {"eta": bound.eta, "nfe": draws or len(bound)}
+        if priors:
+            prior, decoder = float(torch.cat(priors).mean()), float(torch.cat(decoders).mean())
+            result |= {"prior": prior, "transitions": result["bits"] - prior - decoder, "decoder": decoder}
+        return result
+
+    def ode(self, images: Tensor, exact_trace: bool, tolerance: float) -> dict[str, Any]:
+        """Measure the likelihood of the ODE over the images: mean, standard error, evaluations."""
+        found = [
+            ode_bits(self.network, part, self.alpha_bar, self.prediction_type, generators, exact_trace, tolerance)
+            for part, generators in self.batches(images, "ODE")
+        ]
+        nfe = sum(each.evaluations for each in found) / len(found)
+        return summary(torch.cat([each.bits for each in found])) | {"eta": 0.0, "nfe": nfe}
+
+    def errors(self, images: Tensor) -> Errors:
+        """Measure the errors of x̂0 and E‖ε̂‖² at every time on these images."""
+        progress = partial(tqdm, desc="E‖ε̂‖²", leave=False)
+        found, counts = [], []
+        for part, generators in self.batches(images, "images"):
+            x0 = to_model(part)
+            found.append(measure_errors(self.network, x0, self.alpha_bar, self.prediction_type, generators, progress))
+            counts.append(len(part))
+        return Errors(*(np.average(each, axis=0, weights=counts) for each in zip(*found, strict=True)))
+
+    def samples(self, count: int) -> Tensor:
+        """Draw images of the model itself as bytes, (count, C, H, W)."""
+        generators = [Generator().manual_seed(self.seed + i) for i in range(count)]
+        labels = {} if self.class_label is None else {"class_labels": self.class_label}
+        self.pipe.set_progress_bar_config(desc="samples", leave=False)
+        settings = {"eta": 1.0, "generator": generators, "output_type": "pt", **labels}
+        made = self.pipe(count, min(50, self.T), **settings).images
+        return (made.float().cpu() * 255).round().to(torch.uint8)
+
+    def load(self, data: str, split: str, count: int) -> Tensor:
+        """Read the first images of a data set as bytes, (N, C, H, W), and note on stderr if there are fewer."""
+        images = load_images(data, split, self.pipe.unet.config.in_channels, self.pipe.image_size, count)
+        if len(images) < count:
+            print(f"note: {data} has {len(images)} images in {split}, not {count}", file=sys.stderr)
+        return images
+
+    def save(self, folder: str, eps_mean_square: Array) -> None:
+        """Save the pipeline with E‖ε̂‖²/d in its scheduler, as variance_type="optimal" needs it."""
+        before = self.pipe.scheduler
+        table = {"eps_mean_square": eps_mean_square[1:].tolist()}
+        self.pipe.scheduler = GeneralizedDDIMScheduler.from_config(before.config, **table)
+        self.pipe.save_pretrained(folder)
+        self.pipe.scheduler = before
+
+
+def summary(bits: Tensor) -> dict[str, Any]:
+    """Return mean and standard error over the images."""
+    error = float(bits.std() / len(bits) ** 0.5) if len(bits) > 1 else None
+    return {"bits": float(bits.mean()), "standard_error": error, "images": len(bits)}
+
+
+def kept_errors(file: Path, settings: dict[str, Any], measure: Callable[[], Errors], overwrite: bool) -> Errors:
+    """Read the errors that `file` keeps, or measure them and write it if its settings differ."""
+    known = read_object(file) if file.is_file() and not overwrite else {}
+    if known.get("settings") == settings:
+        errors = Errors(**{key: np.array(known[key]) for key in Errors._fields})
+    else:
+        errors = measure()
+    write_json(
+        file, {"settings": settings} | {key: np.asarray(each).tolist() for key, each in errors._asdict().items()}
+    )
+    return errors
+
+
+class Searched(NamedTuple):
+    """The τ with the smallest bound, and what the tables predict of it and of the τ that it is compared with."""
+
+    times: NDArray[np.int64]
+    predicted: float
+    predicted_spacing: float
+
+
+def search(
+    alpha_bar: Array, errors: Errors, variance: str, eta: float, along: dict[int, NDArray[np.int64]]
+) -> dict[int, Searched]:
+    """Find the τ with the smallest bound for each S of `along`, a τ by its S, with fewer steps than T."""
+    costs = bound_costs(alpha_bar, errors, variance, eta)
+    paths = best_paths(*costs, max(along))
+    T = len(alpha_bar) - 1
+    return {S: Searched(*paths[S - 1], bound_of(times, *costs)) for S, times in along.items() if S < T}
+
+
+def entry(cell: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    """Return a cell of `nll.json` as an entry of `results.json`."""
+    config = result["config"]
+    known = {
+        "metric": "bits_per_dim",
+        "name": "bits/dim" if cell["S"] is None else "bits/dim, bound",
+        "value": cell["bits"],
+        "standard_error": cell["standard_error"],
+        "nfe": cell["nfe"],
+        "dataset": as_dataset(config["data"], config["split"]),
+        "num_inference_steps": cell["S"],
+        "eta": cell["eta"],
+        "variance_type": cell["variance"],
+        "timestep_spacing": cell["tau"],
+        "images": cell["images"],
+        "seed": config["seed"],
+    }
+    return {key: value for key, value in known.items() if value is not None}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return bits per dimension in Markdown, a row for each cell of `nll.json`."""
+    lines = [
+        "| S | variance | η | τ | bits/dim | prior | transitions | decoder | images | evaluations |",
+        "|---" * 10 + "|",
+    ]
+    for cell in result["cells"].values():
+        error = "" if cell["standard_error"] is None else f" ± {cell['standard_error']:.4f}"
+        parts = [f"{cell[key]:.4f}" if key in cell else "" for key in ("prior", "transitions", "decoder")]
+        known = [cell["S"] or "", cell["variance"], f"{cell['eta']:g}", cell["tau"] or "", f"{cell['bits']:.4f}{error}"]
+        lines.append("| " + " | ".join(map(str, [*known, *parts, cell["images"], f"{cell['nfe']:.0f}"])) + " |")
+    config = result["config"]
+    return f"Bits per dimension of {Path(config['data']).name}, {config['split']}.\n\n" + "\n".join(lines) + "\n"

@@ -1,0 +1,144 @@
+"""The likelihood of the ODE of Eq. 14, in bits per dimension.
+
+Networks are functions (x_t, t) ↦ output of the paper's time t, here a real number in 0..T.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddim_plugin.process.gaussian import BITS
+
+from .bound import Array, Generators, Network, draw
+
+
+class ODELikelihood(NamedTuple):
+    """Bits per dimension of each image (B,), the latents x_T (B, C, H, W), and network evaluations of the batch."""
+
+    bits: Tensor
+    latents: Tensor
+    evaluations: int
+
+
+def ode_log_density(
+    network: Network,
+    x0: Tensor,
+    alpha_bar: Array,
+    prediction_type: str = "epsilon",
+    generator: Generators | None = None,
+    tolerance: float = 1e-5,
+    top: float | None = None,
+) -> tuple[Tensor, Tensor, int]:
+    """Integrate the ODE of Eq. 14 from the data to time `top`.
+
+    With the angle θ, ᾱ = cos²θ, the ODE reads dx/dθ = v̂ (x = cos θ·x0 + sin θ·ε), and log p(x_0) = log N(x_θ; 0, I) +
+    ∫ tr ∂v̂/∂x dθ (Song et al. 2021, Eq. 39). SciPy's RK45 chooses the steps for the whole batch.
+
+    Args:
+        network: (x_t, t) ↦ output, t (B,) real in 0..T: the solver evaluates it between the trained times.
+        x0: data, (B, C, H, W).
+        alpha_bar: ᾱ, (T + 1,); between its entries t is linear in the logarithm of ᾱ/(1 − ᾱ).
+        generator: of Hutchinson's probes, ±1; a list with one for each image makes them independent of the batch. None
+            takes the exact trace, which costs a backward pass for each dimension.
+        tolerance: of the solver, absolute and relative.
+        top: the paper's time to end at; T by default.
+
+    Returns:
+        log p(x_0), (B,), in nats; the latents; the network evaluations of the batch.
+
+    Raises:
+        ImportError: if SciPy is missing.
+        ValueError: if the solver fails.
+    """
+    try:
+        from scipy.integrate import solve_ivp
+    except ImportError as error:
+        raise ImportError("the ODE's likelihood needs SciPy's solver: pip install scipy") from error
+    angles = np.arccos(np.sqrt(alpha_bar))
+    end = float(angles[-1] if top is None else np.interp(top, np.arange(len(angles)), angles))
+    B, d = len(x0), x0[0].numel()
+    probes = None
+    if generator is not None:
+        bits = draw(generator, B, lambda size, one: torch.randint(2, (*size, *x0.shape[1:]), generator=one))
+        probes = bits.to(x0) * 2 - 1
+
+    def field(theta: float, state: Array) -> Array:
+        x = torch.as_tensor(state[: B * d]).to(x0).view_as(x0)
+        v, trace = _velocity(network, x, theta, angles, prediction_type, probes)
+        return np.concatenate([v.double().cpu().numpy().ravel(), trace.double().cpu().numpy()])
+
+    state = np.concatenate([x0.double().cpu().numpy().ravel(), np.zeros(B)])
+    solved = solve_ivp(field, (0.0, end), state, rtol=tolerance, atol=tolerance)
+    if not solved.success:
+        raise ValueError(f"the ODE could not be solved: {solved.message}")
+    last = torch.as_tensor(solved.y[:, -1])
+    x, trace = last[: B * d].view(x0.shape), last[B * d :]
+    prior = -0.5 * (x.square().flatten(1).sum(1) + d * math.log(2 * math.pi))
+    return prior + trace, x.to(x0.dtype), solved.nfev
+
+
+def _velocity(
+    network: Network, x: Tensor, theta: float, angles: Array, prediction_type: str, probes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return v̂ at the angle θ, and tr ∂v̂/∂x of each image: exact, or estimated from probes."""
+    cos, sin = math.cos(theta), math.sin(theta)
+    t = torch.full((len(x),), time_of(theta, angles), dtype=x.dtype, device=x.device)
+    with torch.enable_grad():
+        x = x.requires_grad_()
+        output = network(x, t).to(x.dtype)[:, : x.shape[1]]
+        if prediction_type == "v_prediction":
+            v = output
+        elif prediction_type == "epsilon":
+            v = (output - sin * x) / cos
+        else:  # x0: at θ = 0 it equals the image, and v̂ is the noise, which it does not determine
+            v = (cos * x - output) / max(sin, 1e-6)
+        if probes is not None:
+            (gradient,) = torch.autograd.grad((v * probes).sum(), x)
+            trace = (gradient * probes).flatten(1).sum(1)
+        else:
+            trace = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+            flat = v.flatten(1)
+            for k in range(flat.shape[1]):
+                (gradient,) = torch.autograd.grad(flat[:, k].sum(), x, retain_graph=k + 1 < flat.shape[1])
+                trace = trace + gradient.flatten(1)[:, k]
+    return v.detach(), trace.detach()
+
+
+def time_of(theta: float, angles: Array) -> float:
+    """Return the paper's time t, real, of an angle θ.
+
+    It is linear in ln tan θ between the entries of `angles`, and below the first in θ, from 0 to 1.
+    """
+    if theta <= angles[1]:
+        return float(theta / angles[1])
+    with np.errstate(divide="ignore"):
+        logs = np.log(np.tan(angles[1:]))
+    return float(np.interp(math.log(math.tan(theta)), logs, np.arange(1, len(angles))))
+
+
+def ode_bits(
+    network: Network,
+    images: Tensor,
+    alpha_bar: Array,
+    prediction_type: str = "epsilon",
+    generator: Generators | None = None,
+    exact_trace: bool = False,
+    tolerance: float = 1e-5,
+) -> ODELikelihood:
+    """Measure bits per dimension of 8-bit images under the ODE, by uniform dequantization.
+
+    `images` are bytes, uint8 (B, C, H, W). Each is spread over its bin, x = 2(image + u)/256 − 1, u uniform on [0, 1).
+    In expectation that is an upper bound.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(f"images must be bytes, uint8 (B, C, H, W), not {images.dtype} {tuple(images.shape)}")
+    if generator is None:
+        raise ValueError("pass a generator, or one for each image: dequantization and probes are drawn from it")
+    u = draw(generator, len(images), lambda size, one: torch.rand(*size, *images.shape[1:], generator=one))
+    x0 = 2 * (images.float() + u.to(images.device)) / 256 - 1
+    probes = None if exact_trace else generator
+    log_density, latents, evaluations = ode_log_density(network, x0, alpha_bar, prediction_type, probes, tolerance)
+    return ODELikelihood(7 - log_density * BITS / images[0].numel(), latents, evaluations)
