@@ -1,7 +1,13 @@
-"""A reader of shared models, as a process: python reader.py plugin|diffusers|stock < cases.json
+"""A reader of shared models, as a process: python reader.py plugin|code|diffusers|ddim|scheduler < cases.json
 
-Each case is {"source", "kwargs", "call"} and maybe "save_to", "push_to" or "same_class"; the answers, as JSON on the
-last line, are what was opened and the images it made, or the error. The readers without the plugin cannot import it.
+Each case is {"source", "kwargs", "call"} and maybe "save_to", "push_to" or "same_class". The answers, as JSON on the
+last line, are what was loaded and the images it made, or the error. A reader loads by
+    plugin: GeneralizedDDIMPipeline, with the package;
+    code: DiffusionPipeline with the code file of the repository;
+    diffusers: DiffusionPipeline, without a flag;
+    ddim: DDIMPipeline;
+    scheduler: the scheduler alone, by DDIMScheduler, and the network alone, by UNet2DModel.
+All but the first cannot import the package. A case may name another class of diffusers as its "pipeline".
 """
 
 import hashlib
@@ -33,15 +39,34 @@ class Records(logging.Handler):
         self.said.append(record.getMessage())
 
 
-def open_pipeline(kind, source, kwargs):
+def code_file(source, kwargs):
+    """The name of the newest code file in a folder or repository."""
+    from pathlib import Path
+
+    from huggingface_hub import HfApi
+
+    if Path(source).is_dir():
+        names = [path.name for path in Path(source).glob("*.py")]
+    else:
+        names = HfApi().list_repo_files(source, revision=kwargs.get("revision"))
+    return max(name for name in names if name.startswith("ddim_plugin_") and name.endswith(".py"))[:-3]
+
+
+def open_pipeline(kind, source, kwargs, case):
     import diffusers
 
     if kind == "plugin":
         from ddim_plugin import GeneralizedDDIMPipeline
 
         return GeneralizedDDIMPipeline.from_pretrained(source, **kwargs)
-    if kind == "diffusers":
-        return diffusers.DiffusionPipeline.from_pretrained(source, trust_remote_code=True, **kwargs)
+    if kind == "code":
+        name = case.get("code") or code_file(source, kwargs)
+        return diffusers.DiffusionPipeline.from_pretrained(
+            source, custom_pipeline=name, trust_remote_code=True, **kwargs
+        )
+    if kind in ("diffusers", "ddim"):
+        name = case.get("pipeline", "DiffusionPipeline" if kind == "diffusers" else "DDIMPipeline")
+        return getattr(diffusers, name).from_pretrained(source, **kwargs)
     hub = {key: value for key, value in kwargs.items() if key not in ("variant", "torch_dtype")}
     return diffusers.DDIMPipeline(
         diffusers.UNet2DModel.from_pretrained(source, subfolder="unet", **kwargs),
@@ -60,7 +85,7 @@ def read(kind, case, records):
         import diffusers
 
         kwargs["scheduler"] = getattr(diffusers, case["scheduler"])()
-    pipe = open_pipeline(kind, case["source"], kwargs)
+    pipe = open_pipeline(kind, case["source"], kwargs, case)
     pipe.set_progress_bar_config(disable=True)
     answer = {
         "pipeline": type(pipe).__name__,
@@ -72,12 +97,13 @@ def read(kind, case, records):
     }
     if "call" in case:
         seeds = [torch.Generator().manual_seed(i) for i in range(2)]
-        images = pipe(batch_size=2, generator=seeds, output_type="np", **case["call"]).images
+        call = {"batch_size": 2, "output_type": "np"} | case["call"]
+        images = pipe(generator=seeds, **call).images
         answer |= {"images": images.tolist(), "sha": hashlib.sha256(images.tobytes()).hexdigest()}
     if "save_to" in case:
         pipe.save_pretrained(case["save_to"])
     if "push_to" in case:
-        answer["pushed"] = str(pipe.push_to_hub(case["push_to"], samples=0))
+        answer["pushed"] = str(pipe.push_to_hub(case["push_to"]))
     if case.get("same_class"):
         answer["same"] = type(KEPT[0]) is type(pipe) and isinstance(KEPT[0].scheduler, type(pipe.scheduler))
         answer["encoded"] = list(KEPT[0].encode(torch.rand(1, 1, 8, 8), num_inference_steps=3).shape)

@@ -23,7 +23,8 @@ def save_stock_index() -> None:
     def to_json_string(self: DiffusionPipeline) -> str:
         text = inner(self)
         index = json.loads(text)
-        ours = [name for name in index if isinstance(getattr(self, name, None), StockConfig)]
+        components = [name for name, entry in index.items() if isinstance(entry, list)]
+        ours = [name for name in components if isinstance(getattr(self, name, None), StockConfig)]
         entries = {name: ["diffusers", DDIMScheduler.__name__] for name in ours}
         return json.dumps(index | entries, indent=2, sort_keys=True) + "\n" if ours else text
 

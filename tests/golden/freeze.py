@@ -17,7 +17,7 @@ from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.hub.card import license_of
-from ddim_plugin.hub.push import Model
+from ddim_plugin.hub.model import Model
 
 GOLDEN = Path(__file__).parent
 SAVED, CARDS = GOLDEN / "saved", GOLDEN.parents[1] / "model_cards"
@@ -31,10 +31,10 @@ def draw(pipe):
     return pipe(batch_size=2, generator=seeds, output_type="np", **CALL).images
 
 
-def without_package(cases, home):
+def without_package(cases, home, kind="code"):
     """What a process that cannot import the package answers to these cases of `tests/reader.py`."""
     done = subprocess.run(
-        [sys.executable, str(GOLDEN.parent / "reader.py"), "diffusers"],
+        [sys.executable, str(GOLDEN.parent / "reader.py"), kind],
         input=json.dumps(cases),
         capture_output=True,
         text=True,
@@ -57,7 +57,7 @@ def made_card(folder):
     """The card of a committed model, for the id and with the licence that stand in it."""
     text = (folder / "README.md").read_text()
     title = re.search(r'from_pretrained\("([^"]+)"', text)[1]
-    return Model(folder, folder).card(title, license_of(text), None, None)
+    return Model(folder).card(title, license_of(text))
 
 
 def main(version, *flags):

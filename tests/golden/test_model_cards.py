@@ -1,16 +1,18 @@
 """The models that are committed: they open, make the pictures they made, and their cards say what was measured."""
 
-import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import package
 import pytest
+import torch
 from freeze import CARDS, GOLDEN, draw_card, made_card, without_package
 
 from ddim_plugin import GeneralizedDDIMPipeline
+from ddim_plugin.hub.code import code
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -35,14 +37,23 @@ def test_it_makes_the_pictures_it_made(folder):
 
 @each_folder
 def test_it_opens_without_the_package(folder, tmp_path):
-    """By the code in the folder, which is as it was saved."""
-    for path in folder.glob("ddim_plugin_*_pipeline.py"):
-        digest = hashlib.sha256(path.with_name(path.name.replace("_pipeline", "")).read_bytes()).hexdigest()[:8]
-        assert path.stem.endswith(f"_{digest}_pipeline")
-    cases = [{"source": str(folder), "call": {"num_inference_steps": 5}}]
-    [answer] = without_package(cases, tmp_path)
+    """By the stock sampler as it is, and as ours by the code file, which a push adds."""
+    call = {"batch_size": 2, "num_inference_steps": 5}
+    [answer] = without_package([{"source": str(folder), "call": call}], tmp_path, "diffusers")
     assert answer.get("trace") is None
+    assert (answer["pipeline"], answer["said"]) == ("DDIMPipeline", [])
+    assert np.array(answer["images"]).std() > 0.1
+    assert not list(folder.rglob("*.py"))
+    pushed = tmp_path / "pushed"
+    shutil.copytree(folder, pushed)
+    (pushed / f"{code().name}.py").write_text(code().text)
+    [answer] = without_package([{"source": str(pushed), "call": call}], tmp_path)
+    assert answer.get("trace") is None
+    assert answer["scheduler"] == "MultistepDDIMScheduler"
     assert np.array(answer["images"]).std() > 0.2
+    pipe = GeneralizedDDIMPipeline.from_pretrained(folder)
+    seeds = [torch.Generator().manual_seed(i) for i in range(2)]
+    assert np.abs(pipe(generator=seeds, output_type="np", **call).images - answer["images"]).max() < 1e-5
 
 
 @each_folder
