@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pictures.sources import load_images
+from pictures import load_images
 from torch import Generator
 from trainer.settings import parse, record, write_json
 

@@ -12,7 +12,7 @@ import reconstruct
 import torch
 from exact import exact_pipe
 from oracle import Mixture, alphas, linear_betas
-from pictures.sources import load
+from pictures import load
 from PIL import Image
 from trainer.settings import build
 

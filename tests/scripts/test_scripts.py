@@ -12,7 +12,7 @@ import pytest
 import sample
 import torch
 import train
-from pictures.sources import load, to_model
+from pictures import load, to_model
 from PIL import Image
 from safetensors.torch import load_file
 from trainer.settings import build, parse, read_toml

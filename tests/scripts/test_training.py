@@ -18,7 +18,7 @@ import train
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
-from pictures.sources import Share, load
+from pictures import Share, load
 from PIL import Image
 from safetensors.torch import load_file
 from trainer import checkpoints as checkpoints_

@@ -262,11 +262,3 @@ def to_8_bits(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ValueError(f"{name} has mode {image.mode!r}: pictures have 8 or 16 bits, from 0 up")
     return Image.fromarray(np.round(values / 257).astype(np.uint8))
-
-
-def __getattr__(name: str) -> Any:
-    import pictures
-
-    if name.startswith("_") or not hasattr(pictures, name):
-        raise AttributeError(name)
-    return getattr(pictures, name)
