@@ -1,4 +1,4 @@
-"""Gaussians: the path between two latents, divergence, and the likelihood of 8-bit images."""
+"""Gaussians: spherical interpolation, divergence, and the likelihood of 8-bit images."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 OPPOSITE = 0.01
-"""Angle, in radians, below which two latents count as opposite: there the formula of `slerp` divides by almost 0."""
+"""Angle to π, in radians, below which two latents count as opposite: `slerp` would divide by almost 0."""
 
 
 BITS = 1 / math.log(2)
@@ -17,16 +17,19 @@ BIN = 1 / 255
 
 
 def kl(mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor, log_variance_p: Tensor) -> Tensor:
-    """KL(N(mean_q, exp log_variance_q) ‖ N(mean_p, exp log_variance_p)) of each element, in nats."""
+    """Compute KL(N(mean_q, exp log_variance_q) ‖ N(mean_p, exp log_variance_p)) of each element, in nats."""
     ratio = log_variance_q - log_variance_p
     return 0.5 * (torch.expm1(ratio) - ratio + (mean_q - mean_p).square() * torch.exp(-log_variance_p))
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """ln of the mass that N(mean, std²) puts on each pixel's bin, in nats (Ho et al. 2020, Eq. 13).
+    """Compute the log-probability of each pixel's bin under N(mean, std²), in nats (Ho et al. 2020, Eq. 13).
 
-    `x` holds 8-bit images in −1..1: 256 levels, each the middle of a bin; the first and the last bin are open. All
-    tensors broadcast. Exact in both tails, where the mass itself is 0 in float32.
+    It is exact in both tails, where the probability itself is 0 in float32. All tensors broadcast.
+
+    Args:
+        x: 8-bit images in −1..1. The 256 levels are the middles of bins, and the first and the last bin are open.
+        mean, std: of the Gaussian.
     """
     centred = x - mean
     sign = torch.where(centred > 0, -1.0, 1.0)  # the bin is mirrored to where the distribution function is small
@@ -40,15 +43,20 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def slerp(x0: Tensor, x1: Tensor, a: float) -> Tensor:
-    """sin((1 − a)θ)/sin θ·x⁰ + sin(aθ)/sin θ·x¹, θ the angle between the two, sample by sample (Appendix D.5).
+    """Interpolate spherically: sin((1 − a)θ)/sin θ·x⁰ + sin(aθ)/sin θ·x¹ for the angle θ (Appendix D.5).
 
-    `x0` and `x1` are (B, …) of one shape, `a` in [0, 1]. For a = 0 and a = 1 the ends, exactly. Parallel samples are
-    interpolated linearly, which is the formula's limit. Opposite ones (within `OPPOSITE`) have no shortest path: they
-    are joined by a great circle, through a fixed direction where they leave none, with the norm in between.
-    Raises ValueError for shapes that differ, and for `a` outside [0, 1].
+    Parallel samples are interpolated linearly, which is the formula's limit. Opposite ones (within `OPPOSITE`) have no
+    shortest path. They are joined by a great circle, in a fixed direction if their own plane is undefined.
+
+    Args:
+        x0, x1: the ends, (B, …) of one shape.
+        a: position in [0, 1]. 0 and 1 return the ends exactly.
+
+    Raises:
+        ValueError: for shapes that differ, and for `a` outside [0, 1].
     """
     if not 0 <= a <= 1:
-        raise ValueError(f"slerp goes from a = 0 to a = 1, not to {a!r}")
+        raise ValueError(f"slerp needs a in [0, 1], not {a!r}")
     if x0.shape != x1.shape or x0.ndim < 2:
         raise ValueError(f"slerp needs two batches of one shape, not {tuple(x0.shape)} and {tuple(x1.shape)}")
     if a == 0 or a == 1:
@@ -72,7 +80,7 @@ def slerp(x0: Tensor, x1: Tensor, a: float) -> Tensor:
 
 
 def precise(x: Tensor) -> torch.dtype:
-    """float64, or float32 on a device that has none."""
+    """Return float64, or float32 on a device without float64."""
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
@@ -81,8 +89,8 @@ def _unit(x: Tensor, norm: Tensor) -> Tensor:
 
 
 def _across(u: Tensor, v: Tensor) -> Tensor:
-    """A unit vector at right angles to u, towards v; towards a fixed Gaussian one where v is −u."""
+    """Return a unit vector orthogonal to u, towards v, or towards a fixed Gaussian vector if v is −u."""
     fixed = torch.randn(u.shape[1], generator=torch.Generator().manual_seed(0)).to(u)
     towards = torch.where((u + v).norm(dim=1, keepdim=True) < 1e-6, fixed.expand_as(u), v)
     across = towards - (towards * u).sum(1, keepdim=True) * u
-    return _unit(across, across.norm(dim=1, keepdim=True))  # 0 in one dimension, where there is none
+    return _unit(across, across.norm(dim=1, keepdim=True))  # 0 in one dimension

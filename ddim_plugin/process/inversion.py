@@ -1,14 +1,14 @@
-"""Exact inversion: for each move x_s = f(x_t) of the sampler, the x_t that gives a known x_s.
+"""Exact inversion: for each step x_s = f(x_t) of the sampler, find the x_t that gives a known x_s.
 
 The naive inverse evaluates the network at the known end, and its error is the paper's Table 2. Here f(x_t) = x_s is
-solved by a fixed-point iteration x ← x + γ(x_s − f(x)) under Anderson acceleration (Walker & Ni 2011), each image on
-its own. f is the sampler's own step, rounding and all, so that what is found is what the sampler will undo. On the move
-to the data f ends with the clamp to −1..1 that makes an image of x_0: a black pixel asks for x̂0 ≤ −1, not for −1.
+solved by a fixed-point iteration x ← x + γ(x_s − f(x)) with Anderson acceleration (Walker & Ni 2011), for each image
+separately. f is the sampler's own step, including its rounding, so that sampling returns to x_s. In the step to the
+data, f ends with the clamp to −1..1 that turns x_0 into an image: a black pixel needs x̂0 ≤ −1, not −1 exactly.
 
-That move is where an inverse may not exist, since a picture need not lie in the range of x̂0(·, τ_1); the lower τ_1, the
-nearer it does. Where f′ is small, a small residual takes a large change of x_t. The search starts at the naive inverse
-and ends when it makes no more progress; the report gives the deviation of the latents beside the residuals, since
-latents that leave the shell of noise are worth less.
+In that step an inverse may not exist, because a picture need not lie in the range of x̂0(·, τ_1). The lower τ_1, the
+nearer it lies. If f′ is small, a small residual needs a large change of x_t. The search starts at the naive inverse and
+ends when it makes no more progress. The report gives the standard deviation of the latents beside the residuals,
+because latents far from those of noise are of less use.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,46 +23,46 @@ from torch import Tensor
 from .gaussian import precise
 
 MEMORY = 5
-"""Earlier iterates that an accelerated one is made from."""
+"""Number of earlier iterates that an accelerated one uses."""
 
 PATIENCE = 6
-"""Evaluations over which the residual must make `PROGRESS`, or the search for an image ends."""
+"""Number of evaluations over which the residual must make `PROGRESS`, or the search for an image ends."""
 
 SETTLED = 3
-"""The same, to tell whether an image is at its floor after a search of no more than `PATIENCE` evaluations."""
+"""The same number for `at_floor`, after a search of at most `PATIENCE` evaluations."""
 
 PROGRESS = 0.9
 """Factor by which the smallest residual must fall to count as progress."""
 
 GROWTH = 2.0
-"""Factor over the best residual at which an iteration is taken back to its best iterate, with half the step."""
+"""Factor over the best residual above which an iteration restarts from its best iterate with half the step."""
 
 VARIANCE = 100.0
-"""Variance of data, along the direction it varies most, for which the plain iteration is made to converge."""
+"""Largest variance of the data in any direction for which the plain iteration converges."""
 
 Residual = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(x, rows) ↦ (x_s − f(x), the network's output at x) for the images `rows`, indices into the batch."""
+"""Maps (x, rows) to (x_s − f(x), the network's output at x) for the images `rows`, indices into the batch."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """x_t for one move: the iterate of the smallest residual of each image, and how it was come by; arrays are (B,)."""
+    """x_t of one step: the iterate of the smallest residual of each image. Arrays are (B,)."""
 
     x: Tensor
     output: Tensor  # the network's, at x
     residual: NDArray[np.float64]  # root mean square of x_s − f(x_t)
     evaluations: NDArray[np.int64]
-    at_floor: NDArray[np.bool_]  # no progress at the end
-    damped: NDArray[np.bool_]  # grew at least once, and was taken back
+    at_floor: NDArray[np.bool_]  # the residual made no progress at the end
+    damped: NDArray[np.bool_]  # the residual grew, and the iteration restarted
 
     def report(self, tolerance: float, unit: float, cost: int, guessed: bool) -> "MoveReport":
-        """The report of this move, whose residual is in multiples of `unit`; an evaluation counts `cost` times."""
+        """Report this step, with the residual in multiples of `unit` and `cost` evaluations for each of its own."""
         residual, evaluations = self.residual / unit, (self.evaluations + guessed) * cost
         return MoveReport(residual, evaluations, residual <= tolerance, self.at_floor, self.damped)
 
 
 def step_size(alpha_bar_t: float, alpha_bar_s: float) -> float:
-    """γ = 2/(m + M), where f′ lies in [m, M] for Gaussian data of variance 0 to `VARIANCE` with the exact ε̂.
+    """Compute γ = 2/(m + M) with f′ in [m, M] for Gaussian data of variance 0 to `VARIANCE` and the exact ε̂.
 
     For data of variance v, f′ = (√(ᾱ_s·ᾱ_t)·v + √((1 − ᾱ_s)(1 − ᾱ_t)))/(ᾱ_t·v + 1 − ᾱ_t).
     """
@@ -75,11 +75,18 @@ def step_size(alpha_bar_t: float, alpha_bar_s: float) -> float:
 
 
 def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, evaluations: int) -> Solution:
-    """The x of the smallest residual found from `guess`, (B, C, H, W), with `evaluations` ≥ 1 calls at most.
+    """Find the x with the smallest residual of each image.
 
-    An image is done when the root mean square of its residual is at most `tolerance`, or has stopped falling. One
-    whose residual grows goes on from its best iterate with half the `step` γ, and without its history; so the result
-    is never worse than the guess. Images do not enter each other's iterations.
+    An image is done when the root mean square of its residual is at most `tolerance`, or stops falling. If a residual
+    grows, the iteration restarts from its best iterate with half the step and no history, so that the result is never
+    worse than the guess. Images do not enter each other's iterations.
+
+    Args:
+        residual: computes the residual and the network's output for some images.
+        guess: first iterate, (B, C, H, W).
+        step: γ.
+        tolerance: root mean square of the residual at which an image is done.
+        evaluations: largest number of calls of `residual`, at least 1.
     """
     B = len(guess)
     best, best_residual, best_output = guess.clone(), torch.zeros_like(guess), torch.empty(0)
@@ -125,16 +132,16 @@ def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, eval
 def _settled(
     falls: list[NDArray[np.float64]], spent: NDArray[np.int64], window: int | NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Which images' smallest residuals made no `PROGRESS` over the last `window` of their `spent` evaluations."""
+    """Find images whose smallest residual made no `PROGRESS` over the last `window` of `spent` evaluations."""
     images, before = np.arange(len(spent)), spent - 1 - window
     earlier = np.stack(falls)[np.maximum(before, 0), images]
     return (before >= 0) & ~(falls[-1] < PROGRESS * earlier)
 
 
 def _next(history: list[tuple[Tensor, Tensor]], gamma: NDArray[np.float64], known: NDArray[np.bool_]) -> Tensor:
-    """x̄ + γ·r̄, for the combination x̄ of earlier iterates whose residual r̄ is smallest, if residuals were linear.
+    """Compute x̄ + γ·r̄, with x̄ the combination of iterates of the smallest linearised residual r̄.
 
-    `known`, (B, len(history) − 1), says which earlier iterates count.
+    `known`, (B, len(history) − 1), marks the earlier iterates that each image uses.
     """
     x, r = history[-1]
     work = precise(x)
@@ -155,19 +162,19 @@ def _next(history: list[tuple[Tensor, Tensor]], gamma: NDArray[np.float64], know
 
 
 def _weights(gram: Tensor, right: Tensor, eps: float) -> Tensor:
-    """−(G + ridge)⁻¹·right of each image, (B, m): a few numbers, whose errors relative to G are `eps`."""
+    """Solve −(G + ridge)⁻¹·right for each image, (B, m). `eps` is the relative error of G."""
     diagonal = gram.diagonal(dim1=1, dim2=2)
     ridge = torch.where(diagonal > 0, max(1e-10, 10 * eps) * diagonal, torch.ones_like(diagonal))
     return -torch.linalg.solve(gram + torch.diag_embed(ridge), right)[..., 0]
 
 
 def root_mean_square(x: Tensor) -> NDArray[np.float64]:
-    """√mean(x²) of each image, (B,)."""
+    """Compute √mean(x²) of each image, (B,)."""
     return x.to(precise(x)).flatten(1).pow(2).mean(1).sqrt().cpu().numpy().astype(np.float64)
 
 
 class MoveReport(NamedTuple):
-    """How one move went, for each image; see `InversionReport`."""
+    """One step of an encoding, for each image; see `InversionReport`."""
 
     residual: NDArray[np.float64]
     evaluations: NDArray[np.int64]
@@ -177,26 +184,26 @@ class MoveReport(NamedTuple):
 
 
 def naive(B: int, evaluations: int) -> MoveReport:
-    """The report of a move taken with the network at its lower end: its residual is not known."""
+    """Report a naive step, whose residual was not measured."""
     no = np.zeros(B, bool)
     return MoveReport(np.full(B, np.nan), np.full(B, evaluations), no, no, no)
 
 
 def nothing(B: int) -> MoveReport:
-    """The report of a move between times of the same ᾱ, which changes nothing."""
+    """Report a step between times of the same ᾱ, which is the identity."""
     no = np.zeros(B, bool)
     return MoveReport(np.zeros(B), np.zeros(B, np.int64), ~no, no, no)
 
 
 def report(timesteps: list[int], moves: list[MoveReport], tolerance: float, latents: Tensor) -> "InversionReport":
-    """The report of an encoding from those of its moves."""
+    """Combine the reports of the steps of an encoding."""
     whole = MoveReport(*(np.stack(column) for column in zip(*moves, strict=True)))
     rows = latents.cpu().double().flatten(1).numpy()
     return InversionReport(np.array(timesteps), *whole, tolerance, rows.mean(1), rows.std(1))
 
 
 def join(reports: Sequence["InversionReport"]) -> "InversionReport":
-    """The report of several batches encoded along the same τ with the same tolerance."""
+    """Combine the reports of several batches, encoded along the same τ with the same tolerance."""
     first = reports[0]
     images = {
         field.name: np.concatenate([getattr(each, field.name) for each in reports], axis=-1)
@@ -208,18 +215,18 @@ def join(reports: Sequence["InversionReport"]) -> "InversionReport":
 
 @dataclass(frozen=True)
 class InversionReport:
-    """How each move of an encoding went, in the order they were made; arrays are (moves, B).
+    """Residuals and network evaluations of each step of an encoding, in order. Arrays are (steps, B).
 
     Attributes:
-        timesteps: the network time each move ends at, (moves,).
-        residual: root mean square of (x_s − f(x_t))/√ᾱ_s, in units of the network's images (−1..1); NaN where it was
-            not measured (the naive inverse).
-        evaluations: network evaluations spent; a guided one counts twice.
+        timesteps: the network timestep at the upper end of each step, (steps,).
+        residual: root mean square of (x_s − f(x_t))/√ᾱ_s in units of the network's images (−1..1). It is NaN for a
+            naive step, which does not measure it.
+        evaluations: network evaluations. A guided one counts twice.
         converged: whether the residual reached `tolerance`.
-        at_floor: whether it had stopped falling above that, by 10 % at least over the last evaluations made.
-        damped: whether an iteration grew and was taken back.
+        at_floor: whether the residual stopped above `tolerance`, with less than 10 % progress in the last evaluations.
+        damped: whether the residual grew, and the iteration restarted.
         tolerance: the residual that was asked for.
-        latent_mean, latent_std: of each latent, (B,): 0 and 1 for one that lies where noise does.
+        latent_mean, latent_std: mean and standard deviation of each latent, (B,). Those of noise are 0 and 1.
     """
 
     timesteps: NDArray[np.int64]
@@ -234,29 +241,29 @@ class InversionReport:
 
     @property
     def total_evaluations(self) -> NDArray[np.int64]:
-        """Network evaluations spent on each image, (B,)."""
+        """Network evaluations of each image, (B,)."""
         return self.evaluations.sum(0)
 
     def where(self, flags: NDArray[np.bool_]) -> list[int]:
-        """The network times of the moves for which any image has this flag."""
+        """List the network timesteps of the steps at which any image has this flag."""
         return self.timesteps[flags.any(1)].tolist()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as numbers and lists, for JSON; what is not finite as None."""
+        """Convert to numbers and lists for JSON. Values that are not finite become None."""
         known = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in asdict(self).items()}
         known["residual"] = [[r if np.isfinite(r) else None for r in row] for row in known["residual"]]
         return known
 
     def __str__(self) -> str:
-        """A table with a line for each move: the worst image's residual, evaluations, and what to know of it."""
+        """Format a table with a line for each step: the worst image's residual and evaluations, and the flags."""
         lines = ["timestep  residual  evaluations"]
         for i, t in enumerate(self.timesteps):
             notes = {"not converged": ~self.converged[i], "at its floor": self.at_floor[i], "damped": self.damped[i]}
-            said = [f"{note} ({flags.sum()} of {len(flags)})" for note, flags in notes.items() if flags.any()]
+            marks = [f"{note} ({flags.sum()} of {len(flags)})" for note, flags in notes.items() if flags.any()]
             naive = np.isnan(self.residual[i]).any()
             residual = "       –" if naive else f"{self.residual[i].max():8.1e}"
             lines.append(
-                f"{t:8d}  {residual}  {self.evaluations[i].max():11d}  {'' if naive else ', '.join(said)}".rstrip()
+                f"{t:8d}  {residual}  {self.evaluations[i].max():11d}  {'' if naive else ', '.join(marks)}".rstrip()
             )
         lines.append(
             f"evaluations for an image: {self.total_evaluations.mean():.1f}; tolerance {self.tolerance:g}; latents: "

@@ -1,8 +1,8 @@
-"""The subsequence τ that minimises a sum of costs of its moves, by dynamic programming (Watson et al. 2021).
+"""The subsequence τ along which a multistep method errs least, by dynamic programming (Watson et al. 2021).
 
-Costs of moves add up, so the best path of S moves down to t is the best of S − 1 moves down to some u > t and one more.
-The cost of a move is a term of the variational bound, or the error that a multistep method makes on it along known
-solutions of the ODE, which depends on the moves before it too.
+Costs of steps add up, so the best path of S steps down to t is the best of S − 1 steps down to some u > t and one more.
+The cost of a step is the error of the multistep method along known solutions of the ODE, and depends on the steps
+before it too.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ Array = NDArray[np.float64]
 
 
 class Found(NamedTuple):
-    """The best τ, increasing, (S,) times in 1..T, and its cost."""
+    """The best τ, S increasing times in 1..T, and its cost."""
 
     tau: NDArray[np.int64]
     cost: float
@@ -29,25 +29,33 @@ class Found(NamedTuple):
 # ---- few steps -----------------------------------------------------------------------------------------------------
 
 VARIANCE = 10.0
-"""An error at time t counts by what is left of it in the image for Gaussian data of this variance."""
+"""Variance of Gaussian data that weights an error at time t by its remainder in the image."""
 
 
 class Trajectories(NamedTuple):
-    """Solutions of the ODE (Eq. 14) for some images, at n decreasing times; all numbers of all images in one row."""
+    """Solutions of the ODE (Eq. 14) at n decreasing times, all pixels of all images in one row."""
 
     times: NDArray[np.int64]  # (n,), 1..T
     x: Tensor  # (n, d)
-    eps: Tensor  # ε̂ there, (n, d)
+    eps: Tensor  # ε̂ at those, (n, d)
     start: Tensor  # x_T, (d,)
     end: Tensor  # x_0, (d,)
 
 
 def search_trajectories(alpha_bar: Array, path: Trajectories, largest: int, noise: float) -> list[Found]:
-    """For S = 1..`largest`, the τ among `path.times` along which the multistep method of order 3 errs least.
+    """Find, for S = 1..`largest`, the τ along which the multistep method of order 3 errs least.
 
-    The method holds ε̂ in the coordinate "bounded" and makes its first move from T (see `MultistepDDIMScheduler`). The
-    cost of a move is the mean square of its error along the solutions, times what is left of that at the data. τ ends
-    where ᾱ ≤ `noise`, or at the highest time. Raises ValueError for more steps than times.
+    The method approximates ε̂ in the coordinate "bounded" and starts from T (see `MultistepDDIMScheduler`). The cost of
+    a step is the mean square of its error along the solutions, weighted by its remainder at the data.
+
+    Args:
+        alpha_bar: ᾱ_0..ᾱ_T, shape (T + 1,).
+        path: the solutions. τ is chosen among `path.times`.
+        largest: the largest S.
+        noise: τ ends at a time with ᾱ at most this, or at the highest time.
+
+    Raises:
+        ValueError: for more steps than times.
     """
     n, alpha_bar = len(path.times), np.asarray(alpha_bar)
     if not 1 <= largest <= n:
@@ -61,7 +69,7 @@ def search_trajectories(alpha_bar: Array, path: Trajectories, largest: int, nois
     ends, known = [*levels.tolist(), 1.0], {}
 
     def costs(values: int, from_top: bool) -> Array:
-        """Of moves made from the last `values` values, the first of which may be that of x_T: (n, …, n + 1)."""
+        """Compute the costs of steps that use the last `values` values, shape (n, …, n + 1)."""
         each_path = list(combinations(range(n + 1), values + 1))
         table = np.full((n,) * values + (n + 1,), np.inf)
         if not each_path:
@@ -80,7 +88,7 @@ def search_trajectories(alpha_bar: Array, path: Trajectories, largest: int, nois
         table[tuple(paths.T)] = np.maximum(squares, 0) * left[paths[:, -1]] ** 2
         return table
 
-    # Of x_T the network tells ε̂ ≈ x_T at the first time, where the solution has another.
+    # For x_T the network predicts ε̂ ≈ x_T at the first time, and the solution has another ε̂.
     start = gram[2 * n + 1, 2 * n + 1] + np.diag(gram)[:n] - 2 * gram[2 * n + 1, :n]
     first = np.maximum(start, 0) * (nsr[:n] * left[:n]) ** 2
     first[1:][levels[1:] > noise] = np.inf
@@ -101,7 +109,7 @@ def search_trajectories(alpha_bar: Array, path: Trajectories, largest: int, nois
 
 
 def _trace(times: NDArray[np.int64], place: Sequence[Any], came: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """The increasing τ that ends with the nodes `place`, through the choices made before."""
+    """Trace the increasing τ that ends with the nodes `place` through the earlier choices."""
     nodes = [int(i) for i in place]
     for back in reversed(came):
         nodes.insert(0, int(back[tuple(nodes[:3])]))
@@ -109,9 +117,12 @@ def _trace(times: NDArray[np.int64], place: Sequence[Any], came: list[NDArray[np
 
 
 def descend(tau: Sequence[int], T: int, cost: Callable[[list[int]], float], rounds: int = 3) -> tuple[list[int], float]:
-    """τ moved one time after the other to where `cost` is lower, by a third of a step, then less: (τ, its cost).
+    """Move the times of τ one by one to a lower `cost`, by a third of a gap and then less.
 
-    Each of `rounds` calls `cost` at most twice for each time of τ.
+    Each of `rounds` evaluates `cost` at most twice for each time of τ.
+
+    Returns:
+        τ and its cost.
     """
     best, tau = cost(list(tau)), list(tau)
     step = max(1, (tau[-1] - tau[0]) // (3 * max(1, len(tau) - 1)))

@@ -1,6 +1,6 @@
-"""Subsequences τ of the times 1..T, along which an accelerated sampler moves (Section 4.2, Appendix D.2).
+"""Subsequences τ of the times 1..T for accelerated sampling (Section 4.2, Appendix D.2).
 
-Times are the paper's: 1..T, increasing. The network's time index is one lower (see schedulers.py).
+Times are the paper's: 1..T, increasing. The timestep of a network is one lower.
 """
 
 import warnings
@@ -15,10 +15,10 @@ Array = NDArray[np.float64]
 Times = NDArray[np.int64]
 
 FIRST_GAPS = (0.7, 0.85)
-"""The uppermost gaps of `few_steps`, in terms of the others: moves there are of order 1 and 2 yet."""
+"""The uppermost gaps of `few_steps` relative to the others, because the first two steps use lower orders."""
 
 NOISE = 0.004
-"""ᾱ from which on the sample is noise to a network that is shown x_T in its place."""
+"""Largest ᾱ at which a network can be evaluated with x_T in place of the sample."""
 
 
 def linear(S: int, T: int) -> Times:
@@ -51,7 +51,7 @@ def linspace(S: int, T: int) -> Times:
 def paper_linear(S: int, T: int) -> Times:
     """The authors' "uniform" to the letter: every ⌊T/S⌋-th time from 1 on.
 
-    Gives more than S times where S does not divide T (S = 12, T = 1000: 13), and never reaches T.
+    It has more than S times if S does not divide T (13 for S = 12, T = 1000), and never reaches T.
     """
     return 1 + np.arange(0, T, T // S, dtype=np.int64)
 
@@ -59,18 +59,17 @@ def paper_linear(S: int, T: int) -> Times:
 def paper_quadratic(S: int, T: int) -> Times:
     """The authors' "quad" to the letter: 1 + ⌊u²⌋, u evenly spaced on [0, √(0.8 T)].
 
-    Repeats small times for large S (S = 50, T = 1000: 49 distinct), and its top is 1 + 0.8 T or one below, where
-    rounding takes it (S = 1: 1).
+    It repeats small times for large S (49 distinct ones for S = 50, T = 1000). Its top is 1 + 0.8 T, or one below by
+    rounding, and 1 for S = 1.
     """
     return 1 + (np.linspace(0, np.sqrt(T * 0.8), S) ** 2).astype(np.int64)
 
 
 def few_steps(S: int, alpha_bar: Array) -> Times:
-    """S times between two ends that move out as S grows: 2.5·T/S² (T/(2S) below S = 5), and T·S/(S + 2) or, where that
-    is higher, the start of noise; even in t^(4/5) but for the uppermost gaps, which are smaller.
+    """Space S times evenly in t^(4/5), with smaller uppermost gaps, for a multistep method that starts from T.
 
-    For a multistep method whose first move is made from T. Above its top the network is shown noise alone (ᾱ ≤ NOISE),
-    and tells hardly more of it than at the top.
+    The ends depend on S. The bottom is 2.5·T/S², or T/(2S) for S < 5. The top is T·S/(S + 2), or the lowest time with
+    ᾱ ≤ `NOISE` if that is higher. Above it, the prediction of the network hardly changes.
     """
     top, bottom = _ends(S, alpha_bar)
     gaps = np.append(FIRST_GAPS, np.ones(S))[: S - 1]
@@ -79,10 +78,9 @@ def few_steps(S: int, alpha_bar: Array) -> Times:
 
 
 def few_steps_noise(S: int, alpha_bar: Array) -> Times:
-    """S times from T/8, or T/S where that is lower, to the top of `few_steps`, evenly spaced.
+    """Space S times evenly from T/8 (T/S for S > 8) to the top of `few_steps`, for a multistep method with noise.
 
-    For a multistep method with noise: the last draw is at the bottom, and in so few steps what is drawn nearer to the
-    data costs more than it mends.
+    The last noise is added at the bottom. In few steps, noise added later degrades the image.
     """
     T = len(alpha_bar) - 1
     top = _ends(S, alpha_bar)[0]
@@ -90,7 +88,7 @@ def few_steps_noise(S: int, alpha_bar: Array) -> Times:
 
 
 def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
-    """Top and bottom for few steps."""
+    """Compute the top and the bottom for few steps."""
     T = len(alpha_bar) - 1
     noise = np.flatnonzero(alpha_bar <= NOISE)
     top = min(T, max(S, round(T * S / (S + 2)), int(noise[0]) if len(noise) else T))
@@ -98,7 +96,7 @@ def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
 
 
 def _spread(times: Array, T: int) -> Times:
-    """Decreasing numbers as distinct increasing times in 1..T, rounded; those too near are moved up, or down at T."""
+    """Round decreasing numbers to distinct increasing times in 1..T, moving those too near up, or down at T."""
     steps = np.arange(len(times))
     rounded = np.round(times[::-1]).astype(np.int64)
     up = np.maximum.accumulate(rounded - steps) + steps
@@ -116,12 +114,22 @@ NAMES = (*SPACINGS, *OF_ALPHA_BAR)
 
 
 def tau(spacing: str, S: int, T: int, steps_offset: int = 0, alpha_bar: Array | None = None) -> Times:
-    """The subsequence named `spacing` with S steps: increasing times in 1..T, int64.
+    """Compute the subsequence named `spacing` with S steps.
 
-    Named spacings give exactly S distinct times for every 1 ≤ S ≤ T; the two `paper_` ones what the authors' code
-    gives. `steps_offset` ≥ 0 shifts "leading" upwards (diffusers' key of that name), as far as T allows,
-    with a warning where that is less. `alpha_bar`, (T + 1,), is for the spacings that depend on it.
-    Raises ValueError for an unknown name, S outside 1..T, a negative or fractional offset, or ᾱ that is needed.
+    Args:
+        spacing: one of `NAMES`. All have exactly S distinct times for every S, except for the two `paper_` spacings,
+            which have those of the authors' code.
+        S: number of steps, 1..T.
+        T: number of times.
+        steps_offset: shifts "leading" upwards (diffusers' setting of that name). If T leaves less room, it is reduced
+            with a warning.
+        alpha_bar: ᾱ_0..ᾱ_T, shape (T + 1,), for the spacings that depend on it.
+
+    Returns:
+        increasing times in 1..T, int64, shape (S,).
+
+    Raises:
+        ValueError: for an unknown name, S outside 1..T, a negative or fractional offset, or missing ᾱ.
     """
     check_spacing(spacing)
     if not is_integer(S) or not 1 <= S <= T:
@@ -135,7 +143,7 @@ def tau(spacing: str, S: int, T: int, steps_offset: int = 0, alpha_bar: Array | 
         return times
     room = T - int(times[-1])
     if check_offset(steps_offset) > room:
-        message = f"steps_offset={steps_offset} does not fit {S} of {T} steps: taken as {room}"
+        message = f"steps_offset={steps_offset} does not fit {S} of {T} steps: {room} is used instead"
         warnings.warn(message, stacklevel=2)
     return times + min(steps_offset, room)
 
@@ -147,17 +155,26 @@ def check_spacing(spacing: str) -> None:
 
 
 def check_offset(steps_offset: int) -> int:
-    """`steps_offset` as an int, or ValueError where it is negative or not an integer."""
+    """Convert `steps_offset` to an int, and raise ValueError unless it is a non-negative integer."""
     if not is_integer(steps_offset) or steps_offset < 0:
         raise ValueError(f"steps_offset must be a non-negative integer, not {steps_offset!r}")
     return int(steps_offset)
 
 
 def explicit(times: Iterable[int], T: int, *, lowest: int = 1, descending: bool = False) -> Times:
-    """An explicit τ, checked: distinct integers in order. Returns increasing times in 1..T.
+    """Check an explicit τ, and convert it to increasing times in 1..T.
 
-    `lowest` is what the caller calls time 1 (0 where times index the network), `descending` the order it gives.
-    Raises ValueError naming the first value that is not an integer, out of range, repeated or out of order.
+    Args:
+        times: distinct integers in order.
+        T: number of times.
+        lowest: the caller's number for time 1; 0 for network timesteps.
+        descending: whether the caller's order is descending.
+
+    Returns:
+        increasing times in 1..T, int64.
+
+    Raises:
+        ValueError: for the first value that is not an integer, out of range, repeated or out of order.
     """
     if not isinstance(times, Iterable):
         raise ValueError(f"timesteps must be a list of integers, not {times!r}")
@@ -172,13 +189,13 @@ def explicit(times: Iterable[int], T: int, *, lowest: int = 1, descending: bool 
             raise ValueError(f"timestep {value} is outside {lowest}..{highest}")
     for first, second in pairwise(values):
         if first == second:
-            raise ValueError(f"timestep {first} stands twice: the times must be distinct")
+            raise ValueError(f"timestep {first} is repeated: the times must be distinct")
         if (first < second) == descending:
             order = "descending" if descending else "increasing"
-            raise ValueError(f"timesteps must be in {order} order, but {first} stands before {second}")
+            raise ValueError(f"timesteps must be in {order} order, but {first} precedes {second}")
     return np.array(sorted(values), dtype=np.int64) - lowest + 1
 
 
 def is_integer(value: object) -> bool:
-    """Whether `value` is an integer of Python or NumPy; a bool is not."""
+    """Return whether `value` is an integer of Python or NumPy. A bool is not."""
     return isinstance(value, Integral) and not isinstance(value, bool)

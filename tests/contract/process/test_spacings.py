@@ -125,8 +125,8 @@ def test_unknown_spacing_lists_the_known():
     ("times", "message"),
     [
         ([], "empty"),
-        ([1, 5, 5], "timestep 5 stands twice"),
-        ([1, 7, 5], "increasing order, but 7 stands before 5"),
+        ([1, 5, 5], "timestep 5 is repeated"),
+        ([1, 7, 5], "increasing order, but 7 precedes 5"),
         ([0, 3], r"timestep 0 is outside 1\.\.10"),
         ([3, 11], r"timestep 11 is outside 1\.\.10"),
         ([1, 2.5], "must be integers, not 2.5"),

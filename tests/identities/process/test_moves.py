@@ -125,7 +125,7 @@ def test_the_largest_eta_is_allowed_and_a_larger_one_refused(chain):
             continue
         assert limit >= 1
         assert process.move(alpha_bar, t, s, limit).eps == pytest.approx(0, abs=1e-5)
-        with pytest.raises(ValueError, match=rf"too large for the move from time {t} to {s}"):
+        with pytest.raises(ValueError, match=rf"too large for the step from time {t} to {s}"):
             process.move(alpha_bar, t, s, limit * 1.001)
 
 
