@@ -87,10 +87,10 @@ def main(config: PackageConfig) -> dict[str, Any]:
         write_json(aside / RESULTS, joined)
         for file, text in zip((HEADLINE, COMMANDS), headline(aside, name), strict=True):
             write_file(aside / MEASURED / file, text)
-        model = Model(aside, aside)
+        model = Model(aside)
         for file in CONFIGS:  # as a push makes them, without paths of this machine
             write_file(aside / file, model.files[file])
-        write_file(aside / README, model.card(f"{config.user}/{output.name}", config.license, None, None))
+        write_file(aside / README, model.card(f"{config.user}/{output.name}", config.license))
     if config.readme is not None:
         text = Path(config.readme).read_text(encoding="utf-8")
         write_file(config.readme, fill(text, Path(config.readme).parent))

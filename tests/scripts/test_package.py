@@ -9,27 +9,11 @@ import nll
 import package
 import pytest
 import reconstruct
-from trainer.settings import build, command, put_in_place
+from trainer.settings import build, command
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.cli.commands import main as cli
 from ddim_plugin.hub.card import is_written_here
-
-FEW = {
-    "config": {"extractor": "a/resnet", "model": "out/m", "seed": 0},
-    "command": "python tests/benchmarks/few_steps.py --model out/m",
-    "rows": [
-        {"nfe": nfe, "frechet": [{"family": family, "frechet": value, "images": 7} for family, value in found]}
-        for nfe, found in (
-            (5, [("ours", 3.0), ("ours, η = 1", 2.0), ("UniPC", 1.0)]),
-            (8, [("ours", 1.1), ("ours, η = 1", 1.04)]),
-            (10, [("ours", 1.0)]),
-        )
-    ],
-}
-THOUSAND = {"metric": "fd_resnet", "nfe": 1000, "seed": 0, "dataset": {"split": "train"}}
-OTHERS = ({"images": 8}, {"images": 7, "seed": 1})
-RESULTS = [THOUSAND | {"value": 1.0, "images": 7}, *(THOUSAND | {"value": 0.1} | other for other in OTHERS)]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +62,12 @@ def test_a_folder_that_opens_with_card_figures_and_pictures(measured, tmp_path):
     for name in ("samples.png", *joined["pictures"]):
         assert (folder / name).is_file()
         assert f"]({name})" in text
+    assert not list(folder.rglob("*.py"))
+    index = json.loads((folder / "model_index.json").read_text())
+    assert (index["_class_name"], index["scheduler"]) == ("DDIMPipeline", ["diffusers", "DDIMScheduler"])
+    commands = (folder / "measured" / "commands.md").read_text().splitlines()[1:-1]
+    assert [line.split()[1] for line in commands] == ["training/reconstruct.py", "training/nll.py", "sample"]
+    assert commands[-1] == "ddim-plugin sample cards/tiny --num 3 --steps 2 --seed 0 --batch-size 16"
     for name in ("reconstruct.json", "table2.md", "nll.json", "nll.md", "headline.md"):
         assert (folder / "measured" / name).is_file()
     text_of_all = "".join(path.read_text() for path in folder.rglob("*") if path.suffix in (".json", ".md"))
@@ -157,48 +147,11 @@ def test_an_interruption_leaves_the_package_before_it(measured, tmp_path, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_headline_has_the_steps_for_the_quality_of_1000(measured, tmp_path):
-    pack(measured, tmp_path / "out")
-    folder = tmp_path / "out"
-    (folder / "measured" / "few_steps.json").write_text(json.dumps(FEW))
-    (folder / "results.json").write_text(json.dumps({"results": RESULTS}))
-    table, commands = package.headline(folder, "cards/out")
-    assert table.splitlines()[2].startswith(
-        "| **8** | steps for the quality of 1000, within 5% (1.04 times its Fréchet distance: 1.04, ours, η = 1;"
-    )
-    assert commands.splitlines()[1] == "python tests/benchmarks/few_steps.py --model cards/out"
-    assert commands.splitlines()[-2] == "ddim-plugin sample cards/out --num 3 --steps 2 --seed 0 --batch-size 16"
-    assert package.headline(tmp_path, "x") == ("Nothing has been measured.\n", "```bash\n```\n")
-
-
 def test_a_package_is_replaced_whole(measured, tmp_path):
     pack(measured, tmp_path / "out")
     pack(measured, tmp_path / "out", "nll", overwrite=True)
     assert not (tmp_path / "out" / "table2.png").exists()
     assert (tmp_path / "out" / "measured" / "nll.json").is_file()
-
-
-def test_the_steps_for_the_quality_of_1000_are_counted_among_as_many_pictures():
-    goal = package.quality_of_1000(FEW, RESULTS)
-    assert goal == 1.0
-    few = FEW | {"relative_errors": [0.1, 0.2]}
-    few["config"] = FEW["config"] | {"draws": 4}
-    assert package.enough(few, goal) == (
-        "8",
-        "steps for the quality of 1000, within 5% (1.04 ± 0.42 times its Fréchet distance: 1.04, ours, η = 1; "
-        "the best of 1000 steps, from the same x_T: 1)",
-    )
-    assert package.enough(FEW, 0.96)[0] == "10"
-    assert package.enough(FEW, 0.5) == (
-        "10",
-        "steps for the quality that comes nearest to that of 1000 (2.00 times its Fréchet distance: 1, ours; "
-        "the best of 1000 steps, from the same x_T: 0.5)",
-    )
-    assert package.enough({"rows": [{"nfe": 5, "frechet": [{"family": "UniPC", "frechet": 1.0}]}]}, 1.0) is None
-    means = THOUSAND | {"value": 0.1, "images": 7, "draws": 2}  # of several sets, whose first is told apart
-    thousand = {"thousand": [{"frechet": 0.1, "draws": [0.9, -0.7]}]}
-    assert package.quality_of_1000(FEW | thousand, [*RESULTS, means]) == 0.9
-    assert package.quality_of_1000(FEW, RESULTS[1:]) is None
 
 
 def test_a_command_is_read_back_as_its_settings():
@@ -218,31 +171,8 @@ def test_two_extractors_of_one_name_are_refused(measured, tmp_path):
         found["extractors"] = [{"name": f"{name}/ResNet", "fingerprint": fingerprint}]
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(found))
-    few = FEW | {"config": {"extractor": "c/resnet"}, "model": {"extractor": "1"}}
+    few = {"config": {"extractor": "c/resnet", "seed": 0}, "model": {"extractor": "1"}, "rows": []}
     (tmp_path / "a" / "few_steps.json").write_text(json.dumps(few))
     with pytest.raises(ValueError, match="b was measured with another extractor resnet"):
         pack(measured, tmp_path / "out", tmp_path / "a", tmp_path / "b")
     pack(measured, tmp_path / "out", tmp_path / "a")
-
-
-def test_a_folder_that_cannot_be_put_in_place_leaves_what_was_there(tmp_path, monkeypatch):
-    for name in ("made", "there"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_text(name)
-    made, there = tmp_path / "made", tmp_path / "there"
-    with pytest.raises(OSError, match="not empty"):
-        put_in_place(made, there, overwrite=False)
-    rename = Path.rename
-
-    def fails(self, target):
-        if self == made:
-            raise OSError("the disk is full")
-        return rename(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fails)
-        with pytest.raises(OSError, match="the disk is full"):
-            put_in_place(made, there, overwrite=True)
-    assert (there / "there").read_text() == "there"
-    put_in_place(made, there, overwrite=True)
-    assert [path.name for path in there.iterdir()] == ["made"]
