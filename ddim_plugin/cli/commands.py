@@ -168,8 +168,7 @@ def fit(args: argparse.Namespace) -> Made:
     for S, each in found.items():
         print(f"S = {S}: distance to the solution {each.error:.3g} (default {each.default_error:.3g})", file=sys.stderr)
     if args.dtype != "float32":  # the weights are saved as they were loaded
-        scheduler, args.dtype = pipe.scheduler, "float32"
-        pipe = _load(args, {})
+        scheduler, pipe = pipe.scheduler, _load(argparse.Namespace(**vars(args) | {"dtype": "float32"}), {})
         pipe.scheduler = scheduler
     return {MODEL: pipe, "fit.json": {"fitted": {str(S): each._asdict() for S, each in found.items()}}}
 
