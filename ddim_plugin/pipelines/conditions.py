@@ -23,11 +23,6 @@ class Condition(NamedTuple):
         labels, null_labels = (None if each is None else each[rows] for each in self[:2])
         return Condition(labels, null_labels, self.scale)
 
-    def to(self, device: torch.device) -> "Condition":
-        """Move the labels to a device."""
-        labels, null_labels = (None if each is None else each.to(device) for each in self[:2])
-        return Condition(labels, null_labels, self.scale)
-
     @property
     def evaluations(self) -> int:
         """Network evaluations for one prediction: guidance takes two."""
@@ -45,13 +40,14 @@ class Condition(NamedTuple):
 
 
 def make_condition(
-    unet: UNet2DModel, class_labels: Labels, guidance_scale: float, null_class_label: int | None, batch_size: int
+    unet: UNet2DModel,
+    class_labels: Labels,
+    guidance_scale: float,
+    null_class_label: int | None,
+    batch_size: int,
+    device: torch.device,
 ) -> Condition:
-    """Check labels and guidance for a network.
-
-    Raises:
-        ValueError: for labels that the network does not have, or does not accept.
-    """
+    """Check labels and guidance for a network. Raises ValueError if it does not accept them."""
     classes = unet.config.num_class_embeds
     if unet.class_embedding is None:
         if class_labels is not None or guidance_scale != 1 or null_class_label is not None:
@@ -76,4 +72,5 @@ def make_condition(
         whole = not values.is_floating_point() and values.dtype != torch.bool and values.ndim == 1
         if not whole or not ((values >= 0) & (values < classes)).all():
             raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {values.tolist()}")
-    return Condition(labels, null_labels, guidance_scale)
+    null_labels = None if null_labels is None else null_labels.to(device)
+    return Condition(labels.to(device), null_labels, guidance_scale)

@@ -14,7 +14,7 @@ from ..process.search import Trajectories, descend, search_trajectories
 from ..schedulers import MultistepDDIMScheduler
 from .conditions import Condition
 from .generation import GeneralizedDDIMPipeline
-from .loop import AfterStep, check_count
+from .loop import AfterStep, batches, check_count
 
 NODES = 28
 """Times that the dynamic programming chooses from."""
@@ -177,13 +177,11 @@ class _Fitter:
                 eps[time].append(step.pred_epsilon.cpu())
 
         scheduler = MultistepDDIMScheduler.from_config(self.scheduler.config, **TEACHER)
-        for rows in self._batches(range(len(self.noise))):
+        for rows in batches(range(len(self.noise)), self.batch_size):
             solutions.append(self._sample(scheduler, teacher.tolist(), rows, keep))
         end = torch.cat(solutions)
         if not bool(torch.isfinite(end).all()):
-            raise ValueError(
-                "the images are not finite: the network gave NaN or infinity (in half precision, try float32)"
-            )
+            raise ValueError("the images are not finite, and so the network's output: in half precision try float32")
         self.solutions = end.clamp(-1, 1)
         columns = [torch.stack([torch.cat(each[t])[:kept].flatten() for t in nodes]) for each in (x, eps)]
         return Trajectories(np.array(nodes), *columns, *(each[:kept].cpu().flatten() for each in (self.noise, end)))
@@ -193,15 +191,11 @@ class _Fitter:
         key = tuple(tau), images
         if key not in self.errors:
             errors = []
-            for rows in self._batches(images):
+            for rows in batches(images, self.batch_size):
                 sampled = self._sample(self.scheduler, tau, rows).clamp(-1, 1)
                 errors.append((sampled - self.solutions[rows]).flatten(1).square().mean(1).sqrt())
             self.errors[key] = float(torch.cat(errors).mean())
         return self.errors[key]
-
-    def _batches(self, images: range) -> list[slice]:
-        size = self.batch_size
-        return [slice(start, min(start + size, images.stop)) for start in range(images.start, images.stop, size)]
 
     def _sample(
         self, scheduler: MultistepDDIMScheduler, tau: list[int], rows: slice, after_step: AfterStep | None = None

@@ -1,8 +1,8 @@
-"""Images on their way into a network, checked, and grids of images on their way out."""
+"""Images for a network, checked, and grids of images."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,17 +13,22 @@ Images = Any
 """A PIL image, an array (H, W), (H, W, C) or (B, H, W, C), a tensor (C, H, W) or (B, C, H, W), or a list of those."""
 
 MODES = {1: "L", 3: "RGB"}
-"""Modes of PIL images for a number of channels."""
+"""Modes of PIL images by their number of channels."""
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-"""Names of image files end so."""
+"""Endings of the names of image files."""
 
 
 def read(images: Images, channels: int, size: tuple[int, int] | None) -> Tensor:
-    """Images as (B, C, H, W) in −1..1, the range of a network; float32, or float64 where they are.
+    """Convert images to (B, C, H, W) in −1..1, in float32, or float64 if they are.
 
-    Integers are bytes (uint8, 0..255), floating-point numbers lie in [0, 1]. `size` is (H, W); None takes any.
-    Raises ValueError naming the first image that has another shape, mode, type or range, and the remedy.
+    Args:
+        images: with bytes (uint8), or floating-point numbers in [0, 1].
+        channels: those of the network.
+        size: (H, W), or None for any.
+
+    Raises:
+        ValueError: naming the first image of another shape, mode, type or range.
     """
     many = images if isinstance(images, list | tuple) else [images]
     if not many:
@@ -40,7 +45,7 @@ def read(images: Images, channels: int, size: tuple[int, int] | None) -> Tensor:
 
 
 def _read(image: Any, channels: int, name: str) -> Tensor:
-    """One entry of a list as (B, C, H, W) in [0, 1]."""
+    """Convert one entry of a list to (B, C, H, W) in [0, 1]."""
     if isinstance(image, Image.Image):
         mode = MODES.get(channels)
         if image.mode != mode:
@@ -57,10 +62,8 @@ def _read(image: Any, channels: int, name: str) -> Tensor:
                 "this network" + (", or (H, W)" if channels == 1 else "")
             )
         if array.dtype.kind not in "uif":
-            raise ValueError(
-                f"{name} is of type {array.dtype}: pass bytes (uint8), or floating-point numbers in [0, 1]"
-            )
-        if array.dtype.itemsize > 8:  # more than torch has
+            raise ValueError(_wrong_type(name, array.dtype))
+        if array.dtype.itemsize > 8:  # torch has no longer numbers
             array = array.astype(np.float64)
         native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
         x = torch.from_numpy(native if native.ndim == 4 else native[None]).permute(0, 3, 1, 2)
@@ -78,7 +81,7 @@ def _read(image: Any, channels: int, name: str) -> Tensor:
     if x.dtype == torch.uint8:
         return x.float() / 255
     if not x.is_floating_point():
-        raise ValueError(f"{name} is of type {x.dtype}: pass bytes (uint8), or floating-point numbers in [0, 1]")
+        raise ValueError(_wrong_type(name, x.dtype))
     x = x if x.dtype == torch.float64 else x.float()
     low, high = float(x.min()), float(x.max())
     if not (low >= 0 and high <= 1):
@@ -87,8 +90,16 @@ def _read(image: Any, channels: int, name: str) -> Tensor:
     return x
 
 
+def _wrong_type(name: str, dtype: Any) -> str:
+    return f"{name} is of type {dtype}: pass bytes (uint8), or floating-point numbers in [0, 1]"
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith(("I", "F"))
+
+
 def image_files(folder: str | Path) -> list[str]:
-    """The image files in a folder, by name. Raises ValueError where there is none."""
+    """List the image files in a folder, by name. Raises ValueError if it has none."""
     found = sorted(str(file) for file in Path(folder).iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
     if not found:
         raise ValueError(f"there is no image in {folder}: it needs files such as .png or .jpg")
@@ -98,35 +109,36 @@ def image_files(folder: str | Path) -> list[str]:
 def open_image(
     file: str | Path, channels: int, size: tuple[int, int] | None, resize: bool = False, hint: str = ""
 ) -> Image.Image:
-    """An image file as a PIL image for a network: upright, in gray or RGB, and of its size (H, W).
-
-    `resize` crops to the shape of `size` and resizes to it (Lanczos); without, another size is refused, with `hint`.
-    Raises ValueError naming a file that is damaged, has more than 8 bits, or transparency.
-    """
-    return fit(open_upright(file, f"the image {file}"), channels, size, resize, str(file), hint)
-
-
-def open_upright(file: str | Path | BinaryIO, name: str) -> Image.Image:
-    """An image file, by its path or opened, turned as its EXIF says. Raises ValueError with `name` where damaged."""
+    """Open an image file for a network, upright according to its EXIF; other arguments as in `fit`."""
     try:
         with Image.open(file) as opened:
             opened.load()
-            return ImageOps.exif_transpose(opened)
+            image = ImageOps.exif_transpose(opened)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read {name}: {error}") from error
+        raise ValueError(f"cannot read the image {file}: {error}") from error
+    return fit(image, channels, size, resize, str(file), hint)
 
 
 def fit(
     image: Image.Image, channels: int, size: tuple[int, int] | None, resize: bool, name: str, hint: str = ""
 ) -> Image.Image:
-    """A PIL image in the mode and, with `resize`, the size that a network takes; as `open_image`."""
+    """Convert a PIL image to the mode of a network, and to its size.
+
+    Args:
+        channels: those of the network.
+        size: (H, W), or None for any.
+        resize: crop to the shape of `size` and resize (Lanczos), instead of refusing another size.
+        name: of the image, in messages.
+        hint: end of the message about another size.
+
+    Raises:
+        ValueError: for an image of another size, with more than 8 bits, or with transparency.
+    """
     mode = check_channels(channels)
     if _is_deep(image):
         raise ValueError(f"{name} has mode {image.mode!r}, more than 8 bits: scale it to 0..255 first")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        raise ValueError(
-            f"{name} has transparency, which has no place in a picture of the model: put it on a background"
-        )
+        raise ValueError(f"{name} has transparency, which the network cannot use: put it on a background")
     image = image.convert(mode)
     if size is not None and image.size != size[::-1]:
         if not resize:
@@ -139,21 +151,20 @@ def fit(
 
 
 def check_channels(channels: int) -> str:
-    """The mode of pictures with this many channels, or ValueError where there is none."""
+    """Return the mode of images with this many channels, or raise ValueError if there is none."""
     if channels not in MODES:
         raise ValueError(f"the network takes {channels} channels: pictures have 1 or 3")
     return MODES[channels]
 
 
-def _is_deep(image: Image.Image) -> bool:
-    return image.mode.startswith(("I", "F"))
-
-
 def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), title: str = "", cell: int = 64) -> Image.Image:
-    """One row of pictures for each entry of `rows`, each (N, H, W, C) in [0, 1], with its label on the left.
+    """Draw a grid of pictures, each row with its label on the left.
 
-    Pictures are enlarged by a whole factor to about `cell` pixels high, with a bicubic filter. Labels are in ASCII: the
-    font that comes with Pillow has no Greek.
+    Args:
+        rows: pictures (N, H, W, C) in [0, 1] of each row, enlarged by a whole factor with a bicubic filter.
+        labels: in ASCII, since the font of Pillow has no Greek.
+        title: above the grid.
+        cell: approximate height of a picture, in pixels.
     """
     labels = labels or [""] * len(rows)
     check_channels(rows[0].shape[-1])

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -22,7 +22,7 @@ from ..schedulers import (
 )
 from .conditions import Condition, Labels
 from .images import Images, read
-from .loop import Loop, check_count, check_output_type
+from .loop import Loop, batches, check_count, check_output_type
 
 TOLERANCE = 1e-5
 """Residual of a step, in units of the network's images, at which its refinement ends."""
@@ -80,7 +80,7 @@ class Latents(Loop):
         if not isinstance(tolerance, Real) or not 0 <= tolerance < math.inf:
             raise ValueError(f"tolerance must be a non-negative number, not {tolerance!r}")
         self._check_deterministic(invertible=True)
-        batches = _batches(batch_size)
+        check_count("batch_size", 1 if batch_size is None else batch_size, 1)
         x = read(images, self.unet.config.in_channels, self.image_size)
         condition = self._condition(class_labels, guidance_scale, null_class_label, len(x))
         self._check_channels()
@@ -93,29 +93,34 @@ class Latents(Loop):
         ascend = self._ascend_together if multistep else self._ascend
 
         x = self._state(x)
+        settings = steps, refinement_steps, tolerance
         parts = [
-            ascend(x[rows], inverse, steps, condition.rows(rows), refinement_steps, tolerance)
-            for rows in batches(len(x))
+            ascend(x[rows], condition.rows(rows), inverse, *settings) for rows in batches(range(len(x)), batch_size)
         ]
         self.maybe_free_model_hooks()
         z = torch.cat([latents for latents, _ in parts])
         if not bool(torch.isfinite(z).all()):
-            raise ValueError(
-                "the latents are not finite: the network gave NaN or infinity (in half precision, try float32)"
-            )
+            raise ValueError("the latents are not finite, and so the network's output: in half precision try float32")
         return (z, inversion.join([report for _, report in parts])) if return_report else z
 
     def _ascend(
         self,
         x: Tensor,
+        condition: Condition,
         inverse: InverseDDIMScheduler,
         steps: int,
-        condition: Condition,
         refinement_steps: int,
         tolerance: float,
     ) -> tuple[Tensor, InversionReport]:
         """Encode images `x` over the first `steps` steps, each solved on its own."""
         image, network_dtype = x, self.unet.dtype
+
+        def residual(x_s: Tensor, t: Tensor, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            """Return x_s − f(x), f the sampler's step at `t`, for some images; and the network's output at x."""
+            output = self._predict(x.to(network_dtype), t, condition.rows(rows))
+            sampled = self.scheduler.step(output, t, x, eta=0.0).prev_sample
+            return x_s[rows] - (sampled.clamp(-1, 1) if x_s is image else sampled), output  # images are clamped
+
         reports: list[inversion.MoveReport] = []
         at_x: GeneralizedDDIMSchedulerOutput | None = None  # the sampler's step from x, if known
         for i, t in enumerate(self.progress_bar(inverse.timesteps[:steps])):
@@ -133,38 +138,19 @@ class Latents(Loop):
                 reports.append(inversion.naive(len(x), condition.evaluations))
                 continue
             down = self.scheduler.timesteps[-1 - i]
-            residual = partial(self._residual, x, x is image, down, network_dtype, condition)
             step_size, unit = inversion.step_size(move.alpha_bar_t, move.alpha_bar_s), math.sqrt(move.alpha_bar_s)
-            solution = inversion.solve(residual, guess, step_size, tolerance * unit, refinement_steps)
+            solution = inversion.solve(partial(residual, x, down), guess, step_size, tolerance * unit, refinement_steps)
             reports.append(solution.report(tolerance, unit, condition.evaluations, guessed=at_x is None))
             x = solution.x
             at_x = self.scheduler.step(solution.output, down, x, eta=0.0)
         return x, inversion.report(inverse.timesteps[:steps].tolist(), reports, tolerance, x)
 
-    def _residual(
-        self,
-        x_s: Tensor,
-        is_image: bool,
-        t: Tensor,
-        network_dtype: torch.dtype,
-        condition: Condition,
-        x: Tensor,
-        rows: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Return x_s − f(x), f the sampler's step at `t`, for some images; and the network's output at x.
-
-        If x_s is the image, f ends with the clamp to −1..1.
-        """
-        output = self._predict(x.to(network_dtype), t, condition.rows(rows))
-        sampled = self.scheduler.step(output, t, x, eta=0.0).prev_sample
-        return x_s[rows] - (sampled.clamp(-1, 1) if is_image else sampled), output
-
     def _ascend_together(
         self,
         image: Tensor,
+        condition: Condition,
         inverse: InverseMultistepDDIMScheduler,
         steps: int,
-        condition: Condition,
         refinement_steps: int,
         tolerance: float,
     ) -> tuple[Tensor, InversionReport]:
@@ -223,7 +209,7 @@ class Latents(Loop):
         check_output_type(output_type)
         self._check_deterministic()
         self._check_latents(latents)
-        batches = _batches(batch_size)
+        check_count("batch_size", 1 if batch_size is None else batch_size, 1)
         condition = self._condition(class_labels, guidance_scale, null_class_label, len(latents))
         self._check_channels()
         self._set_timesteps(self.scheduler, num_inference_steps, timesteps)
@@ -231,7 +217,7 @@ class Latents(Loop):
         x = self._state(latents)
         parts = [
             self._run(self.scheduler, x[rows], self.progress_bar(last), condition.rows(rows), eta=0.0)
-            for rows in batches(len(x))
+            for rows in batches(range(len(x)), batch_size)
         ]
         images = self._images(torch.cat(parts), output_type)
         self.maybe_free_model_hooks()
@@ -281,7 +267,7 @@ class Latents(Loop):
             decoding: keywords of `decode`. `class_labels` are one for all, or one for each path.
 
         Returns:
-            Images, path after path: a list of B·num PIL images, an array or a tensor.
+            B·num images, path after path, as from `decode`.
 
         Raises:
             ValueError: for latents of different shapes, `num` below 2, and as `decode`.
@@ -307,7 +293,7 @@ class Latents(Loop):
             decoding: keywords of `decode`. `class_labels` is one for all.
 
         Returns:
-            Images, row after row: a list of rows·columns PIL images, an array or a tensor.
+            rows·columns images, row after row, as from `decode`.
 
         Raises:
             ValueError: for other than four latents, fewer than 2 rows or columns, and as `decode`.
@@ -341,10 +327,3 @@ class Latents(Loop):
 def _path(z0: Tensor, z1: Tensor, num: int) -> Tensor:
     """Interpolate between each of `z0` and `z1`, (B, …), ends included: (B, num, …)."""
     return torch.stack([slerp(z0, z1, i / (num - 1)) for i in range(num)], 1)
-
-
-def _batches(batch_size: int | None) -> Callable[[int], list[slice]]:
-    """Check `batch_size`, and return a function from the number of images to the slices of their batches."""
-    if batch_size is not None:
-        check_count("batch_size", batch_size, 1)
-    return lambda count: [slice(i, i + (batch_size or count)) for i in range(0, count, batch_size or count)]

@@ -62,8 +62,8 @@ class Loop:
         self, class_labels: Labels, guidance_scale: float, null_class_label: int | None, batch_size: int
     ) -> Condition:
         """Check labels and guidance, and put them on the device."""
-        condition = make_condition(self.unet, class_labels, guidance_scale, null_class_label, batch_size)
-        return condition.to(self._execution_device)
+        device = self._execution_device
+        return make_condition(self.unet, class_labels, guidance_scale, null_class_label, batch_size, device)
 
     def _check_channels(self) -> None:
         """Raise ValueError if the network's channels do not fit the variance type of our scheduler."""
@@ -170,6 +170,12 @@ def check_output_type(output_type: str) -> None:
     """Raise ValueError for an unknown output type."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"unknown output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
+
+
+def batches(images: range, size: int | None) -> list[slice]:
+    """Split images into batches of at most `size`; one by default."""
+    size = size or len(images)
+    return [slice(i, min(i + size, images.stop)) for i in range(images.start, images.stop, size)]
 
 
 def check_count(name: str, value: int, least: int = 2) -> None:

@@ -286,7 +286,7 @@ def test_a_learned_variance_is_dropped_for_samplers_that_know_none(make_pipe):
         ({"timesteps": [1, 2]}, "descending order"),
         ({"timesteps": [3, 2], "num_inference_steps": 3}, "num_inference_steps=3 and 2 timesteps disagree"),
         ({"eta": -0.5}, "eta must be a non-negative number, not -0.5"),
-        ({"eta": 7.0}, "eta=7 is too large for the move from time 1000"),
+        ({"eta": 7.0}, "eta=7 is too large for the step from time 1000"),
         ({"batch_size": 0}, "batch_size must be a positive integer, not 0"),
         ({"batch_size": 1.5}, "not 1.5"),
         ({"batch_size": 2.0}, "not 2.0"),
@@ -341,17 +341,17 @@ def test_bad_labels(make_pipe, arguments, message):
 def test_a_network_that_does_not_fit_the_variance_type(make_pipe, variance_type, out_channels):
     pipe = make_pipe(GeneralizedDDIMScheduler(variance_type=variance_type), out_channels=out_channels)
     pipe.unet.forward = None
-    with pytest.raises(ValueError, match=rf"makes {out_channels} channels from 1: variance_type='{variance_type}'"):
+    with pytest.raises(ValueError, match=rf"predicts {out_channels} channels from 1: variance_type='{variance_type}'"):
         pipe()
 
 
 def test_what_other_schedulers_do_not_know(make_pipe):
     pipe = make_pipe(diffusers.EulerDiscreteScheduler())
-    with pytest.raises(ValueError, match="EulerDiscreteScheduler knows no eta: leave it out"):
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler does not support eta: leave it out"):
         pipe(eta=0.5)
-    with pytest.raises(ValueError, match="knows no use_clipped_model_output"):
+    with pytest.raises(ValueError, match="does not support use_clipped_model_output"):
         pipe(use_clipped_model_output=True)
-    with pytest.raises(ValueError, match="PNDMScheduler takes no timesteps of one's own"):
+    with pytest.raises(ValueError, match="PNDMScheduler does not accept custom timesteps"):
         make_pipe(diffusers.PNDMScheduler())(timesteps=[3, 1])
 
 
