@@ -23,9 +23,8 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_one_before_it(tmp_path,
         with pytest.raises(OSError, match="the disk is full"), replace_folder(there) as aside:
             (aside / "second").write_text("second")
     assert (there / "first").read_text() == "first"
-    with pytest.raises(KeyboardInterrupt), replace_folder(there) as aside:
-        (aside / "third").write_text("third")
-        raise KeyboardInterrupt
+    with pytest.raises(FileNotFoundError), replace_folder(there) as aside:
+        (aside / "missing" / "third").write_text("third")
     assert [path.name for path in there.iterdir()] == ["first"]
     with replace_folder(there) as aside:
         (aside / "fourth").write_text("fourth")
