@@ -1,7 +1,9 @@
 """The READMEs: their Python runs as it stands, with tiny networks as the checkpoints it names, and they stay short."""
 
+import importlib
 import json
 import re
+import shlex
 from pathlib import Path
 
 import diffusers
@@ -9,14 +11,26 @@ import pytest
 import tiny_stable_diffusion
 import torch
 from loopback_hub import LoopbackHub
+from trainer import settings
 
 import ddim_plugin
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
+from ddim_plugin.cli.parser import parse
 
 ROOT = Path(__file__).parents[2]
 README, REFERENCE = ROOT / "README.md", ROOT / "ddim_plugin" / "README.md"
-DOCUMENTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (README, REFERENCE)}
+DOCUMENTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text()
+    for path in (README, REFERENCE, ROOT / "training" / "README.md", ROOT / "model_cards" / "README.md")
+}
 LINKS = [(name, path) for name, text in DOCUMENTS.items() for path in re.findall(r"\]\((?!http)([^)]+)\)", text)]
+COMMANDS = [
+    line
+    for text in DOCUMENTS.values()
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    if "…" not in line and re.search(r"training/\w+\.py|^ddim-plugin", line)
+]
 MARKED = re.compile(r"<!-- (\S+/\S+) -->\n\n(.*?)\n*<!-- end -->", re.DOTALL)
 
 
@@ -96,6 +110,19 @@ def test_the_examples_of_the_reference_run(make_unet):
 @pytest.mark.parametrize(("document", "path"), LINKS)
 def test_linked_files_exist(document, path):
     assert (ROOT / document).parent.joinpath(path).exists()
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_have_the_options_that_exist(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(line, comments=True)
+    if words[0] == "ddim-plugin":
+        assert parse(words[1:]).command == words[1]
+        return
+    place = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script = importlib.import_module(Path(words[place]).stem)
+    name = re.search(r"\bparse\((\w+)\)", Path(words[place]).read_text())[1]
+    assert settings.parse(getattr(script, name), words[place + 1 :])
 
 
 def test_the_readme_is_short():
