@@ -48,9 +48,7 @@ def slerp(x0: Tensor, x1: Tensor, a: float) -> Tensor:
     Parallel samples are interpolated linearly, which is the formula's limit. Opposite ones (within `OPPOSITE`) have no
     shortest path. They are joined by a great circle, in a fixed direction if their own plane is undefined.
 
-    Args:
-        x0, x1: the ends, (B, …) of one shape.
-        a: position in [0, 1]. 0 and 1 return the ends exactly.
+    `x0` and `x1` are (B, …) of one shape, and a = 0 and a = 1 return them exactly.
 
     Raises:
         ValueError: for shapes that differ, and for `a` outside [0, 1].

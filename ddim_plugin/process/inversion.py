@@ -81,12 +81,7 @@ def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, eval
     grows, the iteration restarts from its best iterate with half the step and no history, so that the result is never
     worse than the guess. Images do not enter each other's iterations.
 
-    Args:
-        residual: computes the residual and the network's output for some images.
-        guess: first iterate, (B, C, H, W).
-        step: γ.
-        tolerance: root mean square of the residual at which an image is done.
-        evaluations: largest number of calls of `residual`, at least 1.
+    `guess` is (B, C, H, W), `step` γ, and `evaluations` ≥ 1 the largest number of calls of `residual`.
     """
     B = len(guess)
     best, best_residual, best_output = guess.clone(), torch.zeros_like(guess), torch.empty(0)

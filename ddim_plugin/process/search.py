@@ -48,14 +48,8 @@ def search_trajectories(alpha_bar: Array, path: Trajectories, largest: int, nois
     The method approximates ε̂ in the coordinate "bounded" and starts from T (see `MultistepDDIMScheduler`). The cost of
     a step is the mean square of its error along the solutions, weighted by its remainder at the data.
 
-    Args:
-        alpha_bar: ᾱ_0..ᾱ_T, shape (T + 1,).
-        path: the solutions. τ is chosen among `path.times`.
-        largest: the largest S.
-        noise: τ ends at a time with ᾱ at most this, or at the highest time.
-
-    Raises:
-        ValueError: for more steps than times.
+    τ is chosen among `path.times`, and ends at a time with ᾱ ≤ `noise` or at the highest one. Raises ValueError for
+    more steps than times.
     """
     n, alpha_bar = len(path.times), np.asarray(alpha_bar)
     if not 1 <= largest <= n:

@@ -116,17 +116,9 @@ NAMES = (*SPACINGS, *OF_ALPHA_BAR)
 def tau(spacing: str, S: int, T: int, steps_offset: int = 0, alpha_bar: Array | None = None) -> Times:
     """Compute the subsequence named `spacing` with S steps.
 
-    Args:
-        spacing: one of `NAMES`. All have exactly S distinct times for every S, except for the two `paper_` spacings,
-            which have those of the authors' code.
-        S: number of steps, 1..T.
-        T: number of times.
-        steps_offset: shifts "leading" upwards (diffusers' setting of that name). If T leaves less room, it is reduced
-            with a warning.
-        alpha_bar: ᾱ_0..ᾱ_T, shape (T + 1,), for the spacings that depend on it.
-
-    Returns:
-        increasing times in 1..T, int64, shape (S,).
+    It has exactly S distinct increasing times in 1..T, int64, for every 1 ≤ S ≤ T. The two `paper_` spacings have those
+    of the authors' code instead. `steps_offset` ≥ 0 shifts "leading" upwards as in diffusers, and is reduced with a
+    warning if T leaves less room. `alpha_bar`, shape (T + 1,), is for the spacings that depend on it.
 
     Raises:
         ValueError: for an unknown name, S outside 1..T, a negative or fractional offset, or missing ᾱ.
@@ -164,14 +156,7 @@ def check_offset(steps_offset: int) -> int:
 def explicit(times: Iterable[int], T: int, *, lowest: int = 1, descending: bool = False) -> Times:
     """Check an explicit τ, and convert it to increasing times in 1..T.
 
-    Args:
-        times: distinct integers in order.
-        T: number of times.
-        lowest: the caller's number for time 1; 0 for network timesteps.
-        descending: whether the caller's order is descending.
-
-    Returns:
-        increasing times in 1..T, int64.
+    `lowest` is the caller's number for time 1 (0 for network timesteps), and `descending` the caller's order.
 
     Raises:
         ValueError: for the first value that is not an integer, out of range, repeated or out of order.
