@@ -7,7 +7,9 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from ddim_plugin.hub.card import MARK, card, eval_results, is_written_here, public, read_results
+from ddim_plugin.hub.card import MARK, card, eval_results, is_written_here
+from ddim_plugin.hub.code import code
+from ddim_plugin.hub.records import public, read_results
 
 RESULT = {"metric": "fid", "name": "FID", "value": 4.1613, "nfe": 100, "num_inference_steps": 100, "eta": 0.0}
 RESULT |= {"variance_type": "fixed_small", "timestep_spacing": "quadratic", "images": 50000, "seed": 3}
@@ -107,7 +109,7 @@ def test_pictures_stand_below_the_figures_with_their_captions():
 
 def test_the_training_is_that_of_the_record():
     told = dict(row[:2] for row in rows(section(make(), "Training")))
-    assert told["pictures seen"] == f"{1234 * 64:,} in 1,234 steps of 64"
+    assert told["images seen"] == f"{1234 * 64:,} in 1,234 steps of 64"
     assert told["cost"] == "1.50 h on a CPU, 2 threads"
     assert told["last loss"] == "0.03142"
     assert told["seed"] == "7"
@@ -138,8 +140,9 @@ def test_a_conversion_is_told():
 def test_three_ways_to_load_with_a_pinned_revision():
     use = section(make(), "Use")
     assert 'GeneralizedDDIMPipeline.from_pretrained("ada/cifar")' in use
-    assert 'trust_remote_code=True, revision="' in use
-    assert 'DDIMScheduler.from_pretrained("ada/cifar", subfolder="scheduler")' in use
+    assert f'"ada/cifar", custom_pipeline="{code().name}", trust_remote_code=True, revision="' in use
+    assert ' DDIMPipeline.from_pretrained("ada/cifar")' in use
+    assert use.count("trust_remote_code") == 1
     for block in re.findall(r"```python\n(.*?)```", use, re.DOTALL):
         compile(block, "card", "exec")
 
@@ -149,7 +152,7 @@ def test_three_ways_to_load_with_a_pinned_revision():
 )
 def test_what_the_stock_pipeline_cannot_do_is_said(unet, said):
     text = card("ada/cifar", UNET | unet, SCHEDULER, 10)
-    assert f"`DDIMPipeline` does not know {said}" in text
+    assert f"`DDIMPipeline` does not support {said}" in text
     assert ("class_labels=0" in text) == ("num_class_embeds" in unet)
 
 
@@ -255,7 +258,8 @@ def test_settings_are_told_as_they_are(scheduler, said):
 def test_the_snippets_fit_the_repo():
     text = card("ada/cifar", UNET, SCHEDULER | {"timestep_spacing": "trailing"}, 10, variant="fp16", revision="b")
     assert 'GeneralizedDDIMPipeline.from_pretrained("ada/cifar", variant="fp16", revision="b")' in text
-    assert 'UNet2DModel.from_pretrained("ada/cifar", subfolder="unet", variant="fp16", revision="b")' in text
+    assert ' DDIMPipeline.from_pretrained("ada/cifar", variant="fp16", revision="b")' in text
+    assert '"ada/cifar", variant="fp16", custom_pipeline=' in text
     assert "another sampler" not in text
     stock = {key: value for key, value in SCHEDULER.items() if key != "eta"} | {
         "_class_name": "UniPCMultistepScheduler"

@@ -1,0 +1,175 @@
+"""The code file: what it joins, what it refuses, and that diffusers finds nothing more to copy."""
+
+import importlib.util
+import re
+import sys
+
+import pytest
+import torch
+from diffusers.utils import dynamic_modules_utils as dynamic
+
+import ddim_plugin
+from ddim_plugin.hub import code as builder
+
+
+@pytest.fixture(scope="module")
+def code_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("code") / f"{builder.code().name}.py"
+    path.write_text(builder.code().text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def flat(code_file):
+    """The file as a module."""
+    spec = importlib.util.spec_from_file_location(code_file.stem, code_file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(source, namespace=None):
+    namespace = {"__file__": "x.py", "__name__": "x"} if namespace is None else namespace
+    exec(compile(source, "x.py", "exec"), namespace)
+    return namespace
+
+
+# ---- joining -------------------------------------------------------------------------------------------------------
+
+
+def test_modules_are_joined():
+    sources = {
+        "a": '"""A."""\nimport math\n\nHALF = 0.5\n\n\ndef root(x):\n    return math.sqrt(x) * HALF\n',
+        "b": "import math as m\n\nfrom . import a as first\nfrom .a import root\n\n\n"
+        "def both(x):\n    return root(x), first.root(m.pi), first.HALF\n",
+    }
+    assert run(builder.join(sources))["both"](4.0) == (1.0, 3.141592653589793**0.5 / 2, 0.5)
+
+
+def test_modules_of_sub_packages_are_joined():
+    sources = {
+        "process.moves": "def move(x):\n    return 2 * x\n",
+        "process.numbers": "from .moves import move\n\n\ndef twice(x):\n    return move(move(x))\n",
+        "schedulers.one": "from ..process import moves\nfrom ..process import numbers as n\n\n\n"
+        "def step(x):\n    return moves.move(x) + n.twice(x)\n",
+        "schedulers.__init__": 'from .one import step\n\n__all__ = ["step"]\n',
+        "pipelines.call": "from ..schedulers import step as one_step\n\n\n"
+        "def call(x):\n    step = one_step(x)\n    return step\n",
+    }
+    assert run(builder.join(sources))["call"](1) == 6
+
+
+def test_a_name_with_two_meanings_is_renamed():
+    """Each module keeps its own, and the name that a function knows of itself."""
+    first = "def f():\n    return 1\n\n\nT = float\n\n\ndef g(f=None):\n    return f\n"
+    second = "from .a import g\n\nT = int\n\n\nclass f:\n    here = 2\n\n\n"
+    second += "def sum(τ):\n    ε = (τ, τ); return f.here, T, ε\n"
+    third = "from . import a, b\nfrom .b import f\nfrom .b import sum as total\n\n\ndef all():\n"
+    third += "    return a.f(), f.here, b.f.__name__, a.T, b.T, total(1), a.g()\n"
+    made = run(builder.join({"a": first, "b": second, "c": third}))
+    assert made["c_all"]() == (1, 2, "f", float, int, (2, int, (1, 1)), None)
+    assert made["b_f"].__qualname__ == "f"
+    assert made["f"]() == 1
+
+
+def test_definitions_with_the_same_text_are_shared_only_if_they_mean_the_same():
+    first = "import math\n\nReal = float\nTABLE = (1,)\nNAMES = tuple(TABLE)\n"
+    second = "import math\n\nReal = float\nTABLE = (2,)\nNAMES = tuple(TABLE)\n\n\ndef names():\n    return NAMES\n"
+    made = run(builder.join({"a": first, "b": second}))
+    assert "b_Real" not in made
+    assert made["NAMES"] == (1,)
+    assert made["names"]() == (2,)
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        ("def f(x):\n    return x\n\n\ndef h(f):\n    return f\n", "local names .*'f'.* that other modules define"),
+        ("def f(x):\n    return x\n\n\ndef h():\n    f = 2\n    return f\n", "local names .*'f'"),
+        ("def h():\n    from .a import f\n    return f\n", "a relative import within a block"),
+        ("from .a import missing\n", "b imports missing, which a does not define"),
+        ("from .c import f\n", "b imports f, which is not for the code file"),
+        ("from . import f\n", "b imports f, which is not for the code file"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(second, said):
+    with pytest.raises(ValueError, match=said):
+        builder.join({"a": "def f():\n    return 1\n", "b": second})
+
+
+def test_docstrings_are_cut_to_their_first_paragraph():
+    source = (
+        '"""A module.\n\nMore.\n"""\n\n\ndef f():\n    """Return one\n    thing.\n\n    More.\n    """\n    return 1\n'
+    )
+    text = builder.join({"a": source})
+    assert "More." not in text
+    assert run(text)["f"].__doc__ == "Return one\n    thing."
+
+
+# ---- the file ------------------------------------------------------------------------------------------------------
+
+
+def test_its_name_is_that_of_the_version():
+    assert builder.code().name == f"ddim_plugin_{ddim_plugin.__version__.replace('.', '_')}"
+    assert builder.code.__wrapped__() == builder.code()
+    assert builder.STALE.fullmatch(f"{builder.code().name}.py")
+
+
+def test_it_holds_what_the_pipeline_imports_and_no_more():
+    modules = re.findall(r"^# =+ (\S+) =+$", builder.code().text, re.MULTILINE)
+    assert modules == list(builder.sources(builder.ENTRY))
+    assert modules[-1] == "pipelines.generation"
+    assert {name.split(".")[0] for name in modules} == {"process", "schedulers", "pipelines"}
+    assert "ddim_plugin" not in re.findall(r"^\s*(?:from|import) (\w+)", builder.code().text, re.MULTILINE)
+
+
+def test_diffusers_finds_nothing_to_copy_or_to_install(code_file, monkeypatch):
+    assert dynamic.get_relative_imports(code_file) == []
+    asked = []
+    monkeypatch.setattr(dynamic.importlib, "import_module", asked.append)
+    dynamic.check_imports(code_file)
+    assert {"torch", "numpy", "diffusers"} < set(asked)
+    brought = {"torch", "numpy", "diffusers", "PIL", "huggingface_hub"}  # by torch and diffusers
+    assert set(asked) <= sys.stdlib_module_names | brought
+
+
+def test_one_pipeline_is_in_it(flat):
+    assert dynamic.find_pipeline_class(flat) is flat.GeneralizedDDIMPipeline
+    assert flat.GeneralizedDDIMPipeline.__module__ == builder.code().name
+
+
+def test_running_it_again_keeps_the_classes(code_file):
+    text = code_file.read_text(encoding="utf-8")
+    first = run(text)
+    kept = {name: value for name, value in first.items() if isinstance(value, type)}
+    for _ in range(2):
+        again = run(text, first)
+        assert all(again[name] is value for name, value in kept.items())
+    assert again["restored"](again["GeneralizedDDIMScheduler"](eta=0.5)).config.eta == 0.5
+
+
+@pytest.mark.parametrize("settings", [{}, {"eta": 1.0, "timestep_spacing": "quadratic", "clip_sample": True}])
+def test_it_steps_as_the_package(flat, settings):
+    x, made = torch.linspace(-2, 2, 48).view(1, 3, 4, 4), []
+    for module in (ddim_plugin, flat):
+        scheduler = module.GeneralizedDDIMScheduler(**settings)
+        scheduler.set_timesteps(7)
+        steps = [scheduler.step(torch.tanh(x), t, x, variance_noise=x.flip(1)) for t in scheduler.timesteps]
+        made.append(torch.stack([step.prev_sample for step in steps]))
+        with pytest.raises(ValueError, match="unknown timestep_spacing"):
+            module.GeneralizedDDIMScheduler(timestep_spacing="cubic")
+    assert torch.equal(*made)
+
+
+def test_every_spacing_and_schedule_is_the_package_s(flat):
+    """Names that two modules define are told apart in the file."""
+    from ddim_plugin.process import betas, spacings
+
+    for schedule in betas.SCHEDULES:
+        schedulers = [module.GeneralizedDDIMScheduler(beta_schedule=schedule) for module in (ddim_plugin, flat)]
+        assert torch.equal(*(each.alphas_cumprod for each in schedulers))
+    for spacing in spacings.SPACINGS:
+        schedulers = [module.GeneralizedDDIMScheduler(timestep_spacing=spacing) for module in (ddim_plugin, flat)]
+        for each in schedulers:
+            each.set_timesteps(7)
+        assert torch.equal(*(each.timesteps for each in schedulers))
