@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ddim_plugin.hub.files import weights_digest
 
 from .metrics import Features, library
-from .parts import Arrays, digest
+from .parts import Arrays, digest, is_missing_folder
 
 FIDELITY = {"inception-v3-compat": ("2048", "logits_unbiased")} | {
     f"dinov2-vit-{size}-14": ("dinov2",) for size in "sblg"
@@ -142,14 +142,13 @@ def _open_classifier(name: str) -> nn.Module:
     except ImportError as error:
         raise ValueError(f"the extractor {name} needs transformers ({error}): pip install transformers") from error
     known = f"an extractor is one of {', '.join(FIDELITY)}, or a folder or Hub id of an image classifier"
-    is_folder = Path(name).is_dir()
-    if not is_folder and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if is_missing_folder(name):
         raise ValueError(f"there is no folder {name}: {known}")
     try:
         network, info = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True)
     except (OSError, ValueError) as error:
         offline = f"hf download {name} --local-dir FOLDER` on a machine with a network, then --extractors FOLDER"
-        remedy = known if is_folder else f"{known}. Without a network: `{offline}"
+        remedy = known if Path(name).is_dir() else f"{known}. Without a network: `{offline}"
         raise ValueError(f"cannot open the extractor {name}: {error}\n{remedy}") from error
     missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if missing:

@@ -50,6 +50,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def is_missing_folder(name: str) -> bool:
+    """Test whether a name can only be a folder, not a Hub id, and does not exist."""
+    return (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir()
+
+
 def cut(count: int, size: int) -> list[range]:
     """Cut 0..count − 1 into ranges of `size` numbers. The last one may be shorter."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]

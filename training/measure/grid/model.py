@@ -19,7 +19,7 @@ from ddim_plugin.hub.files import weights_digest
 from ddim_plugin.process.moves import ETA_FREE
 from ddim_plugin.schedulers import restored
 
-from ..parts import DTYPES
+from ..parts import DTYPES, is_missing_folder
 from .cells import Cell, make_scheduler
 from .settings import SAVED, EvaluateConfig
 
@@ -188,6 +188,8 @@ class Model:
 
 def open_pipeline(name: str) -> Any:
     """Open a model as our pipeline if it fits, else as the pipeline of diffusers that its index names."""
+    if is_missing_folder(name):
+        raise ValueError(f"there is no folder {name}: a model is a folder written by save_pretrained, or a Hub id")
     try:
         named = DiffusionPipeline.load_config(name)["_class_name"]
     except OSError:

@@ -135,3 +135,15 @@ def test_half_precision_is_another_cell(measure, dtype):
     assert values(half) == pytest.approx(values(result), rel=0.2)
     assert values(half) != values(result)
     assert {each["key"] for each in result["cells"]}.isdisjoint(each["key"] for each in half["cells"])
+
+
+def test_our_scheduler_is_restored_in_a_pipeline_of_diffusers(measure, make_unet, tmp_path):
+    """It is saved as a stock one, with its own spacing and noise beside."""
+    GeneralizedDDIMScheduler(timestep_spacing="quadratic", eta=0.5).save_pretrained(tmp_path / "scheduler")
+    decoder = VQModel(in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4, latent_channels=1)
+    pipe = LDMPipeline(decoder, make_unet(), DDIMScheduler.from_pretrained(tmp_path / "scheduler"))
+    pipe.save_pretrained(tmp_path / "ldm")
+    result = measure(model=str(tmp_path / "ldm"), schedulers=("saved",), variances=("saved",), splits=("test",))
+    for entry in result["results"]:
+        shown = [entry[key] for key in ("scheduler", "timestep_spacing", "eta")]
+        assert shown == ["GeneralizedDDIMScheduler", "quadratic", 0.5]

@@ -1,7 +1,6 @@
 """A run over a grid: what it writes, that a kill loses little, and that nothing is measured twice."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +9,8 @@ from measuring import python, values
 from PIL import Image
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.hub import push
-from ddim_plugin.hub.card import read_results
+from ddim_plugin.hub.model import Model
+from ddim_plugin.hub.records import read_results
 
 
 def test_what_is_written(measure, tmp_path, places):
@@ -19,9 +18,9 @@ def test_what_is_written(measure, tmp_path, places):
     output = tmp_path / "out"
     written = json.loads((output / "results.json").read_text())
     assert written == json.loads(json.dumps(result))
-    model = push.Model(Path(places["model"]), output)  # what a push takes of it: records that fit the weights
-    assert len(model.results) == len(result["results"])
-    assert f"{result['results'][0]['value']:.4g}" in model.card("ada/digits", None, None, None)
+    model = Model(places["model"], output)  # what a push takes of it: records that fit the weights
+    assert len(model.records.results) == len(result["results"])
+    assert f"{result['results'][0]['value']:.4g}" in model.card("ada/digits")
     entries = read_results(output / "results.json")
     assert len(entries) == 2 * 3 * 2 * 2  # S, variances, spacings, splits
     assert {entry["metric"] for entry in entries} == {"fd_classifier"}
