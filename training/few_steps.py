@@ -78,7 +78,7 @@ def main(config: FewStepsConfig) -> dict[str, Any]:
         result["rows"].append({"nfe": nfe} | {name: list(map(public, found)) for name, found in row.items()})
         result["unfit"] |= unfit
         write(result, bench.output)
-        print(table(result).splitlines()[-1], flush=True)
+        print(table(result).splitlines()[1 + len(result["rows"])], flush=True)
     for eta in config.thousand:
         sampler = Sampler("1000 steps", "GeneralizedDDIMScheduler", {"eta": eta, "timestep_spacing": "linear"})
         result["thousand"] += [public(each) for each in [bench.quality(sampler, 1000)] if "frechet" in each]

@@ -4,14 +4,14 @@ python training/reconstruct.py --model user/model --data pictures --output out/r
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from measure.reconstructions import Bench, arrays, entries, paths, plot, round_trip, same_latent, table
 from pictures import load_images
 from torch import Tensor
-from trainer.settings import parse, record, write_json
+from trainer.settings import command, parse, record, write_json
 
 from ddim_plugin.hub.files import weights_digest, write_file
 from ddim_plugin.pipelines.images import grid
@@ -94,10 +94,12 @@ def main(config: ReconstructConfig) -> dict[str, Any]:
         print(f"note: {config.data} has {len(images)} images, not {config.images}", file=sys.stderr)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
+    spacing = bench.pipe.scheduler.config.timestep_spacing
     result = record(config) | {
+        "command": command(replace(config, spacing=spacing)),
         "images": len(images),
         "device": bench.device,
-        "spacing": bench.pipe.scheduler.config.timestep_spacing,
+        "spacing": spacing,
         "model": {"sha256": weights_digest(bench.pipe.unet)},
         "table": [],
     }

@@ -67,6 +67,9 @@ def test_a_folder_that_opens_with_card_figures_and_pictures(measured, tmp_path):
     assert (index["_class_name"], index["scheduler"]) == ("DDIMPipeline", ["diffusers", "DDIMScheduler"])
     commands = (folder / "measured" / "commands.md").read_text().splitlines()[1:-1]
     assert [line.split()[1] for line in commands] == ["training/reconstruct.py", "training/nll.py", "sample"]
+    for line, config in zip(commands, (reconstruct.ReconstructConfig, nll.NLLConfig), strict=False):
+        again = package.parse(config, line.split()[2:])
+        assert (again.model, again.images, again.spacing) == ("cards/tiny", 4, "linear")
     assert commands[-1] == "ddim-plugin sample cards/tiny --num 3 --steps 2 --seed 0 --batch-size 16"
     for name in ("reconstruct.json", "table2.md", "nll.json", "nll.md", "headline.md"):
         assert (folder / "measured" / name).is_file()

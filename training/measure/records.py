@@ -43,10 +43,12 @@ def headline(folder: Path, name: str) -> tuple[str, str]:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    """Read a record; an empty one if there is none."""
     return read_object(file) if file.is_file() else {}
 
 
 def _few_steps(folder: Path, name: str) -> Row | None:
+    """Return the row of the evaluations that suffice for the quality of 1000 steps, if it was measured."""
     record = f"{MEASURED}/few_steps.json"
     found = _read(folder / record)
     goal = quality_of_1000(found, _read(folder / RESULTS)["results"]) if found else None
@@ -55,6 +57,7 @@ def _few_steps(folder: Path, name: str) -> Row | None:
 
 
 def _reconstruction(folder: Path, name: str) -> Row | None:
+    """Return the row of the reconstruction error at ten steps, if it was measured."""
     record = f"{MEASURED}/reconstruct.json"
     found = _read(folder / record)
     of_ten = {each["refinement_steps"] > 0: each for each in found.get("table", ()) if each["S"] == 10}
@@ -66,6 +69,7 @@ def _reconstruction(folder: Path, name: str) -> Row | None:
 
 
 def _likelihood(folder: Path, name: str) -> Row | None:
+    """Return the row of the ODE's likelihood, if it was measured."""
     record = f"{MEASURED}/nll.json"
     found = _read(folder / record)
     ode = found.get("cells", {}).get("ODE")
@@ -77,6 +81,7 @@ def _likelihood(folder: Path, name: str) -> Row | None:
 
 
 def _sampling(folder: Path, name: str) -> Row | None:
+    """Return the row of the time to sample, if it was measured."""
     found = _read(folder / "sample.json")
     settings = {key: value for key, value in found.get("settings", {}).items() if value is not None}
     if "cpus" not in found or not settings.keys() >= {"num", "steps"}:
