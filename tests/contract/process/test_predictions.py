@@ -20,9 +20,9 @@ def test_the_three_predictions_say_the_same(alpha_bar, x0, eps):
 
 
 def test_impossible_predictions():
-    with pytest.raises(ValueError, match="'epsilon' divides by zero where ᾱ is 0"):
+    with pytest.raises(ValueError, match="'epsilon' divides by zero at ᾱ = 0"):
         p.prediction("epsilon", 0.0)
-    with pytest.raises(ValueError, match="no ε̂ where ᾱ is 1"):
+    with pytest.raises(ValueError, match="'sample' gives no ε̂ at ᾱ = 1"):
         p.prediction("sample", 1.0)
     with pytest.raises(ValueError, match="unknown prediction_type 'score': use one of epsilon, sample, v_prediction"):
         p.prediction("score", 0.5)

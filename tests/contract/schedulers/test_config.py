@@ -3,6 +3,7 @@
 import json
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from plans import settings
@@ -12,7 +13,9 @@ from ddim_plugin import (
     InverseDDIMScheduler,
     InverseMultistepDDIMScheduler,
     MultistepDDIMScheduler,
+    restore_scheduler,
 )
+from ddim_plugin.schedulers import restored
 
 OWN = {
     "timestep_spacing": "quadratic",
@@ -224,3 +227,58 @@ def test_multistep_on_disk_and_through_others(tmp_path, quiet_diffusers):
     assert MultistepDDIMScheduler.from_config(theirs).config.solver_order is None
     assert diffusers.DDIMScheduler.from_pretrained(tmp_path).config.beta_end == 0.02
     assert quiet_diffusers == []
+
+
+# ---- ours from a stock scheduler -----------------------------------------------------------------------------------
+
+SAVED = [
+    GeneralizedDDIMScheduler(**OWN),
+    GeneralizedDDIMScheduler(timestep_spacing="trailing", variance_type="fixed_large"),
+    GeneralizedDDIMScheduler(beta_schedule="sigmoid", prediction_type="v_prediction"),
+    InverseDDIMScheduler.from_config(GeneralizedDDIMScheduler(clip_sample=True).config),
+    MultistepDDIMScheduler(solver_order=2, fitted_timesteps={"2": [900, 100]}),
+    MultistepDDIMScheduler(timestep_spacing="trailing"),
+    InverseMultistepDDIMScheduler(lower_order_final=True),
+]
+
+
+@pytest.mark.parametrize("ours", SAVED, ids=lambda each: type(each).__name__)
+def test_a_stock_scheduler_is_restored(ours, tmp_path, quiet_diffusers):
+    """What a reader without this package loads, and saves again."""
+    ours.save_pretrained(tmp_path)
+    stock = diffusers.DDIMScheduler.from_pretrained(tmp_path)
+    stock.save_pretrained(tmp_path / "again")
+    for each in (stock, diffusers.DDIMScheduler.from_pretrained(tmp_path / "again")):
+        back = restored(each)
+        assert type(back) is type(ours)
+        assert settings(back) == settings(ours)
+        assert np.array_equal(back.alpha_bar, ours.alpha_bar)
+        assert restored(back) is back
+    assert quiet_diffusers == []
+
+
+@pytest.mark.parametrize("change", [{"clip_sample": True}, {"timestep_spacing": "leading"}, {"beta_end": 0.015}])
+def test_what_was_changed_in_a_stock_scheduler_wins(change, tmp_path):
+    GeneralizedDDIMScheduler(**OWN).save_pretrained(tmp_path)
+    stock = diffusers.DDIMScheduler.from_pretrained(tmp_path, **change)
+    assert settings(restored(stock)) == settings(GeneralizedDDIMScheduler(**OWN | change))
+
+
+def test_other_schedulers_stay_as_they_are():
+    for stock in (diffusers.DDIMScheduler(), diffusers.EulerDiscreteScheduler()):
+        assert restored(stock) is stock
+    stay = diffusers.DPMSolverMultistepScheduler.from_config(GeneralizedDDIMScheduler(**OWN).config)
+    assert restored(stay) is stay  # chosen by its user
+
+
+def test_restoring_the_scheduler_of_a_pipeline(make_unet, tmp_path):
+    ours = MultistepDDIMScheduler(solver_order=2)
+    ours.save_pretrained(tmp_path)
+    pipe = diffusers.DDPMPipeline(make_unet(), diffusers.DDIMScheduler.from_pretrained(tmp_path))
+    assert restore_scheduler(pipe) is pipe
+    assert type(pipe.scheduler) is MultistepDDIMScheduler
+    assert settings(pipe.scheduler) == settings(ours)
+    kept = pipe.scheduler
+    assert restore_scheduler(pipe).scheduler is kept
+    with pytest.raises(ValueError, match=r"DDIMScheduler has no '_ddim_plugin' entry: .*from_config\(pipe\.scheduler"):
+        restore_scheduler(diffusers.DDPMPipeline(make_unet(), diffusers.DDIMScheduler()))

@@ -189,7 +189,9 @@ def test_recomputed_noise_is_refused(network):
     up = InverseDDIMScheduler(clip_sample=True, use_clipped_model_output=True)
     up.set_timesteps(5)
     x = torch.randn(1, 1, 4, 4)
-    with pytest.raises(ValueError, match="an inverse move is only looking for"):
+    with pytest.raises(
+        ValueError, match="recomputes ε̂ from x_t, which an inverse step does not know yet: set it to False"
+    ):
         up.step(network(x, 199), 199, x)
 
 

@@ -70,6 +70,8 @@ def test_a_free_step_is_two_passes(cls, prediction_type, plain):
         earlier = [0, 1, 2, 2, 2, 2]
         if prediction_type != "epsilon":  # its values are ε̂, which has to be made
             earlier = [each + 2 for each in earlier]
+        elif cls is MultistepDDIMScheduler:  # the first one as well, from T
+            earlier[0] = 2
     for kernels, more in zip(found, earlier, strict=True):
         assert len(kernels) <= 2 + more, kernels
 
@@ -91,7 +93,8 @@ def test_noise_is_one_pass_more(cls, plain):
 def test_a_clipped_step_is_at_most_five_passes(prediction_type, recompute, plain):
     scheduler = planned(6, prediction_type=prediction_type, clip_sample=True, use_clipped_model_output=recompute)
     for kernels in passes(scheduler, plain=plain):
-        assert 2 < len(kernels) <= 5, kernels
+        assert {"clamp", "clamp_"} & set(kernels)
+        assert len(kernels) <= 5, kernels
 
 
 @pytest.mark.parametrize("config", [{"clip_sample": True}, {"thresholding": True}])

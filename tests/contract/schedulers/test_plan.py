@@ -6,6 +6,7 @@ import torch
 from plans import planned, tensors
 
 from ddim_plugin import GeneralizedDDIMScheduler
+from ddim_plugin.schedulers.step import Step
 
 
 def test_set_timesteps():
@@ -31,8 +32,8 @@ def test_set_timesteps():
         ({"num_inference_steps": 10.0}, r"not 10\.0"),
         ({}, "either num_inference_steps or timesteps"),
         ({"num_inference_steps": 2, "timesteps": [5, 1]}, "either num_inference_steps or timesteps"),
-        ({"timesteps": [5, 5]}, "timestep 5 stands twice"),
-        ({"timesteps": [1, 5]}, "descending order, but 1 stands before 5"),
+        ({"timesteps": [5, 5]}, "timestep 5 is repeated"),
+        ({"timesteps": [1, 5]}, "descending order, but 1 precedes 5"),
         ({"timesteps": [1000, 5]}, r"timestep 1000 is outside 0\.\.999"),
         ({"timesteps": [5, -1]}, "timestep -1 is outside"),
         ({"timesteps": [5.5, 1]}, "must be integers, not 5.5"),
@@ -132,7 +133,7 @@ def test_the_table_for_devices_holds_every_step():
     scheduler = planned(10, variance_type="learned_range")
     kind = ("learned_range", 1.0)
     table = scheduler._all_steps(kind, torch.float64, torch.device("cpu"))
-    assert table.shape == (1000, 15)
+    assert table.shape == (1000, len(Step._fields))
     for t in (0, 57, 99, 512, 999):
         assert table[t].tolist() == pytest.approx(list(scheduler._step_at(t, kind)))
 
@@ -159,7 +160,7 @@ def test_bad_timesteps(timestep, message):
 
 def test_eps_prediction_with_zero_terminal_snr():
     scheduler = GeneralizedDDIMScheduler(rescale_betas_zero_snr=True)
-    with pytest.raises(ValueError, match="'epsilon' divides by zero where ᾱ is 0"):
+    with pytest.raises(ValueError, match="'epsilon' divides by zero at ᾱ = 0"):
         scheduler.set_timesteps(10)
     scheduler.set_timesteps(timesteps=[998, 500])  # below the top it is sound
     out, x = tensors()
@@ -171,11 +172,11 @@ def test_eps_prediction_with_zero_terminal_snr():
 
 
 def test_eta_too_large_names_the_move():
-    with pytest.raises(ValueError, match=r"eta=1.5 is too large for the move from time 1000 to 900: .*largest is 1\.0"):
+    with pytest.raises(ValueError, match=r"eta=1.5 is too large for the step from time 1000 to 900: .*largest is 1\.0"):
         planned(10, eta=1.5)
     scheduler = planned(10)
     out, x = tensors()
-    with pytest.raises(ValueError, match="eta=1.5 is too large for the move from time 1000"):
+    with pytest.raises(ValueError, match="eta=1.5 is too large for the step from time 1000"):
         scheduler.step(out, 599, x, eta=1.5)
     with pytest.raises(ValueError, match="eta must be a non-negative number, not -1"):
         scheduler.step(out, 599, x, eta=-1)

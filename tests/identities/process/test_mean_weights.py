@@ -93,7 +93,7 @@ def test_from_zero_signal():
     [
         (("v", "nsr", 0.5, 0.6, [0.5]), "unknown quantity 'v'"),
         (("epsilon", "t", 0.5, 0.6, [0.5]), "unknown coordinate 't'"),
-        (("epsilon", "nsr", 0.5, 0.6, []), "one at least"),
+        (("epsilon", "nsr", 0.5, 0.6, []), "at least one value"),
         (("epsilon", "nsr", 0.5, 0.6, [0.5, 0.5]), "distinct"),
         (("epsilon", "nsr", 0.5, 0.5, [0.5]), "to itself has no mean"),
         (("epsilon", "nsr", 0.0, 0.5, [0.0]), "quantity 'sample'"),

@@ -166,7 +166,7 @@ def test_functions_take_arrays():
 
 def test_upwards_only_the_deterministic_move_exists():
     alpha_bar = schedules.alpha_bar(schedules.betas("linear"))
-    with pytest.raises(ValueError, match="from 3 up to 9 must be deterministic"):
+    with pytest.raises(ValueError, match="from time 3 up to 9 must be deterministic"):
         process.move(alpha_bar, 3, 9, 0.5)
     with pytest.raises(ValueError, match="must be deterministic"):
         process.move(alpha_bar, 3, 9, variance_type="fixed_large")
