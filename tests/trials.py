@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
 import torch
 import train
+from trainer import run as run_
 from trainer.settings import build
 
 
@@ -37,7 +38,7 @@ def kill(settings, count, seed):
 
     def writing(since):
         """Whether a checkpoint is being written by a run that began at `since`."""
-        for path in folder.glob("*.part"):
+        for path in folder.glob(".step-*"):
             with contextlib.suppress(FileNotFoundError):  # it was renamed meanwhile
                 if path.stat().st_mtime > since:
                     return True
@@ -71,7 +72,7 @@ def ranks(settings):
     """One run under a launcher; each rank prints its learning rates, pictures and weights."""
     torch.set_num_threads(1)
     seen, runs, pictures = [], [], []
-    before, to_model = train.Run.step, train.to_model
+    before, to_model = run_.Run.step, run_.to_model
 
     def step(run, number, batches, clock):
         found = before(run, number, batches, clock)
@@ -79,11 +80,11 @@ def ranks(settings):
         seen.append(run.optimizer.param_groups[0]["lr"])
         return found
 
-    train.Run.step = step
-    train.to_model = lambda images: pictures.append(digests(images)) or to_model(images)
+    run_.Run.step = step
+    run_.to_model = lambda images: pictures.append(digests(images)) or to_model(images)
     result = train.main(build(train.TrainConfig, settings))
     run = runs[0]
-    held = {"rank": run.share.rank, "lr": seen, "unet": digest(run.unet), "ema": digest(run.ema.unet)}
+    held = {"rank": run.share.rank, "lr": seen, "unet": digest(run.unet), "ema": digest(run.averaged())}
     held["pictures"] = pictures
     folder = Path(settings["output"])
     (folder / f"rank-{run.share.rank}-{result['status'].replace(' ', '-')}.json").write_text(json.dumps(held))

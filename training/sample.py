@@ -37,7 +37,7 @@ class SampleConfig:
 
 
 def main(config: SampleConfig) -> dict[str, Any]:
-    """Write `samples_by_steps.png`, `samples_by_eta.png` and `sample.json`; return what the latter holds."""
+    """Write `samples_by_steps.png`, `samples_by_eta.png` and `sample.json`; return the content of the latter."""
     if config.columns < 1:
         raise ValueError(f"columns must be positive, not {config.columns}")
     start = time.perf_counter()

@@ -5,11 +5,12 @@ Ratios are printed; nothing is asserted on time.
 
 import pytest
 import torch
-import train
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from timing import ROUNDS, ratios
+from trainer.config import TrainConfig
 from trainer.report import Clock
 from trainer.settings import build
+from trainer.setup import build_run
 
 NETWORKS = {
     "1.7M": {
@@ -36,7 +37,7 @@ NETWORKS = {
 def test_loop_over_bare_network(name, precision, capsys, tmp_path):
     settings = {"output": str(tmp_path / "run"), "unet": NETWORKS[name], "resolution": 32, "flip": True}
     settings |= {"mixed_precision": precision, "trackers": ["none"], "batch_size": 32, "warmup_steps": 0}
-    run = train.build(build(train.TrainConfig, settings))
+    run = build_run(build(TrainConfig, settings))
     batches, clock, step = run.feed.batches(0), Clock(), iter(range(1, 10**9))
     x, noise = torch.randn(2, 32, 1, 32, 32)
     t = torch.randint(0, 1000, (32,))

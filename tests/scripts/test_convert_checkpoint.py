@@ -1,5 +1,6 @@
 """Checkpoints of the authors' network become pipelines that compute the same."""
 
+import hashlib
 import json
 import math
 import pickle
@@ -19,6 +20,7 @@ from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from trainer import convert as convert_
 from trainer.settings import build, read_toml
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
@@ -240,7 +242,7 @@ def test_the_comparison_sees_every_peculiarity():
     """Each setting that no tensor tells, and each exchange of equal shapes, is far beyond the tolerance."""
     network = random_network(CIFAR10)
     state = network.state_dict()
-    right = script.network(state, None, 0.0)
+    right = convert_.network(state, None, 0.0)
     assert difference(network, right, 16)[0].max() < 1e-5
     others = {
         "flip_sin_to_cos": True,
@@ -251,7 +253,7 @@ def test_the_comparison_sees_every_peculiarity():
         "attention_head_dim": 8,
         "act_fn": "gelu",
     }
-    assert others.keys() == script.FIXED.keys()
+    assert others.keys() == convert_.FIXED.keys()
     for key, value in others.items():
         unet = UNet2DModel.from_config(dict(right.config) | {key: value}).eval()
         unet.load_state_dict(right.state_dict())
@@ -260,7 +262,7 @@ def test_the_comparison_sees_every_peculiarity():
         swapped = state | {
             f"down.1.attn.0.{a}.weight": state[f"down.1.attn.0.{b}.weight"] for a, b in ((one, other), (other, one))
         }
-        assert difference(network, script.network(swapped, None, 0.0), 16)[0].max() > 1e-3, one
+        assert difference(network, convert_.network(swapped, None, 0.0), 16)[0].max() > 1e-3, one
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -269,7 +271,7 @@ def test_published_networks_are_those_of_the_presets(name):
     shape, parameters = PUBLISHED[name]
     with torch.device("meta"):
         state = shape.network().state_dict()
-    unet = script.network(state, None, 0.0)
+    unet = convert_.network(state, None, 0.0)
     assert unet.num_parameters() == parameters
     assert unet.config.sample_size == shape.side
     for key, value in read_toml(ROOT / "training" / "configs" / f"{name}.toml")["unet"].items():
@@ -359,9 +361,9 @@ def test_tensors_that_share_memory(weights, tmp_path):
 
 def test_published_files_are_known(weights, tmp_path, monkeypatch):
     torch.save(weights, tmp_path / "w.ckpt")
-    md5 = script.hashlib.md5((tmp_path / "w.ckpt").read_bytes()).hexdigest()
+    md5 = hashlib.md5((tmp_path / "w.ckpt").read_bytes()).hexdigest()
     for name, kind, other in (("ema_lsun_cat", "ema", "raw"), ("lsun_cat", "raw", "ema")):
-        monkeypatch.setitem(script.PUBLISHED, md5, name)
+        monkeypatch.setitem(convert_.PUBLISHED, md5, name)
         result = convert(tmp_path / "w.ckpt", tmp_path / name)
         assert (result["weights"], result["source"]["published"]) == (kind, name)
         with pytest.raises(ValueError, match=f"the file has no {other} weights, only {kind}"):
@@ -391,7 +393,7 @@ def test_no_code_is_run(weights, tmp_path, kind):
     else:
         torch.save(malice, path, _use_new_zipfile_serialization=kind == "zip")
     asked = r"torch.storage\S+" if kind == "pickle" else r"\w+.open"
-    with pytest.raises(ValueError, match=rf"w.ckpt: it asks for {asked} to be loaded, which could run code"):
+    with pytest.raises(ValueError, match=rf"w.ckpt: it asks to load {asked}, which could run code"):
         convert(path, tmp_path / "out")
     assert not target.exists()
     assert not (tmp_path / "out").exists()
@@ -462,7 +464,7 @@ def test_what_is_no_checkpoint(weights, tmp_path, name, kind):
     ("values", "message"),
     [
         ({"weights": "averaged"}, "unknown weights 'averaged': use auto, ema, raw"),
-        ({"weights": "ema"}, "holds one set of weights and does not say whether it is ema: pass --weights auto"),
+        ({"weights": "ema"}, "holds one set of weights, which is not known to be ema: pass --weights auto"),
         ({"resolution": 0}, "resolution must be positive, not 0"),
         ({"resolution": 9}, "pictures of 9×9 cannot be halved 1 times"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), not 1.0"),

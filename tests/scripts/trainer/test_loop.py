@@ -1,0 +1,177 @@
+"""The training loop: bit for bit the same trajectory, signals, numbers that are not finite."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from trainer.config import TrainConfig
+from trainer.loop import Signals
+from trainer.objective import Objective
+from trainer.report import read_log
+from trainer.settings import build
+from trainer.setup import make_accelerator
+from training_runs import ROOT, SMALL, UNET, WEIGHTS, fit, losses, python, same_weights
+
+EVERYTHING = SMALL | {
+    "steps": 60,
+    "checkpoint_every": 1,
+    "times": "importance",
+    "scheduler": {"num_train_timesteps": 4, "beta_end": 0.5},
+    "class_conditional": True,
+    "flip": True,
+    "resize": 10,
+    "resolution": 8,
+    "crop": "random",
+    "gradient_accumulation_steps": 2,
+    "lr_schedule": "cosine",
+}
+
+
+def test_a_run_killed_again_and_again_is_the_run_that_was_not(tmp_path):
+    """SIGKILL at random moments, most of them while saving: bit for bit the same weights, averages and losses."""
+    file = tmp_path / "settings.json"
+    for name, kills in (("whole", 0), ("killed", int(os.environ.get("DDIM_KILLS", "4")))):
+        file.write_text(json.dumps(EVERYTHING | {"output": str(tmp_path / name)}))
+        done = python("tests/trials.py", "kill", file, kills, 0)
+        assert done.returncode == 0, done.stdout + done.stderr
+    ends = done.stdout.splitlines()
+    assert ends.count("killed while saving") >= 1, done.stdout
+    assert ends.count("killed while saving") + ends.count("killed") >= 3, done.stdout
+    same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
+    assert len(losses(tmp_path / "killed")) == 60
+    assert len(list((tmp_path / "killed" / "checkpoints").iterdir())) == 2
+
+
+def test_previews_and_logs_do_not_touch_the_trajectory(tmp_path):
+    fit(tmp_path / "quiet", checkpoint_every=0)
+    fit(
+        tmp_path / "loud",
+        preview_every=2,
+        preview_images=3,
+        preview_steps=2,
+        eval_every=2,
+        eval_images=5,
+        log_every=4,
+        checkpoint_every=1,
+        workers=1,
+    )
+    same_weights(tmp_path / "quiet", tmp_path / "loud")
+
+
+def test_pictures_from_disk_train_as_those_in_memory(tmp_path):
+    settings = {"resolution": 8, "resize": 9, "crop": "random", "flip": True, "class_conditional": True}
+    assert fit(tmp_path / "memory", **settings)["in_memory"]
+    assert not fit(tmp_path / "disk", memory_gb=0, **settings)["in_memory"]
+    same_weights(tmp_path / "memory", tmp_path / "disk")
+
+
+def test_a_batch_in_parts_is_the_same_batch(tmp_path):
+    unet = UNET | {"dropout": 0.0}
+    fit(tmp_path / "whole", unet=unet)
+    fit(tmp_path / "parts", unet=unet, gradient_accumulation_steps=4)
+    for name in WEIGHTS:
+        first, second = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
+        apart = torch.cat([(first[key] - second[key]).abs().flatten() for key in first])
+        assert apart.mean() < 1e-6  # Adam turns a rounding error of a gradient near 0 into a step
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "parts"), rel=1e-5)
+
+
+def test_the_loss_falls(tmp_path):
+    fit(tmp_path / "run", steps=60, learning_rate=4e-3, eval_every=60, checkpoint_every=0)
+    found = losses(tmp_path / "run")
+    assert np.mean([found[step] for step in range(51, 61)]) < 0.5 * found[1]
+
+
+# ---- signals and numbers that are not finite ----
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(tmp_path, number):
+    output = tmp_path / "run"
+    file = tmp_path / "s.toml"
+    unet = "".join(f"{key} = {json.dumps(value)}\n" for key, value in UNET.items())
+    file.write_text(f"steps = 40\nwarmup_steps = 3\nlog_every = 1\npreview_every = 0\n[unet]\n{unet}")
+    command = [sys.executable, "training/train.py", "--config", str(file), "--batch_size", "8", "--trackers", "none"]
+    slow = "--steps=100000"
+    process = subprocess.Popen(
+        [*command, "--output", str(output), slow],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while len(read_log(output / "log.jsonl")) < 5:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    error = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + number
+    stopped = json.loads((output / "training.json").read_text())["status"]
+    step = int(stopped.removeprefix("stopped at step "))
+    assert f"{number.name}: stopped at step {step}, which is saved. Continue with --resume latest" in error
+    assert [each.name for each in (output / "checkpoints").iterdir()] == [f"step-{step:08d}"]
+    assert not (output / "model_index.json").exists()
+    steps = step + 3
+    done = python(*command[1:], "--output", output, "--resume", "latest", f"--steps={steps}")
+    assert done.returncode == 0, done.stderr
+    assert f"resuming after step {step}" in done.stdout
+    assert sorted(losses(output)) == list(range(1, steps + 1))
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT as Python has it, also in a shell's background job, which is born ignoring it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_delivered_twice_still_saves(tmp_path, interruptible):
+    """Schedulers signal a launcher and its children, and the launcher its children again."""
+    signals, accelerator = (
+        Signals(),
+        make_accelerator(build(TrainConfig, SMALL | {"output": str(tmp_path / "x")})),
+    )
+    with signals.caught():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.anywhere(accelerator, 1) == signal.SIGTERM
+        signals.PATIENCE = -1.0
+        signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))  # our handler, with another end
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, precision, monkeypatch):
+    output = tmp_path / "run"
+    before = Objective.__call__
+
+    def broken(self, given, batch):
+        losses = before(self, given, batch)
+        calls.append(None)
+        return losses * math.nan if len(calls) == 5 else losses
+
+    calls = []
+    monkeypatch.setattr(Objective, "__call__", broken)
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 5: stopped; the checkpoint .*step-00000003"):
+        fit(output, log_every=6, mixed_precision=precision)
+    assert [each.name for each in (output / "checkpoints").iterdir()] == ["step-00000003"]
+    assert not (output / "model_index.json").exists()
+    assert fit(output, resume="latest", mixed_precision=precision)["status"] == "finished"
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match="at step 2: stopped; there is no checkpoint from before"):
+        fit(tmp_path / "run", learning_rate=1e30, warmup_steps=0)
