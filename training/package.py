@@ -50,8 +50,7 @@ class PackageConfig:
 
 
 def check(config: PackageConfig) -> None:
-    """Check the settings. Raises ValueError for folders that cannot be read or written, and for a README with a block
-    that cannot be filled."""
+    """Check that folders can be read and written, and that a README can be filled. Raises ValueError if not."""
     inputs = [Path(name) for name in (config.model, *config.records)]
     for path in inputs:
         if not path.is_dir():
@@ -65,7 +64,7 @@ def check(config: PackageConfig) -> None:
         card = output / README
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
         if output.is_symlink() or not (output / MEASURED).is_dir() or not is_written_here(text):
-            raise ValueError(f"{output} is no package as it was written, which --overwrite replaces: choose another")
+            raise ValueError(f"{output} is no package, or was changed since: choose another output")
     if config.readme is not None:
         root, made = Path(config.readme).parent, output.resolve()
         for _, name, _ in BLOCK.findall(Path(config.readme).read_text(encoding="utf-8")):

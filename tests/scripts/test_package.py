@@ -103,7 +103,7 @@ def test_what_is_refused(measured, tmp_path, make_unet):
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     with pytest.raises(ValueError, match="not empty"):
         pack(measured, tmp_path / "mine")
-    with pytest.raises(ValueError, match="no package as it was written"):
+    with pytest.raises(ValueError, match="is no package, or was changed since"):
         pack(measured, tmp_path / "mine", overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
     readme = tmp_path / "README.md"
@@ -127,7 +127,7 @@ def test_a_package_that_somebody_changed_is_kept(measured, tmp_path):
     pack(measured, tmp_path / "out")
     card = tmp_path / "out" / "README.md"
     card.write_text(card.read_text().replace("An unconditional", "My unconditional"))
-    with pytest.raises(ValueError, match="no package as it was written"):
+    with pytest.raises(ValueError, match="is no package, or was changed since"):
         pack(measured, tmp_path / "out", overwrite=True)
     assert "My unconditional" in card.read_text()
 

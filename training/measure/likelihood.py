@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pictures.files import as_dataset
-from pictures.frames import load_images, to_model
+from pictures import as_dataset, load_images, to_model
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 from trainer.settings import write_json

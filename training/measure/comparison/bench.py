@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from pictures.frames import Frame
-from pictures.sources import open_pictures
+from pictures import Frame, open_pictures
 from torch import Generator, Tensor
 
 from ddim_plugin import GeneralizedDDIMPipeline

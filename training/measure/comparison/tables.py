@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pictures.files import as_dataset
+from pictures import as_dataset
 
 from ..extractors import slug
 from .samplers import FAMILIES, is_stock
