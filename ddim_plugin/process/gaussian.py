@@ -5,15 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-OPPOSITE = 0.01
-"""Angle to π, in radians, below which two latents count as opposite: `slerp` would divide by almost 0."""
+OPPOSITE = 0.01  # angle to π, in radians, below which two latents count as opposite: `slerp` would divide by almost 0
 
 
-BITS = 1 / math.log(2)
-"""Bits in a nat."""
-
-BIN = 1 / 255
-"""Half the width of one of the 256 levels of an image in −1..1."""
+BITS = 1 / math.log(2)  # bits in a nat
+BIN = 1 / 255  # half the width of one of the 256 levels of an image in −1..1
 
 
 def kl(mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor, log_variance_p: Tensor) -> Tensor:

@@ -22,24 +22,12 @@ from torch import Tensor
 
 from .gaussian import precise
 
-MEMORY = 5
-"""Number of earlier iterates that an accelerated one uses."""
-
-PATIENCE = 6
-"""Number of evaluations over which the residual must make `PROGRESS`, or the search for an image ends."""
-
-SETTLED = 3
-"""The same number for `at_floor`, after a search of at most `PATIENCE` evaluations."""
-
-PROGRESS = 0.9
-"""Factor by which the smallest residual must fall to count as progress."""
-
-GROWTH = 2.0
-"""Factor over the best residual above which an iteration restarts from its best iterate with half the step."""
-
-VARIANCE = 100.0
-"""Largest variance of the data in any direction for which the plain iteration converges."""
-
+MEMORY = 5  # number of earlier iterates that an accelerated one uses
+PATIENCE = 6  # number of evaluations over which the residual must make `PROGRESS`, or the search for an image ends
+SETTLED = 3  # the same number for `at_floor`, after a search of at most `PATIENCE` evaluations
+PROGRESS = 0.9  # factor by which the smallest residual must fall to count as progress
+GROWTH = 2.0  # factor over the best residual above which an iteration restarts from its best iterate with half the step
+VARIANCE = 100.0  # largest variance of the data in any direction for which the plain iteration converges
 Residual = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Maps (x, rows) to (x_s − f(x), the network's output at x) for the images `rows`, indices into the batch."""
 

@@ -13,8 +13,7 @@ from .moves import Move
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 """What a network may predict: the noise ε, the clean image x_0, or the velocity v."""
 
-FLAT = 0.02
-"""Slope of a step below which `unfold` does not divide by it."""
+FLAT = 0.02  # slope of a step below which `unfold` does not divide by it
 
 
 class Prediction(NamedTuple):

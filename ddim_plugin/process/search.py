@@ -28,8 +28,7 @@ class Found(NamedTuple):
 
 # ---- few steps -----------------------------------------------------------------------------------------------------
 
-VARIANCE = 10.0
-"""Variance of Gaussian data that weights an error at time t by its remainder in the image."""
+VARIANCE = 10.0  # variance of Gaussian data that weights an error at time t by its remainder in the image
 
 
 class Trajectories(NamedTuple):

@@ -17,8 +17,7 @@ Times = NDArray[np.int64]
 FIRST_GAPS = (0.7, 0.85)
 """The uppermost gaps of `few_steps` relative to the others, because the first two steps use lower orders."""
 
-NOISE = 0.004
-"""Largest ᾱ at which a network can be evaluated with x_T in place of the sample."""
+NOISE = 0.004  # largest ᾱ at which a network can be evaluated with x_T in place of the sample
 
 
 def linear(S: int, T: int) -> Times:

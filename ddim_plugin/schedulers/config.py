@@ -12,21 +12,15 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 KEY = "_ddim_plugin"
 """Entry of a scheduler's config with the settings of this package. Stock schedulers keep it, and do not read it."""
 
-SAMPLER = "sampler"
-"""Entry in there with the constraints that an inverse scheduler switched off."""
-
+SAMPLER = "sampler"  # entry in there with the constraints that an inverse scheduler switched off
 CONSTRAINTS = ("clip_sample", "thresholding", "use_clipped_model_output")
 """Settings that change x̂0, and have no inverse."""
 
-SOLVER = ("solver_order", "lower_order_final", "fitted_timesteps")
-"""Settings of `MultistepDDIMScheduler` alone."""
-
+SOLVER = ("solver_order", "lower_order_final", "fitted_timesteps")  # settings of `MultistepDDIMScheduler` alone
 STOCK_SPACINGS = ("leading", "trailing", "linspace")
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 STOCK_VARIANCES = ("fixed_large", "learned_range")  # "fixed_small" is their default
-STAND_IN = "trailing"
-"""Spacing that is saved for stock schedulers in place of one that they do not have."""
-
+STAND_IN = "trailing"  # spacing that is saved for stock schedulers in place of one that they do not have
 REMOVED = {
     "solver_quantity": None,
     "solver_coordinate": None,
@@ -37,8 +31,7 @@ REMOVED = {
 """Settings of version 0.1 that are gone, with their defaults."""
 REMOVED_SPACINGS = ("few_steps_power", "log_snr")
 
-CLASSES: dict[str, type["StockConfig"]] = {}
-"""Schedulers of this package by name."""
+CLASSES: dict[str, type["StockConfig"]] = {}  # schedulers of this package by name
 
 
 class StockConfig(SchedulerMixin, ConfigMixin):

@@ -17,18 +17,12 @@ from .inverse import Upwards
 from .planned import Kind
 from .step import Evaluation, Step
 
-MUCH_NOISE = 0.5
-"""η from which on "few_steps" ends earlier, and a step extrapolates further."""
-
-REACH = 1.5
-"""How far a step with much noise goes from the last value towards the mean: the mean of x̂0 lacks variance."""
-
+MUCH_NOISE = 0.5  # η from which on "few_steps" ends earlier, and a step extrapolates further
+REACH = 1.5  # how far a step with much noise goes from the last value towards the mean: the mean of x̂0 lacks variance
 OF_OTHERS = ("timestep_spacing", "steps_offset", "eta", "clip_sample", "use_clipped_model_output", *SOLVER)
 """Settings that are not copied from the config of another class: they were chosen for its sampler."""
 
-COORDINATE = {"epsilon": "bounded", "sample": "log_snr"}
-"""The coordinate in which ε̂, or x̂0, is a polynomial."""
-
+COORDINATE = {"epsilon": "bounded", "sample": "log_snr"}  # the coordinate in which ε̂, or x̂0, is a polynomial
 _mean_weights = lru_cache(maxsize=4096)(multistep.mean_weights)  # plans repeat mostly
 
 

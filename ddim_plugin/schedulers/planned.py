@@ -10,8 +10,7 @@ from ..process import moves, spacings
 from .marginals import Marginals
 from .step import Step
 
-Kind = tuple[str, float]
-"""Variance type and η of a step."""
+Kind = tuple[str, float]  # variance type and η of a step
 
 
 class Planned(Marginals):

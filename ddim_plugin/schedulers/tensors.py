@@ -4,9 +4,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-Coefficient = float | Tensor
-"""A number, or a tensor that broadcasts over (B, C, H, W)."""
-
+Coefficient = float | Tensor  # a number, or a tensor that broadcasts over (B, C, H, W)
 Randomness = Generator | list[Generator] | None
 """One generator for the batch, a list with one for each image, or the global one."""
 
