@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ddim_plugin import GeneralizedDDIMScheduler, MultistepDDIMScheduler
+from ddim_plugin import GeneralizedDDIMScheduler, MultistepDDIMScheduler, restore_scheduler
 
 
 def seeded():
@@ -146,9 +146,12 @@ def test_stable_diffusion_keeps_our_scheduler_on_disk(stable_diffusion, tmp_path
     ours = GeneralizedDDIMScheduler.from_config(DDIMScheduler(**SD).config, eta=0.2, timestep_spacing="quadratic")
     diffusers.StableDiffusionPipeline(scheduler=ours, **stable_diffusion).save_pretrained(tmp_path)
     loaded = quiet(diffusers.StableDiffusionPipeline.from_pretrained(tmp_path))
-    assert isinstance(loaded.scheduler, GeneralizedDDIMScheduler)
+    assert type(loaded.scheduler) is DDIMScheduler  # so that it opens without this package
+    assert isinstance(restore_scheduler(loaded).scheduler, GeneralizedDDIMScheduler)
     assert loaded.scheduler.config.eta == 0.2
     assert loaded.scheduler.config.timestep_spacing == "quadratic"
+    for key in [key for key in ours.config if not key.startswith("_")]:
+        assert loaded.scheduler.config[key] == ours.config[key], key
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

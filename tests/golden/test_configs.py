@@ -1,0 +1,25 @@
+"""Configs that version 0.1 wrote are read as it read them, by every class."""
+
+import json
+from pathlib import Path
+
+import pytest
+from freeze_configs import CLASSES, read
+
+FROZEN = json.loads(Path(__file__).with_name("configs.json").read_text())
+CASES = FROZEN["cases"]
+REMOVED = ("solver_quantity", "solver_coordinate", "solver_corrector", "solver_extrapolation", "start_from_top")
+
+
+def test_there_are_configs():
+    assert len(CASES) > 70
+    assert sum(each["read"][name] is not None for each in CASES for name in CLASSES) > 200
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("place", range(len(CASES)))
+def test_configs_are_read_as_0_1_read_them(place, name):
+    expected = CASES[place]["read"][name]
+    if expected is not None:
+        expected = {k: v for k, v in (FROZEN["defaults"][name] | expected).items() if k not in REMOVED}
+    assert read(name, CASES[place]["config"]) == expected
