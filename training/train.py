@@ -55,7 +55,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
         if accelerator.is_main_process:
             save(config, pipe, raw, result, lines)
             if config.push_to_hub is not None:
-                result["not_pushed"] = push(config, pipe)
+                result["not_pushed"] = push(config)
     elif accelerator.is_main_process:
         write_json(output / "training.json", result)
     accelerator.wait_for_everyone()

@@ -108,13 +108,12 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         check_generators(generator, shape[0])
         condition = self._condition(class_labels, guidance_scale, null_class_label, shape[0])
         self._check_channels()
-        self._set_timesteps(self.scheduler, num_inference_steps, timesteps, eta)
+        self._set_timesteps(self.scheduler, num_inference_steps, timesteps, condition.device, eta)
         step_kwargs = self._step_kwargs(eta, generator, use_clipped_model_output)
 
         if latents is None:
-            dtype = torch.promote_types(self.unet.dtype, torch.float32)
-            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
-        x = self._state(latents) * self.scheduler.init_noise_sigma
+            latents = randn_tensor(shape, generator, condition.device, condition.state_dtype)
+        x = latents.to(condition.device, condition.state_dtype) * self.scheduler.init_noise_sigma
         steps = self.progress_bar(self.scheduler.timesteps)
         x = self._run(self.scheduler, x, steps, condition, after_step, **step_kwargs)
         images = self._images(x, output_type)
@@ -196,11 +195,18 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         save_directory: str | os.PathLike,
         safe_serialization: bool = True,
         variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save into a folder that stock pipelines and this one load. Arguments are those of `DiffusionPipeline`."""
-        super().save_pretrained(save_directory, safe_serialization, variant, **kwargs)
+        """Save into a folder that stock pipelines and this one load. Arguments are those of `DiffusionPipeline`.
+
+        With `push_to_hub`, `kwargs` are those of that method; `repo_id` is the name of the folder by default.
+        """
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         _remove_stale_weights(Path(save_directory, "unet"), safe_serialization, variant)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
 
     def to_json_string(self) -> str:
         """Write `model_index.json` as that of a stock pipeline, with the name of this class under `KEY`."""

@@ -165,7 +165,7 @@ def open_repo_first(config: TrainConfig, accelerator: Accelerator) -> None:
         raise problem[0]
 
 
-def push(config: TrainConfig, pipe: GeneralizedDDIMPipeline) -> str | None:
+def push(config: TrainConfig) -> str | None:
     """Push the saved pipeline. Returns None, or what went wrong, which is printed too."""
     try:
         commit = push_folder(
@@ -175,7 +175,6 @@ def push(config: TrainConfig, pipe: GeneralizedDDIMPipeline) -> str | None:
             revision=config.hub_revision,
             create_pr=config.hub_create_pr,
             license=config.hub_license,
-            sampler=lambda: pipe,
         )
     except (ValueError, OSError) as error:
         flags = {"--private": config.hub_private, "--create-pr": config.hub_create_pr}
