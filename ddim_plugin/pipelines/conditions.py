@@ -12,24 +12,32 @@ Labels = int | Sequence[int] | Tensor | None
 
 
 class Condition(NamedTuple):
-    """Class labels (B,), the labels of "no class" if guidance is on, and the guidance scale."""
+    """How the network is called: labels (B,), those of "no class" if guidance is on, its scale; and where it runs."""
 
     labels: Tensor | None
     null_labels: Tensor | None
     scale: float
+    device: torch.device
+    dtype: torch.dtype  # of the network
 
-    def rows(self, rows: Tensor | slice) -> "Condition":
-        """Return the condition of some of the images."""
-        labels, null_labels = (None if each is None else each[rows] for each in self[:2])
-        return Condition(labels, null_labels, self.scale)
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Type of samples between the steps: only the network computes in half precision."""
+        return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def evaluations(self) -> int:
         """Network evaluations for one prediction: guidance takes two."""
         return 1 if self.null_labels is None else 2
 
+    def rows(self, rows: Tensor | slice) -> "Condition":
+        """Return the condition of some of the images."""
+        labels, null_labels = (None if each is None else each[rows] for each in self[:2])
+        return self._replace(labels=labels, null_labels=null_labels)
+
     def predict(self, unet: UNet2DModel, x: Tensor, t: Tensor) -> Tensor:
         """Return the network's output, guided if guidance is on. Learned variances are not guided."""
+        x = x.to(self.dtype)
         if self.null_labels is None:
             return unet(x, t, class_labels=self.labels).sample
         labels = torch.cat([self.labels, self.null_labels])
@@ -39,20 +47,15 @@ class Condition(NamedTuple):
         return torch.cat([guided, output[:, channels:]], dim=1)
 
 
-def make_condition(
-    unet: UNet2DModel,
-    class_labels: Labels,
-    guidance_scale: float,
-    null_class_label: int | None,
-    batch_size: int,
-    device: torch.device,
-) -> Condition:
-    """Check labels and guidance for a network. Raises ValueError if it does not accept them."""
+def check_labels(
+    unet: UNet2DModel, class_labels: Labels, guidance_scale: float, null_class_label: int | None, batch_size: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the labels of a batch, and those of "no class" if guidance is on. Raises ValueError if they do not fit."""
     classes = unet.config.num_class_embeds
     if unet.class_embedding is None:
         if class_labels is not None or guidance_scale != 1 or null_class_label is not None:
             raise ValueError("this network is unconditional: leave out class_labels, guidance_scale and null labels")
-        return Condition(None, None, 1.0)
+        return None, None
     if class_labels is None:
         raise ValueError(f"this network is class-conditional: pass class_labels (0..{(classes or 0) - 1})")
     if not math.isfinite(guidance_scale):
@@ -72,5 +75,4 @@ def make_condition(
         whole = not values.is_floating_point() and values.dtype != torch.bool and values.ndim == 1
         if not whole or not ((values >= 0) & (values < classes)).all():
             raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {values.tolist()}")
-    null_labels = None if null_labels is None else null_labels.to(device)
-    return Condition(labels.to(device), null_labels, guidance_scale)
+    return labels, null_labels

@@ -92,7 +92,7 @@ def fit_timesteps(
         condition = pipe._condition(class_labels, guidance_scale, null_class_label, num_images)
         shape = (pipe.unet.config.in_channels, *pipe.image_size)
         generators = [Generator().manual_seed(seed + i) for i in range(num_images)]
-        noise = torch.stack([torch.randn(shape, generator=each) for each in generators]).to(pipe._execution_device)
+        noise = torch.stack([torch.randn(shape, generator=each) for each in generators]).to(condition.device)
         found = _Fitter(pipe, noise, condition, batch_size).fit(sorted(set(steps)), teacher_steps)
     except BaseException:
         pipe.scheduler = before
@@ -202,5 +202,5 @@ class _Fitter:
     ) -> Tensor:
         """Sample x_0 along τ, increasing times."""
         scheduler.set_timesteps(timesteps=[t - 1 for t in reversed(tau)], device=self.noise.device)
-        x, condition = self.pipe._state(self.noise[rows]), self.condition.rows(rows)
+        x, condition = self.noise[rows].to(self.condition.state_dtype), self.condition.rows(rows)
         return self.pipe._run(scheduler, x, scheduler.timesteps, condition, after_step, eta=0.0)

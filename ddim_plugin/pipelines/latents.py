@@ -84,15 +84,15 @@ class Latents(Loop):
         x = read(images, self.unet.config.in_channels, self.image_size)
         condition = self._condition(class_labels, guidance_scale, null_class_label, len(x))
         self._check_channels()
-        self._set_timesteps(self.scheduler, num_inference_steps, timesteps)
+        self._set_timesteps(self.scheduler, num_inference_steps, timesteps, condition.device)
         multistep = isinstance(self.scheduler, MultistepDDIMScheduler)
         upwards = InverseMultistepDDIMScheduler if multistep else InverseDDIMScheduler
         inverse = upwards.from_config(self.scheduler.config)
-        self._set_timesteps(inverse, num_inference_steps, timesteps)
+        self._set_timesteps(inverse, num_inference_steps, timesteps, condition.device)
         steps = self._number_of_steps(strength)
         ascend = self._ascend_together if multistep else self._ascend
 
-        x = self._state(x)
+        x = x.to(condition.device, condition.state_dtype)
         settings = steps, refinement_steps, tolerance
         parts = [
             ascend(x[rows], condition.rows(rows), inverse, *settings) for rows in batches(range(len(x)), batch_size)
@@ -113,11 +113,11 @@ class Latents(Loop):
         tolerance: float,
     ) -> tuple[Tensor, InversionReport]:
         """Encode images `x` over the first `steps` steps, each solved on its own."""
-        image, network_dtype = x, self.unet.dtype
+        image = x
 
         def residual(x_s: Tensor, t: Tensor, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
             """Return x_s − f(x), f the sampler's step at `t`, for some images; and the network's output at x."""
-            output = self._predict(x.to(network_dtype), t, condition.rows(rows))
+            output = self._predict(x, t, condition.rows(rows))
             sampled = self.scheduler.step(output, t, x, eta=0.0).prev_sample
             return x_s[rows] - (sampled.clamp(-1, 1) if x_s is image else sampled), output  # images are clamped
 
@@ -129,7 +129,7 @@ class Latents(Loop):
                 reports.append(inversion.nothing(len(x)))
                 continue
             if at_x is None:
-                guess = inverse.step(self._predict(x.to(network_dtype), t, condition), t, x).prev_sample
+                guess = inverse.step(self._predict(x, t, condition), t, x).prev_sample
             else:
                 signal, noise = math.sqrt(move.alpha_bar_t), math.sqrt(1 - move.alpha_bar_t)
                 guess = signal * at_x.pred_original_sample + noise * at_x.pred_epsilon
@@ -212,9 +212,9 @@ class Latents(Loop):
         check_count("batch_size", 1 if batch_size is None else batch_size, 1)
         condition = self._condition(class_labels, guidance_scale, null_class_label, len(latents))
         self._check_channels()
-        self._set_timesteps(self.scheduler, num_inference_steps, timesteps)
+        self._set_timesteps(self.scheduler, num_inference_steps, timesteps, condition.device)
         last = self.scheduler.timesteps[-self._number_of_steps(strength) :]
-        x = self._state(latents)
+        x = latents.to(condition.device, condition.state_dtype)
         parts = [
             self._run(self.scheduler, x[rows], self.progress_bar(last), condition.rows(rows), eta=0.0)
             for rows in batches(range(len(x)), batch_size)

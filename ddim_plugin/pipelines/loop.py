@@ -16,7 +16,7 @@ from ..schedulers import (
     InverseMultistepDDIMScheduler,
     sampler_class,
 )
-from .conditions import Condition, Labels, make_condition
+from .conditions import Condition, Labels, check_labels
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -61,9 +61,11 @@ class Loop:
     def _condition(
         self, class_labels: Labels, guidance_scale: float, null_class_label: int | None, batch_size: int
     ) -> Condition:
-        """Check labels and guidance, and put them on the device."""
+        """Check labels and guidance, and look up once what is slow to look up: the network's device and type."""
+        labels = check_labels(self.unet, class_labels, guidance_scale, null_class_label, batch_size)
         device = self._execution_device
-        return make_condition(self.unet, class_labels, guidance_scale, null_class_label, batch_size, device)
+        labels, null_labels = (None if each is None else each.to(device) for each in labels)
+        return Condition(labels, null_labels, guidance_scale, device, self.unet.dtype)
 
     def _check_channels(self) -> None:
         """Raise ValueError if the network's channels do not fit the variance type of our scheduler."""
@@ -103,10 +105,11 @@ class Loop:
         scheduler: SchedulerMixin,
         num_inference_steps: int | None,
         timesteps: Sequence[int] | Tensor | None,
+        device: torch.device,
         eta: float | None = None,
     ) -> None:
         """Plan the scheduler's timesteps: 50 by default, or T if that is less."""
-        device, accepted = self._execution_device, inspect.signature(scheduler.set_timesteps).parameters
+        accepted = inspect.signature(scheduler.set_timesteps).parameters
         if timesteps is None:
             steps = num_inference_steps
             if steps is None:
@@ -124,10 +127,6 @@ class Loop:
             raise ValueError(f"{type(scheduler).__name__} does not accept custom timesteps: pass num_inference_steps")
         scheduler.set_timesteps(timesteps=timesteps, device=device)
 
-    def _state(self, x: Tensor) -> Tensor:
-        """Move a sample to the device, in float32 at least: only the network computes in half precision."""
-        return x.to(device=self._execution_device, dtype=torch.promote_types(self.unet.dtype, torch.float32))
-
     def _run(
         self,
         scheduler: SchedulerMixin,
@@ -138,10 +137,9 @@ class Loop:
         **step_kwargs: Any,
     ) -> Tensor:
         """Return x after the scheduler's steps at `timesteps`."""
-        network_dtype = self.unet.dtype  # slow to look up
         for i, t in enumerate(timesteps):
-            model_input = scheduler.scale_model_input(x, t).to(network_dtype)
-            step = scheduler.step(self._predict(model_input, t, condition), t, x, **step_kwargs)
+            output = self._predict(scheduler.scale_model_input(x, t), t, condition)
+            step = scheduler.step(output, t, x, **step_kwargs)
             changed = None if after_step is None else after_step(i, t, x, step)
             x = step.prev_sample if changed is None else changed
         return x
