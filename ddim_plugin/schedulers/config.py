@@ -128,8 +128,9 @@ def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         settings.pop("variance_type", None)
     _drop_removed(settings, own)
     changed = _explicit(settings) - {"trained_betas"}
-    if "class" in own and settings.get("timestep_spacing") == STAND_IN:
-        changed -= {"timestep_spacing"}
+    if "class" in own:
+        replaced = settings.get("timestep_spacing", STAND_IN) != STAND_IN
+        changed = changed | {"timestep_spacing"} if replaced else changed - {"timestep_spacing"}
     if SAMPLER in own and any(settings.get(key) for key in CONSTRAINTS):
         own[SAMPLER] = {}
     return settings, {key: value for key, value in own.items() if key not in changed}
