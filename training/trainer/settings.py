@@ -141,22 +141,6 @@ def revision() -> str | None:
     return commit + ("+changes" if dirty.stdout.strip() else "")
 
 
-def put_in_place(aside: Path, output: Path, overwrite: bool) -> None:
-    """Rename a folder made on the same disk to `output`; on failure, restore the folder that was there.
-
-    Raises OSError if a folder that holds something is there and may not be overwritten.
-    """
-    before = aside.with_name(aside.name + ".before")
-    if overwrite and output.exists():
-        output.rename(before)
-    try:
-        aside.rename(output)
-    except BaseException:
-        if before.exists():
-            before.rename(output)
-        raise
-
-
 def write_json(path: str | Path, result: dict[str, Any]) -> None:
     """Write `result` as JSON, completely or not at all."""
     write_file(path, json.dumps(result, indent=2) + "\n")
