@@ -71,9 +71,6 @@ def fit_timesteps(
             without the label of "no class" if guidance is on.
         guidance_scale, null_class_label: as in the pipeline's call.
 
-    Returns:
-        The result for each S.
-
     Raises:
         ValueError: before the network is called, for numbers out of range, or a scheduler that adds noise; afterwards,
             for images that are not finite.
@@ -107,7 +104,6 @@ def fit_timesteps(
 
 
 def _check_numbers(T: int, steps: Sequence[int], num_images: int, teacher_steps: int, batch_size: int) -> None:
-    """Raise ValueError for numbers out of range."""
     check_count("num_images", num_images)
     check_count("batch_size", batch_size, 1)
     if not isinstance(steps, Sequence):

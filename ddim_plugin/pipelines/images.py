@@ -22,13 +22,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 def read(images: Images, channels: int, size: tuple[int, int] | None) -> Tensor:
     """Convert images to (B, C, H, W) in −1..1, in float32, or float64 if they are.
 
-    Args:
-        images: with bytes (uint8), or floating-point numbers in [0, 1].
-        channels: those of the network.
-        size: (H, W), or None for any.
-
-    Raises:
-        ValueError: naming the first image of another shape, mode, type or range.
+    Images are bytes (uint8), or floating-point numbers in [0, 1]. `size` is (H, W), or None for any. Raises ValueError
+    naming the first image of another shape, mode, type or range.
     """
     many = images if isinstance(images, list | tuple) else [images]
     if not many:
@@ -49,18 +44,15 @@ def _read(image: Any, channels: int, name: str) -> Tensor:
     if isinstance(image, Image.Image):
         mode = MODES.get(channels)
         if image.mode != mode:
-            remedy = f'image.convert("{mode}")' if mode else f"pass a tensor with {channels} channels"
-            if _is_deep(image):
-                remedy = "scale it to 0..255 first"
+            convert = f'image.convert("{mode}")' if mode else f"pass a tensor with {channels} channels"
+            remedy = "scale it to 0..255 first" if _is_deep(image) else convert
             raise ValueError(f"{name} has mode {image.mode!r}; this network takes {channels} channels: {remedy}")
         image = np.asarray(image)
     if isinstance(image, np.ndarray):
         array = image[..., None] if image.ndim == 2 else image
         if array.ndim not in (3, 4) or array.shape[-1] != channels:
-            raise ValueError(
-                f"{name} has shape {image.shape}: an array must be (H, W, {channels}) or (B, H, W, {channels}) for "
-                "this network" + (", or (H, W)" if channels == 1 else "")
-            )
+            shapes = f"(H, W, {channels}) or (B, H, W, {channels})" + (", or (H, W)" if channels == 1 else "")
+            raise ValueError(f"{name} has shape {image.shape}: an array must be {shapes} for this network")
         if array.dtype.kind not in "uif":
             raise ValueError(_wrong_type(name, array.dtype))
         if array.dtype.itemsize > 8:  # torch has no longer numbers
@@ -70,10 +62,8 @@ def _read(image: Any, channels: int, name: str) -> Tensor:
     elif isinstance(image, Tensor):
         x = image if image.ndim == 4 else image[None]
         if x.ndim != 4 or x.shape[1] != channels:
-            raise ValueError(
-                f"{name} has shape {tuple(image.shape)}: a tensor must be ({channels}, H, W) or (B, {channels}, H, W) "
-                "for this network"
-            )
+            shapes = f"({channels}, H, W) or (B, {channels}, H, W)"
+            raise ValueError(f"{name} has shape {tuple(image.shape)}: a tensor must be {shapes} for this network")
     else:
         raise ValueError(f"{name} must be a PIL image, an array or a tensor, not {type(image).__name__}")
     if x.numel() == 0:
@@ -122,17 +112,10 @@ def open_image(
 def fit(
     image: Image.Image, channels: int, size: tuple[int, int] | None, resize: bool, name: str, hint: str = ""
 ) -> Image.Image:
-    """Convert a PIL image to the mode of a network, and to its size.
+    """Convert a PIL image to the mode of a network, and to its size (H, W), if given.
 
-    Args:
-        channels: those of the network.
-        size: (H, W), or None for any.
-        resize: crop to the shape of `size` and resize (Lanczos), instead of refusing another size.
-        name: of the image, in messages.
-        hint: end of the message about another size.
-
-    Raises:
-        ValueError: for an image of another size, with more than 8 bits, or with transparency.
+    `resize` crops and resizes (Lanczos) an image of another size, which is otherwise refused with `hint`. Raises
+    ValueError with `name`, also for more than 8 bits and for transparency.
     """
     mode = check_channels(channels)
     if _is_deep(image):
@@ -158,13 +141,9 @@ def check_channels(channels: int) -> str:
 
 
 def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), title: str = "", cell: int = 64) -> Image.Image:
-    """Draw a grid of pictures, each row with its label on the left.
+    """Draw rows of pictures (N, H, W, C) in [0, 1], each with its label on the left.
 
-    Args:
-        rows: pictures (N, H, W, C) in [0, 1] of each row, enlarged by a whole factor with a bicubic filter.
-        labels: in ASCII, since the font of Pillow has no Greek.
-        title: above the grid.
-        cell: approximate height of a picture, in pixels.
+    Pictures are enlarged by a whole factor to about `cell` pixels. Labels are in ASCII; Pillow's font has no Greek.
     """
     labels = labels or [""] * len(rows)
     check_channels(rows[0].shape[-1])
@@ -185,6 +164,6 @@ def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), title: str = ""
         draw.text((gap, y + height // 2), label, fill="black", font=font, anchor="lm")
         for j, picture in enumerate(row):
             pixels = Image.fromarray((picture.repeat(3 // picture.shape[-1], axis=-1) * 255).round().astype(np.uint8))
-            enlarged = pixels.resize((width, height), Image.Resampling.BICUBIC)
-            canvas.paste(enlarged, (margin + j * (width + gap), y))
+            pixels = pixels.resize((width, height), Image.Resampling.BICUBIC)
+            canvas.paste(pixels, (margin + j * (width + gap), y))
     return canvas

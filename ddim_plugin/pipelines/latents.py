@@ -196,9 +196,7 @@ class Latents(Loop):
 
         Args:
             latents: x_T, or x_t from `encode` with the same `strength`, (B, C, H, W).
-            strength: as in `encode`.
-            batch_size: images to decode together; all by default.
-            num_inference_steps, timesteps, class_labels, guidance_scale, null_class_label, output_type: as in the call.
+            strength, batch_size: as in `encode`; the others as in the call.
 
         Returns:
             Images: a list of PIL images, an array or a tensor.
@@ -235,17 +233,10 @@ class Latents(Loop):
     ) -> Any:
         """Encode images and decode them again (Section 5.4, Table 2).
 
-        Args:
-            images, num_inference_steps, refinement_steps, tolerance: as in `encode`.
-            output_type: as in the call.
-            return_report: also return the latents and the `InversionReport`.
-            settings: other keywords that `encode` and `decode` share.
+        Arguments are those of `encode` and `decode`; `settings` are keywords that both share.
 
         Returns:
             Images; with `return_report` a tuple of them, the latents and the report.
-
-        Raises:
-            ValueError: as `encode`.
         """
         check_output_type(output_type)
         settings["num_inference_steps"] = num_inference_steps
@@ -268,9 +259,6 @@ class Latents(Loop):
 
         Returns:
             B·num images, path after path, as from `decode`.
-
-        Raises:
-            ValueError: for latents of different shapes, `num` below 2, and as `decode`.
         """
         check_count("num", num)
         z0, z1 = (z[None] if isinstance(z, Tensor) and z.ndim == 3 else z for z in (z0, z1))
@@ -294,9 +282,6 @@ class Latents(Loop):
 
         Returns:
             rows·columns images, row after row, as from `decode`.
-
-        Raises:
-            ValueError: for other than four latents, fewer than 2 rows or columns, and as `decode`.
         """
         rows, columns = num if isinstance(num, tuple) and len(num) == 2 else (num, num)
         check_count("num", rows)
@@ -306,12 +291,6 @@ class Latents(Loop):
             raise ValueError(f"corners must be 4 latents, not {len(corners)}")
         left, right = _path(corners[:2], corners[2:], rows)
         return self.decode(_path(left, right, columns).flatten(0, 1), **decoding)
-
-    def _check_latents(self, latents: Tensor) -> None:
-        """Raise ValueError unless `latents` are some for this network."""
-        if latents is None:
-            raise ValueError("latents must be a torch tensor, not None")
-        self._shape(None, latents)
 
     def _number_of_steps(self, strength: float) -> int:
         """⌊strength·S⌋, the number of steps between the image and an intermediate t."""

@@ -38,25 +38,27 @@ class Loop:
 
     def _shape(self, batch_size: int | None, latents: Tensor | None) -> tuple[int, ...]:
         """Check the batch size and latents, and return the shape (B, C, H, W) of the images."""
-        if batch_size is not None and (not is_integer(batch_size) or batch_size < 1):
-            raise ValueError(f"batch_size must be a positive integer, not {batch_size!r}")
-        if latents is not None and not isinstance(latents, Tensor):
+        if batch_size is not None:
+            check_count("batch_size", batch_size, 1)
+        if latents is not None:
+            self._check_latents(latents, batch_size)
+            return tuple(latents.shape)
+        if self.image_size is None:
+            raise ValueError("the network's config has no sample_size: pass latents of the wanted size")
+        return batch_size or 1, self.unet.config.in_channels, *self.image_size
+
+    def _check_latents(self, latents: Tensor, batch_size: int | None = None) -> None:
+        """Raise ValueError unless `latents` are some for this network."""
+        if not isinstance(latents, Tensor):
             raise ValueError(f"latents must be a torch tensor, not {type(latents).__name__}")
-        if latents is not None and (latents.ndim != 4 or len(latents) == 0):
+        if latents.ndim != 4 or len(latents) == 0:
             raise ValueError(f"latents must be (B, C, H, W) with B ≥ 1, not of shape {tuple(latents.shape)}")
-        size = self.image_size
-        if size is None:
-            if latents is None:
-                raise ValueError("the network's config has no sample_size: pass latents of the wanted size")
-            size = tuple(latents.shape[2:])
-        shape = (batch_size or (1 if latents is None else len(latents)), self.unet.config.in_channels, *size)
-        if latents is None:
-            return shape
+        size = self.image_size or latents.shape[2:]
+        shape = (batch_size or len(latents), self.unet.config.in_channels, *size)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}; this network and batch_size need {shape}")
         if not latents.is_floating_point() or not bool(torch.isfinite(latents).all()):
             raise ValueError("latents must be finite numbers: they contain NaN, infinity or integers")
-        return shape
 
     def _condition(
         self, class_labels: Labels, guidance_scale: float, null_class_label: int | None, batch_size: int

@@ -285,7 +285,7 @@ def test_a_learned_variance_is_dropped_for_samplers_that_know_none(make_pipe):
         ({"timesteps": [3, 2], "num_inference_steps": 3}, "num_inference_steps=3 and 2 timesteps disagree"),
         ({"eta": -0.5}, "eta must be a non-negative number, not -0.5"),
         ({"eta": 7.0}, "eta=7 is too large for the step from time 1000"),
-        ({"batch_size": 0}, "batch_size must be a positive integer, not 0"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, not 0"),
         ({"batch_size": 1.5}, "not 1.5"),
         ({"batch_size": 2.0}, "not 2.0"),
         ({"timesteps": 5}, "must be a list of integers, not 5"),
