@@ -60,7 +60,7 @@ class Loop:
         return every > 0 and (self.step % every == 0 or self.step == self.run.config.steps)
 
     def _train(self, batches: Iterator[Any]) -> None:
-        """Do the next step. If a picture cannot be read, save a checkpoint, unless other processes go on."""
+        """Do the next step. If a picture cannot be read, save a checkpoint, if there are no other processes."""
         run = self.run
         try:
             loss, norm = run.step(self.step + 1, batches, self.clock)
