@@ -81,7 +81,8 @@ class Model:
         self.has_records = bool(self.records.files or self.records.pictures)
         text = (folder / README).read_text(encoding="utf-8", errors="replace") if (folder / README).is_file() else ""
         written = is_written_here(text)
-        self.own_card = folder / README if text and not written else None
+        if text and not written:  # somebody's card
+            self.files[README] = folder / README
         self.license = license_of(text) if written else None
         self.card("user/model")  # raises for records that are not valid, before anything is sent
 

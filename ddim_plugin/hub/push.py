@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,6 @@ from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..process.spacings import is_integer
 from .card import check_license, is_written_here, license_of
 from .code import STALE
-from .files import write_file
 from .model import INDEX, SAVED, Model, draw, is_ours, same_weights, variant_of
 from .records import GRID, PICTURE, README, RESULTS
 
@@ -85,45 +83,66 @@ def push_folder(
     with tempfile.TemporaryDirectory() as scratch, explained(repo_id, token, revision):
         if revision is not None and not revision.startswith("refs/") and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        info = api.model_info(repo_id, revision=revision, files_metadata=True)
-        there = {each.rfilename: each for each in info.siblings or ()}
-        texts = {}
-        for name in {README, INDEX, RESULTS, UNET} & there.keys():
-            path = api.hf_hub_download(repo_id, name, revision=info.sha)
-            texts[name] = Path(path).read_text(encoding="utf-8", errors="replace")
-        same = _same_model(there, model.files, _object(texts.get(UNET)))
-        if model.own_card is not None:
-            model.files[README] = model.own_card
-        else:
-            written = is_written_here(texts.get(README, ""))
-            wanted = card or (card is None and (model.has_records or samples or written))
-            if wanted and (README not in there or (written and (model.has_records or samples or card or not same))):
-                caption = None
-                if samples:
-                    model.files[GRID], caption = draw(model.pipe, samples, model.classes)
-                license = license or model.license or (license_of(texts[README]) if written and same else None)
-                branch = None if create_pr else revision
-                model.files[README] = model.card(repo_id, license, branch, caption).encode()
-        stale = {name for name in there if STALE.fullmatch(name) or (not same and variant_of(name) is not None)}
-        if is_ours(_object(texts.get(INDEX))) and (model.has_records or not same):
-            listed = _object(texts.get(RESULTS)).get("pictures")
-            listed = listed if isinstance(listed, list | dict) else []
-            stale |= {name for name in there if SAVED.fullmatch(name) or (name in listed and PICTURE.fullmatch(name))}
+        repo = _Repo(api, repo_id, revision, model)
+        if repo.needs_card(card, samples):
+            caption = None
+            if samples:
+                model.files[GRID], caption = draw(model.pipe, samples, model.classes)
+            license = (
+                license or model.license or (license_of(repo.card) if repo.card_is_ours and repo.is_same else None)
+            )
+            model.files[README] = model.card(repo_id, license, None if create_pr else revision, caption).encode()
         for name, content in model.files.items():
-            (Path(scratch) / name).parent.mkdir(parents=True, exist_ok=True)
-            if isinstance(content, Path):
-                shutil.copyfile(content, Path(scratch) / name)
-            else:
-                write_file(Path(scratch) / name, content)
+            path = Path(scratch, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.read_bytes() if isinstance(content, Path) else content)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=scratch,
             commit_message=commit_message or "Upload GeneralizedDDIMPipeline",
             revision=revision,
             create_pr=create_pr,
-            parent_commit=info.sha,
-            delete_patterns=[escape(name) for name in sorted(stale - model.files.keys())] or None,
+            parent_commit=repo.commit,
+            delete_patterns=[escape(name) for name in sorted(repo.stale() - model.files.keys())] or None,
         )
+
+
+class _Repo:
+    """What a repository holds at a revision, beside the model that is pushed to it."""
+
+    def __init__(self, api: HfApi, repo_id: str, revision: str | None, model: Model):
+        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+        self.commit, self.model = info.sha, model
+        self.files = {each.rfilename: each for each in info.siblings or ()}
+        texts = {}
+        for name in {README, INDEX, RESULTS, UNET} & self.files.keys():
+            path = api.hf_hub_download(repo_id, name, revision=info.sha)
+            texts[name] = Path(path).read_text(encoding="utf-8", errors="replace")
+        self.card = texts.get(README, "")
+        self.card_is_ours = is_written_here(self.card)
+        self.is_ours = is_ours(_object(texts.get(INDEX)))
+        self.results = _object(texts.get(RESULTS))
+        self.is_same = _same_model(self.files, model.files, _object(texts.get(UNET)))
+
+    def needs_card(self, card: bool | None, samples: int | None) -> bool:
+        """Test whether to write a card: if asked, or with records, or to update ours. Those of others are kept."""
+        new = bool(card or samples or self.model.has_records)
+        if README in self.model.files or card is False or (self.card and not self.card_is_ours):
+            return False
+        return new or (self.card_is_ours and not self.is_same)
+
+    def stale(self) -> set[str]:
+        """Return the files to delete: older code files, and the weights, records and card of another model."""
+        code = {name for name in self.files if STALE.fullmatch(name)}
+        weights = {name for name in self.files if variant_of(name) is not None}
+        card = {README} if self.card_is_ours else set()
+        found = code if self.is_same else code | weights | card
+        if self.is_ours and (self.model.has_records or not self.is_same):
+            listed = self.results.get("pictures")
+            listed = listed if isinstance(listed, list | dict) else []
+            found |= {name for name in self.files if SAVED.fullmatch(name)}
+            found |= {name for name in listed if name in self.files and PICTURE.fullmatch(name)}
+        return found
 
 
 def push_to_hub(

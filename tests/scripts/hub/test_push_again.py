@@ -23,6 +23,16 @@ def test_what_was_said_of_other_weights_goes(hub, folder, make_unet):
     assert not [name for name in files if name.startswith(".eval_results")]
 
 
+def test_a_card_of_other_weights_goes_even_if_none_is_wanted(hub, folder, make_unet):
+    push_folder(folder, REPO)
+    pipe = GeneralizedDDIMPipeline(make_unet(seed=9), GeneralizedDDIMScheduler())
+    pipe.push_to_hub(REPO, card=False)
+    assert "README.md" not in hub.files(REPO)
+    hub.change(REPO, {"README.md": b"# By hand\n"}, title="by hand")
+    GeneralizedDDIMPipeline(make_unet(seed=8), GeneralizedDDIMScheduler()).push_to_hub(REPO, card=False)
+    assert card(hub) == "# By hand\n"
+
+
 def test_other_forms_of_the_weights_go_from_the_repo(hub, make_unet, tmp_path):
     first, second = (GeneralizedDDIMPipeline(make_unet(seed=i), GeneralizedDDIMScheduler()) for i in (1, 2))
     first.save_pretrained(tmp_path / "first", max_shard_size="50KB")
