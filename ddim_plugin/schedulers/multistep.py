@@ -1,5 +1,6 @@
 """The ODE of DDIM (Eq. 14) by a multistep method, from noise to data and back."""
 
+import inspect
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -19,6 +20,7 @@ from .step import Evaluation, Step
 
 MUCH_NOISE = 0.5  # η from which on "few_steps" ends earlier, and a step extrapolates further
 REACH = 1.5  # how far a step with much noise goes from the last value towards the mean: the mean of x̂0 lacks variance
+OF_PROCESS = inspect.signature(GeneralizedDDIMScheduler.__init__).parameters.keys() - {"self"}
 OF_OTHERS = ("timestep_spacing", "steps_offset", "eta", "clip_sample", "use_clipped_model_output", *SOLVER)
 """Settings that are not copied from the config of another class: they were chosen for its sampler."""
 
@@ -76,10 +78,10 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         lower_order_final: bool = False,
         fitted_timesteps: dict[str, list[int]] | None = None,
     ):
-        of_process = {k: v for k, v in locals().items() if k not in ("self", "__class__", *SOLVER)}
+        given = locals()
         if solver_order is not None and not (spacings.is_integer(solver_order) and 1 <= solver_order <= 4):
             raise ValueError(f"solver_order must be 1, 2, 3 or 4, or None, not {solver_order!r}")
-        super().__init__(**of_process)
+        super().__init__(**{key: given[key] for key in OF_PROCESS})
         self._fitted = _check_fitted(fitted_timesteps, num_train_timesteps)
         if fitted_timesteps is not None:  # with strings as keys, as JSON has them
             kept = {str(S): (times[::-1] - 1).tolist() for S, times in self._fitted.items()}
