@@ -46,8 +46,7 @@ def slerp(x0: Tensor, x1: Tensor, a: float) -> Tensor:
 
     `x0` and `x1` are (B, …) of one shape, and a = 0 and a = 1 return them exactly.
 
-    Raises:
-        ValueError: for shapes that differ, and for `a` outside [0, 1].
+    Raises ValueError for shapes that differ, and for `a` outside [0, 1].
     """
     if not 0 <= a <= 1:
         raise ValueError(f"slerp needs a in [0, 1], not {a!r}")

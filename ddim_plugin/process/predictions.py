@@ -34,8 +34,7 @@ def check_prediction(prediction_type: str) -> None:
 def prediction(prediction_type: str, alpha_bar_t: float) -> Prediction:
     """Return the linear map of a prediction type at ᾱ_t.
 
-    Raises:
-        ValueError: if it divides by zero: ε at ᾱ_t = 0 (zero terminal SNR), x_0 at ᾱ_t = 1 (the data).
+    Raises ValueError if it divides by zero: ε at ᾱ_t = 0 (zero terminal SNR), x_0 at ᾱ_t = 1 (the data).
     """
     check_prediction(prediction_type)
     signal, noise = float(np.sqrt(alpha_bar_t)), float(np.sqrt(1 - alpha_bar_t))
@@ -73,8 +72,7 @@ def unfold(prediction: Prediction, move: Move) -> tuple[float, float]:
     If x_s hardly depends on x_t (a slope below `FLAT`, as for x_0 networks near the data), the solution would amplify
     any error of the output. Then ε̂ is taken from x_s, ε̂ = eps_x·x_s + eps_out·output, and x_t follows by Eq. 13.
 
-    Raises:
-        ValueError: for the step from ᾱ_t = 0 to the data, which does not depend on x_t.
+    Raises ValueError for the step from ᾱ_t = 0 to the data, which does not depend on x_t.
     """
     x, out = fold(prediction, move)
     if abs(x) >= FLAT or (move.alpha_bar_t == 0 and x):

@@ -119,8 +119,7 @@ def tau(spacing: str, S: int, T: int, steps_offset: int = 0, alpha_bar: Array | 
     of the authors' code instead. `steps_offset` ≥ 0 shifts "leading" upwards as in diffusers, and is reduced with a
     warning if T leaves less room. `alpha_bar`, shape (T + 1,), is for the spacings that depend on it.
 
-    Raises:
-        ValueError: for an unknown name, S outside 1..T, a negative or fractional offset, or missing ᾱ.
+    Raises ValueError for an unknown name, S outside 1..T, a negative or fractional offset, or missing ᾱ.
     """
     check_spacing(spacing)
     if not is_integer(S) or not 1 <= S <= T:
@@ -157,8 +156,7 @@ def explicit(times: Iterable[int], T: int, *, lowest: int = 1, descending: bool 
 
     `lowest` is the caller's number for time 1 (0 for network timesteps), and `descending` the caller's order.
 
-    Raises:
-        ValueError: for the first value that is not an integer, out of range, repeated or out of order.
+    Raises ValueError for the first value that is not an integer, out of range, repeated or out of order.
     """
     if not isinstance(times, Iterable):
         raise ValueError(f"timesteps must be a list of integers, not {times!r}")

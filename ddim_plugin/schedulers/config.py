@@ -92,8 +92,7 @@ class StockConfig(SchedulerMixin, ConfigMixin):
             return_unused_kwargs: also return the keywords that the scheduler does not have.
             kwargs: settings that override those of the config.
 
-        Raises:
-            ValueError: for settings that `__init__` refuses, or that version 0.1 alone had.
+        Raises ValueError for settings that `__init__` refuses, or that version 0.1 alone had.
         """
         gone, aside = REMOVED.keys() & kwargs.keys(), ()
         if gone:
@@ -183,8 +182,7 @@ def restore_scheduler(pipe: Any) -> Any:
     Returns:
         the same pipeline.
 
-    Raises:
-        ValueError: if the config of its scheduler has no settings of this package.
+    Raises ValueError if the config of its scheduler has no settings of this package.
     """
     scheduler = restored(pipe.scheduler)
     if scheduler is pipe.scheduler and not isinstance(scheduler, StockConfig):

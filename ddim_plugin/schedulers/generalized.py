@@ -49,8 +49,7 @@ class GeneralizedDDIMScheduler(Planned):
         use_clipped_model_output: recompute ε̂ from a clipped x̂0, as Ho's sampler does. False keeps the network's ε̂,
             as the authors' code does.
 
-    Raises:
-        ValueError: for unknown names, values out of range, and combinations that do not exist.
+    Raises ValueError for unknown names, values out of range, and combinations that do not exist.
     """
 
     _compatibles: ClassVar = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
@@ -166,8 +165,7 @@ class GeneralizedDDIMScheduler(Planned):
             variance_noise: z itself, (B, C, H, W), instead of a generator.
             return_dict: False returns the tuple (x_s, x̂0).
 
-        Raises:
-            ValueError: before `set_timesteps`, and for shapes, timesteps, η or generators that do not fit.
+        Raises ValueError before `set_timesteps`, and for shapes, timesteps, η or generators that do not fit.
         """
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step: there is no plan yet")

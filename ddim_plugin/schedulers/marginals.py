@@ -24,8 +24,7 @@ class Marginals(StockConfig):
             noise: ε, (B, C, H, W).
             timesteps: network timesteps 0..T−1, an integer or (B,).
 
-        Raises:
-            ValueError: for timesteps out of range or not integers, and samples that are not floating point.
+        Raises ValueError for timesteps out of range or not integers, and samples that are not floating point.
         """
         signal, deviation = self._marginals(original_samples, timesteps)
         return combine(signal, original_samples, deviation, noise).to(original_samples.dtype)

@@ -48,8 +48,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         The others are those of `GeneralizedDDIMScheduler`. With η ≥ 0.5 "few_steps" becomes "few_steps_noise", and
         "learned_range" has η = 0 by default.
 
-    Raises:
-        ValueError: as `GeneralizedDDIMScheduler`, and for a `solver_order` or `fitted_timesteps` that do not exist.
+    Raises ValueError as `GeneralizedDDIMScheduler`, and for a `solver_order` or `fitted_timesteps` that do not exist.
     """
 
     @register_to_config
@@ -118,8 +117,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
                 "few_steps_noise", `fitted_timesteps` are not used, and steps extrapolate further. A loop that passes η
                 to `step` alone uses the timesteps of the deterministic process: set η in the config there.
 
-        Raises:
-            ValueError: as there.
+        Raises ValueError as there.
         """
         self._much_noise = self._kind(eta)[1] >= MUCH_NOISE
         super().set_timesteps(num_inference_steps, device, timesteps)

@@ -41,9 +41,8 @@ class Planned(Marginals):
             device: device of `self.timesteps`.
             timesteps: network timesteps 0..T−1, distinct and descending, instead of `num_inference_steps`.
 
-        Raises:
-            ValueError: for a step count or timesteps out of range or order, an η too large for a step, and ε
-                prediction at ᾱ_t = 0.
+        Raises ValueError for a step count or timesteps out of range or order, an η too large for a step, and ε
+        prediction at ᾱ_t = 0.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("set_timesteps takes either num_inference_steps or timesteps=[...], not both or neither")
