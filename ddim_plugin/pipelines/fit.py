@@ -1,29 +1,21 @@
 """Fit τ for few steps to a model, on its own trajectories."""
 
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from ..process import spacings
-from ..process.search import Trajectories, descend, search_trajectories
 from ..schedulers import MultistepDDIMScheduler
 from .conditions import Condition
 from .generation import GeneralizedDDIMPipeline
-from .loop import AfterStep, batches, check_count
+from .loop import batches, check_count
 
-NODES = 28
-"""Times that the dynamic programming chooses from."""
-
-TEACHER = {"solver_order": 3, "lower_order_final": False}
-"""Settings of the solver that computes the solutions, whatever those of the model are."""
-
-NUMBERS = 2**20
-"""Values of all images together that the dynamic programming uses, at most."""
+POWERS = (0.75, 1.0, 1.5, 2.0, 3.0)  # exponents of the power laws that the search tries first
+TEACHER = {"solver_order": 3, "lower_order_final": False}  # settings of the solver that computes the solutions
 
 
 class Fitted(NamedTuple):
@@ -55,11 +47,10 @@ def fit_timesteps(
 ) -> dict[int, Fitted]:
     """Fit timesteps for few steps to a model, and give the pipeline a scheduler with them.
 
-    The ODE is solved from `num_images` draws of x_T, with `teacher_steps` steps of order 3. On half of the solutions τ
-    is found by dynamic programming (`process.search`), then moved time by time to where the sampler's images are nearer
-    to the solutions; the search starts from the spacing "few_steps" or an earlier τ if those are better. The best τ on
-    the other half is used. `pipe.scheduler` becomes a `MultistepDDIMScheduler` with `fitted_timesteps`, which are saved
-    with it and used for those step counts.
+    The ODE is solved from `num_images` draws of x_T, with `teacher_steps` steps of order 3. The search starts from the
+    best two of "few_steps", power laws and an earlier fit, and moves each time to where the sampler's images are nearer
+    to half of the solutions. The best τ on the other half is used. `pipe.scheduler` becomes a `MultistepDDIMScheduler`
+    with `fitted_timesteps`, which are saved with it and used for those step counts.
 
     Args:
         pipe: the model. Settings of a `MultistepDDIMScheduler` in it are kept, except that its spacing is "few_steps".
@@ -140,47 +131,30 @@ class _Fitter:
 
     def fit(self, steps: list[int], teacher_steps: int) -> dict[int, Fitted]:
         """Fit τ for each S."""
-        path = self._solve(min(teacher_steps, self.T))
-        largest = min(max(steps), len(path.times))
-        programmed = search_trajectories(self.alpha_bar, path, largest, spacings.NOISE)
+        self._solve(min(teacher_steps, self.T))
         seen, held, found = range(self.half), range(self.half, len(self.noise)), {}
         for S in tqdm(steps, desc="fitting τ"):
             default = spacings.tau("few_steps", S, self.T, alpha_bar=self.alpha_bar).tolist()
             known = [default]
             if S in self.scheduler._fitted:
                 known.append(self.scheduler._fitted[S].tolist())
-            starts = known + ([programmed[S - 1].tau.tolist()] if largest >= S else [])
-            start = min(starts, key=lambda tau: self._error(tau, seen))
-            tau, _ = descend(start, self.T, lambda tau: self._error(tau, seen))
+            powers = [spacings.power(S, self.alpha_bar, p).tolist() for p in POWERS]
+            starts = sorted(known + powers, key=lambda tau: self._error(tau, seen))[:2]
+            moved = [descend(start, self.T, lambda tau: self._error(tau, seen)) for start in starts]
+            tau = min(moved, key=lambda pair: pair[1])[0]
             errors = [(self._error(each, held), each) for each in (*known, tau)]
             error, tau = min(errors, key=lambda pair: pair[0])
             found[S] = Fitted([t - 1 for t in reversed(tau)], error, errors[0][0])
         return found
 
-    def _solve(self, S: int) -> Trajectories:
-        """Solve the ODE, and return the first half of the solutions at some times for the dynamic programming."""
-        teacher = spacings.linear(S, self.T)
-        wanted = np.round(self.T * np.linspace(0, 1, NODES + 1)[1:] ** 1.5)
-        nodes = sorted({int(teacher[np.searchsorted(teacher, t)]) for t in wanted}, reverse=True)
-        nodes = [t for t in nodes if self.alpha_bar[t] > 0]  # at ᾱ = 0 ε̂ is undefined
-        kept = max(1, min(self.half, NUMBERS // math.prod(self.noise.shape[1:])))
-        x, eps, solutions = {t: [] for t in nodes}, {t: [] for t in nodes}, []
-
-        def keep(i: int, t: Tensor, sample: Tensor, step: Any) -> None:
-            time = int(teacher[-1 - i])
-            if time in x:
-                x[time].append(sample.cpu())
-                eps[time].append(step.pred_epsilon.cpu())
-
+    def _solve(self, S: int) -> None:
+        """Solve the ODE in S steps."""
         scheduler = MultistepDDIMScheduler.from_config(self.scheduler.config, **TEACHER)
-        for rows in batches(range(len(self.noise)), self.batch_size):
-            solutions.append(self._sample(scheduler, teacher.tolist(), rows, keep))
-        end = torch.cat(solutions)
+        tau, rows = spacings.linear(S, self.T).tolist(), batches(range(len(self.noise)), self.batch_size)
+        end = torch.cat([self._sample(scheduler, tau, each) for each in rows])
         if not bool(torch.isfinite(end).all()):
             raise ValueError("the images are not finite, and so the network's output: in half precision try float32")
         self.solutions = end.clamp(-1, 1)
-        columns = [torch.stack([torch.cat(each[t])[:kept].flatten() for t in nodes]) for each in (x, eps)]
-        return Trajectories(np.array(nodes), *columns, *(each[:kept].cpu().flatten() for each in (self.noise, end)))
 
     def _error(self, tau: list[int], images: range) -> float:
         """Return the mean distance of these images to their solutions. Each τ is sampled once."""
@@ -193,10 +167,32 @@ class _Fitter:
             self.errors[key] = float(torch.cat(errors).mean())
         return self.errors[key]
 
-    def _sample(
-        self, scheduler: MultistepDDIMScheduler, tau: list[int], rows: slice, after_step: AfterStep | None = None
-    ) -> Tensor:
+    def _sample(self, scheduler: MultistepDDIMScheduler, tau: list[int], rows: slice) -> Tensor:
         """Sample x_0 along τ, increasing times."""
         scheduler.set_timesteps(timesteps=[t - 1 for t in reversed(tau)], device=self.noise.device)
         x, condition = self.noise[rows].to(self.condition.state_dtype), self.condition.rows(rows)
-        return self.pipe._run(scheduler, x, scheduler.timesteps, condition, after_step, eta=0.0)
+        return self.pipe._run(scheduler, x, scheduler.timesteps, condition, eta=0.0)
+
+
+def descend(tau: Sequence[int], T: int, cost: Callable[[list[int]], float], rounds: int = 3) -> tuple[list[int], float]:
+    """Move the times of τ one by one to a lower `cost`, by a third of a gap and then less.
+
+    Each of `rounds` evaluates `cost` at most twice for each time of τ.
+
+    Returns:
+        τ and its cost.
+    """
+    best, tau = cost(list(tau)), list(tau)
+    step = max(1, (tau[-1] - tau[0]) // (3 * max(1, len(tau) - 1)))
+    for _ in range(rounds):
+        for i in reversed(range(len(tau))):
+            for change in (-step, step):
+                moved = [*tau[:i], tau[i] + change, *tau[i + 1 :]]
+                if not 1 <= moved[i] <= T or any(low >= high for low, high in pairwise(moved)):
+                    continue
+                found = cost(moved)
+                if found < best:
+                    best, tau = found, moved
+                    break
+        step = max(1, step // 2)
+    return tau, best

@@ -86,6 +86,12 @@ def few_steps_noise(S: int, alpha_bar: Array) -> Times:
     return _spread(np.linspace(top, min(top, max(1, T / max(8, S))), S), T)
 
 
+def power(S: int, alpha_bar: Array, exponent: float) -> Times:
+    """Space S times evenly in t^(1/exponent) between the ends of `few_steps`."""
+    top, bottom = _ends(S, alpha_bar)
+    return _spread(np.linspace(top ** (1 / exponent), bottom ** (1 / exponent), S) ** exponent, len(alpha_bar) - 1)
+
+
 def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
     """Compute the top and the bottom for few steps."""
     T = len(alpha_bar) - 1

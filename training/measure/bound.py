@@ -20,7 +20,6 @@ from torch import Generator, Tensor
 from ddim_plugin.process import moves
 from ddim_plugin.process.gaussian import BITS, discretized_log_likelihood, kl
 from ddim_plugin.process.predictions import check_prediction, prediction
-from ddim_plugin.process.search import Found
 from ddim_plugin.schedulers.tensors import learned_log_variance, split_variance
 
 DECODERS = ("next", "beta")
@@ -58,8 +57,7 @@ class VariationalBound:
         decoder: one of `DECODERS`, or a variance for each t = 0..T (`Errors.decoder_variance`).
         density: evaluate p(x_0|x_{τ_1}) as a density, for data that are not bytes.
 
-    Raises:
-        ValueError: if the process has no noise, or settings exclude each other.
+    Raises ValueError if the process has no noise, or settings exclude each other.
     """
 
     def __init__(
@@ -292,19 +290,19 @@ def objective_weights(alpha_bar: Array, tau: Sequence[int], eta: float, deviatio
     return gamma
 
 
-# ---- the τ that minimises the bound ---------------------------------------------------------------------------------
+class Found(NamedTuple):
+    """The best τ, S increasing times in 1..T, and its cost."""
+
+    tau: NDArray[np.int64]
+    cost: float
 
 
 def best_paths(costs: Array, start: Array, largest: int) -> list[Found]:
     """Find the τ of S = 1..`largest` moves with the smallest total cost (Watson et al. 2021).
 
-    Args:
-        costs: costs[t, s] of a move from t down to s < t, (T + 1, T + 1); infinite if there is none.
-        start: start[t] of beginning at t, (T + 1,).
-        largest: the largest S, at most T.
+    costs[t, s] is that of a move from t down to s < t, (T + 1, T + 1), and start[t] of beginning at t, (T + 1,).
 
-    Raises:
-        ValueError: if no path of that many moves exists.
+    Raises ValueError if no path of that many moves exists.
     """
     T = len(costs) - 1
     if not 1 <= largest <= T:

@@ -37,13 +37,19 @@ def run(source, namespace=None):
 # ---- joining -------------------------------------------------------------------------------------------------------
 
 
+def joined(sources, entry):
+    """The names that the last module defines, of the file that is made of these sources."""
+    text = "from types import SimpleNamespace\n" + builder.join(entry, sources.get)
+    return vars(run(text)[f"ddim_{entry.replace('.', '_')}"])
+
+
 def test_modules_are_joined():
     sources = {
         "a": '"""A."""\nimport math\n\nHALF = 0.5\n\n\ndef root(x):\n    return math.sqrt(x) * HALF\n',
         "b": "import math as m\n\nfrom . import a as first\nfrom .a import root\n\n\n"
         "def both(x):\n    return root(x), first.root(m.pi), first.HALF\n",
     }
-    assert run(builder.join(sources))["both"](4.0) == (1.0, 3.141592653589793**0.5 / 2, 0.5)
+    assert joined(sources, "b")["both"](4.0) == (1.0, 3.141592653589793**0.5 / 2, 0.5)
 
 
 def test_modules_of_sub_packages_are_joined():
@@ -56,54 +62,48 @@ def test_modules_of_sub_packages_are_joined():
         "pipelines.call": "from ..schedulers import step as one_step\n\n\n"
         "def call(x):\n    step = one_step(x)\n    return step\n",
     }
-    assert run(builder.join(sources))["call"](1) == 6
+    assert joined(sources, "pipelines.call")["call"](1) == 6
 
 
-def test_a_name_with_two_meanings_is_renamed():
-    """Each module keeps its own, and the name that a function knows of itself."""
+def test_a_name_with_two_meanings_keeps_both():
+    """Each module has its own, and the name that a function knows of itself."""
     first = "def f():\n    return 1\n\n\nT = float\n\n\ndef g(f=None):\n    return f\n"
     second = "from .a import g\n\nT = int\n\n\nclass f:\n    here = 2\n\n\n"
     second += "def sum(τ):\n    ε = (τ, τ); return f.here, T, ε\n"
     third = "from . import a, b\nfrom .b import f\nfrom .b import sum as total\n\n\ndef all():\n"
     third += "    return a.f(), f.here, b.f.__name__, a.T, b.T, total(1), a.g()\n"
-    made = run(builder.join({"a": first, "b": second, "c": third}))
-    assert made["c_all"]() == (1, 2, "f", float, int, (2, int, (1, 1)), None)
-    assert made["b_f"].__qualname__ == "f"
-    assert made["f"]() == 1
+    made = joined({"a": first, "b": second, "c": third}, "c")
+    assert made["all"]() == (1, 2, "f", float, int, (2, int, (1, 1)), None)
 
 
-def test_definitions_with_the_same_text_are_shared_only_if_they_mean_the_same():
-    first = "import math\n\nReal = float\nTABLE = (1,)\nNAMES = tuple(TABLE)\n"
-    second = "import math\n\nReal = float\nTABLE = (2,)\nNAMES = tuple(TABLE)\n\n\ndef names():\n    return NAMES\n"
-    made = run(builder.join({"a": first, "b": second}))
-    assert "b_Real" not in made
-    assert made["NAMES"] == (1,)
-    assert made["names"]() == (2,)
+def test_definitions_of_the_same_text_are_each_module_s_own():
+    first = "import math\n\nTABLE = (1,)\nNAMES = tuple(TABLE)\n"
+    second = "from . import a\n\nTABLE = (2,)\nNAMES = tuple(TABLE)\n\n\ndef names():\n    return a.NAMES, NAMES\n"
+    assert joined({"a": first, "b": second}, "b")["names"]() == ((1,), (2,))
 
 
-@pytest.mark.parametrize(
-    ("second", "said"),
-    [
-        ("def f(x):\n    return x\n\n\ndef h(f):\n    return f\n", "local names .*'f'.* that other modules define"),
-        ("def f(x):\n    return x\n\n\ndef h():\n    f = 2\n    return f\n", "local names .*'f'"),
-        ("def h():\n    from .a import f\n    return f\n", "a relative import within a block"),
-        ("from .a import missing\n", "b imports missing, which a does not define"),
-        ("from .c import f\n", "b imports f, which is not for the code file"),
-        ("from . import f\n", "b imports f, which is not for the code file"),
-    ],
-)
-def test_what_cannot_be_joined_is_refused(second, said):
-    with pytest.raises(ValueError, match=said):
-        builder.join({"a": "def f():\n    return 1\n", "b": second})
+def test_an_import_within_a_block():
+    second = "def h():\n    from .a import f\n\n    return f()\n"
+    assert joined({"a": "def f():\n    return 1\n", "b": second}, "b")["h"]() == 1
+
+
+@pytest.mark.parametrize("second", ["from .c import f\n", "from . import f\n"])
+def test_what_does_not_exist_is_refused(second):
+    with pytest.raises(ValueError, match="b imports f of .*, which does not exist"):
+        builder.join("b", {"a": "def f():\n    return 1\n", "b": second}.get)
+
+
+def test_a_name_that_a_module_does_not_define_is_refused():
+    with pytest.raises(AttributeError, match="missing"):
+        joined({"a": "def f():\n    return 1\n", "b": "from .a import missing\n"}, "b")
 
 
 def test_docstrings_are_cut_to_their_first_paragraph():
     source = (
         '"""A module.\n\nMore.\n"""\n\n\ndef f():\n    """Return one\n    thing.\n\n    More.\n    """\n    return 1\n'
     )
-    text = builder.join({"a": source})
-    assert "More." not in text
-    assert run(text)["f"].__doc__ == "Return one\n    thing."
+    assert "More." not in builder.join("a", {"a": source}.get)
+    assert joined({"a": source}, "a")["f"].__doc__.split() == ["Return", "one", "thing."]
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------
@@ -116,10 +116,11 @@ def test_its_name_is_that_of_the_version():
 
 
 def test_it_holds_what_the_pipeline_imports_and_no_more():
-    modules = re.findall(r"^# =+ (\S+) =+$", builder.code().text, re.MULTILINE)
-    assert modules == list(builder.sources(builder.ENTRY))
-    assert modules[-1] == "pipelines.generation"
-    assert {name.split(".")[0] for name in modules} == {"process", "schedulers", "pipelines"}
+    modules = re.findall(r"^def _ddim_(\w+)\(\):$", builder.code().text, re.MULTILINE)
+    assert modules[-1] == "pipelines_generation"
+    assert {"process_moves", "schedulers_config", "schedulers_multistep", "pipelines_latents"} < set(modules)
+    assert {name.split("_")[0] for name in modules} == {"process", "schedulers", "pipelines"}
+    assert "pipelines_fit" not in modules
     assert "ddim_plugin" not in re.findall(r"^\s*(?:from|import) (\w+)", builder.code().text, re.MULTILINE)
 
 
@@ -145,7 +146,7 @@ def test_running_it_again_keeps_the_classes(code_file):
     for _ in range(2):
         again = run(text, first)
         assert all(again[name] is value for name, value in kept.items())
-    assert again["restored"](again["GeneralizedDDIMScheduler"](eta=0.5)).config.eta == 0.5
+    assert again["GeneralizedDDIMScheduler"](eta=0.5).config.eta == 0.5
 
 
 @pytest.mark.parametrize("settings", [{}, {"eta": 1.0, "timestep_spacing": "quadratic", "clip_sample": True}])

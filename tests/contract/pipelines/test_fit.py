@@ -1,5 +1,7 @@
 """Times fitted to a model: what they are worth, how they are kept, and what is refused."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from ddim_plugin import (
     MultistepDDIMScheduler,
     fit_timesteps,
 )
-from ddim_plugin.pipelines.fit import Fitted, _labels
+from ddim_plugin.pipelines.fit import Fitted, _labels, descend
 
 ALPHA = GeneralizedDDIMScheduler().alpha_bar
 DATA = Mixture((0.3, 0.7), (-0.6, 0.5), (0.01, 0.02), ALPHA)
@@ -235,3 +237,17 @@ def test_half_precision():
     pipe = exact_pipe(DATA, MultistepDDIMScheduler(), dtype=torch.bfloat16)
     found = fit_timesteps(pipe, [4], **FEW)
     assert np.isfinite(found[4].error)
+
+
+def test_the_descent_goes_down_and_stays_in_order():
+    goal, seen = np.array([40, 300, 620, 990]), []
+
+    def cost(tau):
+        seen.append(tau)
+        assert all(low < high for low, high in itertools.pairwise([0, *tau, 1001]))
+        return float(np.square(np.array(tau) - goal).sum())
+
+    tau, reached = descend([100, 400, 700, 1000], 1000, cost, rounds=8)
+    assert reached == cost(tau) == min(map(cost, list(seen)))
+    assert np.abs(np.array(tau) - goal).max() <= 10
+    assert descend([1], 1, lambda tau: 0.0) == ([1], 0.0)
