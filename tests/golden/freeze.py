@@ -66,7 +66,7 @@ def main(version, *flags):
         (card / "README.md").write_text(made_card(card))
         return
     if card.is_dir():
-        np.save(GOLDEN / f"{card.name}.npy", (draw_card(card) * 255).round().astype(np.uint8))
+        np.save(GOLDEN / "frozen" / f"{card.name}.npy", (draw_card(card) * 255).round().astype(np.uint8))
         return
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "layers_per_block": 1}

@@ -1,6 +1,6 @@
 """Freezes configs that version 0.1 wrote, and the settings that it read from them, for `test_configs.py`.
 
-python tests/golden/freeze_configs.py tests/golden/configs.json
+python tests/golden/freeze_configs.py tests/golden/frozen/configs.json
 
 Run it with version 0.1 first on PYTHONPATH: `configs.json` is what later versions must read in the same way.
 """

@@ -1,7 +1,7 @@
 """Freezes what the four schedulers compute, for `test_core.py`; or says how far this version is from it.
 
-python tests/golden/freeze_core.py tests/golden/core.npz
-python tests/golden/freeze_core.py --compare tests/golden/core.npz
+python tests/golden/freeze_core.py tests/golden/frozen/core.npz
+python tests/golden/freeze_core.py --compare tests/golden/frozen/core.npz
 
 `core.npz` holds what version 0.1 computed. Freeze it anew only if a case is added, and then with that version first on
 PYTHONPATH.

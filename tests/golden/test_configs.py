@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from freeze_configs import CLASSES, read
 
-FROZEN = json.loads(Path(__file__).with_name("configs.json").read_text())
+FROZEN = json.loads((Path(__file__).parent / "frozen" / "configs.json").read_text())
 CASES = FROZEN["cases"]
 REMOVED = ("solver_quantity", "solver_coordinate", "solver_corrector", "solver_extrapolation", "start_from_top")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from freeze_core import CASES, distance, frozen, run
 
-FROZEN = frozen(Path(__file__).with_name("core.npz"))
+FROZEN = frozen(Path(__file__).parent / "frozen" / "core.npz")
 
 
 def test_every_case_is_frozen():

@@ -10,7 +10,7 @@ import torch
 from ddim_plugin import GeneralizedDDIMScheduler
 
 HERE = Path(__file__).parent
-CASES = json.loads((HERE / "trajectories.json").read_text())
+CASES = json.loads((HERE / "frozen" / "trajectories.json").read_text())
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])

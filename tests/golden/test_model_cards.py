@@ -29,7 +29,7 @@ def test_there_is_one():
 
 @each_folder
 def test_it_makes_the_pictures_it_made(folder):
-    frozen = np.load(GOLDEN / f"{folder.name}.npy")
+    frozen = np.load(GOLDEN / "frozen" / f"{folder.name}.npy")
     images = draw_card(folder)
     assert images.std() > 0.2
     assert np.abs(images - frozen / 255).max() < TOLERANCE + 0.5 / 255
