@@ -21,14 +21,8 @@ STOCK_SPACINGS = ("leading", "trailing", "linspace")
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 STOCK_VARIANCES = ("fixed_large", "learned_range")  # "fixed_small" is their default
 STAND_IN = "trailing"  # spacing that is saved for stock schedulers in place of one that they do not have
-REMOVED = {
-    "solver_quantity": None,
-    "solver_coordinate": None,
-    "solver_corrector": None,
-    "solver_extrapolation": None,
-    "start_from_top": True,
-}
-"""Settings of version 0.1 that are gone, with their defaults."""
+REMOVED: dict[str, Any] = dict.fromkeys([f"solver_{what}" for what in ("quantity", "coordinate", "corrector")])
+REMOVED |= {"solver_extrapolation": None, "start_from_top": True}  # settings of version 0.1, with their defaults
 REMOVED_SPACINGS = ("few_steps_power", "log_snr")
 
 CLASSES: dict[str, type["StockConfig"]] = {}  # schedulers of this package by name
@@ -82,17 +76,11 @@ class StockConfig(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any):
-        """Create a scheduler from the config of this or any compatible scheduler.
+        """Create a scheduler from the config of this or any compatible scheduler. `kwargs` override its settings.
 
         Settings of this package survive a conversion to a stock scheduler, unless they were changed there. A stock
-        config's "fixed_small" and "fixed_large" noise is not copied, so that a DDPM checkpoint opens as DDIM.
-
-        Args:
-            config: a scheduler's config, or a dictionary such as `scheduler_config.json` holds.
-            return_unused_kwargs: also return the keywords that the scheduler does not have.
-            kwargs: settings that override those of the config.
-
-        Raises ValueError for settings that `__init__` refuses, or that version 0.1 alone had.
+        config's "fixed_small" and "fixed_large" noise is not copied, so that a DDPM checkpoint opens as DDIM. Raises
+        ValueError for settings that `__init__` refuses, or that version 0.1 alone had.
         """
         gone, aside = REMOVED.keys() & kwargs.keys(), ()
         if gone:
@@ -174,15 +162,9 @@ def restored(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 def restore_scheduler(pipe: Any) -> Any:
-    """Replace a pipeline's stock scheduler by the one of this package that it was saved with.
+    """Replace a pipeline's stock scheduler by the one of this package that it was saved with, and return it.
 
-    Args:
-        pipe: any pipeline of diffusers, loaded from a folder or repository that was saved with one of our schedulers.
-
-    Returns:
-        the same pipeline.
-
-    Raises ValueError if the config of its scheduler has no settings of this package.
+    `pipe` is any pipeline of diffusers. Raises ValueError if the config of its scheduler has no settings of ours.
     """
     scheduler = restored(pipe.scheduler)
     if scheduler is pipe.scheduler and not isinstance(scheduler, StockConfig):

@@ -17,14 +17,10 @@ class Marginals(StockConfig):
     _tables: dict[Any, Tensor]  # on a device, by key
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
-        """Compute x_t = √ᾱ_t·x_0 + √(1 − ᾱ_t)·ε (Eq. 4).
+        """Compute x_t = √ᾱ_t·x_0 + √(1 − ᾱ_t)·ε (Eq. 4) at network timesteps 0..T−1, an integer or (B,).
 
-        Args:
-            original_samples: x_0, (B, C, H, W).
-            noise: ε, (B, C, H, W).
-            timesteps: network timesteps 0..T−1, an integer or (B,).
-
-        Raises ValueError for timesteps out of range or not integers, and samples that are not floating point.
+        x_0 and ε are (B, C, H, W). Raises ValueError for timesteps out of range or not integers, and samples that are
+        not floating point.
         """
         signal, deviation = self._marginals(original_samples, timesteps)
         return combine(signal, original_samples, deviation, noise).to(original_samples.dtype)

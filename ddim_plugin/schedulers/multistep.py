@@ -109,15 +109,11 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         timesteps: Sequence[int] | Tensor | np.ndarray | None = None,
         eta: float | None = None,
     ) -> None:
-        """Plan the steps over τ; see `GeneralizedDDIMScheduler.set_timesteps`.
+        """Plan the steps as `GeneralizedDDIMScheduler.set_timesteps`, for steps with this `eta` (None: the config's).
 
-        Args:
-            num_inference_steps, device, timesteps: as there.
-            eta: η of the steps to come, if it is not the scheduler's. From 0.5 on "few_steps" becomes
-                "few_steps_noise", `fitted_timesteps` are not used, and steps extrapolate further. A loop that passes η
-                to `step` alone uses the timesteps of the deterministic process: set η in the config there.
-
-        Raises ValueError as there.
+        From η = 0.5 on "few_steps" becomes "few_steps_noise", `fitted_timesteps` are not used, and steps extrapolate
+        further. A loop that passes η to `step` alone uses the timesteps of the deterministic process: set η in the
+        config there.
         """
         self._much_noise = self._kind(eta)[1] >= MUCH_NOISE
         super().set_timesteps(num_inference_steps, device, timesteps)
@@ -262,10 +258,10 @@ def keep_learned(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, A
 
 def _check_fitted(timesteps: dict[str, list[int]] | None, T: int) -> dict[int, spacings.Times]:
     """Check fitted timesteps, and return τ by step count."""
-    if not isinstance(timesteps or {}, dict):
+    timesteps, found = timesteps or {}, {}
+    if not isinstance(timesteps, dict):
         raise ValueError(f"fitted_timesteps must be a dictionary of lists by step counts, not {timesteps!r}")
-    found = {}
-    for S, times in (timesteps or {}).items():
+    for S, times in timesteps.items():
         if not (spacings.is_integer(S) or (isinstance(S, str) and S.isdecimal())):
             raise ValueError(f"the keys of fitted_timesteps must be step counts: {S!r} is none")
         found[int(S)] = spacings.explicit(times, T, lowest=0, descending=True)

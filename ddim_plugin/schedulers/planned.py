@@ -34,15 +34,11 @@ class Planned(Marginals):
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | Tensor | np.ndarray | None = None,
     ) -> None:
-        """Plan the steps over τ, from the spacing or from explicit timesteps.
+        """Plan S = `num_inference_steps` steps of the spacing, 1 ≤ S ≤ T, or steps at explicit `timesteps`.
 
-        Args:
-            num_inference_steps: S, 1 ≤ S ≤ T.
-            device: device of `self.timesteps`.
-            timesteps: network timesteps 0..T−1, distinct and descending, instead of `num_inference_steps`.
-
-        Raises ValueError for a step count or timesteps out of range or order, an η too large for a step, and ε
-        prediction at ᾱ_t = 0.
+        Those are network timesteps 0..T−1, distinct and descending. `device` is that of `self.timesteps`. Raises
+        ValueError for a step count or timesteps out of range or order, an η too large for a step, and ε prediction at
+        ᾱ_t = 0.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("set_timesteps takes either num_inference_steps or timesteps=[...], not both or neither")

@@ -144,24 +144,15 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
     def __init__(self, prev_sample: Tensor, evaluation: Evaluation):
         self.prev_sample, self._evaluation = prev_sample, evaluation
 
-    @cached_property
-    def pred_original_sample(self) -> Tensor:
-        return self._evaluation.x0().to(self.prev_sample.dtype)
+    def _as_sample(self, value: Coefficient) -> Tensor:
+        if not isinstance(value, Tensor):
+            return torch.full((), value, dtype=self.prev_sample.dtype, device=self.prev_sample.device)
+        return value.to(self.prev_sample.dtype)
 
-    @cached_property
-    def pred_epsilon(self) -> Tensor:
-        return self._evaluation.eps().to(self.prev_sample.dtype)
-
-    @cached_property
-    def mean(self) -> Tensor:
-        return self._evaluation.mean().to(self.prev_sample.dtype)
-
-    @cached_property
-    def std(self) -> Tensor:
-        std = self._evaluation.std()
-        if not isinstance(std, Tensor):
-            return torch.full((), std, dtype=self.prev_sample.dtype, device=self.prev_sample.device)
-        return std.to(self.prev_sample.dtype)
+    pred_original_sample = cached_property(lambda self: self._as_sample(self._evaluation.x0()))
+    pred_epsilon = cached_property(lambda self: self._as_sample(self._evaluation.eps()))
+    mean = cached_property(lambda self: self._as_sample(self._evaluation.mean()))
+    std = cached_property(lambda self: self._as_sample(self._evaluation.std()))
 
     def to_tuple(self) -> tuple[Tensor, ...]:
         """Compute all values, in the order of the keys."""
@@ -196,9 +187,7 @@ class StepTuple(tuple):
         return pair
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, slice):
-            return tuple(self._result[i] for i in range(2)[key])
-        return self._result[range(2)[key]]
+        return self._result.prev_sample if key == 0 else tuple(self)[key]
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self._result[i] for i in range(2))
