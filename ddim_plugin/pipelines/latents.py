@@ -1,8 +1,6 @@
 """Latents x_T of images: encode, decode, reconstruct and interpolate (Sections 5.3 and 5.4)."""
 
-import inspect
 import math
-from collections.abc import Sequence
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -13,19 +11,13 @@ from torch import Tensor
 from ..process import inversion
 from ..process.gaussian import slerp
 from ..process.inversion import InversionReport
-from ..process.spacings import is_integer
-from ..schedulers import (
-    GeneralizedDDIMSchedulerOutput,
-    InverseDDIMScheduler,
-    InverseMultistepDDIMScheduler,
-    MultistepDDIMScheduler,
-)
+from ..schedulers import InverseDDIMScheduler, InverseMultistepDDIMScheduler, MultistepDDIMScheduler
+from ..schedulers.inverse import Upwards
 from .conditions import Condition, Labels
 from .images import Images, read
-from .loop import Loop, batches, check_count, check_output_type
+from .loop import Loop, Timesteps, batches, check_count, check_output_type, to_images
 
-TOLERANCE = 1e-5
-"""Residual of a step, in units of the network's images, at which its refinement ends."""
+TOLERANCE = 1e-5  # residual of a step, in units of the network's images, at which its refinement ends
 
 
 class Latents(Loop):
@@ -36,7 +28,7 @@ class Latents(Loop):
         self,
         images: Images,
         num_inference_steps: int | None = None,
-        timesteps: Sequence[int] | Tensor | None = None,
+        timesteps: Timesteps = None,
         strength: float = 1.0,
         class_labels: Labels = None,
         guidance_scale: float = 1.0,
@@ -51,66 +43,44 @@ class Latents(Loop):
         The naive inverse (`refinement_steps=0`) evaluates the network at the lower end of each step, so that decoding
         returns the image only as S grows (Table 2). With `refinement_steps` each step is solved for its upper end, and
         decoding at the same S returns the image. With a `MultistepDDIMScheduler` steps depend on each other and are
-        refined together; the report has one row for the whole path. Images do not depend on each other, apart from
-        the network's rounding at another batch size.
+        refined together, and the report has one row for the whole path. Images do not depend on each other.
 
-        Args:
-            images: PIL images, arrays (B, H, W, C), tensors (B, C, H, W), one of them or a list. Values are bytes, or
-                numbers in [0, 1].
-            num_inference_steps, timesteps: as in the call; decode with the same.
-            strength: part of the S steps to make, counted from the image: ⌊strength·S⌋. Less than 1 gives x_t of an
-                intermediate t.
-            class_labels, guidance_scale, null_class_label: as in the call.
+        Args, the others as in the call:
+            images: PIL images, arrays (B, H, W, C), tensors (B, C, H, W), one of them or a list; bytes, or in [0, 1].
+            strength: part of the S steps to make, ⌊strength·S⌋ from the image. Less than 1 gives x_t of that t.
             refinement_steps: network evaluations to refine each step with, at most; the first step needs one more. A
                 multistep path takes two for each of its steps at a time, and the first two only measure its error.
-            tolerance: root mean square of (x_s − f(x_t))/√ᾱ_s, in units of the network's images (−1..1), at which a
-                step is solved.
+            tolerance: root mean square of (x_s − f(x_t))/√ᾱ_s at which a step is solved, for images in −1..1.
             batch_size: images to encode together; all by default.
             return_report: also return an `InversionReport`.
 
-        Returns:
-            Latents (B, C, H, W), in float32 at least; with `return_report` a tuple of them and the report.
-
-        Raises:
-            ValueError: before the network is called, for arguments that do not fit, and for a scheduler that adds noise
-                or constrains x̂0, whose steps have no inverse; afterwards, for latents that are not finite.
+        Returns latents (B, C, H, W), in float32 at least; with `return_report` a tuple of them and the report. Raises
+        ValueError, before the network is called, for arguments that do not fit, and for a scheduler that adds noise or
+        constrains x̂0, whose steps have no inverse; afterwards, for latents that are not finite.
         """
-        if not is_integer(refinement_steps) or refinement_steps < 0:
-            raise ValueError(f"refinement_steps must be a non-negative integer, not {refinement_steps!r}")
+        check_count("refinement_steps", refinement_steps, 0)
         if not isinstance(tolerance, Real) or not 0 <= tolerance < math.inf:
             raise ValueError(f"tolerance must be a non-negative number, not {tolerance!r}")
         self._check_deterministic(invertible=True)
-        check_count("batch_size", 1 if batch_size is None else batch_size, 1)
         x = read(images, self.unet.config.in_channels, self.image_size)
-        condition = self._condition(class_labels, guidance_scale, null_class_label, len(x))
-        self._check_channels()
-        self._set_timesteps(self.scheduler, num_inference_steps, timesteps, condition.device)
+        labels = class_labels, guidance_scale, null_class_label
+        x, condition, steps = self._prepare(x, num_inference_steps, timesteps, strength, *labels)
         multistep = isinstance(self.scheduler, MultistepDDIMScheduler)
         upwards = InverseMultistepDDIMScheduler if multistep else InverseDDIMScheduler
-        inverse = upwards.from_config(self.scheduler.config)
-        self._set_timesteps(inverse, num_inference_steps, timesteps, condition.device)
-        steps = self._number_of_steps(strength)
         ascend = self._ascend_together if multistep else self._ascend
-
-        x = x.to(condition.device, condition.state_dtype)
-        settings = steps, refinement_steps, tolerance
-        parts = [
-            ascend(x[rows], condition.rows(rows), inverse, *settings) for rows in batches(range(len(x)), batch_size)
-        ]
+        inverse = upwards.from_config(self.scheduler.config)
+        self._set_timesteps(inverse, num_inference_steps, timesteps, condition.device, None)
+        settings = inverse, steps, refinement_steps, tolerance
+        parts = [ascend(x[rows], condition.rows(rows), *settings) for rows in batches(range(len(x)), batch_size)]
         self.maybe_free_model_hooks()
-        z = torch.cat([latents for latents, _ in parts])
+        latents, reports = zip(*parts, strict=True)
+        z = torch.cat(latents)
         if not bool(torch.isfinite(z).all()):
             raise ValueError("the latents are not finite, and so the network's output: in half precision try float32")
-        return (z, inversion.join([report for _, report in parts])) if return_report else z
+        return (z, inversion.join(reports)) if return_report else z
 
     def _ascend(
-        self,
-        x: Tensor,
-        condition: Condition,
-        inverse: InverseDDIMScheduler,
-        steps: int,
-        refinement_steps: int,
-        tolerance: float,
+        self, x: Tensor, condition: Condition, inverse: Upwards, steps: int, refinements: int, tolerance: float
     ) -> tuple[Tensor, InversionReport]:
         """Encode images `x` over the first `steps` steps, each solved on its own."""
         image = x
@@ -121,8 +91,7 @@ class Latents(Loop):
             sampled = self.scheduler.step(output, t, x, eta=0.0).prev_sample
             return x_s[rows] - (sampled.clamp(-1, 1) if x_s is image else sampled), output  # images are clamped
 
-        reports: list[inversion.MoveReport] = []
-        at_x: GeneralizedDDIMSchedulerOutput | None = None  # the sampler's step from x, if known
+        reports, at_x = [], None  # the sampler's step from x, if known
         for i, t in enumerate(self.progress_bar(inverse.timesteps[:steps])):
             move = inverse.move(i)
             if move.alpha_bar_t == move.alpha_bar_s:  # the identity
@@ -133,33 +102,24 @@ class Latents(Loop):
             else:
                 signal, noise = math.sqrt(move.alpha_bar_t), math.sqrt(1 - move.alpha_bar_t)
                 guess = signal * at_x.pred_original_sample + noise * at_x.pred_epsilon
-            if refinement_steps == 0:
+            if refinements == 0:
                 x = guess
                 reports.append(inversion.naive(len(x), condition.evaluations))
                 continue
             down = self.scheduler.timesteps[-1 - i]
             step_size, unit = inversion.step_size(move.alpha_bar_t, move.alpha_bar_s), math.sqrt(move.alpha_bar_s)
-            solution = inversion.solve(partial(residual, x, down), guess, step_size, tolerance * unit, refinement_steps)
+            solution = inversion.solve(partial(residual, x, down), guess, step_size, tolerance * unit, refinements)
             reports.append(solution.report(tolerance, unit, condition.evaluations, guessed=at_x is None))
             x = solution.x
             at_x = self.scheduler.step(solution.output, down, x, eta=0.0)
         return x, inversion.report(inverse.timesteps[:steps].tolist(), reports, tolerance, x)
 
     def _ascend_together(
-        self,
-        image: Tensor,
-        condition: Condition,
-        inverse: InverseMultistepDDIMScheduler,
-        steps: int,
-        refinement_steps: int,
-        tolerance: float,
+        self, image: Tensor, condition: Condition, inverse: Upwards, steps: int, refinements: int, tolerance: float
     ) -> tuple[Tensor, InversionReport]:
-        """Encode images over the first `steps` steps, refined as one.
-
-        An iteration moves the image by what decoding misses it by, and encodes it again.
-        """
+        """Encode images over the first `steps` steps, refined as one: move by decoding's error, and encode again."""
         up, down = inverse.timesteps[:steps], self.scheduler.timesteps[-steps:]
-        iterations = max(1, refinement_steps // 2)
+        cost, iterations = condition.evaluations * steps, max(1, refinements // 2)
 
         def encoded(x: Tensor, rows: Tensor | slice) -> Tensor:
             bar.update()
@@ -171,12 +131,11 @@ class Latents(Loop):
             return image[rows] - decoded.clamp(-1, 1), z
 
         with self.progress_bar(total=iterations) as bar:
-            if refinement_steps == 0:
-                z, found = encoded(image, slice(None)), inversion.naive(len(image), condition.evaluations * steps)
+            if refinements == 0:
+                z, found = encoded(image, slice(None)), inversion.naive(len(image), cost)
             else:
                 solution = inversion.solve(residual, image, 1.0, tolerance, iterations)
-                found = solution.report(tolerance, 1.0, condition.evaluations * 2 * steps, guessed=False)
-                z = solution.output
+                z, found = solution.output, solution.report(tolerance, 1.0, 2 * cost, guessed=False)
         return z, inversion.report([int(down[0])], [found], tolerance, z)
 
     @torch.no_grad()
@@ -184,7 +143,7 @@ class Latents(Loop):
         self,
         latents: Tensor,
         num_inference_steps: int | None = None,
-        timesteps: Sequence[int] | Tensor | None = None,
+        timesteps: Timesteps = None,
         strength: float = 1.0,
         class_labels: Labels = None,
         guidance_scale: float = 1.0,
@@ -196,30 +155,21 @@ class Latents(Loop):
 
         Args:
             latents: x_T, or x_t from `encode` with the same `strength`, (B, C, H, W).
-            strength, batch_size: as in `encode`; the others as in the call.
+            others: as in `encode` and in the call.
 
-        Returns:
-            Images: a list of PIL images, an array or a tensor.
-
-        Raises:
-            ValueError: for arguments that do not fit, and for a scheduler that adds noise.
+        Returns a list of PIL images, an array or a tensor. Raises ValueError for arguments that do not fit, and for a
+        scheduler that adds noise.
         """
         check_output_type(output_type)
         self._check_deterministic()
         self._check_latents(latents)
-        check_count("batch_size", 1 if batch_size is None else batch_size, 1)
-        condition = self._condition(class_labels, guidance_scale, null_class_label, len(latents))
-        self._check_channels()
-        self._set_timesteps(self.scheduler, num_inference_steps, timesteps, condition.device)
-        last = self.scheduler.timesteps[-self._number_of_steps(strength) :]
-        x = latents.to(condition.device, condition.state_dtype)
-        parts = [
-            self._run(self.scheduler, x[rows], self.progress_bar(last), condition.rows(rows), eta=0.0)
-            for rows in batches(range(len(x)), batch_size)
-        ]
-        images = self._images(torch.cat(parts), output_type)
+        labels = class_labels, guidance_scale, null_class_label
+        x, condition, steps = self._prepare(latents, num_inference_steps, timesteps, strength, *labels)
+        last, run = self.scheduler.timesteps[-steps:], partial(self._run, self.scheduler, eta=0.0)
+        rows = batches(range(len(x)), batch_size)
+        parts = [run(x[each], self.progress_bar(last), condition.rows(each)) for each in rows]
         self.maybe_free_model_hooks()
-        return images
+        return to_images(torch.cat(parts), output_type)
 
     def reconstruct(
         self,
@@ -233,19 +183,13 @@ class Latents(Loop):
     ) -> Any:
         """Encode images and decode them again (Section 5.4, Table 2).
 
-        Arguments are those of `encode` and `decode`; `settings` are keywords that both share.
-
-        Returns:
-            Images; with `return_report` a tuple of them, the latents and the report.
+        Arguments are those of `encode` and `decode`; `settings` are keywords that both share. Returns images; with
+        `return_report` a tuple of them, the latents and the report.
         """
         check_output_type(output_type)
         settings["num_inference_steps"] = num_inference_steps
-        unknown = settings.keys() - set(inspect.signature(self.decode).parameters)
-        if unknown:
-            raise TypeError(f"reconstruct() got an unexpected keyword argument {min(unknown)!r}")
-        z, report = self.encode(
-            images, refinement_steps=refinement_steps, tolerance=tolerance, return_report=True, **settings
-        )
+        refinement = {"refinement_steps": refinement_steps, "tolerance": tolerance}
+        z, report = self.encode(images, return_report=True, **refinement, **settings)
         again = self.decode(z, output_type=output_type, **settings)
         return (again, z, report) if return_report else again
 
@@ -254,13 +198,9 @@ class Latents(Loop):
 
         Args:
             z0, z1: the ends, (C, H, W), or (B, C, H, W) for B paths.
-            num: images on a path, ends included; at least 2.
+            num: images on a path, ends included; at least 2. Path after path, B·num images are returned.
             decoding: keywords of `decode`. `class_labels` are one for all, or one for each path.
-
-        Returns:
-            B·num images, path after path, as from `decode`.
         """
-        check_count("num", num)
         z0, z1 = (z[None] if isinstance(z, Tensor) and z.ndim == 3 else z for z in (z0, z1))
         for z in (z0, z1):
             self._check_latents(z)
@@ -277,32 +217,32 @@ class Latents(Loop):
 
         Args:
             corners: top left, top right, bottom left and bottom right, (4, C, H, W).
-            num: rows and columns of the grid, or (rows, columns); each at least 2.
+            num: rows and columns of the grid, or (rows, columns); each at least 2. The images are in reading order.
             decoding: keywords of `decode`. `class_labels` is one for all.
-
-        Returns:
-            rows·columns images, row after row, as from `decode`.
         """
         rows, columns = num if isinstance(num, tuple) and len(num) == 2 else (num, num)
-        check_count("num", rows)
-        check_count("num", columns)
         self._check_latents(corners)
         if len(corners) != 4:
             raise ValueError(f"corners must be 4 latents, not {len(corners)}")
         left, right = _path(corners[:2], corners[2:], rows)
         return self.decode(_path(left, right, columns).flatten(0, 1), **decoding)
 
-    def _number_of_steps(self, strength: float) -> int:
-        """⌊strength·S⌋, the number of steps between the image and an intermediate t."""
+    def _prepare(
+        self, x: Tensor, S: int | None, timesteps: Timesteps, strength: float, *labels: Any
+    ) -> tuple[Tensor, Condition, int]:
+        """Plan the steps, and return x for the loop, its condition, and ⌊strength·S⌋ steps next to the image."""
+        condition = self._condition(*labels, len(x))
+        self._set_timesteps(self.scheduler, S, timesteps, condition.device, None)
         S = self.scheduler.num_inference_steps
         if not isinstance(strength, Real) or not 0 < strength <= 1:
             raise ValueError(f"strength must lie in (0, 1], not {strength!r}")
         steps = int(strength * S + 1e-9)
         if steps == 0:
             raise ValueError(f"strength={strength:g} of {S} steps is less than one: use at least {1 / S:.3g}")
-        return steps
+        return x.to(condition.device, condition.state_dtype), condition, steps
 
 
 def _path(z0: Tensor, z1: Tensor, num: int) -> Tensor:
     """Interpolate between each of `z0` and `z1`, (B, …), ends included: (B, num, …)."""
+    check_count("num", num)
     return torch.stack([slerp(z0, z1, i / (num - 1)) for i in range(num)], 1)

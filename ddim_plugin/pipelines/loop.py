@@ -1,51 +1,35 @@
 """What all calls of the pipeline share: checks before the loop, and the loop over timesteps."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin, UNet2DModel
+from diffusers import SchedulerMixin
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from ..process.moves import adds_noise
 from ..process.spacings import is_integer
-from ..schedulers import (
-    GeneralizedDDIMScheduler,
-    InverseDDIMScheduler,
-    InverseMultistepDDIMScheduler,
-    sampler_class,
-)
-from .conditions import Condition, Labels, check_labels
+from ..schedulers import GeneralizedDDIMScheduler, sampler_class
+from ..schedulers.inverse import Upwards
+from .conditions import Condition, Labels
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-AfterStep = Callable[[int, Tensor, Tensor, Any], Tensor | None]
-"""(number, timestep, x_t, output of `step`) ↦ the sample to continue with. None is that of the scheduler."""
+to_images = VaeImageProcessor().postprocess  # (x_0, output type) ↦ images
+Timesteps = Sequence[int] | Tensor | None
+AfterStep = Callable[[int, Tensor, Tensor, Any], Tensor | None]  # (number, timestep, x_t, output of `step`) ↦ a new x_s
 
 
 class Loop:
-    """Checks and the sampling loop, for a `DiffusionPipeline` with `unet` and `scheduler`."""
-
-    unet: UNet2DModel
-    scheduler: SchedulerMixin
+    """Checks and the sampling loop, for a `DiffusionPipeline` with a `UNet2DModel` as `unet`, and a `scheduler`."""
 
     @property
     def image_size(self) -> tuple[int, int] | None:
         """(H, W) of the network's images, or None if its config has no `sample_size`."""
         size = self.unet.config.sample_size
         return (size, size) if isinstance(size, int) else size and tuple(size)
-
-    def _shape(self, batch_size: int | None, latents: Tensor | None) -> tuple[int, ...]:
-        """Check the batch size and latents, and return the shape (B, C, H, W) of the images."""
-        if batch_size is not None:
-            check_count("batch_size", batch_size, 1)
-        if latents is not None:
-            self._check_latents(latents, batch_size)
-            return tuple(latents.shape)
-        if self.image_size is None:
-            raise ValueError("the network's config has no sample_size: pass latents of the wanted size")
-        return batch_size or 1, self.unet.config.in_channels, *self.image_size
 
     def _check_latents(self, latents: Tensor, batch_size: int | None = None) -> None:
         """Raise ValueError unless `latents` are some for this network."""
@@ -63,68 +47,76 @@ class Loop:
     def _condition(
         self, class_labels: Labels, guidance_scale: float, null_class_label: int | None, batch_size: int
     ) -> Condition:
-        """Check labels and guidance, and look up once what is slow to look up: the network's device and type."""
-        labels = check_labels(self.unet, class_labels, guidance_scale, null_class_label, batch_size)
-        device = self._execution_device
-        labels, null_labels = (None if each is None else each.to(device) for each in labels)
-        return Condition(labels, null_labels, guidance_scale, device, self.unet.dtype)
+        """Check the network, labels and guidance, and look up once what is slow to look up: its device and type."""
+        self._check_channels()
+        device, dtype = self._execution_device, self.unet.dtype
+        classes = self.unet.config.num_class_embeds  # None for a custom embedding, whose labels need not be classes
+        if self.unet.class_embedding is None:
+            if class_labels is not None or guidance_scale != 1 or null_class_label is not None:
+                raise ValueError("this network is unconditional: leave out class labels and guidance_scale")
+            return Condition(None, None, guidance_scale, device, dtype)
+        if class_labels is None:
+            raise ValueError(f"this network is class-conditional: pass class_labels (0..{(classes or 0) - 1})")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, not {guidance_scale!r}")
+        labels, null_labels = torch.as_tensor(class_labels), None
+        labels = labels.expand(batch_size) if labels.ndim == 0 else labels
+        if len(labels) != batch_size:
+            raise ValueError(f"{len(labels)} class_labels for a batch of {batch_size}: give one, or one for each")
+        if guidance_scale != 1:
+            if null_class_label is None and classes is None:
+                raise ValueError("the network's config has no num_class_embeds: pass null_class_label")
+            null_labels = torch.full_like(labels, classes - 1 if null_class_label is None else null_class_label)
+        for values in (labels, null_labels):
+            if classes is None or values is None:
+                continue
+            whole = not values.is_floating_point() and values.dtype != torch.bool and values.ndim == 1
+            if not whole or not ((values >= 0) & (values < classes)).all():
+                raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {values.tolist()}")
+        labels, null_labels = (None if each is None else each.to(device) for each in (labels, null_labels))
+        return Condition(labels, null_labels, guidance_scale, device, dtype)
 
     def _check_channels(self) -> None:
         """Raise ValueError if the network's channels do not fit the variance type of our scheduler."""
         if not isinstance(self.scheduler, GeneralizedDDIMScheduler):
             return
-        predicted, channels = self.unet.config.out_channels, self.unet.config.in_channels
-        learned = self.scheduler.config.variance_type == "learned_range"
-        if predicted != (2 if learned else 1) * channels:
-            remedy = "needs twice the channels" if learned else "needs as many; with twice use 'learned_range'"
-            raise ValueError(
-                f"the network predicts {predicted} channels from {channels}: "
-                f"variance_type={self.scheduler.config.variance_type!r} {remedy}"
-            )
+        made, channels = self.unet.config.out_channels, self.unet.config.in_channels
+        kind = self.scheduler.config.variance_type
+        factor = 2 if kind == "learned_range" else 1
+        if made != factor * channels:
+            remedy = "needs twice the channels" if factor == 2 else "needs as many; with twice use 'learned_range'"
+            raise ValueError(f"the network predicts {made} channels from {channels}: variance_type={kind!r} {remedy}")
 
     def _check_deterministic(self, invertible: bool = False) -> None:
         """Raise ValueError unless x_T determines the image, and if `invertible` the image x_T."""
-        scheduler, config = self.scheduler, self.scheduler.config
-        remedy = f"pipe.scheduler = {sampler_class(scheduler).__name__}.from_config(pipe.scheduler.config"
-        inverse = isinstance(scheduler, InverseDDIMScheduler | InverseMultistepDDIMScheduler)
-        if inverse or not isinstance(scheduler, GeneralizedDDIMScheduler):
+        scheduler, config, change = self.scheduler, self.scheduler.config, ""
+        if isinstance(scheduler, Upwards) or not isinstance(scheduler, GeneralizedDDIMScheduler):
             given = f"{type(scheduler).__module__}.{type(scheduler).__name__}"
-            raise ValueError(f"latents need a GeneralizedDDIMScheduler of ddim_plugin, not {given}: {remedy})")
-        if adds_noise(config.variance_type, config.eta):
-            raise ValueError(
-                f"latents need the deterministic process: with noise (eta={config.eta:g}, "
-                f"variance_type={config.variance_type!r}) x_T does not determine the image: {remedy}, eta=0.0, "
-                "variance_type='fixed_small')"
-            )
-        if invertible and (config.clip_sample or config.thresholding):
+            problem = f"latents need a GeneralizedDDIMScheduler of ddim_plugin, not {given}"
+        elif adds_noise(config.variance_type, config.eta):
+            noise = f"eta={config.eta:g}, variance_type={config.variance_type!r}"
+            problem = f"latents need the deterministic process: with noise ({noise}) x_T does not determine the image"
+            change = ", eta=0.0, variance_type='fixed_small'"
+        elif invertible and (config.clip_sample or config.thresholding):
             key = "thresholding" if config.thresholding else "clip_sample"
-            raise ValueError(
-                f"the scheduler constrains x̂0 ({key}=True), and such a step has no inverse: {remedy}, {key}=False)"
-            )
+            problem = f"the scheduler constrains x̂0 ({key}=True), and such a step has no inverse"
+            change = f", {key}=False"
+        else:
+            return
+        remedy = f"pipe.scheduler = {sampler_class(scheduler).__name__}.from_config(pipe.scheduler.config{change})"
+        raise ValueError(f"{problem}: {remedy}")
 
     def _set_timesteps(
-        self,
-        scheduler: SchedulerMixin,
-        num_inference_steps: int | None,
-        timesteps: Sequence[int] | Tensor | None,
-        device: torch.device,
-        eta: float | None = None,
+        self, scheduler: SchedulerMixin, S: int | None, timesteps: Timesteps, device: torch.device, eta: float | None
     ) -> None:
         """Plan the scheduler's timesteps: 50 by default, or T if that is less."""
         accepted = inspect.signature(scheduler.set_timesteps).parameters
         if timesteps is None:
-            steps = num_inference_steps
-            if steps is None:
-                steps = min(50, getattr(scheduler.config, "num_train_timesteps", 50))
-            planned_for = {"eta": eta} if "eta" in accepted else {}
-            scheduler.set_timesteps(steps, device=device, **planned_for)
+            S = min(50, scheduler.config.num_train_timesteps) if S is None else S
+            scheduler.set_timesteps(S, device=device, **({"eta": eta} if "eta" in accepted else {}))
             return
-        if not hasattr(timesteps, "__len__") or getattr(timesteps, "ndim", 1) != 1:
-            raise ValueError(f"timesteps must be a list of integers, not {timesteps!r}")
-        if num_inference_steps is not None and num_inference_steps != len(timesteps):
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps} and {len(timesteps)} timesteps disagree: pass one of them"
-            )
+        if S is not None and len(timesteps) != S:
+            raise ValueError(f"num_inference_steps={S} and {len(timesteps)} timesteps disagree: pass one of them")
         if "timesteps" not in accepted:
             raise ValueError(f"{type(scheduler).__name__} does not accept custom timesteps: pass num_inference_steps")
         scheduler.set_timesteps(timesteps=timesteps, device=device)
@@ -149,21 +141,9 @@ class Loop:
     def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the network's output in the form that the scheduler accepts."""
         output = condition.predict(self.unet, x, t)
-        ours = isinstance(self.scheduler, GeneralizedDDIMScheduler)
         learned = getattr(self.scheduler.config, "variance_type", None) in ("learned", "learned_range")
-        if output.shape[1] == 2 * x.shape[1] and not (ours or learned):
-            output = output[:, : x.shape[1]]  # stock samplers without a learned variance use the prediction alone
-        return output
-
-    def _images(self, x: Tensor, output_type: str) -> Any:
-        """Convert x_0 to the output type."""
-        if output_type == "latent":
-            return x
-        images = (x / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return images
-        array = images.permute(0, 2, 3, 1).float().cpu().numpy()
-        return self.numpy_to_pil(array) if output_type == "pil" else array
+        unused = not learned and output.shape[1] == 2 * x.shape[1]  # a variance that a stock sampler does not use
+        return output[:, : x.shape[1]] if unused else output
 
 
 def check_output_type(output_type: str) -> None:
@@ -174,7 +154,8 @@ def check_output_type(output_type: str) -> None:
 
 def batches(images: range, size: int | None) -> list[slice]:
     """Split images into batches of at most `size`; one by default."""
-    size = size or len(images)
+    size = len(images) if size is None else size
+    check_count("batch_size", size, 1)
     return [slice(i, min(i + size, images.stop)) for i in range(images.start, images.stop, size)]
 
 

@@ -68,7 +68,7 @@ def test_lists_and_batches():
         (Image.new("F", (6, 8)), 1, None, "scale it to 0..255 first"),
         (np.zeros((8, 6, 3), object), 3, None, "is of type object: pass bytes"),
         (np.zeros((8, 6, 3), complex), 3, None, "is of type complex128: pass bytes"),
-        (GRAY.astype(np.uint16), 1, None, "is of type torch.uint16: pass bytes"),
+        (GRAY.astype(np.uint16), 1, None, "is of type uint16: pass bytes"),
         (AS_TENSOR, 1, None, r"a tensor must be \(1, H, W\) or \(B, 1, H, W\)"),
         (COLOUR.transpose(2, 0, 1), 3, None, r"shape \(3, 8, 6\): an array must be \(H, W, 3\)"),
         (COLOUR, 3, (6, 8), r"is 8×6 .* not 6×8 as the network is: .*resize\(\(8, 6\)\)"),
