@@ -1,7 +1,5 @@
-"""`python -m ddim_plugin.cli`."""
-
-import sys
+"""Run `python -m ddim_plugin.cli`."""
 
 from . import main
 
-sys.exit(main())
+raise SystemExit(main())

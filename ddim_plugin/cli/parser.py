@@ -8,87 +8,80 @@ from ..process.moves import VARIANCES
 from ..process.spacings import NAMES
 from ..version import __version__
 
-DTYPES = ("float32", "float16", "bfloat16")
-LATENTS = "latents.safetensors"
-MODEL = "model"
+LATENTS, MODEL = "latents.safetensors", "model"
 
-FILES = {
+FILES = {  # what each command writes into --output
     "sample": ("samples.png", LATENTS, "sample.json"),
     "encode": (LATENTS, "encode.json"),
     "reconstruct": ("reconstruction.png", LATENTS, "reconstruct.json"),
     "interpolate": ("interpolation.png", LATENTS, "interpolate.json"),
     "fit": (MODEL, "fit.json"),
-    "push": (),
 }
-"""What each command writes into --output."""
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
-    """Parse the arguments of a command.
+    """Parse the arguments of a command."""
+    model, timesteps, latents, images, refine, seed, columns = (ArgumentParser(add_help=False) for _ in range(7))
+    model.add_argument("model", metavar="MODEL", help="a folder written by save_pretrained, or a Hub id")
+    model.add_argument("--class-label", type=int, nargs="+", metavar="C", help="one for all images, or one for each")
+    model.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: none)")
+    model.add_argument("--null-class-label", type=int, metavar="C", help="the label of no class (default: the last)")
+    model.add_argument("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
+    model.add_argument("--device", help="cpu, cuda, … (default: an accelerator if there is one)")
+    model.add_argument(
+        "--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="default: float32"
+    )
+    model.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    model.add_argument("--output", default="out", metavar="FOLDER", help="where files are written (default: out)")
+    model.add_argument("--overwrite", action="store_true", help="replace files of an earlier run")
 
-    The images of `interpolate` may follow other options: argparse alone reads their list as empty.
-    """
-    top = parser()
-    args, rest = top.parse_known_args(argv)
-    if args.command == "interpolate" and not args.images and not any(word.startswith("-") for word in rest):
-        args.images, rest = rest, []
-    if rest:
-        top.error(f"unrecognized arguments: {' '.join(rest)}")
-    return args
+    steps = timesteps.add_mutually_exclusive_group()
+    steps.add_argument("--steps", type=int, help="number of steps S (default: 50)")
+    steps.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="the timesteps themselves, descending")
+    timesteps.add_argument("--spacing", choices=NAMES, help="spacing of the timesteps (default: the model's)")
+    multistep = "sample with MultistepDDIMScheduler, for few steps (default: the model's scheduler)"
+    timesteps.add_argument("--multistep", action=BooleanOptionalAction, help=multistep)
+    timesteps.add_argument("--strength", type=float, help="share of the steps to make, in (0, 1] (default: 1)")
 
+    latents.add_argument("--latents", metavar="FILE", help="use these latents, with the settings in the file (η = 0)")
+    images.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or folders of them")
+    refine.add_argument("--resize", action="store_true", help="crop and resize images to the network's size")
+    refine.add_argument("--refine", type=int, default=0, metavar="K", help="evaluations to refine a step with, at most")
+    refine.add_argument("--tolerance", type=float, default=TOLERANCE, help="residual of a step (default: %(default)s)")
+    seed.add_argument("--seed", type=int, default=0, help="image i is drawn with seed + i (default: %(default)s)")
+    columns.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default: %(default)s)")
 
-def parser() -> ArgumentParser:
-    """Build the parser of all commands."""
     top = ArgumentParser("ddim-plugin", description="Sample images with diffusion models, and encode images (DDIM).")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, summary: str, example: str) -> ArgumentParser:
-        writes = f"\n\nwrites into --output: {', '.join(FILES[name])}" if FILES[name] else ""
+    def command(name: str, summary: str, example: str, *parents: ArgumentParser) -> ArgumentParser:
+        writes = f"\n\nwrites into --output: {', '.join(FILES[name])}" if name in FILES else ""
         texts = {"help": summary, "description": f"{summary[0].upper()}{summary[1:]}."}
         texts["epilog"] = f"example:\n  ddim-plugin {name} {example}{writes}"
-        return commands.add_parser(name, formatter_class=RawDescriptionHelpFormatter, **texts)
+        return commands.add_parser(name, parents=parents, formatter_class=RawDescriptionHelpFormatter, **texts)
 
-    example = "user/model --num 16 --steps 20 --seed 0 --output out"
-    sub = command("sample", "sample images from noise, or decode latents", example)
-    _model(sub)
-    _timesteps(sub)
+    shared = model, timesteps, latents, seed, columns
+    sub = command("sample", "sample images from noise, or decode latents", "user/model --num 16 --steps 20", *shared)
     sub.add_argument("--num", type=int, help="number of images (default: 16)")
-    _seed(sub)
-    sub.add_argument("--latents", metavar="FILE", help="decode these latents, with the settings in the file (η = 0)")
-    _strength(sub)
     sub.add_argument("--eta", type=float, help="η of Eq. 16: 0 is DDIM, 1 is DDPM (default: the model's)")
     sub.add_argument("--variance", choices=VARIANCES, help="variance of the noise (default: the model's)")
     sub.add_argument("--clip", action=BooleanOptionalAction, help="clip x̂0 in each step (default: the model's)")
-    _columns(sub)
 
-    sub = command("encode", "encode images as latents", "user/model pictures/*.png --steps 10 --refine 14 --output out")
-    _model(sub)
-    _timesteps(sub)
-    _images(sub, "+")
-
-    example = "user/model pictures/ --steps 10 --refine 14 --output out"
-    sub = command("reconstruct", "encode images and decode them again", example)
-    _model(sub)
-    _timesteps(sub)
-    _images(sub, "+")
-    _columns(sub)
+    example = "user/model pictures/ --steps 10 --refine 14"
+    command("encode", "encode images as latents", example, model, timesteps, images, refine)
+    command("reconstruct", "encode images and decode them again", example, model, timesteps, images, refine, columns)
 
     summary = "interpolate between two images or latents, or on the grid between four"
-    sub = command("interpolate", summary, "user/model a.png b.png --steps 50 --refine 5 --output out")
-    _model(sub)
-    _timesteps(sub)
-    _images(sub, "*")
-    sub.add_argument("--latents", metavar="FILE", help="use these latents as ends, with the settings in the file")
+    sub = command("interpolate", summary, "user/model a.png b.png --steps 50", model, timesteps, latents, refine)
+    sub.add_argument("images", metavar="IMAGE", nargs="*", help="two or four image files, or a folder of them")
     sub.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="draw the ends from noise with these seeds")
     sub.add_argument("--points", type=int, default=11, help="images on a path (default: %(default)s)")
 
     summary = "fit the timesteps of a model at few steps, and save it with them"
-    sub = command("fit", summary, "user/model --steps 5 8 10 15 20 --output out")
-    _model(sub)
+    sub = command("fit", summary, "user/model --steps 5 8 10 15 20 --output out", model, seed)
     sub.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20], metavar="S", help="numbers of steps")
     sub.add_argument("--num", type=int, default=128, help="number of images to fit on (default: %(default)s)")
-    _seed(sub)
     sub.add_argument("--teacher-steps", type=int, default=200, help="steps of the solutions (default: %(default)s)")
     sub.set_defaults(multistep=True, spacing=None)
 
@@ -106,46 +99,10 @@ def parser() -> ArgumentParser:
     sub.add_argument("--card", action=BooleanOptionalAction, help=card)
     sub.add_argument("--samples", type=int, metavar="N", help="images to sample for the card (default: none)")
     sub.add_argument("--token", help="token with write access (default: HF_TOKEN, or that of `hf auth login`)")
-    return top
 
-
-def _model(sub: ArgumentParser) -> None:
-    sub.add_argument("model", metavar="MODEL", help="a folder written by save_pretrained, or a Hub id")
-    sub.add_argument("--class-label", type=int, nargs="+", metavar="C", help="one for all images, or one for each")
-    sub.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: none)")
-    sub.add_argument("--null-class-label", type=int, metavar="C", help="the label of no class (default: the last)")
-    sub.add_argument("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
-    sub.add_argument("--device", help="cpu, cuda, … (default: an accelerator if there is one)")
-    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of the network (default: %(default)s)")
-    sub.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
-    sub.add_argument("--output", default="out", metavar="FOLDER", help="where files are written (default: %(default)s)")
-    sub.add_argument("--overwrite", action="store_true", help="replace files of an earlier run")
-
-
-def _timesteps(sub: ArgumentParser) -> None:
-    steps = sub.add_mutually_exclusive_group()
-    steps.add_argument("--steps", type=int, default=None, help="number of steps S (default: 50)")
-    steps.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="the timesteps themselves, descending")
-    sub.add_argument("--spacing", choices=NAMES, help="spacing of the timesteps (default: the model's)")
-    multistep = "sample with MultistepDDIMScheduler, for few steps (default: the model's scheduler)"
-    sub.add_argument("--multistep", action=BooleanOptionalAction, help=multistep)
-
-
-def _images(sub: ArgumentParser, nargs: str) -> None:
-    sub.add_argument("images", metavar="IMAGE", nargs=nargs, help="image files, or folders of them")
-    sub.add_argument("--resize", action="store_true", help="crop and resize images to the network's size")
-    sub.add_argument("--refine", type=int, default=0, metavar="K", help="evaluations to refine each move with, at most")
-    sub.add_argument("--tolerance", type=float, default=TOLERANCE, help="residual of a move (default: %(default)s)")
-    _strength(sub)
-
-
-def _strength(sub: ArgumentParser) -> None:
-    sub.add_argument("--strength", type=float, help="share of the steps to make, in (0, 1] (default: 1)")
-
-
-def _seed(sub: ArgumentParser) -> None:
-    sub.add_argument("--seed", type=int, default=0, help="image i is drawn with seed + i (default: %(default)s)")
-
-
-def _columns(sub: ArgumentParser) -> None:
-    sub.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default: %(default)s)")
+    args, rest = top.parse_known_args(argv)
+    if args.command == "interpolate" and not args.images and not any(word.startswith("-") for word in rest):
+        args.images = rest  # argparse leaves over images that follow an option
+    elif rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
