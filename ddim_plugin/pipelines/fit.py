@@ -19,13 +19,10 @@ TEACHER = {"solver_order": 3, "lower_order_final": False}  # settings of the sol
 
 
 class Fitted(NamedTuple):
-    """Timesteps for S steps, and their error on images that they were not fitted to.
+    """Network timesteps for S steps, descending, and their error on images that they were not fitted to.
 
-    Attributes:
-        timesteps: network timesteps, descending; those of the spacing "few_steps" if nothing better was found.
-        error: mean over the images of the root mean square distance to the converged solution, in units of the
-            network's images (−1..1).
-        default_error: that of the spacing "few_steps".
+    `error` is the mean over the images of the root mean square distance to the converged solution, in units of the
+    network's images (−1..1), and `default_error` that of the spacing "few_steps".
     """
 
     timesteps: list[int]
@@ -138,7 +135,7 @@ class _Fitter:
             known = [default]
             if S in self.scheduler._fitted:
                 known.append(self.scheduler._fitted[S].tolist())
-            powers = [spacings.power(S, self.alpha_bar, p).tolist() for p in POWERS]
+            powers = [spacings.few_steps(S, self.alpha_bar, p).tolist() for p in POWERS]
             starts = sorted(known + powers, key=lambda tau: self._error(tau, seen))[:2]
             moved = [descend(start, self.T, lambda tau: self._error(tau, seen)) for start in starts]
             tau = min(moved, key=lambda pair: pair[1])[0]
@@ -174,7 +171,7 @@ class _Fitter:
         return self.pipe._run(scheduler, x, scheduler.timesteps, condition, eta=0.0)
 
 
-def descend(tau: Sequence[int], T: int, cost: Callable[[list[int]], float], rounds: int = 3) -> tuple[list[int], float]:
+def descend(tau: Sequence[int], T: int, cost: Callable[[list[int]], float], rounds: int = 4) -> tuple[list[int], float]:
     """Move the times of τ one by one to a lower `cost`, by a third of a gap and then less.
 
     Each of `rounds` evaluates `cost` at most twice for each time of τ.

@@ -64,8 +64,8 @@ def paper_quadratic(S: int, T: int) -> Times:
     return 1 + (np.linspace(0, np.sqrt(T * 0.8), S) ** 2).astype(np.int64)
 
 
-def few_steps(S: int, alpha_bar: Array) -> Times:
-    """Space S times evenly in t^(4/5), with smaller uppermost gaps, for a multistep method that starts from T.
+def few_steps(S: int, alpha_bar: Array, power: float = 1.25) -> Times:
+    """Space S times evenly in t^(1/power), with smaller uppermost gaps, for a multistep method that starts from T.
 
     The ends depend on S. The bottom is 2.5·T/S², or T/(2S) for S < 5. The top is T·S/(S + 2), or the lowest time with
     ᾱ ≤ `NOISE` if that is higher. Above it, the prediction of the network hardly changes.
@@ -73,7 +73,8 @@ def few_steps(S: int, alpha_bar: Array) -> Times:
     top, bottom = _ends(S, alpha_bar)
     gaps = np.append(FIRST_GAPS, np.ones(S))[: S - 1]
     way = np.append(0, gaps.cumsum()) / (gaps.sum() or 1)
-    return _spread((top**0.8 - (top**0.8 - bottom**0.8) * way) ** 1.25, len(alpha_bar) - 1)
+    top, bottom = top ** (1 / power), bottom ** (1 / power)
+    return _spread((top - (top - bottom) * way) ** power, len(alpha_bar) - 1)
 
 
 def few_steps_noise(S: int, alpha_bar: Array) -> Times:
@@ -84,12 +85,6 @@ def few_steps_noise(S: int, alpha_bar: Array) -> Times:
     T = len(alpha_bar) - 1
     top = _ends(S, alpha_bar)[0]
     return _spread(np.linspace(top, min(top, max(1, T / max(8, S))), S), T)
-
-
-def power(S: int, alpha_bar: Array, exponent: float) -> Times:
-    """Space S times evenly in t^(1/exponent) between the ends of `few_steps`."""
-    top, bottom = _ends(S, alpha_bar)
-    return _spread(np.linspace(top ** (1 / exponent), bottom ** (1 / exponent), S) ** exponent, len(alpha_bar) - 1)
 
 
 def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
