@@ -35,14 +35,5 @@ __all__ = [
 GeneralizedDDIMPipeline.push_to_hub = _push_to_hub
 _save_stock_index()
 
-# Saved files name these classes by this module, whatever file they stand in.
-for _class in (
-    GeneralizedDDIMPipeline,
-    GeneralizedDDIMScheduler,
-    GeneralizedDDIMSchedulerOutput,
-    InverseDDIMScheduler,
-    InverseMultistepDDIMScheduler,
-    MultistepDDIMScheduler,
-):
-    _class.__module__ = __name__
-del _class
+for _each in [each for each in globals().values() if isinstance(each, type) and each.__module__.startswith(__name__)]:
+    _each.__module__ = __name__  # saved files name classes by this module

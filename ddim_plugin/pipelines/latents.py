@@ -95,7 +95,7 @@ class Latents(Loop):
         for i, t in enumerate(self.progress_bar(inverse.timesteps[:steps])):
             move = inverse.move(i)
             if move.alpha_bar_t == move.alpha_bar_s:  # the identity
-                reports.append(inversion.nothing(len(x)))
+                reports.append(inversion.unsolved(len(x), 0, residual=0.0))
                 continue
             if at_x is None:
                 guess = inverse.step(self._predict(x, t, condition), t, x).prev_sample
@@ -104,7 +104,7 @@ class Latents(Loop):
                 guess = signal * at_x.pred_original_sample + noise * at_x.pred_epsilon
             if refinements == 0:
                 x = guess
-                reports.append(inversion.naive(len(x), condition.evaluations))
+                reports.append(inversion.unsolved(len(x), condition.evaluations))
                 continue
             down = self.scheduler.timesteps[-1 - i]
             step_size, unit = inversion.step_size(move.alpha_bar_t, move.alpha_bar_s), math.sqrt(move.alpha_bar_s)
@@ -132,7 +132,7 @@ class Latents(Loop):
 
         with self.progress_bar(total=iterations) as bar:
             if refinements == 0:
-                z, found = encoded(image, slice(None)), inversion.naive(len(image), cost)
+                z, found = encoded(image, slice(None)), inversion.unsolved(len(image), cost)
             else:
                 solution = inversion.solve(residual, image, 1.0, tolerance, iterations)
                 z, found = solution.output, solution.report(tolerance, 1.0, 2 * cost, guessed=False)

@@ -166,16 +166,10 @@ class MoveReport(NamedTuple):
     damped: NDArray[np.bool_]
 
 
-def naive(B: int, evaluations: int) -> MoveReport:
-    """Report a naive step, whose residual was not measured."""
+def unsolved(B: int, evaluations: int, residual: float = np.nan) -> MoveReport:
+    """Report a step that was not solved. Its residual is NaN if it was not measured, and 0 for the identity."""
     no = np.zeros(B, bool)
-    return MoveReport(np.full(B, np.nan), np.full(B, evaluations), no, no, no)
-
-
-def nothing(B: int) -> MoveReport:
-    """Report a step between times of the same ᾱ, which is the identity."""
-    no = np.zeros(B, bool)
-    return MoveReport(np.zeros(B), np.zeros(B, np.int64), ~no, no, no)
+    return MoveReport(np.full(B, residual), np.full(B, evaluations), no | (residual == 0), no, no)
 
 
 def report(timesteps: list[int], moves: list[MoveReport], tolerance: float, latents: Tensor) -> "InversionReport":

@@ -129,7 +129,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     def _make_plan(self, pairs: list[tuple[int, int]], kind: Kind) -> list[Step]:
         plan = super()._make_plan(pairs, kind)
-        if self._starts_above(pairs[0][0]) and not moves.adds_noise(*kind):
+        t, s = pairs[0]
+        if t > s and self._starts_above(t) and not moves.adds_noise(*kind):
             plan[0] = plan[0].from_top(float(self._alpha_bar[-1]))
         return plan
 
@@ -229,9 +230,6 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
 
     def _evaluated_at(self, pairs: list[tuple[int, int]]) -> list[int]:
         return [t or s for t, s in pairs]
-
-    def _make_plan(self, pairs: list[tuple[int, int]], kind: Kind) -> list[Step]:
-        return [self._make_step(t, s, kind) for t, s in pairs]
 
     def _make_step(self, t: int, s: int, kind: Kind) -> Step:
         move, prediction_type = moves.move(self._alpha_bar, t, s), self.config.prediction_type
