@@ -97,7 +97,7 @@ def _check_numbers(T: int, steps: Sequence[int], num_images: int, teacher_steps:
     if not isinstance(steps, Sequence):
         raise ValueError(f"steps must be a list of step counts, not {steps!r}")
     wrong = [S for S in steps if not spacings.is_integer(S) or not 1 <= S <= T]
-    if wrong or not len(steps):
+    if wrong or not steps:
         raise ValueError(f"steps must be integers from 1 to {T} (num_train_timesteps), not {wrong or steps!r}")
     if not spacings.is_integer(teacher_steps) or min(teacher_steps, T) < 2 * max(steps):
         raise ValueError(
@@ -172,13 +172,7 @@ class _Fitter:
 
 
 def descend(tau: Sequence[int], T: int, cost: Callable[[list[int]], float], rounds: int = 4) -> tuple[list[int], float]:
-    """Move the times of τ one by one to a lower `cost`, by a third of a gap and then less.
-
-    Each of `rounds` evaluates `cost` at most twice for each time of τ.
-
-    Returns:
-        τ and its cost.
-    """
+    """Move the times of τ one by one to a lower `cost`, by a third of a gap and then less, and return both."""
     best, tau = cost(list(tau)), list(tau)
     step = max(1, (tau[-1] - tau[0]) // (3 * max(1, len(tau) - 1)))
     for _ in range(rounds):

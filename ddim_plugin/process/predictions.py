@@ -10,9 +10,7 @@ import numpy as np
 
 from .moves import Move
 
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
-"""What a network may predict: the noise ε, the clean image x_0, or the velocity v."""
-
+PREDICTIONS = ("epsilon", "sample", "v_prediction")  # a network predicts the noise ε, the image x_0 or the velocity v
 FLAT = 0.02  # slope of a step below which `unfold` does not divide by it
 
 

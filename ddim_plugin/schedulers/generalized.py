@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..process import betas as schedules
@@ -16,7 +17,7 @@ from ..process import predictions as p
 from .config import STOCK_SCHEDULES
 from .planned import Kind, Planned
 from .step import Evaluation, GeneralizedDDIMSchedulerOutput, Step, StepTuple
-from .tensors import Randomness, accumulate, check_noise, draw, split_variance
+from .tensors import Randomness, accumulate, check_noise, split_variance
 
 DETERMINISTIC = {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False, "thresholding": False}
 """Settings under which a latent and its image determine each other."""
@@ -30,9 +31,8 @@ class GeneralizedDDIMScheduler(Planned):
 
     Args:
         num_train_timesteps: T, the number of timesteps the network was trained on.
-        beta_start, beta_end: range of β for the schedules that have one.
-        beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "const", "jsd", "sigmoid" or "laplace".
-        trained_betas: β_1..β_T as numbers, instead of a named schedule.
+        beta_start, beta_end, beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "const", "jsd", "sigmoid"
+            or "laplace", and the range of β for those that have one. `trained_betas` are β_1..β_T as numbers instead.
         clip_sample, clip_sample_range: clip x̂0 to ±`clip_sample_range` in each step.
         set_alpha_to_one: True sets ᾱ_0 = 1 (the paper), False ᾱ_0 = ᾱ_1, as in the config of Stable Diffusion.
         steps_offset: added to the timesteps of the spacing "leading".
@@ -44,8 +44,8 @@ class GeneralizedDDIMScheduler(Planned):
         eta: η of Eq. 16, used if `step` is not given one. 0 is DDIM and 1 is DDPM. "fixed_large" and "learned_range"
             do not use it: they require η = 1.
         variance_type: "fixed_small" (σ = η·√β̃, Eq. 16), "fixed_large" (σ̂ for the noise alone, Appendix D.3),
-            "learned_range" (a network with twice the channels, between β̃ and β) or "optimal" (Analytic-DPM).
-        eps_mean_square: E‖ε̂(x_t, t)‖²/d for t = 1..T, for "optimal".
+            "learned_range" (a network with twice the channels, between β̃ and β), or "optimal" (Analytic-DPM) with
+            `eps_mean_square`, E‖ε̂(x_t, t)‖²/d for t = 1..T.
         use_clipped_model_output: recompute ε̂ from a clipped x̂0, as Ho's sampler does. False keeps the network's ε̂,
             as the authors' code does.
 
@@ -128,10 +128,7 @@ class GeneralizedDDIMScheduler(Planned):
         """Raise ValueError for noise that does not exist, or not in this class."""
         moves.effective_eta(variance_type, None, eta)
         if variance_type in moves.ETA_FREE and eta not in (0, 1):
-            raise ValueError(
-                f"variance_type={variance_type!r} requires eta=1 (or eta=0 in the config, which it does not use), "
-                f"not eta={eta!r}"
-            )
+            raise ValueError(f"variance_type={variance_type!r} requires eta=1 (or eta=0, the default), not {eta!r}")
 
     # ---- stepping ----------------------------------------------------------------------------------------------
 
@@ -177,7 +174,9 @@ class GeneralizedDDIMScheduler(Planned):
         evaluation = self._evaluate(kind, step, sample, output, variance, use_clipped_model_output)
         x = evaluation.mean()
         if kind != ("fixed_small", 0.0) and (isinstance(step.noise, Tensor) or step.noise > 0):
-            z = draw(sample, x.dtype, generator) if variance_noise is None else variance_noise
+            z = variance_noise
+            if z is None:
+                z = randn_tensor(sample.shape, generator, sample.device, x.dtype)
             x = accumulate(x, evaluation.std(), z)
         result = GeneralizedDDIMSchedulerOutput(x.to(sample.dtype), evaluation)
         return result if return_dict else StepTuple(result)

@@ -1,12 +1,10 @@
 """Tensor work of a step: few passes over memory, float32 at least, and no read on the host."""
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
 Coefficient = float | Tensor  # a number, or a tensor that broadcasts over (B, C, H, W)
-Randomness = Generator | list[Generator] | None
-"""One generator for the batch, a list with one for each image, or the global one."""
+Randomness = Generator | list[Generator] | None  # for the batch, for each image, or the global one
 
 
 def combine(a: Coefficient, x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
@@ -91,8 +89,3 @@ def check_noise(sample: Tensor, generator: Randomness, variance_noise: Tensor | 
         raise ValueError("give either generator or variance_noise, not both")
     if variance_noise is not None and variance_noise.shape != sample.shape:
         raise ValueError(f"variance_noise has shape {tuple(variance_noise.shape)}, the sample {tuple(sample.shape)}")
-
-
-def draw(like: Tensor, dtype: torch.dtype, generator: Randomness) -> Tensor:
-    """Draw standard normal noise of the shape and device of `like`."""
-    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)
