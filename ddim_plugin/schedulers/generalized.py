@@ -128,7 +128,7 @@ class GeneralizedDDIMScheduler(Planned):
         """Raise ValueError for noise that does not exist, or not in this class."""
         moves.effective_eta(variance_type, None, eta)
         if variance_type in moves.ETA_FREE and eta not in (0, 1):
-            raise ValueError(f"variance_type={variance_type!r} requires eta=1 (or eta=0, the default), not {eta!r}")
+            raise ValueError(f"variance_type={variance_type!r} requires eta=1 (or 0, the default), not eta={eta!r}")
 
     # ---- stepping ----------------------------------------------------------------------------------------------
 
