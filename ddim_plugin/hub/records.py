@@ -1,13 +1,6 @@
 """Records of a model: what the scripts that trained and measured it wrote beside it.
 
-`results.json` holds a list under "results". An entry has
-    metric: its id ("fid"), and optionally name ("FID") and standard_error;
-    value, and nfe: evaluations of the network for an image;
-    dataset: {"name", and optionally "id" on the Hub and "split"}, which the value was measured against;
-and optionally the settings of the measurement: num_inference_steps, eta, variance_type, timestep_spacing, scheduler,
-images, draws (number of sets of images, whose values were averaged), seed. An entry with `"listed": false` is in the
-tables of the card, and not in the metadata that the Hub lists. "pictures" names pictures beside the file, as a list or
-with captions. "model" may hold the digest of the weights. `training.json` is written by the training script.
+`model_cards/README.md` describes `results.json`. `training.json` and `conversion.json` are what the scripts wrote.
 """
 
 import re
@@ -36,8 +29,7 @@ class Records:
         results: entries of `results.json`.
         files: `results.json`, `training.json` and `conversion.json` by name, as far as they exist.
         pictures: paths of the pictures to publish, by name.
-        captions: captions of those that `results.json` names.
-        caption: caption of the sample grid.
+        captions: captions of the sample grid, and of the pictures that `results.json` names.
         digest: of the weights that the results were measured on, if it was recorded.
     """
 
@@ -45,8 +37,7 @@ class Records:
     files: dict[str, dict[str, Any]]
     pictures: dict[str, Path]
     captions: dict[str, str]
-    caption: str
-    digest: str | None
+    digest: str | None = None
 
     @property
     def training(self) -> dict[str, Any]:
@@ -56,84 +47,66 @@ class Records:
 def read_records(folder: Path) -> Records:
     """Read the records in a folder. Raises ValueError for records that are not as the scripts write them."""
     found = {each: read_object(folder / each) for each in (RESULTS, TRAINING, CONVERSION) if (folder / each).is_file()}
-    results = found.get(RESULTS, {"results": []})
+    results = found.get(RESULTS, {})
     listed = listed_pictures(results.get("pictures", {}), folder / RESULTS)
-    names = [GRID, LOSS, *listed]
-    pictures = {name: folder / name for name in names if (folder / name).is_file()}
-    previews = sorted(folder.glob("previews/*.png"))
-    if GRID not in pictures and previews:
-        pictures[GRID] = previews[-1]
+    pictures = {name: folder / name for name in (GRID, LOSS, *listed) if (folder / name).is_file()}
+    previews, sample = sorted(folder.glob("previews/*.png")), folder / "sample.json"
+    if GRID in pictures:
+        made = read_object(sample).get("settings", {}) if sample.is_file() else {}
+    else:
+        made = {"steps": (found.get(TRAINING, {}).get("config") or {}).get("preview_steps"), "eta": 0}
+        pictures |= {GRID: previews[-1]} if previews else {}
+    words = {"S": made.get("steps"), "η": made.get("eta"), "the first seed": made.get("seed")}
+    words = ["Samples", *(f"{name} = {value}" for name, value in words.items() if value is not None)]
+    captions = {GRID: f"{', '.join(words)}."} | {name: public(text) for name, text in listed.items() if text}
     model = results.get("model")
     return Records(
-        results=public(_checked(results, folder / RESULTS)),
+        results=public(read_results(folder / RESULTS)) if RESULTS in found else [],
         files={name: public(content) for name, content in found.items()},
         pictures=pictures,
-        captions={name: public(text) for name, text in listed.items() if text and name in pictures},
-        caption=_caption(folder, found.get(TRAINING, {})) if GRID in pictures else "",
+        captions={name: text for name, text in captions.items() if name in pictures},
         digest=model.get("sha256") if isinstance(model, dict) else None,
     )
 
 
 def read_results(file: str | Path) -> list[dict[str, Any]]:
     """Read the entries of a `results.json`. Raises ValueError naming the entry that is not valid."""
-    return _checked(read_object(file), file)
-
-
-def _checked(content: dict[str, Any], file: str | Path) -> list[dict[str, Any]]:
-    entries = content.get("results")
+    entries = read_object(file).get("results")
     if not isinstance(entries, list):
         raise ValueError(f'{file} holds no list under "results"')
     for i, entry in enumerate(entries):
-        if problem := _problem(entry):
-            raise ValueError(f"{file}: entry {i} of results {problem}")
+        if not isinstance(entry, dict):
+            raise ValueError(f"{file}: entry {i} of results is no object: {entry!r}")
+        for key, (is_valid, meaning) in ENTRY.items():
+            if not is_valid(entry.get(key)):
+                raise ValueError(f"{file}: entry {i} of results has {key}={entry.get(key)!r}: it must be {meaning}")
     return entries
 
 
-def _problem(entry: Any) -> str | None:
-    if not isinstance(entry, dict):
-        return f"is no object: {entry!r}"
-    for key in ("metric", "value", "nfe", "dataset"):
-        if key not in entry:
-            return f"has no {key}"
-    if not isinstance(entry["metric"], str) or not entry["metric"]:
-        return f"has the metric {entry['metric']!r}: give its id, such as fid"
-    for key in ("value", "nfe", "standard_error"):
-        value = entry.get(key)
-        if not (key == "standard_error" and value is None) and not is_finite(value):
-            return f"has {key}={value!r}: it must be a finite number"
-    if entry["nfe"] <= 0:
-        return f"has nfe={entry['nfe']!r}: it must be positive"
-    dataset = entry["dataset"]
-    texts = isinstance(dataset, dict) and all(isinstance(dataset.get(key, ""), str) for key in ("name", "id", "split"))
-    if not texts or not dataset.get("name"):
-        return f"has the dataset {dataset!r}: give at least its name; name, id and split are texts"
-    return None
-
-
-def is_finite(value: Any) -> bool:
-    """Test for a number that JSON and tables can hold."""
+def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _is_dataset(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value.get("name")) and all(isinstance(each, str) for each in value.values())
+
+
+ENTRY = {
+    "metric": (lambda value: isinstance(value, str) and value != "", "an id such as fid"),
+    "value": (_is_finite, "a finite number"),
+    "nfe": (lambda value: _is_finite(value) and value > 0, "a positive number"),
+    "standard_error": (lambda value: value is None or _is_finite(value), "a finite number"),
+    "dataset": (_is_dataset, "an object of texts, at least its name"),
+}
+"""What an entry must have, else the Hub would refuse the card."""
 
 
 def listed_pictures(listed: Any, file: Path) -> dict[str, str]:
     """Return the pictures that `results.json` names, with their captions. Raises ValueError."""
     named = {str(name): "" for name in listed} if isinstance(listed, list) else listed
-    if not isinstance(named, dict) or not all(
-        isinstance(text, str) and PICTURE.fullmatch(name) for name, text in named.items()
-    ):
-        raise ValueError(
-            f'{file} must list names such as figure4.png under "pictures", or captions by name: {listed!r}'
-        )
-    return named
-
-
-def _caption(folder: Path, training: dict[str, Any]) -> str:
-    """Return how the sample grid was made: by the command line, or as a preview of the training."""
-    if not (folder / GRID).is_file():
-        return f"Samples at S = {(training.get('config') or {}).get('preview_steps')}, η = 0."
-    settings = read_object(folder / "sample.json").get("settings", {}) if (folder / "sample.json").is_file() else {}
-    known = {"S": settings.get("steps"), "η": settings.get("eta"), "the first seed": settings.get("seed")}
-    return ", ".join(["Samples", *(f"{name} = {value}" for name, value in known.items() if value is not None)]) + "."
+    if not isinstance(named, dict) or not all(PICTURE.fullmatch(name) for name in named):
+        raise ValueError(f'{file} must list names such as figure4.png under "pictures": {listed!r}')
+    return {name: str(caption or "") for name, caption in named.items()}
 
 
 def public(value: Any) -> Any:
@@ -144,8 +117,7 @@ def public(value: Any) -> Any:
         return [public(each) for each in value]
     if not isinstance(value, str):
         return value
-    if Path(value).is_absolute() or value.startswith(("~/", "../", "./")):
-        return Path(value).name
-    if PureWindowsPath(value).is_absolute():
-        return PureWindowsPath(value).name
+    for kind in (Path, PureWindowsPath):
+        if kind(value).is_absolute() or value.startswith(("~/", "../", "./")):
+            return kind(value).name
     return PATH.sub(r"\1", value)

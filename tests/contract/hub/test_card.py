@@ -7,9 +7,10 @@ import pytest
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from ddim_plugin.hub.card import MARK, card, eval_results, is_written_here
+from ddim_plugin.hub.card import MARK, card, is_written_here
 from ddim_plugin.hub.code import code
-from ddim_plugin.hub.records import public, read_results
+from ddim_plugin.hub.records import GRID, Records, public, read_results
+from ddim_plugin.hub.records import TRAINING as TRAINING_JSON
 
 RESULT = {"metric": "fid", "name": "FID", "value": 4.1613, "nfe": 100, "num_inference_steps": 100, "eta": 0.0}
 RESULT |= {"variance_type": "fixed_small", "timestep_spacing": "quadratic", "images": 50000, "seed": 3}
@@ -44,9 +45,21 @@ SCHEDULER |= {"beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilo
 SCHEDULER |= {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False}
 
 
-def make(**changes):
-    settings = {"results": RESULTS, "training": TRAINING, "picture": "samples.png", "caption": "S = 20."}
-    return card("ada/cifar", UNET, SCHEDULER, 1_698_337, **settings | {"license": "mit"} | changes)
+def records(results=RESULTS, training=TRAINING, captions=None, **files):
+    files = {f"{name}.json": content for name, content in files.items()} | (
+        {TRAINING_JSON: training} if training else {}
+    )
+    return Records(results, files, {}, {GRID: "S = 20."} if captions is None else captions)
+
+
+def make(license="mit", **changes):
+    return card("ada/cifar", UNET, SCHEDULER, 1_698_337, records(**changes), license)
+
+
+def make_with(unet=None, scheduler=None, known=None, **settings):
+    """A card without records."""
+    known = known or records([], None, {})
+    return card("ada/cifar", UNET | (unet or {}), SCHEDULER | (scheduler or {}), 10, known, **settings)
 
 
 def section(text, name):
@@ -82,42 +95,40 @@ def test_the_figures_equal_the_json():
     noisy = RESULT | {"value": 5.784, "eta": 1.0, "nfe": 99}
     text = section(make(results=[*RESULTS, noisy]), "Figures")
     fid, bits = text.split("**BITS_PER_DIM**")
-    assert fid.startswith("**FID**, CIFAR-10 train, 50,000 images, seed 3\n")
+    assert fid.startswith("**FID**, CIFAR-10 train, images = 50000, seed = 3\n")
     assert rows(fid) == [
-        ["variance", "η", "τ", "S = 10", "S = 100"],
-        ["---"] * 5,
-        ["fixed_small", "0.0", "quadratic", "13.36", "4.161"],
-        ["fixed_small", "1.0", "quadratic", "", "5.784 (99)"],
+        ["sampler", "S = 10", "S = 100"],
+        ["---"] * 3,
+        ["variance = fixed_small, η = 0, τ = quadratic", "13.36", "4.161"],
+        ["variance = fixed_small, η = 1, τ = quadratic", "", "5.784 (99)"],
     ]
     assert bits.startswith(", mine\n")
-    assert rows(bits) == [["NFE 1000"], ["---"], ["3.701 ± 0.012"]]
+    assert rows(bits) == [["sampler", "NFE = 1000"], ["---"] * 2, ["", "3.701 ± 0.012"]]
 
 
 def test_what_is_not_listed_stands_in_the_tables_alone():
     text = make(results=[RESULT, OTHER | {"listed": False}])
     assert [each.metric_type for each in ModelCard(text).data.eval_results] == ["fid"]
     assert "3.701 ± 0.012" in section(text, "Figures")
-    if eval_results(RESULTS):
-        assert list(eval_results([RESULT | {"listed": False}])) == []
 
 
 def test_pictures_stand_below_the_figures_with_their_captions():
-    assert "![figure4.png](figure4.png)\n\n*Time against S.*\n" in section(
-        make(pictures={"figure4.png": "Time against S."}), "Figures"
-    )
+    text = make(captions={"figure4.png": "Time against S."})
+    assert "![figure4.png](figure4.png)\n\n*Time against S.*\n" in section(text, "Figures")
 
 
 def test_the_training_is_that_of_the_record():
     told = dict(row[:2] for row in rows(section(make(), "Training")))
-    assert told["images seen"] == f"{1234 * 64:,} in 1,234 steps of 64"
-    assert told["cost"] == "1.50 h on a CPU, 2 threads"
-    assert told["last loss"] == "0.03142"
+    assert (told["steps"], told["batch size"], told["images"]) == ("1234", "64", "50000")
+    assert (told["seconds"], told["device"]) == ("5400", "a CPU, 2 threads")
+    assert told["loss"] == "0.0314159"  # of the outcome, the last one
+    assert "| loss | simple |" in section(make(), "Training")
     assert told["seed"] == "7"
-    assert told["data"] == "uoft-cs/cifar10, train"
+    assert (told["data"], told["split"]) == ("uoft-cs/cifar10", "train")
 
 
 def test_what_was_not_recorded_is_said_to_be_so():
-    text = make(results=None, training=None, picture=None, license=None)
+    text = make(results=[], training=None, captions={}, license=None)
     data = ModelCard(text).data
     assert data.eval_results is None
     assert data.license is None
@@ -133,7 +144,7 @@ def test_a_conversion_is_told():
     source = {"file": "model-790000.ckpt", "sha256": "0123abcd", "published": "ema_cifar10", "step": 790000}
     text = make(training=None, conversion={"source": source, "weights": "ema"})
     told = dict(row[:2] for row in rows(section(text, "Training")))
-    assert (told["converted from"], told["its SHA-256"]) == ("model-790000.ckpt", "0123abcd")
+    assert (told["file"], told["sha256"]) == ("model-790000.ckpt", "0123abcd")
     assert (told["weights"], told["step"]) == ("ema", "790000")
 
 
@@ -141,7 +152,7 @@ def test_three_ways_to_load_with_a_pinned_revision():
     use = section(make(), "Use")
     assert 'GeneralizedDDIMPipeline.from_pretrained("ada/cifar")' in use
     assert f'"ada/cifar", custom_pipeline="{code().name}", trust_remote_code=True, revision="' in use
-    assert ' DDIMPipeline.from_pretrained("ada/cifar")' in use
+    assert '`DDIMPipeline.from_pretrained("ada/cifar")`' in use
     assert use.count("trust_remote_code") == 1
     for block in re.findall(r"```python\n(.*?)```", use, re.DOTALL):
         compile(block, "card", "exec")
@@ -151,7 +162,7 @@ def test_three_ways_to_load_with_a_pinned_revision():
     ("unet", "said"), [({"num_class_embeds": 11}, "class labels"), ({"out_channels": 6}, "learned variances")]
 )
 def test_what_the_stock_pipeline_cannot_do_is_said(unet, said):
-    text = card("ada/cifar", UNET | unet, SCHEDULER, 10)
+    text = make_with(unet)
     assert f"`DDIMPipeline` does not support {said}" in text
     assert ("class_labels=0" in text) == ("num_class_embeds" in unet)
 
@@ -161,17 +172,20 @@ def test_what_the_stock_pipeline_cannot_do_is_said(unet, said):
     [
         ({"fid": 3}, 'no list under "results"'),
         ([], "holds no JSON object"),
-        ({"results": [RESULT, {}]}, "entry 1 of results has no metric"),
+        ({"results": [RESULT, {}]}, "entry 1 of results has metric=None: it must be an id such as fid"),
         ({"results": [RESULT | {"value": "4.16"}]}, "value='4.16': it must be a finite number"),
         ({"results": [RESULT | {"value": True}]}, "must be a finite number"),
         ({"results": [RESULT | {"value": float("nan")}]}, "must be a finite number"),
-        ({"results": [RESULT | {"nfe": 0}]}, "nfe=0: it must be positive"),
+        ({"results": [RESULT | {"nfe": 0}]}, "nfe=0: it must be a positive number"),
         ({"results": [RESULT | {"standard_error": "x"}]}, "standard_error='x'"),
-        ({"results": [RESULT | {"dataset": "CIFAR-10"}]}, "give at least its name"),
-        ({"results": [{k: v for k, v in RESULT.items() if k != "nfe"}]}, "has no nfe"),
+        (
+            {"results": [RESULT | {"dataset": "CIFAR-10"}]},
+            "dataset='CIFAR-10': it must be an object of texts",
+        ),
+        ({"results": [{k: v for k, v in RESULT.items() if k != "nfe"}]}, "has nfe=None: it must be a positive number"),
         ({"results": ["4.16"]}, "is no object"),
         ({"results": [RESULT | {"value": 10**400}]}, "must be a finite number"),
-        ({"results": [RESULT | {"dataset": {"name": "x", "id": 3}}]}, "name, id and split are texts"),
+        ({"results": [RESULT | {"dataset": {"name": "x", "id": 3}}]}, "'id': 3}: it must be an object of texts"),
     ],
 )
 def test_results_that_are_not_in_order(content, said, tmp_path):
@@ -186,19 +200,6 @@ def test_half_a_file_of_results(tmp_path):
     file.write_text(json.dumps({"results": RESULTS})[:50])
     with pytest.raises(ValueError, match=r"cannot read .*results\.json"):
         read_results(file)
-
-
-def test_evaluation_files_name_data_sets_of_the_hub():
-    huggingface_hub = pytest.importorskip("huggingface_hub", minversion="1.0")
-    import yaml
-
-    files = eval_results(RESULTS)
-    assert list(files) == [".eval_results/uoft-cs--cifar10.yaml"]
-    entries = yaml.safe_load(files[".eval_results/uoft-cs--cifar10.yaml"])
-    assert [entry["value"] for entry in entries] == [4.1613, 13.3612]
-    assert entries[0]["dataset"] == {"id": "uoft-cs/cifar10", "task_id": "unconditional-image-generation"}
-    assert "NFE = 100, S = 100, η = 0.0" in entries[0]["notes"]
-    assert hasattr(huggingface_hub, "EvalResultEntry")
 
 
 def test_no_place_of_this_machine_is_published():
@@ -236,52 +237,60 @@ def test_a_card_that_somebody_changed_is_theirs():
 @pytest.mark.parametrize(
     ("scheduler", "said"),
     [
-        ({"trained_betas": [0.1, 0.2]}, "| β | given as numbers, in the config |"),
-        ({"trained_betas": [0.1], "beta_schedule": "jsd", "_ddim_plugin": {"trained_betas": None}}, "| β | jsd |"),
+        ({"trained_betas": [0.1, 0.2]}, "| trained betas | 0.1, 0.2 |"),
+        ({"trained_betas": [0.1] * 1000}, "| trained betas | 1000 values |"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "| β | squaredcos_cap_v2 |"),
-        ({"rescale_betas_zero_snr": True}, "| β | linear, 0.0001 to 0.02, rescaled to zero terminal SNR |"),
-        ({"thresholding": True, "dynamic_thresholding_ratio": 0.9}, "| x̂0 | thresholded dynamically, ratio 0.9 |"),
-        ({"clip_sample": True, "clip_sample_range": 1.0}, "| x̂0 | clipped to ±1.0 |"),
-        ({}, "another sampler than the one above: it has its own τ."),
-        ({"timestep_spacing": "trailing", "eta": 0.5}, "another sampler than the one above: it has η = 0."),
-        (
-            {"_class_name": "InverseDDIMScheduler"},
-            "pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler",
-        ),
+        ({"beta_end": 0.05}, "| beta end | 0.05 |"),
+        ({"rescale_betas_zero_snr": True}, "| rescale betas zero snr | True |"),
+        ({"thresholding": True, "dynamic_thresholding_ratio": 0.9}, "| thresholding | True |\n| dynamic thresholding"),
+        ({"clip_sample": True, "clip_sample_range": 1.0}, "| clip sample | True |"),
+        ({}, "uses η = 0, order 1 and a stock spacing."),
+        ({"_class_name": "InverseDDIMScheduler"}, "| scheduler | `InverseDDIMScheduler` |"),
     ],
 )
 def test_settings_are_told_as_they_are(scheduler, said):
-    text = card("ada/cifar", UNET, SCHEDULER | scheduler, 10)
-    assert said in text
+    assert said in make_with(scheduler=scheduler)
+
+
+def test_defaults_and_derived_settings_are_not_told():
+    text = section(make_with(scheduler={"clip_sample": False, "beta_end": 0.02}), "Settings")
+    told = dict(row[:2] for row in rows(text))
+    assert not told.keys() & {"clip sample", "beta end"}
+    assert {told[name] for name in ("T", "β", "prediction", "η", "τ")} == {
+        "1000",
+        "linear",
+        "epsilon",
+        "0",
+        "quadratic",
+    }
+    derived = {"trained_betas": [0.1], "beta_schedule": "jsd", "_ddim_plugin": {"trained_betas": None}}
+    text = make_with(scheduler=derived)
+    assert "| β | jsd |" in text
+    assert "trained betas" not in text
 
 
 def test_the_snippets_fit_the_repo():
-    text = card("ada/cifar", UNET, SCHEDULER | {"timestep_spacing": "trailing"}, 10, variant="fp16", revision="b")
+    text = make_with(variant="fp16", revision="b")
     assert 'GeneralizedDDIMPipeline.from_pretrained("ada/cifar", variant="fp16", revision="b")' in text
-    assert ' DDIMPipeline.from_pretrained("ada/cifar", variant="fp16", revision="b")' in text
+    assert '`DDIMPipeline.from_pretrained("ada/cifar", variant="fp16", revision="b")' in text
     assert '"ada/cifar", variant="fp16", custom_pipeline=' in text
-    assert "another sampler" not in text
     stock = {key: value for key, value in SCHEDULER.items() if key != "eta"} | {
         "_class_name": "UniPCMultistepScheduler"
     }
-    text = card("ada/cifar", UNET, stock, 10)
-    assert "saved with `UniPCMultistepScheduler`" in text
-    assert 'UniPCMultistepScheduler.from_pretrained("ada/cifar", subfolder="scheduler")' in text
-    dropped = card(
-        "ada/cifar", UNET | {"num_class_embeds": 11}, SCHEDULER, 10, training=TRAINING | {"classes": ["a"] * 10}
-    )
-    assert "| classes | 10 |" in dropped
+    text = card("ada/cifar", UNET, stock, 10, records([], None, {}))
+    assert "| scheduler | `UniPCMultistepScheduler` |" in text
+    dropped = make_with({"num_class_embeds": 11}, known=records(training=TRAINING | {"classes": ["a"] * 10}))
+    assert "| classes | 10 values |" in dropped
 
 
 def test_a_multistep_method_is_told_as_one():
-    solver = {"_class_name": "MultistepDDIMScheduler", "timestep_spacing": "few_steps", "solver_order": None}
-    text = card("ada/cifar", UNET, SCHEDULER | solver | {"fitted_timesteps": {"10": [1], "6": [1]}}, 10)
+    solver = {"_class_name": "MultistepDDIMScheduler", "timestep_spacing": "few_steps", "solver_order": 2}
+    text = make_with(scheduler=solver | {"fitted_timesteps": {"10": [1], "6": [1]}})
     told = dict(row[:2] for row in rows(section(text, "Settings")))
-    assert told["order"] == "3, or 2 with noise"
-    assert told["τ fitted to these weights"] == "S = 6, S = 10"
-    assert "it has its own τ, order 1." in text
+    assert told["solver order"] == "2"
+    assert told["fitted timesteps"] == "6, 10"
     told = dict(row[:2] for row in rows(section(make(), "Settings")))
-    assert not told.keys() & {"order", "τ fitted to these weights"}
+    assert not told.keys() & {"solver order", "fitted timesteps"}
 
 
 def test_odd_texts_do_not_break_tables():

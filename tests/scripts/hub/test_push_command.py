@@ -89,8 +89,8 @@ def test_training_pushes_what_it_made(hub, fit, tmp_path):
     assert {"README.md", "samples.png", "loss.png", "training.json"} < files.keys()
     assert "unet/diffusion_pytorch_model.non_ema.safetensors" in files
     assert not [name for name in files if name.startswith(("checkpoints", "trackers", "previews", "log"))]
-    assert f"| last loss | {record['loss']:.4g} |" in card(hub)
-    assert "| images seen | 24 in 3 steps of 8 |" in card(hub)
+    assert f"| loss | {record['loss']:.6g} |" in card(hub)
+    assert "| steps | 3 |\n| batch size | 8 |" in card(hub)
     assert "S = 5, η = 0" in card(hub)
     assert json.loads(files["training.json"])["config"]["output"] == "run"
     for file in (tmp_path / "run").rglob("*"):
