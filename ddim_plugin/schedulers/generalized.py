@@ -178,23 +178,23 @@ class GeneralizedDDIMScheduler(Planned):
             if z is None:
                 z = randn_tensor(sample.shape, generator, sample.device, x.dtype)
             x = accumulate(x, evaluation.std(), z)
-        result = GeneralizedDDIMSchedulerOutput(x.to(sample.dtype), evaluation)
+        x = x if x.dtype == sample.dtype else x.to(sample.dtype)
+        result = GeneralizedDDIMSchedulerOutput(x, evaluation)
         return result if return_dict else StepTuple(result)
 
     def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
         """Split the network's output into prediction and learned variance, and check its shape."""
-        learned, shape = self.config.variance_type == "learned_range", tuple(sample.shape)
-        twice = (*shape[:1], 2 * shape[1], *shape[2:]) if len(shape) > 1 else None
-        wanted = twice if learned else shape
-        if tuple(model_output.shape) != wanted:
-            hint = ""
-            if tuple(model_output.shape) == twice:
-                hint = "; a network with twice the channels needs variance_type='learned_range'"
-            raise ValueError(
-                f"model_output has shape {tuple(model_output.shape)}, and a sample of shape {shape} with "
-                f"variance_type={self.config.variance_type!r} needs {wanted}{hint}"
-            )
-        return split_variance(model_output, shape[1]) if learned else (model_output, None)
+        learned, made, shape = self.config.variance_type == "learned_range", model_output.shape, sample.shape
+        if made == shape and not learned:
+            return model_output, None
+        twice = (*shape[:1], *(2 * channels for channels in shape[1:2]), *shape[2:])
+        if made == twice and learned:
+            return split_variance(model_output, shape[1])
+        hint = "; a network with twice the channels needs variance_type='learned_range'" if made == twice else ""
+        raise ValueError(
+            f"model_output has shape {tuple(made)}, and a sample of shape {tuple(shape)} with "
+            f"variance_type={self.config.variance_type!r} needs {twice if learned else tuple(shape)}{hint}"
+        )
 
     def _evaluate(
         self,

@@ -84,8 +84,9 @@ def check_generators(generator: Randomness, batch_size: int) -> None:
 
 def check_noise(sample: Tensor, generator: Randomness, variance_noise: Tensor | None) -> None:
     """Raise ValueError unless the noise of a step can be drawn, or was given, for this sample."""
-    check_generators(generator, sample.shape[0])
-    if generator is not None and variance_noise is not None:
-        raise ValueError("give either generator or variance_noise, not both")
+    if generator is not None:
+        check_generators(generator, sample.shape[0])
+        if variance_noise is not None:
+            raise ValueError("give either generator or variance_noise, not both")
     if variance_noise is not None and variance_noise.shape != sample.shape:
         raise ValueError(f"variance_noise has shape {tuple(variance_noise.shape)}, the sample {tuple(sample.shape)}")
