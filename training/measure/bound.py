@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pictures.bits import BITS, discretized_log_likelihood, kl
 from torch import Generator, Tensor
 
 from ddim_plugin.process import moves
-from ddim_plugin.process.gaussian import BITS, discretized_log_likelihood, kl
 from ddim_plugin.process.predictions import check_prediction, prediction
 from ddim_plugin.schedulers.tensors import learned_log_variance, split_variance
 

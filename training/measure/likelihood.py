@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pictures import as_dataset, load_images, to_model
+from pictures.bits import BIN, discretized_log_likelihood
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 from trainer.settings import write_json
@@ -18,7 +19,6 @@ from trainer.settings import write_json
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.hub.files import read_object
 from ddim_plugin.process import spacings
-from ddim_plugin.process.gaussian import BIN, discretized_log_likelihood
 from ddim_plugin.process.predictions import prediction
 
 from .bound import Array, Errors, Generators, Network, VariationalBound, best_paths, bound_costs, bound_of, draw

@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from pictures.bits import BITS
 from torch import Tensor
-
-from ddim_plugin.process.gaussian import BITS
 
 from .bound import Array, Generators, Network, draw
 

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pictures.bits import BITS, discretized_log_likelihood, kl
 from torch import Tensor
 
 from ddim_plugin.process import moves
-from ddim_plugin.process.gaussian import BITS, discretized_log_likelihood, kl
 from ddim_plugin.process.predictions import check_prediction
 from ddim_plugin.schedulers.tensors import learned_log_variance, split_variance
 

@@ -19,10 +19,10 @@ from measure.bound import (
     transition_nats,
 )
 from measure.likelihood import measure_errors
+from pictures.bits import discretized_log_likelihood
 from torch import Generator
 from trainer.objective import Objective
 
-from ddim_plugin.process.gaussian import discretized_log_likelihood
 from ddim_plugin.process.moves import beta_tilde, sigma, x0_weight
 from ddim_plugin.process.spacings import linear, quadratic
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pictures.bits import discretized_log_likelihood, kl
 from torch.distributions import Normal, kl_divergence
 from trainer.objective import ImportanceTimes, Objective, draw_times
 
 from ddim_plugin import GeneralizedDDIMScheduler
-from ddim_plugin.process.gaussian import discretized_log_likelihood, kl
 
 T = 50
 ALPHA = np.concatenate([[1.0], np.cumprod(1 - np.linspace(1e-3, 0.2, T))])
