@@ -42,12 +42,7 @@ def is_ours(index: dict[str, Any]) -> bool:
 class Model:
     """The files to push of a folder, by their names in the repository, and what its card is written from.
 
-    Args:
-        folder: what `save_pretrained` or the training script wrote.
-        records: folder of the records; the same by default.
-
-    Raises:
-        ValueError, OSError: if the folder does not load, or its records are not valid or of other weights.
+    Raises ValueError or OSError if the folder does not load, or its records are not valid or of other weights.
     """
 
     def __init__(self, folder: str | Path, records: str | Path | None = None):

@@ -55,13 +55,9 @@ def push_folder(
         card: whether to write a card. By default if there are records or samples, or an earlier card to update.
         samples: number of images to generate for the card; none by default.
 
-    Returns:
-        the commit; the last one if nothing has changed.
-
-    Raises:
-        ValueError: for an invalid folder, record or setting, before anything is sent; if `private` is True and the
-            repository is public.
-        OSError: if the Hub cannot be reached or refuses. The branch is not changed then.
+    Returns the commit, or the last one if nothing has changed. Raises ValueError for an invalid folder, record or
+    setting, before anything is sent, and for `private=True` if the repository is public. Raises OSError if the Hub
+    cannot be reached or refuses: the branch is not changed then.
     """
     check_license(license)
     if samples is not None and (not is_integer(samples) or samples < 0):
@@ -152,19 +148,14 @@ def push_to_hub(
     records: str | os.PathLike | None = None,
     **settings: Any,
 ) -> CommitInfo:
-    """Push to the Hub in one commit: weights, configs and code file, and card, pictures and results if there are any.
-
-    Nothing local is changed. There is no commit if nothing has changed since the last push.
+    """Push weights, configs and code file in one commit, with card, pictures and results if there are any.
 
     Args:
-        repo_id, commit_message, private, token, create_pr: as for `push_folder`.
         safe_serialization: must be True, pickles are not pushed.
         variant: name of the weights, such as "fp16" for a network in half precision.
         records: folder with records and pictures. By default the one that this pipeline was loaded from, if its weights
             are still those.
-        settings: revision, license, card and samples, as for `push_folder`.
-
-    Returns and raises what `push_folder` does.
+        settings: revision, license, card and samples. These and the others are as for `push_folder`.
     """
     if not safe_serialization:
         raise ValueError("pickles are not pushed: leave out safe_serialization=False")

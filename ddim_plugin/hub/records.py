@@ -23,21 +23,13 @@ PATH = re.compile(
 
 @dataclass(frozen=True)
 class Records:
-    """What is known of a model, without paths of this machine.
-
-    Args:
-        results: entries of `results.json`.
-        files: `results.json`, `training.json` and `conversion.json` by name, as far as they exist.
-        pictures: paths of the pictures to publish, by name.
-        captions: captions of the sample grid, and of the pictures that `results.json` names.
-        digest: of the weights that the results were measured on, if it was recorded.
-    """
+    """What is known of a model, without paths of this machine."""
 
     results: list[dict[str, Any]]
-    files: dict[str, dict[str, Any]]
-    pictures: dict[str, Path]
-    captions: dict[str, str]
-    digest: str | None = None
+    files: dict[str, dict[str, Any]]  # contents of the three JSON files, as far as they exist
+    pictures: dict[str, Path]  # to publish, by name
+    captions: dict[str, str]  # of the sample grid, and of the pictures that `results.json` names
+    digest: str | None = None  # of the weights that the results were measured on, if it was recorded
 
     @property
     def training(self) -> dict[str, Any]:
