@@ -237,13 +237,9 @@ class InversionReport:
         for i, t in enumerate(self.timesteps):
             notes = {"not converged": ~self.converged[i], "at its floor": self.at_floor[i], "damped": self.damped[i]}
             marks = [f"{note} ({flags.sum()} of {len(flags)})" for note, flags in notes.items() if flags.any()]
-            naive = np.isnan(self.residual[i]).any()
-            residual = "       –" if naive else f"{self.residual[i].max():8.1e}"
-            lines.append(
-                f"{t:8d}  {residual}  {self.evaluations[i].max():11d}  {'' if naive else ', '.join(marks)}".rstrip()
-            )
-        lines.append(
-            f"evaluations for an image: {self.total_evaluations.mean():.1f}; tolerance {self.tolerance:g}; latents: "
-            f"mean {self.latent_mean.mean():.3f}, standard deviation {self.latent_std.mean():.3f}"
-        )
-        return "\n".join(lines)
+            is_naive, residual = np.isnan(self.residual[i]).any(), f"{self.residual[i].max():8.1e}"
+            residual, marks = ("       –", []) if is_naive else (residual, marks)
+            lines.append(f"{t:8d}  {residual}  {self.evaluations[i].max():11d}  {', '.join(marks)}".rstrip())
+        latents = f"mean {self.latent_mean.mean():.3f}, standard deviation {self.latent_std.mean():.3f}"
+        evaluations = f"evaluations for an image: {self.total_evaluations.mean():.1f}"
+        return "\n".join([*lines, f"{evaluations}; tolerance {self.tolerance:g}; latents: {latents}"])
