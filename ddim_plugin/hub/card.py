@@ -12,9 +12,7 @@ from .code import code
 from .records import GRID, Records
 from .tables import SAMPLER, SETS, cell, figures, metric_name, notes, origin, settings
 
-TASK = "unconditional-image-generation"
-"""The Hub's name for the task of these pipelines."""
-
+TASK = "unconditional-image-generation"  # the Hub's name for the task of these pipelines
 MARK = "*Written by ddim-plugin"
 """Start of the last line of a card that was written here. It ends with a digest of the text above it."""
 
@@ -30,10 +28,10 @@ $grid
 With ddim-plugin installed:
 
 ```python
-from ddim_plugin import GeneralizedDDIMPipeline
+from ddim_plugin import GeneralizedDDIMPipeline$also
 
 pipe = GeneralizedDDIMPipeline.from_pretrained("$repo"$variant$revision)
-images = pipe(batch_size=16, num_inference_steps=20$labels).images
+${sampler}images = pipe(batch_size=16, num_inference_steps=20$labels).images
 ```
 
 With diffusers alone, and the same sampler. This runs `$code.py` of this repository: read it, and pin the commit.
@@ -75,6 +73,9 @@ $training
 The weights: $license. The training data has its own licence, which may bind the weights. The code file: Apache-2.0.
 """)
 
+SAMPLING = """pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config)  # the saved one encodes
+"""
+
 
 def card(
     repo_id: str,
@@ -95,7 +96,7 @@ def card(
     check_license(license)
     title, training, classes = repo_id.split("/")[-1], records.training, unet.get("num_class_embeds")
     dataset = training["config"].get("data") if training.get("data_from") == "hub" else None
-    size = unet.get("sample_size") or "unknown size"
+    size, inverse = unet.get("sample_size") or "?", scheduler["_class_name"].startswith("Inverse")
     unsupported = "class labels" if classes else "learned variances"
     is_stock = not classes and unet["out_channels"] == unet["in_channels"]
     pictures = {name: f"![{name}]({name})\n\n*{cell(caption)}*" for name, caption in records.captions.items()}
@@ -109,6 +110,8 @@ def card(
         repo=repo_id,
         variant=f', variant="{variant}"' if variant else "",
         revision=f', revision="{revision}"' if revision else "",
+        also=", GeneralizedDDIMScheduler" if inverse else "",
+        sampler=SAMPLING if inverse else "",
         labels=", class_labels=0" if classes else "",
         code=code().name,
         unsupported="" if is_stock else f" `DDIMPipeline` does not support {unsupported}: use its parts.",

@@ -10,16 +10,14 @@ import torch
 
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..pipelines.images import grid
-from ..schedulers import KEY
+from ..schedulers import KEY, InverseDDIMScheduler, sampler_class
 from .card import card, is_written_here, license_of
 from .code import code
 from .files import read_object, weights_digest
 from .records import GRID, README, RESULTS, public, read_records
 
 INDEX, UNET, SCHEDULER = CONFIGS = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
-STEPS = 20
-"""S for the images of a card."""
-
+STEPS = 20  # s for the images of a card
 WEIGHTS = re.compile(
     r"(unet/)?diffusion_pytorch_model((\.(?P<variant>[^/]+?))?(-\d{5}-of-\d{5})?\.(safetensors|bin)"
     r"|\.(safetensors|bin)\.index(\.(?P<parts>[^/]+))?\.json)"
@@ -63,7 +61,6 @@ class Model:
             fits = fits or weights_digest(self.pipe.unet) == self.records.digest
         if not fits:
             raise ValueError(f"{source / RESULTS} was measured on other weights than those in {folder}: measure these")
-        self.pipe.set_progress_bar_config(disable=True)
         parts = {INDEX: self.pipe, UNET: self.pipe.unet, SCHEDULER: self.pipe.scheduler}
         self.files: dict[str, Path | bytes] = {**weights, **self.records.pictures}
         self.files |= {name: _json(json.loads(part.to_json_string())) for name, part in parts.items()}
@@ -87,12 +84,15 @@ class Model:
     def draw(self, number: int) -> None:
         """Add a grid of images, image i from seed i. With a class-conditional network, i counts through the classes."""
         scheduler, unet = self.pipe.scheduler, self.pipe.unet
+        if isinstance(scheduler, InverseDDIMScheduler):
+            scheduler = sampler_class(scheduler).from_config(scheduler.config)
+        pipe = GeneralizedDDIMPipeline(unet, scheduler).to("cuda" if torch.cuda.is_available() else "cpu")
+        pipe.set_progress_bar_config(disable=True)
         steps = min(STEPS, scheduler.config.num_train_timesteps)
         classes = len(self.records.training.get("classes") or ()) or unet.config.num_class_embeds
         labels = [i % classes for i in range(number)] if classes else None
         generators = [torch.Generator().manual_seed(i) for i in range(number)]
-        self.pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-        images = self.pipe(number, steps, generator=generators, class_labels=labels, output_type="np").images
+        images = pipe(number, steps, generator=generators, class_labels=labels, output_type="np").images
         file = io.BytesIO()
         grid([images[i : i + 8] for i in range(0, number, 8)]).save(file, format="PNG")
         self.files[GRID] = file.getvalue()

@@ -246,6 +246,10 @@ def test_a_card_that_somebody_changed_is_theirs():
         ({"clip_sample": True, "clip_sample_range": 1.0}, "| clip sample | True |"),
         ({}, "uses η = 0, order 1 and a stock spacing."),
         ({"_class_name": "InverseDDIMScheduler"}, "| scheduler | `InverseDDIMScheduler` |"),
+        (
+            {"_class_name": "InverseDDIMScheduler"},
+            "pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler",
+        ),
     ],
 )
 def test_settings_are_told_as_they_are(scheduler, said):

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 from pushing import REPO, RESULTS, card, digest, pipeline
 
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, InverseDDIMScheduler
 from ddim_plugin.hub.code import code
 from ddim_plugin.hub.push import push_folder
 
@@ -159,3 +159,10 @@ def test_branches_and_requests(hub, folder):
     assert len(hub.commits(REPO)) == 2
     assert "None have been measured" in card(hub, commit.pr_revision)
     assert "/discussions/1" in commit.pr_url
+
+
+def test_images_of_an_inverse_scheduler_are_those_of_its_sampler(hub, make_unet):
+    for repo, scheduler in (("ada/up", InverseDDIMScheduler()), ("ada/down", GeneralizedDDIMScheduler())):
+        GeneralizedDDIMPipeline(make_unet(), scheduler).push_to_hub(repo, samples=2)
+    assert hub.files("ada/up")["samples.png"] == hub.files("ada/down")["samples.png"]
+    assert "GeneralizedDDIMScheduler, S = 20, η = 0" in hub.files("ada/up")["README.md"].decode()
