@@ -1,5 +1,3 @@
 """The command `ddim-plugin`."""
 
-from .commands import main
-
-__all__ = ["main"]
+from .commands import main as main

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from pathlib import Path
 from string import Template
 from typing import Any
 
@@ -13,68 +14,10 @@ from .records import GRID, Records
 from .tables import SAMPLER, SETS, cell, figures, metric_name, notes, origin, settings
 
 TASK = "unconditional-image-generation"  # the Hub's name for the task of these pipelines
-MARK = "*Written by ddim-plugin"
-"""Start of the last line of a card that was written here. It ends with a digest of the text above it."""
+MARK = "*Written by ddim-plugin"  # starts the last line of our cards, which ends with a digest of the text above it
+TEMPLATE = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
 
-TEMPLATE = Template("""# $title
-
-$kind diffusion model of images of $size pixels: a `$network` of $parameters parameters, for the process of
-[Denoising Diffusion Implicit Models](https://arxiv.org/abs/2010.02502) (Song, Meng and Ermon, ICLR 2021).
-
-$grid
-
-## Use
-
-With ddim-plugin installed:
-
-```python
-from ddim_plugin import GeneralizedDDIMPipeline$also
-
-pipe = GeneralizedDDIMPipeline.from_pretrained("$repo"$variant$revision)
-${sampler}images = pipe(batch_size=16, num_inference_steps=20$labels).images
-```
-
-With diffusers alone, and the same sampler. This runs `$code.py` of this repository: read it, and pin the commit.
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained(
-    "$repo"$variant, custom_pipeline="$code", trust_remote_code=True, revision="THE COMMIT YOU READ"
-)
-```
-
-`DDIMPipeline.from_pretrained("$repo"$variant$revision)` runs no code of this repository. It loads the stock
-sampler of diffusers, which uses η = 0, order 1 and a stock spacing.$unsupported
-
-## Settings
-
-$settings
-
-Settings that are not listed have the defaults of their classes.
-
-## Figures
-
-$figures
-
-## Training
-
-$training
-
-## Limits and biases
-
-- The images resemble the training data, with everything it over- or underrepresents. They are not filtered, and were
-  not examined.
-- An image may be close to one of the training set. Do not use images as evidence of anything real.
-- The model is made for images of $size pixels and for research on sampling.
-
-## Licence
-
-The weights: $license. The training data has its own licence, which may bind the weights. The code file: Apache-2.0.
-""")
-
-SAMPLING = """pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config)  # the saved one encodes
-"""
+SAMPLING = "pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config)  # the saved one encodes\n"
 
 
 def card(

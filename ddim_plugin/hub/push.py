@@ -72,9 +72,8 @@ def push_folder(
         if repo.needs_card(card, samples):
             if samples:
                 model.draw(samples)
-            license = (
-                license or model.license or (license_of(repo.card) if repo.card_is_ours and repo.is_same else None)
-            )
+            before = license_of(repo.card) if repo.card_is_ours and repo.is_same else None
+            license = license or model.license or before
             model.files[README] = model.card(repo_id, license, None if create_pr else revision).encode()
         for name, content in model.files.items():
             path = Path(scratch, name)

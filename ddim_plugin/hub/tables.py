@@ -9,23 +9,15 @@ from ..schedulers import KEY
 from ..schedulers.config import CLASSES
 from .records import CONVERSION, TRAINING
 
-SYMBOLS = {"num_train_timesteps": "T", "beta_schedule": "β", "prediction_type": "prediction", "nfe": "NFE"}
-SYMBOLS |= {
-    "eta": "η",
-    "timestep_spacing": "τ",
-    "variance_type": "variance",
-    "num_inference_steps": "S",
-    "draws": "sets",
-}
-"""Names of settings that a card has even if they are the defaults."""
+# Names of settings that a card has even if they are the defaults.
+SYMBOLS = {"num_train_timesteps": "T", "beta_schedule": "β", "prediction_type": "prediction", "nfe": "NFE", "eta": "η"}
+SYMBOLS |= {"timestep_spacing": "τ", "variance_type": "variance", "num_inference_steps": "S", "draws": "sets"}
 
-SAMPLER = ("scheduler", "variance_type", "eta", "timestep_spacing")
-SETS = ("images", "draws", "seed")
-"""Settings of a measurement, beside S: those in the rows of a table of figures, and those in its title."""
-
+SAMPLER = ("scheduler", "variance_type", "eta", "timestep_spacing")  # settings in the rows of a table of figures
+SETS = ("images", "draws", "seed")  # and in its title
+# Entries of `training.json` in a card: of its config, and of what came of it.
 RUN = ("data", "split", "steps", "batch_size", "loss", "optimizer", "learning_rate", "ema_decay", "seed")
 OUTCOME = ("images", "classes", "loss", "seconds", "device", "processes", "mixed_precision", "revision", "status")
-"""Entries of `training.json` in a card: of its config, and of what came of it."""
 
 
 def cell(value: Any) -> str:

@@ -10,9 +10,8 @@ from tqdm.auto import tqdm
 
 from ..process import spacings
 from ..schedulers import MultistepDDIMScheduler
-from .conditions import Condition
 from .generation import GeneralizedDDIMPipeline
-from .loop import batches, check_count
+from .loop import Condition, batches, check_count
 
 POWERS = (0.75, 1.0, 1.5, 2.0, 3.0)  # exponents of the power laws that the search tries first
 TEACHER = {"solver_order": 3, "lower_order_final": False}  # settings of the solver that computes the solutions

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ..schedulers import KEY, GeneralizedDDIMScheduler, Randomness, check_generators, restored
 from ..schedulers.config import CLASSES
-from .conditions import Labels
 from .latents import Latents
-from .loop import AfterStep, Timesteps, check_count, check_output_type, to_images
+from .loop import AfterStep, Labels, Timesteps, check_count, check_output_type, to_images
 
 CALLBACK_TENSORS = ("latents", "sample", "pred_original_sample", "pred_epsilon")
 STOCK_SCHEDULER = ["diffusers", "DDIMScheduler"]  # entry of `model_index.json` for a scheduler of this package

@@ -13,9 +13,8 @@ from ..process.gaussian import slerp
 from ..process.inversion import InversionReport
 from ..schedulers import InverseDDIMScheduler, InverseMultistepDDIMScheduler, MultistepDDIMScheduler
 from ..schedulers.inverse import Upwards
-from .conditions import Condition, Labels
 from .images import Images, read
-from .loop import Loop, Timesteps, batches, check_count, check_output_type, to_images
+from .loop import Condition, Labels, Loop, Timesteps, batches, check_count, check_output_type, to_images
 
 TOLERANCE = 1e-5  # residual of a step, in units of the network's images, at which its refinement ends
 

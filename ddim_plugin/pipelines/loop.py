@@ -1,12 +1,12 @@
-"""What all calls of the pipeline share: checks before the loop, and the loop over timesteps."""
+"""What all calls of the pipeline share: labels and guidance, checks, and the loop over timesteps."""
 
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import SchedulerMixin, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
@@ -14,12 +14,48 @@ from ..process.moves import adds_noise
 from ..process.spacings import is_integer
 from ..schedulers import GeneralizedDDIMScheduler, sampler_class
 from ..schedulers.inverse import Upwards
-from .conditions import Condition, Labels
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 to_images = VaeImageProcessor().postprocess  # (x_0, output type) ↦ images
 Timesteps = Sequence[int] | Tensor | None
+Labels = int | Sequence[int] | Tensor | None
 AfterStep = Callable[[int, Tensor, Tensor, Any], Tensor | None]  # (number, timestep, x_t, output of `step`) ↦ a new x_s
+
+
+class Condition(NamedTuple):
+    """Labels (B,) and those of "no class" for guidance (Ho & Salimans 2022), its scale, and where the network runs."""
+
+    labels: Tensor | None
+    null_labels: Tensor | None
+    scale: float
+    device: torch.device
+    dtype: torch.dtype  # of the network
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Type of samples between the steps: only the network computes in half precision."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations for one prediction: guidance takes two."""
+        return 1 if self.null_labels is None else 2
+
+    def rows(self, rows: Tensor | slice) -> "Condition":
+        """Return the condition of some of the images."""
+        labels, null_labels = (None if each is None else each[rows] for each in self[:2])
+        return self._replace(labels=labels, null_labels=null_labels)
+
+    def predict(self, unet: UNet2DModel, x: Tensor, t: Tensor) -> Tensor:
+        """Return the network's output, guided if guidance is on. Learned variances are not guided."""
+        x = x.to(self.dtype)
+        if self.null_labels is None:
+            return unet(x, t, class_labels=self.labels).sample
+        labels = torch.cat([self.labels, self.null_labels])
+        output, null = unet(torch.cat([x, x]), t, class_labels=labels).sample.chunk(2)
+        channels = x.shape[1]
+        guided = torch.lerp(null[:, :channels], output[:, :channels], self.scale)
+        return torch.cat([guided, output[:, channels:]], dim=1)
 
 
 class Loop:

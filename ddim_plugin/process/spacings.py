@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Times = NDArray[np.int64]
 
-FIRST_GAPS = (0.7, 0.85)
-"""The uppermost gaps of `few_steps` relative to the others, because the first two steps use lower orders."""
-
+FIRST_GAPS = (0.7, 0.85)  # uppermost gaps of `few_steps` relative to the others: two steps are of lower order
 NOISE = 0.004  # largest ᾱ at which a network can be evaluated with x_T in place of the sample
 
 

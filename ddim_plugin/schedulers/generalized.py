@@ -88,7 +88,7 @@ class GeneralizedDDIMScheduler(Planned):
                 message = (
                     f"beta_start={beta_start:g} and beta_end={beta_end:g} were made for 1000 steps; at "
                     f"num_train_timesteps={T} they leave ᾱ_T = {np.prod(1 - betas):.3g}. Scale them by 1000/{T}, "
-                    "or take a schedule without a range, such as squaredcos_cap_v2."
+                    "or use squaredcos_cap_v2."
                 )
                 warnings.warn(message, stacklevel=3)
         p.check_prediction(prediction_type)

@@ -179,8 +179,6 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
 class StepTuple(tuple):
     """(x_s, x̂0) of a step with `return_dict=False`. x̂0 is computed when it is read."""
 
-    _result: GeneralizedDDIMSchedulerOutput
-
     def __new__(cls, result: GeneralizedDDIMSchedulerOutput) -> "StepTuple":
         pair = super().__new__(cls, (result.prev_sample, None))
         pair._result = result

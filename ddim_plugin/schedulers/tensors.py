@@ -3,6 +3,7 @@
 import torch
 from torch import Generator, Tensor
 
+_ONE = torch.ones(1)
 Coefficient = float | Tensor  # a number, or a tensor that broadcasts over (B, C, H, W)
 Randomness = Generator | list[Generator] | None  # for the batch, for each image, or the global one
 
@@ -25,9 +26,6 @@ def rescale(x: Tensor, a: float, b: float, y: Tensor) -> Tensor:
         x.view(-1, 1).addr_(y.view(-1), _ONE if x.dtype == torch.float32 else x.new_ones(1), beta=a, alpha=b)
         return x
     return accumulate(x.mul_(a), b, y)
-
-
-_ONE = torch.ones(1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
