@@ -212,7 +212,7 @@ def _load_latents(args: Namespace) -> Tensor:
     except SafetensorError as error:
         raise ValueError(f"cannot read latents from {args.latents}: {error}") from error
     if z.ndim != 4 or len(z) == 0:
-        raise ValueError(f"{args.latents} holds latents of shape {tuple(z.shape)}: they must be (B, C, H, W)")
+        raise ValueError(f"{args.latents} contains latents of shape {tuple(z.shape)}: they must be (B, C, H, W)")
     if _given(args, "steps", "timesteps"):
         kept |= {"steps": None, "timesteps": None}
     vars(args).update({key: kept.get(key) for key in KEPT} | _given(args, *KEPT))

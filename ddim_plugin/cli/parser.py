@@ -32,7 +32,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         "--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="default: float32"
     )
     model.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
-    model.add_argument("--output", default="out", metavar="FOLDER", help="where files are written (default: out)")
+    model.add_argument("--output", default="out", metavar="FOLDER", help="folder for the files (default: out)")
     model.add_argument("--overwrite", action="store_true", help="replace files of an earlier run")
 
     steps = timesteps.add_mutually_exclusive_group()

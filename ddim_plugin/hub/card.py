@@ -49,7 +49,7 @@ def card(
         size="×".join(map(str, size)) if isinstance(size, list | tuple) else f"{size}×{size}",
         network=unet["_class_name"],
         parameters=f"{parameters:,}",
-        grid=pictures.pop(GRID, "*There is no sample grid.*"),
+        grid=pictures.pop(GRID, "*No sample grid was made.*"),
         repo=repo_id,
         variant=f', variant="{variant}"' if variant else "",
         revision=f', revision="{revision}"' if revision else "",

@@ -1,7 +1,7 @@
-"""The one code file that a repository carries, for readers who have diffusers but not this package.
+"""Build the code file of a repository, for users without this package.
 
 diffusers runs it for `custom_pipeline="ddim_plugin_…"`. Each module of the package becomes a function that returns the
-names it defines, so that modules need not have different names.
+names it defines. Two modules may therefore define the same name.
 """
 
 import ast
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..version import __version__
 
-ENTRY = "pipelines.generation"  # the file contains this module and all that it imports
+ENTRY = "pipelines.generation"  # the file contains this module and all modules of the package that it imports
 STALE = re.compile(r"(scheduler/)?ddim_plugin_\d+_\d+\w*\.py")  # names of the code files of any version
 
 HEADER = f'''"""ddim-plugin {__version__} in one file: Denoising Diffusion Implicit Models for Hugging Face diffusers.

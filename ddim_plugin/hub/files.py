@@ -1,4 +1,4 @@
-"""Files and folders: written beside their place and renamed, so that no reader meets half of one."""
+"""Write files and folders completely, or not at all."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
     except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError(f"{path} contains no JSON object: replace or remove it")
     return content
 
 

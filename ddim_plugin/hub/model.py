@@ -38,7 +38,7 @@ def is_ours(index: dict[str, Any]) -> bool:
 
 
 class Model:
-    """The files to push of a folder, by their names in the repository, and what its card is written from.
+    """Collect the files to push of a folder, and the data for its card.
 
     Raises ValueError or OSError if the folder does not load, or its records are not valid or of other weights.
     """
@@ -47,7 +47,7 @@ class Model:
         folder, source = Path(folder), Path(records or folder)
         for path in (folder, source):
             if not path.is_dir():
-                raise ValueError(f"there is no folder {path}")
+                raise ValueError(f"folder {path} was not found: check the path")
         self.records = read_records(source)
         self.has_records = bool(self.records.files or self.records.pictures)
         _check_index(folder)
@@ -103,14 +103,15 @@ class Model:
 def _check_index(folder: Path) -> None:
     """Raise ValueError for a folder of another pipeline, or with classes that others do not have."""
     if not (folder / INDEX).is_file():
-        raise OSError(f"{folder} is no pipeline: it has no {INDEX}")
+        raise OSError(f"{folder} has no {INDEX}: pass the folder of a saved pipeline")
     index = read_object(folder / INDEX)
     if not is_ours(index):
         kind = index.get("_class_name")
         raise ValueError(f"{folder} is a {kind}: load it with GeneralizedDDIMPipeline.from_pretrained, push that")
     for name, entry in GeneralizedDDIMPipeline.load_config(folder).items():
         if isinstance(entry, list) and (name not in ("unet", "scheduler") or entry[0] != "diffusers"):
-            raise ValueError(f"{folder}: {INDEX} names {entry[-1]} of {entry[0]} for {name}, which others do not have")
+            entry = f"{entry[-1]} of {entry[0]} for {name}"
+            raise ValueError(f"{folder}: {INDEX} names {entry}: only a unet and a scheduler of diffusers are pushed")
 
 
 def _weights(folder: Path) -> dict[str, Path]:
@@ -120,7 +121,7 @@ def _weights(folder: Path) -> dict[str, Path]:
 
 
 def same_weights(folder: str | Path, other: str | Path, variant: str | None) -> bool:
-    """Test whether another folder holds the same weights of a variant, in the same files."""
+    """Test whether another folder has the same weights of a variant."""
     names = [name for name in _weights(Path(folder)) if variant_of(name) == (variant or "")]
     pairs = [(Path(folder, name), Path(other, name)) for name in names]
     return all(theirs.is_file() and theirs.read_bytes() == ours.read_bytes() for ours, theirs in pairs)
@@ -132,4 +133,4 @@ def _json(content: dict[str, Any], record: Path | None = None) -> bytes:
     try:
         return (json.dumps(public(content), indent=2, allow_nan=record is None) + "\n").encode()
     except ValueError as error:
-        raise ValueError(f"{record} holds a number that is not finite, which JSON does not have") from error
+        raise ValueError(f"{record} contains a non-finite number, which JSON cannot store: remove it") from error

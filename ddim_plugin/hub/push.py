@@ -21,7 +21,7 @@ from .model import INDEX, UNET, Model, is_ours, same_weights, variant_of
 from .records import CONVERSION, GRID, LOSS, PICTURE, README, RESULTS, TRAINING
 
 SAVED = re.compile("|".join([*map(re.escape, (RESULTS, TRAINING, CONVERSION, GRID, LOSS)), r"\.eval_results/.+\.yaml"]))
-"""Names of what is pushed of a model's records, in any version."""
+"""Names of the records that any version of this package pushes."""
 
 
 def push_folder(
@@ -91,7 +91,7 @@ def push_folder(
 
 
 class _Repo:
-    """What a repository holds at a revision, beside the model that is pushed to it."""
+    """Compare a repository at a revision with the model to push."""
 
     def __init__(self, api: HfApi, repo_id: str, revision: str | None, model: Model):
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
@@ -118,7 +118,7 @@ class _Repo:
         return there == here
 
     def needs_card(self, card: bool | None, samples: int | None) -> bool:
-        """Test whether to write a card: if asked, or with records, or to update ours. Those of others are kept."""
+        """Test whether to write a card. Cards that somebody wrote are kept."""
         if README in self.model.files or card is False or (self.card and not self.card_is_ours):
             return False
         return bool(card or samples or self.model.has_records or (self.card_is_ours and not self.is_same))
@@ -196,7 +196,7 @@ def explained(repo_id: str, token: Any = None, revision: str | None = None) -> I
     """Raise failures of the Hub's client as an OSError with the remedy, which never shows the token."""
     used = token if isinstance(token, str) else None if token is False else get_token()
     if used is not None and not (used and used.isascii() and used.isprintable() and " " not in used):
-        raise OSError("the token is empty, or has characters that no token has: copy it again")  # the client shows it
+        raise OSError("the token is empty, or contains invalid characters: copy it again")  # the client shows it
     try:
         yield
     except Exception as error:
@@ -207,7 +207,7 @@ def explained(repo_id: str, token: Any = None, revision: str | None = None) -> I
 
 
 def _remedy(error: BaseException, repo_id: str, revision: str | None) -> str | None:
-    """Return what went wrong and what to do, for failures of the Hub's client."""
+    """Return the message and the remedy for a failure of the Hub's client."""
     where, chain = constants.ENDPOINT, [error]
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)

@@ -23,7 +23,7 @@ PATH = re.compile(
 
 @dataclass(frozen=True)
 class Records:
-    """What is known of a model, without paths of this machine."""
+    """Hold the records of a model, without paths of this machine."""
 
     results: list[dict[str, Any]]
     files: dict[str, dict[str, Any]]  # contents of the three JSON files, as far as they exist
@@ -65,7 +65,7 @@ def read_results(file: str | Path) -> list[dict[str, Any]]:
     """Read the entries of a `results.json`. Raises ValueError naming the entry that is not valid."""
     entries = read_object(file).get("results")
     if not isinstance(entries, list):
-        raise ValueError(f'{file} holds no list under "results"')
+        raise ValueError(f'{file} has no list under "results": write one, or remove the file')
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise ValueError(f"{file}: entry {i} of results is no object: {entry!r}")

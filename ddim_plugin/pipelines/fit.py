@@ -44,7 +44,7 @@ def fit_timesteps(
     """Fit timesteps for few steps to a model, and give the pipeline a scheduler with them.
 
     The ODE is solved from `num_images` draws of x_T, with `teacher_steps` steps of order 3. The search starts from the
-    best two of "few_steps", power laws and an earlier fit, and moves each time to where the sampler's images are nearer
+    best two of "few_steps", power laws and an earlier fit. It moves each time so that the sampler's images come nearer
     to half of the solutions. The best τ on the other half is used. `pipe.scheduler` becomes a `MultistepDDIMScheduler`
     with `fitted_timesteps`, which are saved with it and used for those step counts.
 
@@ -149,7 +149,7 @@ class _Fitter:
         tau, rows = spacings.linear(S, self.T).tolist(), batches(range(len(self.noise)), self.batch_size)
         end = torch.cat([self._sample(scheduler, tau, each) for each in rows])
         if not bool(torch.isfinite(end).all()):
-            raise ValueError("the images are not finite, and so the network's output: in half precision try float32")
+            raise ValueError("the network's output is not finite, nor are the images: in half precision, use float32")
         self.solutions = end.clamp(-1, 1)
 
     def _error(self, tau: list[int], images: range) -> float:

@@ -77,7 +77,7 @@ def image_files(folder: str | Path) -> list[str]:
     """List the image files in a folder, by name. Raises ValueError if it has none."""
     found = sorted(str(file) for file in Path(folder).iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
     if not found:
-        raise ValueError(f"there is no image in {folder}: it needs files such as .png or .jpg")
+        raise ValueError(f"folder {folder} contains no images: add files such as .png or .jpg")
     return found
 
 

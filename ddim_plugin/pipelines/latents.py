@@ -1,4 +1,4 @@
-"""Latents x_T of images: encode, decode, reconstruct and interpolate (Sections 5.3 and 5.4)."""
+"""Encode, decode, reconstruct and interpolate latents x_T (Sections 5.3 and 5.4)."""
 
 import math
 from functools import partial
@@ -75,17 +75,17 @@ class Latents(Loop):
         latents, reports = zip(*parts, strict=True)
         z = torch.cat(latents)
         if not bool(torch.isfinite(z).all()):
-            raise ValueError("the latents are not finite, and so the network's output: in half precision try float32")
+            raise ValueError("the network's output is not finite, nor are the latents: in half precision, use float32")
         return (z, inversion.join(reports)) if return_report else z
 
     def _ascend(
         self, x: Tensor, condition: Condition, inverse: Upwards, steps: int, refinements: int, tolerance: float
     ) -> tuple[Tensor, InversionReport]:
-        """Encode images `x` over the first `steps` steps, each solved on its own."""
+        """Encode images `x` over the first `steps` steps, one by one."""
         image = x
 
         def residual(x_s: Tensor, t: Tensor, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            """Return x_s − f(x), f the sampler's step at `t`, for some images; and the network's output at x."""
+            """Return x_s − f(x) and the output at x, with f the step at `t`."""
             output = self._predict(x, t, condition.rows(rows))
             sampled = self.scheduler.step(output, t, x, eta=0.0).prev_sample
             return x_s[rows] - (sampled.clamp(-1, 1) if x_s is image else sampled), output  # images are clamped
@@ -182,8 +182,8 @@ class Latents(Loop):
     ) -> Any:
         """Encode images and decode them again (Section 5.4, Table 2).
 
-        Arguments are those of `encode` and `decode`; `settings` are keywords that both share. Returns images; with
-        `return_report` a tuple of them, the latents and the report.
+        Arguments are those of `encode` and `decode`. `settings` are keywords of both. Returns images, or with
+        `return_report` a tuple of images, latents and the report.
         """
         check_output_type(output_type)
         settings["num_inference_steps"] = num_inference_steps
@@ -197,7 +197,7 @@ class Latents(Loop):
 
         Args:
             z0, z1: the ends, (C, H, W), or (B, C, H, W) for B paths.
-            num: images on a path, ends included; at least 2. Path after path, B·num images are returned.
+            num: number of images on a path with its ends, at least 2. B·num images are returned, path by path.
             decoding: keywords of `decode`. `class_labels` are one for all, or one for each path.
         """
         z0, z1 = (z[None] if isinstance(z, Tensor) and z.ndim == 3 else z for z in (z0, z1))
@@ -216,20 +216,20 @@ class Latents(Loop):
 
         Args:
             corners: top left, top right, bottom left and bottom right, (4, C, H, W).
-            num: rows and columns of the grid, or (rows, columns); each at least 2. The images are in reading order.
+            num: number of rows and of columns, or (rows, columns), at least 2. The images are in reading order.
             decoding: keywords of `decode`. `class_labels` is one for all.
         """
         rows, columns = num if isinstance(num, tuple) and len(num) == 2 else (num, num)
         self._check_latents(corners)
         if len(corners) != 4:
-            raise ValueError(f"corners must be 4 latents, not {len(corners)}")
+            raise ValueError(f"corners has {len(corners)} latents: pass exactly 4")
         left, right = _path(corners[:2], corners[2:], rows)
         return self.decode(_path(left, right, columns).flatten(0, 1), **decoding)
 
     def _prepare(
         self, x: Tensor, S: int | None, timesteps: Timesteps, strength: float, *labels: Any
     ) -> tuple[Tensor, Condition, int]:
-        """Plan the steps, and return x for the loop, its condition, and ⌊strength·S⌋ steps next to the image."""
+        """Plan the steps. Return x for the loop, its condition and ⌊strength·S⌋."""
         condition = self._condition(*labels, len(x))
         self._set_timesteps(self.scheduler, S, timesteps, condition.device, None)
         S = self.scheduler.num_inference_steps
@@ -237,7 +237,7 @@ class Latents(Loop):
             raise ValueError(f"strength must lie in (0, 1], not {strength!r}")
         steps = int(strength * S + 1e-9)
         if steps == 0:
-            raise ValueError(f"strength={strength:g} of {S} steps is less than one: use at least {1 / S:.3g}")
+            raise ValueError(f"strength={strength:g} of {S} steps is less than one step: use at least {1 / S:.3g}")
         return x.to(condition.device, condition.state_dtype), condition, steps
 
 

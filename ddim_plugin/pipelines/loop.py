@@ -83,7 +83,7 @@ class Loop:
     def _condition(
         self, class_labels: Labels, guidance_scale: float, null_class_label: int | None, batch_size: int
     ) -> Condition:
-        """Check the network, labels and guidance, and look up once what is slow to look up: its device and type."""
+        """Check network, labels and guidance, and look up device and dtype once."""
         self._check_channels()
         device, dtype = self._execution_device, self.unet.dtype
         classes = self.unet.config.num_class_embeds  # None for a custom embedding, whose labels need not be classes

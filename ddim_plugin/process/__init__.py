@@ -1,1 +1,1 @@
-"""The process in float64: levels, timesteps, steps, solvers. Needs NumPy and torch alone."""
+"""Compute levels, timesteps, steps and solvers in float64, with NumPy and torch only."""

@@ -2,13 +2,13 @@
 
 The naive inverse evaluates the network at the known end, and its error is the paper's Table 2. Here f(x_t) = x_s is
 solved by a fixed-point iteration x ← x + γ(x_s − f(x)) with Anderson acceleration (Walker & Ni 2011), for each image
-separately. f is the sampler's own step, including its rounding, so that sampling returns to x_s. In the step to the
-data, f ends with the clamp to −1..1 that turns x_0 into an image: a black pixel needs x̂0 ≤ −1, not −1 exactly.
+separately. f includes the rounding of the sampler's step, so that sampling reproduces x_s. In the step to the data, f
+ends with the clamp to −1..1 that turns x_0 into an image. A black pixel therefore needs x̂0 ≤ −1, not exactly −1.
 
-In that step an inverse may not exist, because a picture need not lie in the range of x̂0(·, τ_1). The lower τ_1, the
-nearer it lies. If f′ is small, a small residual needs a large change of x_t. The search starts at the naive inverse and
-ends when it makes no more progress. The report gives the standard deviation of the latents beside the residuals,
-because latents far from those of noise are of less use.
+In the step to the data an inverse may not exist, because an image need not be a value of x̂0(·, τ_1). The lower τ_1,
+the nearer the values. If f′ is small, a small residual needs a large change of x_t. The search starts with a step that
+uses a prediction at x_s. It ends at the tolerance, or when it makes no more progress. The report includes the standard
+deviation of the latents, because latents that do not resemble noise are less useful.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from .gaussian import precise
 
-MEMORY = 5  # number of earlier iterates that an accelerated one uses
-PATIENCE = 6  # number of evaluations over which the residual must make `PROGRESS`, or the search for an image ends
+MEMORY = 5  # number of earlier iterates that Anderson acceleration uses
+PATIENCE = 6  # number of evaluations in which the residual must fall by `PROGRESS`, or the search for an image ends
 SETTLED = 3  # the same number for `at_floor`, after a search of at most `PATIENCE` evaluations
 PROGRESS = 0.9  # factor by which the smallest residual must fall to count as progress
-GROWTH = 2.0  # factor over the best residual above which an iteration restarts from its best iterate with half the step
+GROWTH = 2.0  # an iteration restarts from its best iterate with half the step above this multiple of the best residual
 VARIANCE = 100.0  # largest variance of the data in any direction for which the plain iteration converges
 Residual = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Maps (x, rows) to (x_s − f(x), the network's output at x) for the images `rows`, indices into the batch."""
@@ -34,7 +34,7 @@ Residual = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Solution:
-    """x_t of one step: the iterate of the smallest residual of each image. Arrays are (B,)."""
+    """Hold x_t of one step, the iterate with the smallest residual. Arrays are (B,)."""
 
     x: Tensor
     output: Tensor  # the network's, at x
@@ -65,9 +65,9 @@ def step_size(alpha_bar_t: float, alpha_bar_s: float) -> float:
 def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, evaluations: int) -> Solution:
     """Find the x with the smallest residual of each image.
 
-    An image is done when the root mean square of its residual is at most `tolerance`, or stops falling. If a residual
-    grows, the iteration restarts from its best iterate with half the step and no history, so that the result is never
-    worse than the guess. Images do not enter each other's iterations.
+    An image is finished when the root mean square of its residual is at most `tolerance`, or stops falling. If a
+    residual grows, the iteration restarts from its best iterate with half the step and no history. The best iterate is
+    returned, so the result is never worse than the guess. The iteration of an image does not depend on other images.
 
     `guess` is (B, C, H, W), `step` γ, and `evaluations` ≥ 1 the largest number of calls of `residual`.
     """
@@ -157,7 +157,7 @@ def root_mean_square(x: Tensor) -> NDArray[np.float64]:
 
 
 class MoveReport(NamedTuple):
-    """One step of an encoding, for each image; see `InversionReport`."""
+    """Report one step of an encoding. `InversionReport` describes the fields."""
 
     residual: NDArray[np.float64]
     evaluations: NDArray[np.int64]
@@ -180,7 +180,7 @@ def report(timesteps: list[int], moves: list[MoveReport], tolerance: float, late
 
 
 def join(reports: Sequence["InversionReport"]) -> "InversionReport":
-    """Combine the reports of several batches, encoded along the same τ with the same tolerance."""
+    """Combine the reports of batches with the same τ and tolerance."""
     first = reports[0]
     images = {
         field.name: np.concatenate([getattr(each, field.name) for each in reports], axis=-1)
@@ -192,7 +192,7 @@ def join(reports: Sequence["InversionReport"]) -> "InversionReport":
 
 @dataclass(frozen=True)
 class InversionReport:
-    """Residuals and network evaluations of each step of an encoding, in order. Arrays are (steps, B).
+    """Report the residuals and evaluations of each step. Arrays are (steps, B).
 
     Attributes:
         timesteps: the network timestep at the upper end of each step, (steps,).
@@ -202,7 +202,7 @@ class InversionReport:
         converged: whether the residual reached `tolerance`.
         at_floor: whether the residual stopped above `tolerance`, with less than 10 % progress in the last evaluations.
         damped: whether the residual grew, and the iteration restarted.
-        tolerance: the residual that was asked for.
+        tolerance: the largest residual of a converged step.
         latent_mean, latent_std: mean and standard deviation of each latent, (B,). Those of noise are 0 and 1.
     """
 
@@ -218,7 +218,7 @@ class InversionReport:
 
     @property
     def total_evaluations(self) -> NDArray[np.int64]:
-        """Network evaluations of each image, (B,)."""
+        """Sum the network evaluations of each image, (B,)."""
         return self.evaluations.sum(0)
 
     def where(self, flags: NDArray[np.bool_]) -> list[int]:
@@ -232,7 +232,7 @@ class InversionReport:
         return known
 
     def __str__(self) -> str:
-        """Format a table with a line for each step: the worst image's residual and evaluations, and the flags."""
+        """Format a table with a line for each step, with the largest residual and evaluations of any image."""
         lines = ["timestep  residual  evaluations"]
         for i, t in enumerate(self.timesteps):
             notes = {"not converged": ~self.converged[i], "at its floor": self.at_floor[i], "damped": self.damped[i]}

@@ -77,8 +77,8 @@ def unfold(prediction: Prediction, move: Move) -> tuple[float, float]:
         return 1 / x, -out / x
     if move.alpha_bar_t == 0:
         raise ValueError(
-            f"the step from time {move.t}, where ᾱ is 0, to {move.s} forgets x_{move.t}: it has no inverse. Take more "
-            "steps, or timesteps below the top"
+            f"the step from time {move.t} to {move.s} does not depend on x_{move.t}, so it has no inverse: use more "
+            "steps, or timesteps at which ᾱ > 0"
         )
     scale = float(np.sqrt(move.alpha_bar_t / move.alpha_bar_s))
     eps = float(np.sqrt(1 - move.alpha_bar_t) - scale * np.sqrt(1 - move.alpha_bar_s))

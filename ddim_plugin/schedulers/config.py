@@ -12,11 +12,11 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 KEY = "_ddim_plugin"
 """Entry of a scheduler's config with the settings of this package. Stock schedulers keep it, and do not read it."""
 
-SAMPLER = "sampler"  # entry in there with the constraints that an inverse scheduler switched off
+SAMPLER = "sampler"  # entry of `KEY` with the constraints that an inverse scheduler switched off
 CONSTRAINTS = ("clip_sample", "thresholding", "use_clipped_model_output")
-"""Settings that change x̂0, and have no inverse."""
+"""Settings that change x̂0. A step with one of them has no inverse."""
 
-SOLVER = ("solver_order", "lower_order_final", "fitted_timesteps")  # settings of `MultistepDDIMScheduler` alone
+SOLVER = ("solver_order", "lower_order_final", "fitted_timesteps")  # settings that only `MultistepDDIMScheduler` has
 STOCK_SPACINGS = ("leading", "trailing", "linspace")
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 STOCK_VARIANCES = ("fixed_large", "learned_range")  # "fixed_small" is their default
@@ -29,7 +29,7 @@ CLASSES: dict[str, type["StockConfig"]] = {}  # schedulers of this package by na
 
 
 class StockConfig(SchedulerMixin, ConfigMixin):
-    """A scheduler whose config converts to and from those of diffusers without a warning."""
+    """Convert a scheduler's config to and from those of diffusers, without a warning."""
 
     _derived_betas = False  # trained_betas were computed from a schedule that stock schedulers do not have
     _set_aside: tuple[str, ...] = ()  # constraints of the sampler that an inverse scheduler switched off
@@ -53,8 +53,8 @@ class StockConfig(SchedulerMixin, ConfigMixin):
     def register_to_config(self, **kwargs: Any) -> None:
         """Record settings, and keep the config readable for stock schedulers.
 
-        diffusers leaves keys in `_use_default_values` out of a conversion, and carries private keys such as `KEY`
-        along. `_class_name` names the stock scheduler whose keys these are.
+        diffusers does not convert keys in `_use_default_values`, but copies private keys such as `KEY`. `_class_name`
+        is the stock scheduler whose keys these are.
         """
         super().register_to_config(**kwargs)
         own = self._own_settings()
@@ -62,7 +62,7 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         super().register_to_config(**{KEY: own, "_use_default_values": hidden, "_class_name": DDIMScheduler.__name__})
 
     def to_json_string(self) -> str:
-        """Write the config as that of a stock `DDIMScheduler`, with ours under `KEY`."""
+        """Write the config of a stock `DDIMScheduler`, with ours under `KEY`."""
         live = self._internal_dict
         own = {"class": type(self).__name__} | live[KEY]
         try:
@@ -79,12 +79,13 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         """Create a scheduler from the config of this or any compatible scheduler. `kwargs` override its settings.
 
         Settings of this package survive a conversion to a stock scheduler, unless they were changed there. A stock
-        config's "fixed_small" and "fixed_large" noise is not copied, so that a DDPM checkpoint opens as DDIM. Raises
-        ValueError for settings that `__init__` refuses, or that version 0.1 alone had.
+        config's "fixed_small" and "fixed_large" noise is not copied, so that a DDPM checkpoint becomes DDIM. Raises
+        ValueError for settings that `__init__` refuses, and for `kwargs` that only version 0.1 had.
         """
-        gone, aside = REMOVED.keys() & kwargs.keys(), ()
-        if gone:
-            raise ValueError(f"{min(gone)} is no setting since version 0.2: leave it out")
+        removed, aside = REMOVED.keys() & kwargs.keys(), ()
+        if removed:
+            key = min(removed)
+            raise ValueError(f"{key}={kwargs[key]!r} is no setting since version 0.2: leave it out")
         if isinstance(config, dict):
             config, own = cls._adapt(*_split(config))
             aside = tuple(key for key in own.get(SAMPLER, ()) if key not in kwargs)
@@ -98,7 +99,7 @@ class StockConfig(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def _adapt(cls, settings: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Leave out what belongs to another class of this package, and restore the constraints of a sampler."""
+        """Drop settings of other classes, and restore a sampler's constraints."""
         own |= own.pop(SAMPLER, {})
         if SOLVER[0] in own and own.get("timestep_spacing") in ("few_steps", "few_steps_noise"):
             own.pop("timestep_spacing")
@@ -106,7 +107,7 @@ class StockConfig(SchedulerMixin, ConfigMixin):
 
 
 def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a config into stock settings and ours. Ours lack what was changed since, and what version 0.1 alone had."""
+    """Split a config into stock settings and ours, without ours that were changed since, or that only 0.1 had."""
     settings = dict(config)
     carried = settings.pop(KEY, None)
     own = {} if carried is None else dict(carried)
@@ -151,7 +152,7 @@ def _drop_removed(settings: dict[str, Any], own: dict[str, Any]) -> None:
     if lost:
         named = ", ".join(f"{key}={value!r}" for key, value in lost.items())
         kept = " β is taken from trained_betas." if "beta_schedule" in lost else ""
-        warnings.warn(f"version 0.2 has no {named}: the defaults are used instead.{kept}", stacklevel=4)
+        warnings.warn(f"version 0.2 does not support {named}: the defaults are used instead.{kept}", stacklevel=4)
 
 
 def restored(scheduler: SchedulerMixin) -> SchedulerMixin:

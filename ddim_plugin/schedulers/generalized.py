@@ -43,7 +43,7 @@ class GeneralizedDDIMScheduler(Planned):
         rescale_betas_zero_snr: rescale β so that ᾱ_T = 0 (Lin et al. 2023).
         eta: η of Eq. 16, used if `step` is not given one. 0 is DDIM and 1 is DDPM. "fixed_large" and "learned_range"
             do not use it: they require η = 1.
-        variance_type: "fixed_small" (σ = η·√β̃, Eq. 16), "fixed_large" (σ̂ for the noise alone, Appendix D.3),
+        variance_type: "fixed_small" (σ = η·√β̃, Eq. 16), "fixed_large" (σ̂ only in the noise term, Appendix D.3),
             "learned_range" (a network with twice the channels, between β̃ and β), or "optimal" (Analytic-DPM) with
             `eps_mean_square`, E‖ε̂(x_t, t)‖²/d for t = 1..T.
         use_clipped_model_output: recompute ε̂ from a clipped x̂0, as Ho's sampler does. False keeps the network's ε̂,
@@ -165,7 +165,7 @@ class GeneralizedDDIMScheduler(Planned):
         Raises ValueError before `set_timesteps`, and for shapes, timesteps, η or generators that do not fit.
         """
         if self.num_inference_steps is None:
-            raise ValueError("call set_timesteps before step: there is no plan yet")
+            raise ValueError("no timesteps are set: call set_timesteps before step")
         output, variance = self._split(model_output, sample)
         check_noise(sample, generator, variance_noise)
         kind = self._kind(eta)

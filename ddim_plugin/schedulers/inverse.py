@@ -10,7 +10,7 @@ from .step import Evaluation, Step
 
 
 class Upwards(StockConfig):
-    """What all encoding schedulers share: no noise, and no constraint on x̂0 unless it is asked for."""
+    """Encode without noise, and without a constraint on x̂0 unless it is passed."""
 
     def _check_noise(self, variance_type: str, eta: float) -> None:
         super()._check_noise(variance_type, eta)
@@ -22,14 +22,14 @@ class Upwards(StockConfig):
 
     def _kind(self, eta: float | None) -> Kind:
         if moves.effective_eta("fixed_small", eta, 0.0)[1] > 0:
-            raise ValueError(f"encoding is deterministic: eta={eta:g} would make x_t no function of x_s; leave it out")
+            raise ValueError(f"encoding is deterministic, and cannot use eta={eta:g}: leave it out")
         return "fixed_small", 0.0
 
     def _evaluate(self, *args: Any) -> Evaluation:
         evaluation = super()._evaluate(*args)
         if evaluation.recompute_eps:
             raise ValueError(
-                "use_clipped_model_output=True recomputes ε̂ from x_t, which an inverse step does not know yet: set it "
+                "use_clipped_model_output=True needs x_t to recompute ε̂, but an inverse step computes x_t: set it "
                 "to False"
             )
         return evaluation

@@ -1,4 +1,4 @@
-"""The ODE of DDIM (Eq. 14) by a multistep method, from noise to data and back."""
+"""Solve the ODE of DDIM (Eq. 14) with a multistep method, in both directions."""
 
 import inspect
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from .inverse import Upwards
 from .planned import Kind
 from .step import Evaluation, Step
 
-MUCH_NOISE = 0.5  # η from which on "few_steps" ends earlier, and a step extrapolates further
-REACH = 1.5  # how far a step with much noise goes from the last value towards the mean: the mean of x̂0 lacks variance
+MUCH_NOISE = 0.5  # least η for which "few_steps" becomes "few_steps_noise", and a step extrapolates further
+REACH = 1.5  # factor on (mean − last value) in a step with much noise: the mean of x̂0 lacks variance
 OF_PROCESS = inspect.signature(GeneralizedDDIMScheduler.__init__).parameters.keys() - {"self"}
 OF_OTHERS = ("timestep_spacing", "steps_offset", "eta", "clip_sample", "use_clipped_model_output", *SOLVER)
 """Settings that are not copied from the config of another class: they were chosen for its sampler."""
 
 COORDINATE = {"epsilon": "bounded", "sample": "log_snr"}  # the coordinate in which ε̂, or x̂0, is a polynomial
-_mean_weights = lru_cache(maxsize=4096)(multistep.mean_weights)  # plans repeat mostly
+_mean_weights = lru_cache(maxsize=4096)(multistep.mean_weights)  # most plans repeat
 
 
 class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
@@ -33,12 +33,12 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     ε̂ is the polynomial through its last `solver_order` values, and its mean is exact on any grid
     (`ddim_plugin.process.multistep`). The first steps have fewer values, and order 1 is `GeneralizedDDIMScheduler`.
-    With noise, x̂0 takes the place of ε̂, in the SDE that adds η² times the noise (variance) of DDPM. The values are
-    kept in the scheduler, so that two loops need two schedulers. A step that does not follow the last one, or has
-    another shape, starts anew, and a step with a timestep for each sample is of order 1.
+    With noise, the mean is that of x̂0, in the SDE that adds η² times the noise variance of DDPM. The scheduler keeps
+    the values: use one scheduler for each loop. A step that does not follow the last one, or has another shape, is of
+    order 1. A step with a timestep for each sample is too.
 
-    The first sample is x_T, also if τ ends below T. The network is evaluated at τ_S < T, where it predicts nearly the
-    same x̂0, and the first deterministic step starts from T with it.
+    The first sample is x_T, even if τ ends below T. The network is evaluated at τ_S < T, where it predicts nearly the
+    same x̂0, and without noise the first step starts from T with this x̂0.
 
     Args:
         solver_order: number of values that a step uses, 1 to 4. None is 3, or 2 with noise.
@@ -82,7 +82,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             raise ValueError(f"solver_order must be 1, 2, 3 or 4, or None, not {solver_order!r}")
         super().__init__(**{key: given[key] for key in OF_PROCESS})
         self._fitted = _check_fitted(fitted_timesteps, num_train_timesteps)
-        if fitted_timesteps is not None:  # with strings as keys, as JSON has them
+        if fitted_timesteps is not None:  # JSON has strings as keys
             kept = {str(S): (times[::-1] - 1).tolist() for S, times in self._fitted.items()}
             self.register_to_config(fitted_timesteps=kept)
         self._order = solver_order
@@ -112,8 +112,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         """Plan the steps as `GeneralizedDDIMScheduler.set_timesteps`, for steps with this `eta` (None: the config's).
 
         From η = 0.5 on "few_steps" becomes "few_steps_noise", `fitted_timesteps` are not used, and steps extrapolate
-        further. A loop that passes η to `step` alone uses the timesteps of the deterministic process: set η in the
-        config there.
+        further. A loop that passes η only to `step` uses the timesteps for no noise: set η in the config instead.
         """
         self._much_noise = self._kind(eta)[1] >= MUCH_NOISE
         super().set_timesteps(num_inference_steps, device, timesteps)
@@ -135,12 +134,12 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         return plan
 
     def _starts_above(self, top: int) -> bool:
-        """Whether the first deterministic step starts from T, above the first time of the plan."""
+        """Return whether the first deterministic step starts from T, above `top`."""
         return self._order != 1 and top < self.config.num_train_timesteps
 
     def _kind(self, eta: float | None) -> Kind:
         if eta is None and self.config.variance_type == "learned_range":
-            eta = self.config.eta  # the network has a learned variance; the process is deterministic unless asked
+            eta = self.config.eta  # a learned variance describes the network: the process is deterministic by default
         return super()._kind(eta)
 
     # ---- stepping ----------------------------------------------------------------------------------------------
@@ -174,7 +173,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         return evaluation._replace(step=step, history=history)
 
     def _value(self, evaluation: Evaluation, quantity: str) -> Tensor:
-        """The value of ε̂ or x̂0 at the sample of this evaluation."""
+        """Return ε̂ or x̂0 of this evaluation."""
         if quantity == "sample":
             return evaluation.x0()
         is_output = (evaluation.step.eps_x, evaluation.step.eps_out) == (0, 1) and not evaluation.recompute_eps
@@ -192,7 +191,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         return weights.tolist()
 
     def _mean(self, quantity: str, pair: tuple[int, int], times: Sequence[int], eta: float) -> np.ndarray:
-        """Weights of the values in the mean over a step."""
+        """Compute the weights of the values in the mean over a step."""
         t, s = (float(self._alpha_bar[time]) for time in pair)
         known = [float(self._alpha_bar[time]) for time in times]
         to_data = (quantity == "sample" and s == 1) or (self.config.lower_order_final and pair[1] == 0)
@@ -211,14 +210,14 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
 
 class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
-    """The ODE of Eq. 14 upwards by a multistep method: encodes an image x_0 into x_T in few steps.
+    """Encode images x_0 into x_T in few steps, with a multistep method.
 
-    A step from s up to t uses the last values, at s and below, in the loop of any pipeline. For the same number of
-    evaluations, decoding returns nearer to the image than with `InverseDDIMScheduler`, which is of order 1. The network
-    is evaluated at the lower end of a step, and at τ_1 for the first step, from the data. If the sampler starts from
-    T, the last step ends there.
+    It solves the ODE of Eq. 14 upwards, in the loop of any pipeline. A step from s up to t uses the last values, at s
+    and below. Decoding is nearer to the image than with `InverseDDIMScheduler`, which is of order 1, for the same
+    number of evaluations. The network is evaluated at the lower end of a step, and at τ_1 for the first step. If the
+    sampler starts from T and has more than one step, the last step ends at T.
 
-    `from_config` takes the config of a `MultistepDDIMScheduler`, and the other way round. Args and errors are those of
+    `from_config` accepts the config of a `MultistepDDIMScheduler`, and vice versa. Args and errors are those of
     that class and of `InverseDDIMScheduler`.
     """
 
@@ -239,7 +238,7 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
         raise ValueError(f"timestep {timestep} is not in the plan, or not the same for all samples: encode along τ")
 
     def _all_steps(self, kind: Kind, dtype: torch.dtype, device: torch.device) -> Tensor:
-        raise ValueError("a timestep for each sample is not the same for all samples: encode along τ")
+        raise ValueError("inverse multistep steps need one timestep for all samples: use those of scheduler.timesteps")
 
 
 def sampler_class(scheduler: object) -> type[GeneralizedDDIMScheduler]:
@@ -261,7 +260,7 @@ def _check_fitted(timesteps: dict[str, list[int]] | None, T: int) -> dict[int, s
         raise ValueError(f"fitted_timesteps must be a dictionary of lists by step counts, not {timesteps!r}")
     for S, times in timesteps.items():
         if not (spacings.is_integer(S) or (isinstance(S, str) and S.isdecimal())):
-            raise ValueError(f"the keys of fitted_timesteps must be step counts: {S!r} is none")
+            raise ValueError(f"fitted_timesteps has the key {S!r}, which is no step count: use integers as keys")
         found[int(S)] = spacings.explicit(times, T, lowest=0, descending=True)
         if len(found[int(S)]) != int(S):
             raise ValueError(f"fitted_timesteps has {len(times)} timesteps for {S} steps: give as many as steps")

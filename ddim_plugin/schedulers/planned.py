@@ -1,4 +1,4 @@
-"""Steps over τ, planned once, the step that belongs to a timestep, and the marginals of the process."""
+"""Plan the steps over τ, find the step of a timestep, and compute marginals."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +16,9 @@ Kind = tuple[str, float]  # variance type and η of a step
 
 
 class Planned(StockConfig):
-    """Steps for pairs (t, s) of times, planned once in float64 by `set_timesteps`.
+    """Plan the steps (t, s) over τ in float64.
 
-    The timestep of a network is the paper's time minus one, 0..T−1. Only this package's schedulers make that shift.
+    Plans and pairs use the paper's times 1..T. The timestep of a network is that time minus one, 0..T−1.
     """
 
     _alpha_bar: np.ndarray  # ᾱ_0..ᾱ_T, float64
@@ -26,7 +26,7 @@ class Planned(StockConfig):
     _eps_mean_square: np.ndarray | None  # E‖ε̂‖²/d for t = 0..T
     _tau: spacings.Times
     _pairs: list[tuple[int, int]]  # (t, s) of each step
-    _called: list[int]  # the time of the network's evaluation, for each step
+    _called: list[int]  # the time at which the network is evaluated, for each step
     _plans: dict[Kind, list[Step]]
     _next: int  # position in the plan of the step that follows the last one
     _place: int | None = None  # position in the plan of the last step
@@ -52,7 +52,7 @@ class Planned(StockConfig):
         else:
             times = self._spaced(num_inference_steps)
         kind, pairs = self._kind(None), self._make_pairs(times)
-        plan = self._make_plan(pairs, kind)  # raises for a step that does not exist, and leaves the old plan
+        plan = self._make_plan(pairs, kind)  # if a step does not exist, this raises and the old plan is kept
         self._tau, self._pairs, self._plans, self._next = times, pairs, {kind: plan}, 0
         self._called = self._evaluated_at(pairs)
         self._first = {t: i for i, t in reversed(list(enumerate(self._called)))}
@@ -63,7 +63,7 @@ class Planned(StockConfig):
 
     @property
     def alpha_bar(self) -> np.ndarray:
-        """ᾱ_0..ᾱ_T, float64, shape (T + 1,). ᾱ_0 is the level of the data."""
+        """Return ᾱ_0..ᾱ_T, float64, (T + 1,). ᾱ_0 is that of the data."""
         return self._alpha_bar.copy()
 
     def move(self, i: int) -> moves.Move:
@@ -71,21 +71,21 @@ class Planned(StockConfig):
         return moves.move(self._alpha_bar, *self._pairs[i])
 
     def check_eta(self, eta: float | None) -> None:
-        """Raise ValueError if a step of the plan does not exist at this η. None is the scheduler's own."""
+        """Raise ValueError if η is too large for a step. None is the scheduler's η."""
         self._plan(self._kind(eta))
 
     def _spaced(self, S: int | None, spacing: str | None = None) -> spacings.Times:
-        """τ of S steps, by this spacing or the scheduler's."""
+        """Compute τ of S steps, with this spacing or the scheduler's."""
         config = self.config
         T, offset = config.num_train_timesteps, config.steps_offset
         return spacings.tau(spacing or config.timestep_spacing, S, T, offset, self._alpha_bar)
 
     def _make_pairs(self, times: spacings.Times) -> list[tuple[int, int]]:
-        """(t, s) of each step, in the order of the loop."""
+        """List (t, s) of each step, in the order of the loop."""
         return moves.downwards(times)
 
     def _evaluated_at(self, pairs: list[tuple[int, int]]) -> list[int]:
-        """The time of the network's evaluation, for each step."""
+        """List the time at which the network is evaluated, for each step."""
         return [t for t, _ in pairs]
 
     def _make_step(self, t: int, s: int, kind: Kind) -> Step:
@@ -106,7 +106,7 @@ class Planned(StockConfig):
     # ---- lookup ------------------------------------------------------------------------------------------------
 
     def _find(self, timestep: int | Tensor, kind: Kind, sample: Tensor) -> Step:
-        """Find the step for `timestep`: one for all, or one for each sample. Reads no tensor of a device."""
+        """Find the step for `timestep`. The host reads no element of `self.timesteps`, and no (B,) on a device."""
         self._place = None
         if not isinstance(timestep, Tensor):
             if not spacings.is_integer(timestep):
@@ -132,7 +132,7 @@ class Planned(StockConfig):
         return Step(*(column.view(-1, *[1] * (sample.ndim - 1)) for column in rows.unbind(1)))
 
     def _next_step(self, timestep: int, kind: Kind) -> Step:
-        """Find the next step at this timestep, which a plan may contain more than once."""
+        """Find the next step at this timestep. A plan may repeat a timestep."""
         i: int | None = self._next
         if not (i < len(self._called) and self._called[i] == timestep + 1):
             i = self._first.get(timestep + 1)
@@ -143,10 +143,10 @@ class Planned(StockConfig):
         return self._plan(kind)[i]
 
     def _step_at(self, timestep: int, kind: Kind) -> Step:
-        """Find or make the step from any timestep to the nearest time of the plan below it."""
+        """Find or make the step from any timestep to the next lower time."""
         T = self.config.num_train_timesteps
         if not 0 <= timestep < T:
-            raise ValueError(f"timestep {timestep} is outside 0..{T - 1}")
+            raise ValueError(f"timestep {timestep} is outside 0..{T - 1}: pass a network timestep in that range")
         t = timestep + 1
         if t in self._moving:
             return self._plan(kind)[self._moving[t]]
@@ -154,7 +154,7 @@ class Planned(StockConfig):
         return self._make_step(t, int(self._tau[below - 1]) if below else 0, kind)
 
     def _all_steps(self, kind: Kind, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Make a table on the device with the steps from all timesteps, and NaN where none exists."""
+        """Make a table of the steps from all timesteps, NaN if one does not exist."""
         key = ("steps", kind, dtype, device)
         if key not in self._tables:
             rows = np.full((self.config.num_train_timesteps, len(Step._fields)), np.nan)

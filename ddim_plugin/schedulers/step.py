@@ -1,4 +1,4 @@
-"""One step of the sampler: its coefficients in float64, and the tensors computed from (x_t, network output)."""
+"""Apply one step of the sampler to x_t and the network's output."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
     @classmethod
     def up(cls, move: moves.Move, prediction_type: str) -> "Step":
-        """Build the step x_s → x_t: `down` solved for x_t, with the network's output at t held fixed."""
+        """Build the step x_s → x_t: `down` solved for x_t, for a given output."""
         m = p.prediction(prediction_type, move.alpha_bar_t)
         x, out = p.unfold(m, move)
         prediction = (m.x0_x * x, m.x0_x * out + m.x0_out, m.eps_x * x, m.eps_x * out + m.eps_out)
@@ -57,25 +57,25 @@ class Step(NamedTuple):
         return self._replace(eps_x=a + b * self.x0_x, eps_out=b * self.x0_out)
 
     def eps_of_x0(self) -> tuple[Coefficient, Coefficient]:
-        """Return (a, b) with ε̂ = a·x_t + b·x̂0, the noise that agrees with a clipped x̂0."""
+        """Return (a, b) with ε̂ = a·x_t + b·x̂0, for a clipped x̂0."""
         b = self.eps_out / self.x0_out
         return self.eps_x - b * self.x0_x, b
 
 
 class Evaluation(NamedTuple):
-    """A step applied to one output of the network. Each method computes one new tensor."""
+    """Apply a step to one output of the network."""
 
     step: Step
     sample: Tensor
     output: Tensor
     variance: Tensor | None = None  # the network's choice between β̃ and β
-    limit: float | None = None  # x̂0 is clipped to ± this
+    limit: float | None = None  # x̂0 is clipped to [−limit, limit]
     thresholding: tuple[float, float] | None = None  # ratio and largest value of dynamic thresholding
     recompute_eps: bool = False
     history: Sequence[tuple[float, Tensor]] = ()  # weights and earlier values that a multistep method adds
 
     def x0(self) -> Tensor:
-        """Predict x̂0, and constrain it."""
+        """Predict x̂0, and clip or threshold it."""
         is_output = not isinstance(self.step.x0_x, Tensor) and (self.step.x0_x, self.step.x0_out) == (0, 1)
         if is_output and self.limit is not None and self.thresholding is None:
             return at_least_float32(self.output).clamp(-self.limit, self.limit)
@@ -92,7 +92,7 @@ class Evaluation(NamedTuple):
         return combine(self.step.eps_x, self.sample, self.step.eps_out, self.output)
 
     def mean(self) -> Tensor:
-        """Compute the mean of x_s: two passes over memory, at most five if x̂0 is clipped."""
+        """Compute the mean of x_s, in two passes over memory without clipping and history."""
         mean = self._first_order()
         for weight, value in self.history:
             mean = accumulate(mean, weight, value)
@@ -125,10 +125,10 @@ class Evaluation(NamedTuple):
 
 
 class GeneralizedDDIMSchedulerOutput(Mapping):
-    """Result of a step, read by attribute, key or position. All but `prev_sample` is computed when first read.
+    """Return the result of a step by attribute, key or position.
 
-    Tensors have the shape (B, C, H, W) and dtype of the sample. Values read later are computed from the step's `sample`
-    and `model_output`: do not change those in place before.
+    Tensors have the shape (B, C, H, W) and dtype of the sample. All but `prev_sample` are computed when first read,
+    from the step's `sample` and `model_output`. Do not change these in place before you read them.
 
     Attributes:
         prev_sample: x_s, the sample after the step.
@@ -177,7 +177,7 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
 
 
 class StepTuple(tuple):
-    """(x_s, x̂0) of a step with `return_dict=False`. x̂0 is computed when it is read."""
+    """Return (x_s, x̂0) of a step. x̂0 is computed when it is read."""
 
     def __new__(cls, result: GeneralizedDDIMSchedulerOutput) -> "StepTuple":
         pair = super().__new__(cls, (result.prev_sample, None))

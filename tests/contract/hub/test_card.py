@@ -134,7 +134,7 @@ def test_what_was_not_recorded_is_said_to_be_so():
     assert data.license is None
     assert "None have been measured for these weights." in text
     assert "How these weights were trained was not recorded." in text
-    assert "There is no sample grid" in text
+    assert "No sample grid was made" in text
     assert MARK in text
     assert is_written_here(text)
     assert "None" not in section(text, "Settings") + section(text, "Training")
@@ -171,7 +171,7 @@ def test_what_the_stock_pipeline_cannot_do_is_said(unet, said):
     ("content", "said"),
     [
         ({"fid": 3}, 'no list under "results"'),
-        ([], "holds no JSON object"),
+        ([], "contains no JSON object"),
         ({"results": [RESULT, {}]}, "entry 1 of results has metric=None: it must be an id such as fid"),
         ({"results": [RESULT | {"value": "4.16"}]}, "value='4.16': it must be a finite number"),
         ({"results": [RESULT | {"value": True}]}, "must be a finite number"),

@@ -385,7 +385,7 @@ GOOD = {"images": torch.rand(2, 3, 8, 8), "num_inference_steps": 5}
         ({"tolerance": float("nan")}, "tolerance must be a non-negative number"),
         ({"strength": 0}, r"strength must lie in \(0, 1\]"),
         ({"strength": 1.5}, r"strength must lie in \(0, 1\]"),
-        ({"strength": 0.1}, "strength=0.1 of 5 steps is less than one: use at least 0.2"),
+        ({"strength": 0.1}, "strength=0.1 of 5 steps is less than one step: use at least 0.2"),
         ({"class_labels": 1}, "unconditional"),
         ({"guidance_scale": 2.0}, "unconditional"),
     ],
@@ -420,7 +420,7 @@ def test_bad_interpolations(untouched):
         (lambda: untouched.interpolate(z[:1], z[:2]), "two batches of one shape"),
         (lambda: untouched.interpolate(z[0], None), "latents must be a torch tensor"),
         (lambda: untouched.interpolate(z[0], z[1], batch_size=0), "batch_size must be an integer of at least 1"),
-        (lambda: untouched.interpolate_grid(z[:3]), "corners must be 4 latents, not 3"),
+        (lambda: untouched.interpolate_grid(z[:3]), "corners has 3 latents: pass exactly 4"),
         (lambda: untouched.interpolate_grid(z, (3, 1)), "num must be an integer of at least 2"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -180,7 +180,11 @@ def test_noise_in_a_step_is_refused(network):
     up.set_timesteps(5)
     x = torch.randn(1, 1, 4, 4)
     assert up.step(network(x, 199), 199, x, eta=0.0, generator=torch.Generator()).std == 0
-    for eta, message in ((0.3, "encoding is deterministic: eta=0.3"), (-1, "eta must be"), ("1", "eta must be")):
+    for eta, message in (
+        (0.3, "encoding is deterministic, and cannot use eta=0.3"),
+        (-1, "eta must be"),
+        ("1", "eta must be"),
+    ):
         with pytest.raises(ValueError, match=message):
             up.step(network(x, 199), 199, x, eta=eta)
 
@@ -189,16 +193,14 @@ def test_recomputed_noise_is_refused(network):
     up = InverseDDIMScheduler(clip_sample=True, use_clipped_model_output=True)
     up.set_timesteps(5)
     x = torch.randn(1, 1, 4, 4)
-    with pytest.raises(
-        ValueError, match="recomputes ε̂ from x_t, which an inverse step does not know yet: set it to False"
-    ):
+    with pytest.raises(ValueError, match="needs x_t to recompute ε̂, but an inverse step computes x_t: set it to False"):
         up.step(network(x, 199), 199, x)
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
 def test_zero_terminal_snr(network, prediction_type):
     up = InverseDDIMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True)
-    with pytest.raises(ValueError, match="forgets x_1000: it has no inverse. Take more steps"):
+    with pytest.raises(ValueError, match="does not depend on x_1000, so it has no inverse: use more steps"):
         up.set_timesteps(1)
     up.set_timesteps(5)
     x = torch.rand(2, 1, 4, 4)

@@ -44,7 +44,7 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
             "--tolerance, --refine and --resize need images",
         ),
         (["encode", "MODEL", "none.png"], "cannot read the image none.png"),
-        (["encode", "MODEL", "EMPTY"], "there is no image in"),
+        (["encode", "MODEL", "EMPTY"], "contains no images"),
         (["encode", "MODEL", "PICTURES/0.png", "--refine", "-1"], "refinement_steps must be"),
         (["encode", "MODEL", "PICTURES/0.png", "--output", "PICTURES/0.png"], "0.png is no writable folder"),
         (["interpolate", "MODEL"], "give the ends in one way"),

@@ -79,7 +79,7 @@ def test_without_records_only_the_model_is_pushed(hub, make_unet):
     configs = {"model_index.json", "unet/config.json", "scheduler/scheduler_config.json", ".gitattributes"}
     assert hub.files(REPO).keys() == configs | {"unet/diffusion_pytorch_model.safetensors", f"{code().name}.py"}
     pipe.push_to_hub(REPO, card=True)
-    assert "There is no sample grid" in card(hub)
+    assert "No sample grid was made" in card(hub)
     assert "samples.png" not in hub.files(REPO)
     pipe.push_to_hub("ada/other", samples=2)
     assert "seeds 0 to 1." in hub.files("ada/other")["README.md"].decode()

@@ -38,10 +38,10 @@ def test_the_command_draws_and_opens_requests(hub, folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere", REPO], "there is no folder nowhere"),
+        (["nowhere", REPO], "folder nowhere was not found"),
         (["FOLDER", "a b"], "is no id of a repo"),
         (["FOLDER", REPO, "--samples", "-1"], "samples must be a non-negative integer"),
-        (["FOLDER", REPO, "--records", "nowhere"], "there is no folder nowhere"),
+        (["FOLDER", REPO, "--records", "nowhere"], "folder nowhere was not found"),
         (["FOLDER", REPO, "--token", "hf_nobody"], "refused the token for ada/digits"),
     ],
 )

@@ -58,10 +58,10 @@ def broken(folder, problem):
         ("pickles", "no weights as safetensors"),
         ("empty", r"no model_index\.json"),
         ("foreign", "is a DDPMPipeline: load it with"),
-        ("mine", "names MyNet of my_nets for unet, which others do not have"),
-        ("component", r"for \.\./secret, which others do not have"),
+        ("mine", "names MyNet of my_nets for unet: only a unet and a scheduler of diffusers"),
+        ("component", r"for \.\./secret: only a unet and a scheduler"),
         ("config", "are not as the scripts write them"),
-        ("nan", "not finite, which JSON does not have"),
+        ("nan", "a non-finite number, which JSON cannot store"),
     ],
 )
 def test_nothing_is_sent_of_what_is_not_right(hub, folder, problem, said):
@@ -75,7 +75,7 @@ def test_settings_are_checked_first(hub, folder):
     for settings, said in [
         ({"samples": -1}, "samples must be a non-negative integer"),
         ({"samples": 1.5}, "samples must be a non-negative integer"),
-        ({"records": "nowhere", "samples": 0}, "there is no folder nowhere"),
+        ({"records": "nowhere", "samples": 0}, "folder nowhere was not found"),
         ({"license": "my own"}, "license must be as the Hub names it"),
     ]:
         with pytest.raises(ValueError, match=said):
@@ -115,7 +115,7 @@ def test_a_public_repo_does_not_get_what_is_private(hub, folder):
         (READS, "the token may not write to ada/digits"),
         ("hf_nobody", "refused the token for ada/digits: log in with"),
         (False, "was not found on .*, or it is private: log in"),
-        ("hf_bad\ntoken", "characters that no token has"),
+        ("hf_bad\ntoken", "contains invalid characters"),
         ("", "the token is empty"),
     ],
 )
