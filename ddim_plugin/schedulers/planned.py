@@ -28,6 +28,7 @@ class Planned(StockConfig):
     _pairs: list[tuple[int, int]]  # (t, s) of each step
     _called: list[int]  # the time at which the network is evaluated, for each step
     _plans: dict[Kind, list[Step]]
+    _off_plan: dict[tuple[int, Kind], Step]  # steps from times outside the plan
     _next: int  # position in the plan of the step that follows the last one
     _place: int | None = None  # position in the plan of the last step
     num_inference_steps: int | None = None
@@ -53,7 +54,7 @@ class Planned(StockConfig):
             times = self._spaced(num_inference_steps)
         kind, pairs = self._kind(None), self._make_pairs(times)
         plan = self._make_plan(pairs, kind)  # if a step does not exist, this raises and the old plan is kept
-        self._tau, self._pairs, self._plans, self._next = times, pairs, {kind: plan}, 0
+        self._tau, self._pairs, self._plans, self._off_plan, self._next = times, pairs, {kind: plan}, {}, 0
         self._called = self._evaluated_at(pairs)
         self._first = {t: i for i, t in reversed(list(enumerate(self._called)))}
         self._moving = {t: i for i, (t, s) in enumerate(pairs) if t != s}
@@ -150,8 +151,10 @@ class Planned(StockConfig):
         t = timestep + 1
         if t in self._moving:
             return self._plan(kind)[self._moving[t]]
-        below = int(np.searchsorted(self._tau, t))
-        return self._make_step(t, int(self._tau[below - 1]) if below else 0, kind)
+        if (t, kind) not in self._off_plan:
+            below = int(np.searchsorted(self._tau, t))
+            self._off_plan[t, kind] = self._make_step(t, int(self._tau[below - 1]) if below else 0, kind)
+        return self._off_plan[t, kind]
 
     def _all_steps(self, kind: Kind, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Make a table of the steps from all timesteps, NaN if one does not exist."""
@@ -165,8 +168,6 @@ class Planned(StockConfig):
                     continue
             self._tables[key] = torch.tensor(rows).to(dtype).to(device)
         return self._tables[key]
-
-    # ---- marginals ---------------------------------------------------------------------------------------------
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
         """Compute x_t = √ᾱ_t·x_0 + √(1 − ᾱ_t)·ε (Eq. 4) at network timesteps 0..T−1, an integer or (B,).
@@ -186,10 +187,9 @@ class Planned(StockConfig):
         """Look up (√ᾱ_t, √(1 − ᾱ_t)) for each sample, broadcasting over `like`."""
         if not like.is_floating_point():
             raise ValueError(f"samples must be floating point, not {like.dtype}")
-        times = timesteps if isinstance(timesteps, Tensor) else torch.as_tensor(timesteps)
+        times = torch.as_tensor(timesteps).flatten()
         if times.is_floating_point() or times.is_complex() or times.dtype == torch.bool:
             raise ValueError(f"timesteps must be integers, not {times.dtype}")
-        times = times.flatten()
         if len(times) not in (1, like.shape[0]):
             raise ValueError(f"{len(times)} timesteps for {like.shape[0]} samples: give one, or one for each")
         T = self.config.num_train_timesteps
