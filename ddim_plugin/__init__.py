@@ -1,7 +1,6 @@
 """Denoising Diffusion Implicit Models (Song, Meng, Ermon, ICLR 2021) for Hugging Face diffusers."""
 
-# A saved pipeline names this package as the module of its components, and diffusers then expects to find the base
-# classes beside them: SchedulerMixin and ModelMixin are part of the file format.
+# Folders of version 0.1 name this package for components, and diffusers looks for the base classes in it.
 from diffusers import ModelMixin, SchedulerMixin
 
 from .hub.push import push_to_hub as _push_to_hub

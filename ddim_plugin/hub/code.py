@@ -25,10 +25,10 @@ Each function is a module of the package, with docstrings cut to their first par
 from types import SimpleNamespace
 '''
 
-EXPORTS = """    GeneralizedDDIMPipeline = ddim_pipelines_generation.GeneralizedDDIMPipeline
-    globals().update(ddim_schedulers_config.CLASSES)
-    for each in (GeneralizedDDIMPipeline, *ddim_schedulers_config.CLASSES.values()):
-        each.__qualname__ = each.__name__
+EXPORTS = """    for module in [each for each in globals().values() if isinstance(each, SimpleNamespace)]:
+        for name, each in vars(module).items():
+            if isinstance(each, type) and each.__module__ == __name__:
+                globals()[name], each.__qualname__ = each, name
 """
 
 

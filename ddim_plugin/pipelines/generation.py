@@ -177,6 +177,8 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         **kwargs: Any,
     ) -> None:
         """Save a folder that stock pipelines load too. `kwargs` are those of `push_to_hub`."""
+        if kwargs and not push_to_hub:
+            raise TypeError(f"save_pretrained() got an unexpected keyword argument {min(kwargs)!r}: leave it out")
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
         # Weights of an earlier save that diffusers leaves, and would load instead of these.
         folder, ending = Path(save_directory, "unet"), "" if variant is None else f".{variant}"

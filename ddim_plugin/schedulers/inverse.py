@@ -26,13 +26,10 @@ class Upwards(StockConfig):
         return "fixed_small", 0.0
 
     def _evaluate(self, *args: Any) -> Evaluation:
-        evaluation = super()._evaluate(*args)
-        if evaluation.recompute_eps:
-            raise ValueError(
-                "use_clipped_model_output=True needs x_t to recompute ε̂, but an inverse step computes x_t: set it "
-                "to False"
-            )
-        return evaluation
+        config, recompute = self.config, self.config.use_clipped_model_output if args[-1] is None else args[-1]
+        if recompute and (config.clip_sample or config.thresholding):
+            raise ValueError("use_clipped_model_output=True needs x_t, which an inverse step computes: set it to False")
+        return super()._evaluate(*args)
 
     def _own_settings(self) -> dict[str, Any]:
         return super()._own_settings() | {SAMPLER: dict.fromkeys(self._set_aside, True)}

@@ -21,9 +21,8 @@ from .step import Evaluation, Step
 MUCH_NOISE = 0.5  # least η for which "few_steps" becomes "few_steps_noise", and a step extrapolates further
 REACH = 1.5  # factor on (mean − last value) in a step with much noise: the mean of x̂0 lacks variance
 OF_PROCESS = inspect.signature(GeneralizedDDIMScheduler.__init__).parameters.keys() - {"self"}
+# Settings that are not copied from the config of another class: they were chosen for its sampler.
 OF_OTHERS = ("timestep_spacing", "steps_offset", "eta", "clip_sample", "use_clipped_model_output", *SOLVER)
-"""Settings that are not copied from the config of another class: they were chosen for its sampler."""
-
 COORDINATE = {"epsilon": "bounded", "sample": "log_snr"}  # the coordinate in which ε̂, or x̂0, is a polynomial
 _mean_weights = lru_cache(maxsize=4096)(multistep.mean_weights)  # most plans repeat
 

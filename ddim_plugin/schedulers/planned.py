@@ -54,13 +54,14 @@ class Planned(StockConfig):
             times = self._spaced(num_inference_steps)
         kind, pairs = self._kind(None), self._make_pairs(times)
         plan = self._make_plan(pairs, kind)  # if a step does not exist, this raises and the old plan is kept
+        called = self._evaluated_at(pairs)
+        timesteps = torch.tensor(called, dtype=torch.int64).sub(1).to(device)
         self._tau, self._pairs, self._plans, self._off_plan, self._next = times, pairs, {kind: plan}, {}, 0
-        self._called = self._evaluated_at(pairs)
-        self._first = {t: i for i, t in reversed(list(enumerate(self._called)))}
+        self._called, self._first = called, {t: i for i, t in reversed(list(enumerate(called)))}
         self._moving = {t: i for i, (t, s) in enumerate(pairs) if t != s}
         self._tables = {key: table for key, table in self._tables.items() if key[0] == "marginals"}
         self.num_inference_steps = len(times)
-        self.timesteps = self._planned = torch.tensor(self._called, dtype=torch.int64).sub(1).to(device)
+        self.timesteps = self._planned = timesteps
 
     @property
     def alpha_bar(self) -> np.ndarray:

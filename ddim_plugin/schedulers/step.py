@@ -141,6 +141,8 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
 
     _KEYS = ("prev_sample", "pred_original_sample", "mean", "std", "pred_epsilon")
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # not those of a mapping
+
     def __init__(self, prev_sample: Tensor, evaluation: Evaluation):
         self.prev_sample, self._evaluation = prev_sample, evaluation
 

@@ -1,6 +1,7 @@
 """The code file: what it joins, what it refuses, and that diffusers finds nothing more to copy."""
 
 import importlib.util
+import pickle
 import re
 import sys
 
@@ -137,6 +138,17 @@ def test_diffusers_finds_nothing_to_copy_or_to_install(code_file, monkeypatch):
 def test_one_pipeline_is_in_it(flat):
     assert dynamic.find_pipeline_class(flat) is flat.GeneralizedDDIMPipeline
     assert flat.GeneralizedDDIMPipeline.__module__ == builder.code().name
+
+
+def test_its_objects_can_be_pickled(flat, monkeypatch):
+    monkeypatch.setitem(sys.modules, flat.__name__, flat)
+    scheduler = flat.MultistepDDIMScheduler()
+    scheduler.set_timesteps(3)
+    x = torch.ones(1, 1, 2, 2)
+    step = scheduler.step(x, scheduler.timesteps[0], x)
+    again, output = pickle.loads(pickle.dumps((scheduler, step)))
+    assert type(again) is flat.MultistepDDIMScheduler
+    assert torch.equal(output.pred_original_sample, step.pred_original_sample)
 
 
 def test_running_it_again_keeps_the_classes(code_file):

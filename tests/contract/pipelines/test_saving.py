@@ -280,3 +280,10 @@ def test_a_fresh_process_makes_the_same_images(make_pipe, tmp_path):
     subprocess.run([sys.executable, "-c", LOAD, tmp_path / "model", tmp_path / "images.npy"], check=True)
     images = pipe(2, 7, generator=torch.Generator().manual_seed(3), output_type="np").images
     assert np.array_equal(np.load(tmp_path / "images.npy"), images)
+
+
+def test_unknown_keywords_are_refused(make_unet, tmp_path):
+    pipe = GeneralizedDDIMPipeline(make_unet(), GeneralizedDDIMScheduler())
+    with pytest.raises(TypeError, match="unexpected keyword argument 'varient'"):
+        pipe.save_pretrained(tmp_path / "model", varient="fp16")
+    assert not (tmp_path / "model").exists()

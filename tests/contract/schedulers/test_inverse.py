@@ -193,7 +193,7 @@ def test_recomputed_noise_is_refused(network):
     up = InverseDDIMScheduler(clip_sample=True, use_clipped_model_output=True)
     up.set_timesteps(5)
     x = torch.randn(1, 1, 4, 4)
-    with pytest.raises(ValueError, match="needs x_t to recompute ε̂, but an inverse step computes x_t: set it to False"):
+    with pytest.raises(ValueError, match="needs x_t, which an inverse step computes: set it to False"):
         up.step(network(x, 199), 199, x)
 
 

@@ -139,3 +139,11 @@ def test_guided_encoding(make_unet):
     )
     assert (report.evaluations <= 4 * 2 * 6).all()
     assert (report.evaluations >= 4 * 2 * 2).all()
+
+
+def test_recomputed_noise_is_refused_from_the_first_step():
+    up = InverseMultistepDDIMScheduler(clip_sample=True, use_clipped_model_output=True)
+    up.set_timesteps(4)
+    x = torch.randn(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="needs x_t, which an inverse step computes"):
+        up.step(x, up.timesteps[0], x)

@@ -185,3 +185,24 @@ def test_eta_too_large_names_the_move():
     assert planned(1000, eta=1.0).num_inference_steps == 1000
     wide = GeneralizedDDIMScheduler(eta=2.5)  # moves near the data allow more than 1
     wide.set_timesteps(timesteps=[10, 9])
+
+
+def test_a_device_that_does_not_exist_leaves_the_old_plan():
+    scheduler = GeneralizedDDIMScheduler()
+    scheduler.set_timesteps(5)
+    x = torch.randn(1, 1, 4, 4)
+    before, timesteps = scheduler.step(x, scheduler.timesteps[1], x).prev_sample, scheduler.timesteps
+    with pytest.raises(RuntimeError):
+        scheduler.set_timesteps(50, device="nowhere")
+    assert (scheduler.num_inference_steps, scheduler.timesteps) == (5, timesteps)
+    assert torch.equal(scheduler.step(x, timesteps[1], x).prev_sample, before)
+
+
+def test_outputs_are_told_apart_by_identity():
+    scheduler = GeneralizedDDIMScheduler()
+    scheduler.set_timesteps(5)
+    x = torch.randn(1, 1, 4, 4)
+    first, second = (scheduler.step(x, 799, x) for _ in range(2))
+    assert first == first
+    assert first != second
+    assert len({first, second}) == 2
