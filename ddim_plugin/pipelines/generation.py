@@ -148,6 +148,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         its settings, which is logged. Raises ValueError if weights are missing, or if that is not possible.
         """
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipe.scheduler = kwargs.get("scheduler") or pipe.scheduler  # one that is passed stays as it is
         if "scheduler" not in kwargs and not isinstance(pipe.scheduler, GeneralizedDDIMScheduler):
             place = {key: kwargs.get(key) for key in ("cache_dir", "revision")}
             file = Path(pretrained_model_name_or_path, cls.config_name)

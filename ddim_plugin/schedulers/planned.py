@@ -31,7 +31,6 @@ class Planned(StockConfig):
     _off_plan: dict[tuple[int, Kind], Step]  # steps from times outside the plan
     _next: int  # position in the plan of the step that follows the last one
     _place: int | None = None  # position in the plan of the last step
-    num_inference_steps: int | None = None
 
     def set_timesteps(
         self,

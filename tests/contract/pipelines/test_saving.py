@@ -287,3 +287,10 @@ def test_unknown_keywords_are_refused(make_unet, tmp_path):
     with pytest.raises(TypeError, match="unexpected keyword argument 'varient'"):
         pipe.save_pretrained(tmp_path / "model", varient="fp16")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_stock_scheduler_that_is_passed_to_the_loader_stays(make_unet, tmp_path):
+    GeneralizedDDIMPipeline(make_unet(), GeneralizedDDIMScheduler(eta=0.3)).save_pretrained(tmp_path)
+    stock = diffusers.DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    assert GeneralizedDDIMPipeline.from_pretrained(tmp_path, scheduler=stock).scheduler is stock
+    assert GeneralizedDDIMPipeline.from_pretrained(tmp_path).scheduler.config.eta == 0.3
