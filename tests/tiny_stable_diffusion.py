@@ -8,8 +8,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
-def build(folder, scheduler):
-    """Build a StableDiffusionPipeline. Its tokenizer is written into `folder`."""
+def parts(folder):
+    """Build all parts but the scheduler. The tokenizer is written into `folder`."""
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     words = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,13 +45,17 @@ def build(folder, scheduler):
         latent_channels=4,
         norm_num_groups=4,
     )
-    return diffusers.StableDiffusionPipeline(
-        tokenizer=tokenizer,
-        text_encoder=CLIPTextModel(text).eval(),
-        unet=unet.eval(),
-        vae=vae.eval(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": CLIPTextModel(text).eval(),
+        "unet": unet.eval(),
+        "vae": vae.eval(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+def build(folder, scheduler):
+    """Build a StableDiffusionPipeline. Its tokenizer is written into `folder`."""
+    return diffusers.StableDiffusionPipeline(**parts(folder), scheduler=scheduler)

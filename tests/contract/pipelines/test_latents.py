@@ -10,20 +10,10 @@ from exact import exact_pipe
 from oracle import Mixture, alphas, linear_betas
 from PIL import Image
 
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, InverseDDIMScheduler
+from ddim_plugin import GeneralizedDDIMScheduler, InverseDDIMScheduler
 
 ALPHA = alphas(linear_betas())
 MIXTURE = Mixture((0.3, 0.7), (-0.6, 0.5), (0.02, 0.03), ALPHA)
-
-
-@pytest.fixture
-def make_pipe(make_unet):
-    def build(scheduler=None, **config):
-        pipe = GeneralizedDDIMPipeline(make_unet(**config), scheduler or GeneralizedDDIMScheduler())
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return build
 
 
 @pytest.fixture

@@ -25,16 +25,6 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
-def make_pipe(make_unet):
-    def build(scheduler=None, **config):
-        pipe = GeneralizedDDIMPipeline(make_unet(**config), scheduler or GeneralizedDDIMScheduler())
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return build
-
-
-@pytest.fixture
 def logged(caplog):
     """What the package logs."""
     caplog.set_level(logging.WARNING, logger="ddim_plugin")

@@ -1,13 +1,11 @@
 """Our scheduler inside the stock pipelines, where a user's checkpoint already lives."""
 
-import json
-
 import diffusers
 import numpy as np
 import pytest
+import tiny_stable_diffusion
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import DDIMScheduler
 
 from ddim_plugin import GeneralizedDDIMScheduler, MultistepDDIMScheduler, restore_scheduler
 
@@ -48,50 +46,7 @@ def test_ddim_pipeline(make_unet, eta):
 @pytest.fixture(scope="module")
 def stable_diffusion(tmp_path_factory):
     """The parts of Stable Diffusion, tiny and randomly initialised."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    words = letters + [letter + "</w>" for letter in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
-    torch.manual_seed(0)
-    text = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=len(words) - 2,
-        eos_token_id=len(words) - 1,
-        pad_token_id=len(words) - 1,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    return {
-        "tokenizer": tokenizer,
-        "text_encoder": CLIPTextModel(text).eval(),
-        "unet": unet.eval(),
-        "vae": vae.eval(),
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
-    }
+    return tiny_stable_diffusion.parts(tmp_path_factory.mktemp("tokenizer"))
 
 
 SD = {
