@@ -10,17 +10,7 @@ import torch
 from PIL import Image
 
 import ddim_plugin
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-
-
-@pytest.fixture
-def make_pipe(make_unet):
-    def build(scheduler=None, unet=None, **config):
-        pipe = GeneralizedDDIMPipeline(unet or make_unet(**config), scheduler or GeneralizedDDIMScheduler())
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return build
+from ddim_plugin import GeneralizedDDIMScheduler
 
 
 def generators(*seeds):
