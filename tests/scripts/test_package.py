@@ -12,7 +12,7 @@ import reconstruct
 from trainer.settings import build, command
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.cli.commands import main as cli
+from ddim_plugin.cli import main as cli
 from ddim_plugin.hub.card import is_written_here
 
 
