@@ -1,8 +1,12 @@
 """Train an image classifier whose features replace Inception's for pictures unlike photographs, such as digits.
 
 python training/classifier.py --data my/labelled --output my/classifier
-python training/evaluate.py --extractors my/classifier …
 """
+
+import guard
+
+if __name__ == "__main__":
+    guard.start()  # before the imports that take seconds
 
 import json
 import math
@@ -16,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from measure.parts import start_processes
-from pictures import SPLITS, Feed, Frame, Pictures, Share, as_dataset, find_frame, held_out, in_memory, open_pictures
+from pictures import Feed, Frame, Pictures, Reading, Share, as_dataset, find_frame, held_out, in_memory, open_pictures
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from trainer.settings import MACHINES, command, parse, record, write_json
@@ -27,13 +31,13 @@ TRAINING, MODEL = "training.json", "config.json"
 
 
 @dataclass(frozen=True)
-class ClassifierConfig:
+class ClassifierConfig(Reading):
     """Train a small ResNet on labelled pictures."""
 
     data: str = field(metadata={"help": "digits, a folder with one subfolder a class, parquet or arrow, or a Hub id"})
     output: str = field(metadata={"help": "folder for the classifier"})
     resolution: int | None = field(default=None, metadata={"help": "side of the pictures; by default the first's"})
-    channels: int | None = field(default=None, metadata={"help": "1 or 3, those of the model; by default the first's"})
+    channels: int | None = field(default=None, metadata={"help": "1 or 3, those of the model; by default found"})
     label_column: str | None = field(default=None, metadata={"help": "column of the labels; by default found"})
     test_split: str | None = field(default=None, metadata={"help": "split to measure the accuracy on, such as test"})
     hidden_sizes: tuple[int, ...] = field(default=(32, 64, 128), metadata={"help": "channels a stage; last: features"})
@@ -67,23 +71,22 @@ def check(config: ClassifierConfig) -> None:
         raise ValueError(f"{output} is no classifier that was made here, so --overwrite keeps it: choose another")
 
 
+@guard.output(alone=True, whole=True)
 def main(config: ClassifierConfig) -> dict[str, Any]:
     """Write the classifier and `training.json`, and return the figures of the latter."""
     check(config)
-    state = start_processes(config.device)
-    if state.num_processes > 1:
-        raise ValueError(f"a classifier is trained by one process, not by {state.num_processes}")
+    device = start_processes(config.device).device
     pictures, frame = labelled(config)
     tested = None
     if config.test_split is not None:
-        split = open_pictures(config.data, config.test_split, label_column=config.label_column, labelled=True)
+        split = open_labelled(config, config.test_split)
         tested = held_out(split, frame, split.count, pictures.classes)
     images = in_memory(pictures, frame, config.resolution is not None, 2, not sys.stderr.isatty())
     assert images is not None  # pictures cropped at the centre have one size
-    model = Classifier(config, frame, pictures.classes, *moments(images, config.data)).to(state.device)
+    model = Classifier(config, frame, pictures.classes, *moments(images, config.data)).to(device)
     with replace_folder(Path(config.output).resolve()) as folder:
         started = time.perf_counter()
-        feed = Feed(pictures, frame, Share(config.batch_size, 1), config.seed, config.flip, 2, state.device, images)
+        feed = Feed(pictures, frame, Share(config.batch_size, 1), config.seed, config.flip, 2, device, images)
         loss = train(model, feed, config)
         model.eval()
         known = {
@@ -92,7 +95,7 @@ def main(config: ClassifierConfig) -> dict[str, Any]:
             "loss": loss,
             "parameters": sum(each.numel() for each in model.parameters()),
             "sha256": weights_digest(model.network),
-            "dataset": as_dataset(config.data, "train"),
+            "dataset": as_dataset(config.data, pictures.split, config.data_config),
             "images": pictures.count,
         } | ({} if tested is None else {"accuracy": accuracy(model, *tested)})
         model.save(folder)
@@ -101,10 +104,15 @@ def main(config: ClassifierConfig) -> dict[str, Any]:
     return known
 
 
+def open_labelled(config: ClassifierConfig, split: str) -> Pictures:
+    """Open a split of the pictures with its labels."""
+    return open_pictures(config.data, split, label_column=config.label_column, labelled=True, **config.reading)
+
+
 def labelled(config: ClassifierConfig) -> tuple[Pictures, Frame]:
     """Open the pictures to train on, and choose their frame. Raises ValueError if they do not suit a classifier."""
-    pictures = open_pictures(config.data, label_column=config.label_column, labelled=True)
-    if len(pictures.classes) < 2 or {name.lower() for name in pictures.classes} <= set(SPLITS):
+    pictures = open_labelled(config, "train")
+    if len(pictures.classes) < 2:
         raise ValueError(
             f"the classes of {config.data} are {', '.join(pictures.classes)}, but a classifier needs two or more: "
             "name a folder that holds one subfolder for each class"
@@ -168,8 +176,7 @@ def train(model: Classifier, feed: Feed, config: ClassifierConfig) -> float:
     generator = np.random.default_rng([config.seed, 2])
     bar = tqdm(range(config.steps), desc="training", disable=not sys.stderr.isatty())
     for step, (batch, labels) in zip(bar, feed.batches(0), strict=False):
-        logits = model(shifted(batch, config.shift, generator))
-        loss = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+        loss = nn.functional.cross_entropy(model(shifted(batch, config.shift, generator)), labels, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -194,7 +201,5 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    try:
+    with guard.program():
         print(json.dumps(main(parse(ClassifierConfig)), indent=2))
-    except (ValueError, OSError) as error:
-        sys.exit(f"classifier.py: {error}")

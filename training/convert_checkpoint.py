@@ -3,7 +3,11 @@
 python training/convert_checkpoint.py --checkpoint ema_diffusion_cifar10_model/model-790000.ckpt --output out/cifar10
 """
 
-import sys
+import guard
+
+if __name__ == "__main__":
+    guard.start()  # before the imports that take seconds
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,13 +57,14 @@ def check(config: ConvertConfig) -> None:
         raise ValueError(f"the checkpoint {config.checkpoint} lies in the output {config.output}: keep them apart")
     if output.exists() and not output.is_dir():
         raise ValueError(f"the output {config.output} is a file: choose a folder")
-    there = {part.name for part in output.iterdir()} - {PART} if output.exists() else set()
+    there = {part.name for part in output.iterdir()} - {PART, guard.LOCK} if output.exists() else set()
     if there and RECORD not in there:
         raise ValueError(f"the output {config.output} holds something else than a conversion: choose another folder")
     if there and not config.overwrite:
         raise ValueError(f"the output {config.output} holds a conversion: choose another folder, or pass --overwrite")
 
 
+@guard.output(alone=True)
 def main(config: ConvertConfig) -> dict[str, Any]:
     """Write the pipeline and `conversion.json`, and return the content of the latter."""
     check(config)
@@ -90,12 +95,8 @@ def main(config: ConvertConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    arguments = parse(ConvertConfig)
-    try:
+    with guard.program():
+        arguments = parse(ConvertConfig)
         done = main(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"convert_checkpoint.py: {error}")
-    side = done["unet"]["sample_size"]
-    print(
-        f"{arguments.output}: {done['weights']} weights, {done['parameters']:,} parameters, pictures of {side}×{side}"
-    )
+        side, parameters = done["unet"]["sample_size"], f"{done['parameters']:,} parameters"
+        print(f"{arguments.output}: {done['weights']} weights, {parameters}, pictures of {side}×{side}")

@@ -3,7 +3,13 @@
 python training/demo.py [--output out/demo] [--steps 2400]
 """
 
+import guard
+
+if __name__ == "__main__":
+    guard.start()  # before the imports that take seconds
+
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +31,7 @@ class DemoConfig:
     steps: int | None = field(default=None, metadata={"help": "optimiser steps; by default those of digits.toml"})
 
 
+@guard.output(alone=True)
 def main(config: DemoConfig) -> dict[str, Any]:
     """Run the scripts as a user would, each in a process of its own."""
     output = Path(config.output)
@@ -59,23 +66,29 @@ def main(config: DemoConfig) -> dict[str, Any]:
 
 
 def run(command: list[str]) -> float:
-    """Seconds of a command, which must succeed."""
+    """Return the seconds of a command. Raises OSError if it fails. A signal that ends this script ends the command."""
     start = time.perf_counter()
-    subprocess.run(command, check=True)
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        status = process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)  # a launcher would not pass it on
+        process.wait()
+        raise
+    if status:
+        script = next((Path(word).name for word in command if word.endswith(".py")), "ddim-plugin sample")
+        raise ChildProcessError(f"{script} failed, see above")
     return time.perf_counter() - start
 
 
 if __name__ == "__main__":
-    try:
+    with guard.program():
         done = main(parse(DemoConfig))
-    except subprocess.CalledProcessError as error:
-        script = next((Path(word).name for word in error.cmd if word.endswith(".py")), "ddim-plugin sample")
-        sys.exit(f"demo.py: {script} failed, see above")
-    print()
-    print(f"digits of {MODEL.name}, S = 10       {done['made']['first']}  ({done['seconds']['first']:.0f} s)")
-    print(f"the model, a GeneralizedDDIMPipeline  {done['made']['model']}  ({done['seconds']['training']:.0f} s)")
-    print(f"samples for S = 5, 10, 20, 50, 100    {done['made']['by steps']}")
-    print(f"samples for η = 0 … 1 and σ̂           {done['made']['by eta']}")
-    print(f"held-out digits, encoded and decoded  {done['made']['reconstructions']}")
-    print(f"the grid between four of them         {done['made']['interpolation']}")
-    print(f"drawing                               {done['seconds']['sampling'] + done['seconds']['latents']:.0f} s")
+        print()
+        print(f"digits of {MODEL.name}, S = 10       {done['made']['first']}  ({done['seconds']['first']:.0f} s)")
+        print(f"the model, a GeneralizedDDIMPipeline  {done['made']['model']}  ({done['seconds']['training']:.0f} s)")
+        print(f"samples for S = 5, 10, 20, 50, 100    {done['made']['by steps']}")
+        print(f"samples for η = 0 … 1 and σ̂           {done['made']['by eta']}")
+        print(f"held-out digits, encoded and decoded  {done['made']['reconstructions']}")
+        print(f"the grid between four of them         {done['made']['interpolation']}")
+        print(f"drawing                               {done['seconds']['sampling'] + done['seconds']['latents']:.0f} s")

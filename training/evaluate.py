@@ -7,8 +7,12 @@ Picture i comes from the seed `seed + i`, for any batch size and number of proce
 to continue it.
 """
 
+import guard
+
+if __name__ == "__main__":
+    guard.start()  # before the imports that take seconds
+
 import shutil
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ from trainer.settings import parse, write_json
 from ddim_plugin.hub.files import write_file
 
 
+@guard.output(alone=False)
 def main(config: EvaluateConfig) -> dict[str, Any]:
     """Measure all cells. Each finished cell updates results.json, and the last one makes tables and figures."""
     run = Run(settle(config))
@@ -85,14 +90,10 @@ def describe_cell(cell: Cell, finished: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with guard.program("The same command resumes the run"):
         done = main(parse(EvaluateConfig))
-    except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("evaluate.py: interrupted; start it again to go on")
-    if PartialState().is_main_process:
-        for name in ("results.json", "table.md", *done["pictures"]) if "pictures" in done else ():
-            print(Path(done["config"]["output"]) / name)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        if PartialState().is_main_process:
+            for name in ("results.json", "table.md", *done["pictures"]) if "pictures" in done else ():
+                print(Path(done["config"]["output"]) / name)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

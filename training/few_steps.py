@@ -18,8 +18,12 @@ code pass --overwrite. A model with fitted timesteps (`ddim-plugin fit`, with a 
 with them.
 """
 
+import guard
+
+if __name__ == "__main__":
+    guard.start()  # before the imports that take seconds
+
 import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +65,7 @@ def check(config: FewStepsConfig) -> None:
         raise ValueError(f"margin must be 1 at least, not {config.margin}: it multiplies the best")
 
 
+@guard.output(alone=True)
 def main(config: FewStepsConfig) -> dict[str, Any]:
     """Write few_steps.json, few_steps.md, few_steps.png and results.json. Returns the content of the first."""
     check(config)
@@ -137,7 +142,5 @@ def write(result: dict[str, Any], output: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with guard.program("The same command resumes the run"):
         main(parse(FewStepsConfig))
-    except (ValueError, OSError) as error:
-        sys.exit(f"few_steps.py: {error}")

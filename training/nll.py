@@ -3,8 +3,12 @@
 python training/nll.py --model user/model --data pictures --output out/nll
 """
 
+import guard
+
+if __name__ == "__main__":
+    guard.start()  # before the imports that take seconds
+
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,6 +19,7 @@ from typing import Any
 import numpy as np
 from measure.bound import DECODERS, Errors, VariationalBound
 from measure.likelihood import Bench, entry, kept_errors, search, table
+from pictures import Reading, choose_split
 from trainer.settings import command, parse, record, write_json
 
 from ddim_plugin.hub.files import read_object, weights_digest, write_file
@@ -27,7 +32,7 @@ FREE = ("output", "device", "batch_size", "save_model", "overwrite")
 
 
 @dataclass(frozen=True)
-class NLLConfig:
+class NLLConfig(Reading):
     """Measure bits per dimension of 8-bit images under a model.
 
     Measures the variational bound of the sampler for each S and variance, and with --ode the likelihood of the ODE.
@@ -37,7 +42,7 @@ class NLLConfig:
     model: str = field(metadata={"help": "a folder written by save_pretrained, or a Hub id"})
     output: str = field(default="out/nll", metadata={"help": "folder for the results"})
     data: str = field(default="digits", metadata={"help": "digits, a folder of images, parquet or arrow, or a Hub id"})
-    split: str = field(default="test", metadata={"help": "split of a data set of the Hub, or of digits"})
+    split: str | None = field(default=None, metadata={"help": "its split; by default test, if there is one"})
     images: int = field(default=256, metadata={"help": "images to measure, the first of the set"})
     steps: tuple[int, ...] = field(default=(10, 50, 1000), metadata={"help": "S of the bounds"})
     variances: tuple[str, ...] = field(
@@ -95,9 +100,11 @@ def check(config: NLLConfig) -> None:
         spacings.check_spacing(config.spacing)
 
 
+@guard.output(alone=True)
 def main(config: NLLConfig) -> dict[str, Any]:
     """Write nll.json and results.json after each measurement, and nll.md. Returns the content of nll.json."""
     check(config)
+    config = replace(config, split=choose_split(config.data, config.split, config.data_config))
     output = Path(config.output)
     earlier = earlier_cells(output, config)
     bench = Bench(config.model, config.class_label, config.batch_size, config.seed, config.device)
@@ -105,7 +112,7 @@ def main(config: NLLConfig) -> dict[str, Any]:
         raise ValueError("the network has no variance of its own: leave learned_range out of variances")
     spacing = config.spacing or bench.pipe.scheduler.config.timestep_spacing
     along = {S: bench.times(spacing, S) for S in config.steps}
-    images = bench.load(config.data, config.split, config.images)
+    images = bench.load(config.data, config.split, config.images, **config.reading)
     output.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = record(config) | {"command": command(replace(config, spacing=spacing))}
     result |= {"device": bench.device, "spacing": spacing, "cells": earlier}
@@ -181,18 +188,15 @@ def tables(bench: Bench, config: NLLConfig, output: Path) -> tuple[np.ndarray | 
     def measure() -> Errors:
         if config.fit_data == "own":
             return bench.errors(bench.samples(config.fit_images))
-        return bench.errors(bench.load(config.fit_data or config.data, config.fit_split, config.fit_images))
+        images = bench.load(config.fit_data or config.data, config.fit_split, config.fit_images, **config.reading)
+        return bench.errors(images)
 
-    keys = ("model", "fit_images", "fit_data", "fit_split", "class_label", "seed")
+    keys = ("model", "fit_images", "fit_data", "fit_split", "class_label", "seed", *config.reading)
     settings = {key: getattr(config, key) for key in keys} | {"data": config.fit_data or config.data}
     errors = kept_errors(output / "errors.json", settings, measure, config.overwrite)
     return errors.eps_mean_square if config.estimator == "second_moment" else errors.explained(bench.alpha_bar), errors
 
 
 if __name__ == "__main__":
-    try:
+    with guard.program("The same command resumes the run"):
         main(parse(NLLConfig))
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"nll.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("nll.py: interrupted; the same command resumes the run")

@@ -4,10 +4,14 @@ python training/package.py --model out/fitted/model --records out/mnist out/samp
   --output model_cards/ddim-mnist-28
 """
 
+import guard
+
+if __name__ == "__main__":
+    guard.start()  # before the imports that take seconds
+
 import os
 import re
 import shutil
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +76,7 @@ def check(config: PackageConfig) -> None:
                 raise ValueError(f"{config.readme} has a block for {name}, which is not there")
 
 
+@guard.output(alone=True, whole=True)
 def main(config: PackageConfig) -> dict[str, Any]:
     """Write the folder and its card, completely or not at all. Returns the content of `results.json`."""
     check(config)
@@ -174,8 +179,6 @@ def fill(text: str, root: Path) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with guard.program():
         done = main(parse(PackageConfig))
-    except (ValueError, OSError) as error:
-        sys.exit(f"package.py: {error}")
-    print(f"{len(done['results'])} figures and {len(done['pictures'])} pictures")
+        print(f"{len(done['results'])} figures and {len(done['pictures'])} pictures")

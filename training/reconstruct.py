@@ -3,13 +3,18 @@
 python training/reconstruct.py --model user/model --data pictures --output out/reconstruct
 """
 
+import guard
+
+if __name__ == "__main__":
+    guard.start()  # before the imports that take seconds
+
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from measure.reconstructions import Bench, arrays, entries, paths, plot, round_trip, same_latent, table
-from pictures import load_images
+from pictures import Reading, choose_split, load_images
 from torch import Tensor
 from trainer.settings import command, parse, record, write_json
 
@@ -27,7 +32,7 @@ WRITTEN = ["reconstruct.json", "results.json", "table2.md", *PICTURES]
 
 
 @dataclass(frozen=True)
-class ReconstructConfig:
+class ReconstructConfig(Reading):
     """Measure how well images are reconstructed from their latents (Table 2), naively and by exact inversion.
 
     Also whether one latent gives one picture at any S (Fig. 5), and whether interpolations are smooth (Fig. 6).
@@ -36,7 +41,7 @@ class ReconstructConfig:
     model: str = field(metadata={"help": "a folder written by save_pretrained, or a Hub id"})
     output: str = field(default="out/reconstruct", metadata={"help": "folder for the results"})
     data: str = field(default="digits", metadata={"help": "digits, a folder of images, parquet or arrow, or a Hub id"})
-    split: str = field(default="test", metadata={"help": "split of a data set of the Hub, or of digits"})
+    split: str | None = field(default=None, metadata={"help": "its split; by default test, if there is one"})
     images: int = field(default=100, metadata={"help": "images to reconstruct, the first of the set"})
     steps: tuple[int, ...] = field(default=(10, 20, 50, 100, 200, 500, 1000), metadata={"help": "rows of the table, S"})
     refinement_steps: tuple[int, ...] = field(
@@ -82,14 +87,16 @@ def check(config: ReconstructConfig) -> None:
         raise ValueError(f"{Path(config.output) / there[0]} exists: choose another output, or pass --overwrite")
 
 
+@guard.output(alone=True)
 def main(config: ReconstructConfig) -> dict[str, Any]:
     """Write `reconstruct.json`, `results.json` and `table2.md` after each measurement, then the pictures."""
     check(config)
+    config = replace(config, split=choose_split(config.data, config.split, config.data_config))
     used = {*config.steps, *config.strip, *config.figure_steps, config.interpolation_steps}
     settings = (config.class_label, config.batch_size, config.tolerance, config.device)
     bench = Bench(config.model, used, config.spacing, *settings)
     channels, size = bench.pipe.unet.config.in_channels, bench.pipe.image_size
-    images = load_images(config.data, config.split, channels, size, config.images)
+    images = load_images(config.data, config.split, channels, size, config.images, **config.reading)
     if len(images) < config.images:
         print(f"note: {config.data} has {len(images)} images, not {config.images}", file=sys.stderr)
     output = Path(config.output)
@@ -172,12 +179,8 @@ def write_results(result: dict[str, Any], output: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with guard.program():
         done = main(parse(ReconstructConfig))
-    except (ValueError, OSError) as error:
-        sys.exit(f"reconstruct.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("reconstruct.py: interrupted; the output folder holds the results so far")
-    for name in WRITTEN:
-        if (path := Path(done["config"]["output"]) / name).exists():
-            print(path)
+        for name in WRITTEN:
+            if (path := Path(done["config"]["output"]) / name).exists():
+                print(path)

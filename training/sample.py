@@ -3,7 +3,11 @@
 python training/sample.py --model out/digits --output out/digits-pictures
 """
 
-import sys
+import guard
+
+if __name__ == "__main__":
+    guard.start()  # before the imports that take seconds
+
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +40,7 @@ class SampleConfig:
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, …; by default an accelerator if any"})
 
 
+@guard.output(alone=True)
 def main(config: SampleConfig) -> dict[str, Any]:
     """Write `samples_by_steps.png`, `samples_by_eta.png` and `sample.json`; return the content of the latter."""
     if config.columns < 1:
@@ -86,8 +91,6 @@ def main(config: SampleConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
+    with guard.program():
         done = main(parse(SampleConfig))
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
-    print("\n".join(done["pictures"]))
+        print("\n".join(done["pictures"]))

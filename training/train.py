@@ -3,6 +3,11 @@
 accelerate launch training/train.py --config training/configs/digits.toml --output out/digits
 """
 
+import guard
+
+if __name__ == "__main__":
+    guard.start()  # before the imports that take seconds
+
 import dataclasses
 import signal
 import sys
@@ -22,6 +27,7 @@ from trainer.settings import parse, record, write_json
 from trainer.setup import build_run
 
 
+@guard.output(alone=False)
 def main(config: TrainConfig) -> dict[str, Any]:
     """Train, save the pipeline and `training.json` into `config.output`, and return the content of the latter."""
     run = build_run(config)
@@ -105,9 +111,7 @@ def exit_status(result: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    try:
+    with guard.program():
         status = exit_status(main(parse(TrainConfig)))
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"train.py: {error}")
-    PartialState().destroy_process_group()  # only here, as nothing that communicates is left
-    sys.exit(status)
+        PartialState().destroy_process_group()  # only here, as nothing that communicates is left
+        sys.exit(status)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
+from guard import check_processes
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
@@ -36,12 +36,8 @@ def start_processes(device: str | None) -> PartialState:
     """
     patience = InitProcessGroupKwargs(timeout=timedelta(days=2))
     Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
-    state, launched = PartialState(), int(os.environ.get("WORLD_SIZE", "1"))
-    if state.num_processes != launched:
-        raise ValueError(
-            f"{launched} processes were launched that do not know of each other: on the CPU use accelerate launch "
-            "--cpu, or set ACCELERATE_USE_CPU=true"
-        )
+    state = PartialState()
+    check_processes(state.num_processes)
     return state
 
 

@@ -1,0 +1,17 @@
+"""Guards that all scripts share: signals, errors, output folders, processes. Nothing here imports slow libraries."""
+
+from .folder import LOCK, output, owned
+from .processes import check_processes, is_first
+from .signals import Ended, ending_after_a_step, program, start
+
+__all__ = [
+    "LOCK",
+    "Ended",
+    "check_processes",
+    "ending_after_a_step",
+    "is_first",
+    "output",
+    "owned",
+    "program",
+    "start",
+]
