@@ -21,7 +21,7 @@ from trainer.checkpoints import Checkpoints, resume
 from trainer.config import TrainConfig
 from trainer.loop import Loop
 from trainer.output import open_repo_first, push, save, set_aside
-from trainer.report import Log, device_name, read_log, summary
+from trainer.report import Log, attempt, device_name, summary
 from trainer.run import Run
 from trainer.settings import parse, record, write_json
 from trainer.setup import build_run
@@ -37,35 +37,47 @@ def main(config: TrainConfig) -> dict[str, Any]:
     checkpoints = Checkpoints(output / "checkpoints", config.keep_checkpoints, accelerator)
     step = resume(run, checkpoints)
     result = start(run, output, step)
-
     log = Log(output / "log.jsonl", accelerator, step, config.steps)
-    try:
-        end = Loop(run, checkpoints, log, step)()
-    except FloatingPointError as error:
-        last = checkpoints.all()[:1]
-        where = f"the checkpoint {last[0]} is from before" if last else "there is no checkpoint from before"
-        raise FloatingPointError(f"{error}: stopped; {where}. Lower learning_rate, or look at the data") from error
-    finally:
-        log.close()
-        for tracker in accelerator.trackers:  # accelerator.end_training would end the process group too
-            tracker.finish()
+    with guard.ending_after_a_step("ending after this step, with a checkpoint; again to end without it") as signals:
+        loop = Loop(run, checkpoints, log, step, signals)
+        try:
+            end = loop()
+        except BaseException as error:
+            reason = "a signal" if isinstance(error, guard.Ended) else f"{type(error).__name__}: {error}"
+            keep(run, output, result | {"status": f"ended by {reason}", "step": loop.step, "checkpoint": loop.saved})
+            if not isinstance(error, FloatingPointError):
+                raise
+            last = checkpoints.all()[:1]
+            where = f"the checkpoint {last[0]} is from before" if last else "there is no checkpoint from before"
+            raise FloatingPointError(f"{error}: stopped; {where}. Lower learning_rate, or look at the data") from error
+        finally:
+            log.close()
+            for tracker in accelerator.trackers:  # accelerator.end_training would end the process group too
+                attempt(f"the tracker {tracker.name} did not finish", tracker.finish)
 
-    lines, finished = read_log(output / "log.jsonl"), end.step == config.steps
-    result |= {"status": "finished" if finished else f"stopped at step {end.step}"}
-    result |= {"step": end.step, "checkpoint": end.saved} | summary(lines)
-    result |= {"skipped_steps": run.skipped, "signal": end.signal}
-    if accelerator.device.type == "cuda":
-        result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    if finished:
-        pipe, raw = run.pipeline(), accelerator.get_state_dict(run.network)
-        if accelerator.is_main_process:
-            save(config, pipe, raw, result, lines)
-            if config.push_to_hub is not None:
-                result["not_pushed"] = push(config)
-    elif accelerator.is_main_process:
-        write_json(output / "training.json", result)
+        finished = end.step == config.steps
+        result |= {"status": "finished" if finished else f"stopped at step {end.step}"}
+        result |= {"step": end.step, "checkpoint": end.saved, "pictures_seen": run.seen} | summary(log.lines)
+        result |= {"skipped_steps": run.skipped, "signal": end.signal}
+        if accelerator.device.type == "cuda":
+            result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        if finished:
+            signals.polled = "ending when the pipeline is saved"
+            pipe, raw = run.pipeline(), accelerator.get_state_dict(run.network)
+            if accelerator.is_main_process:
+                save(config, pipe, raw, result, log.lines)
+        else:
+            keep(run, output, result)
+    if finished and accelerator.is_main_process and config.push_to_hub is not None:
+        result["not_pushed"] = push(config, signals.received)
     accelerator.wait_for_everyone()
     return result
+
+
+def keep(run: Run, output: Path, result: dict[str, Any]) -> None:
+    """Write `training.json` of a run that is not finished, if the disk allows it."""
+    if run.accelerator.is_main_process:
+        attempt(f"{output / 'training.json'} is as it was", write_json, output / "training.json", result)
 
 
 def start(run: Run, output: Path, step: int) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """Guards that all scripts share: signals, errors, output folders, processes. Nothing here imports slow libraries."""
 
 from .folder import LOCK, output, owned
+from .names import check_model
 from .processes import check_processes, is_first
-from .signals import Ended, ending_after_a_step, program, start
+from .signals import Ended, Signals, ending_after_a_step, program, start, warn
 
 __all__ = [
     "LOCK",
     "Ended",
+    "Signals",
+    "check_model",
     "check_processes",
     "ending_after_a_step",
     "is_first",
@@ -14,4 +17,5 @@ __all__ = [
     "owned",
     "program",
     "start",
+    "warn",
 ]

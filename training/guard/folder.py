@@ -3,14 +3,15 @@
 import json
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .names import check_model
 from .processes import check_processes, is_first
+from .signals import warn
 
 try:
     import fcntl
@@ -30,7 +31,8 @@ def output(alone: bool, whole: bool = False) -> Callable[[Main], Main]:
         alone: whether the script works in one process. If so, several that were launched together are refused.
         whole: whether it replaces the whole folder, see `owned`.
 
-    The function raises ValueError if another process owns the folder, before anything is read or written.
+    The function raises ValueError if another process owns the folder, or if `config.model` or `config.init_from` is no
+    name of a model, before anything is read or written.
     """
 
     def decorate(main: Main) -> Main:
@@ -38,6 +40,8 @@ def output(alone: bool, whole: bool = False) -> Callable[[Main], Main]:
         def guarded(config: Any) -> Any:
             if alone:
                 check_processes()
+            for name in filter(None, (getattr(config, each, None) for each in ("model", "init_from"))):
+                check_model(name)
             if not is_first():
                 return main(config)
             with owned(config.output, whole):
@@ -106,7 +110,7 @@ def _lock(handle: int) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:  # some network disks have no locks
-        print(f"warning: the output cannot be locked ({error}): start no second run there", file=sys.stderr)
+        warn(f"the output cannot be locked ({error}): start no second run there")
     return True
 
 

@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -139,7 +139,14 @@ def ending_after_a_step(plan: str) -> Iterator[Signals]:
 def say(text: str) -> None:
     """Print a line on stderr, below a progress bar. This does not go through buffers, which a signal may interrupt."""
     line = f"{Path(sys.argv[0]).name}: {text}\n"
-    os.write(2, (("\n" if sys.stderr and sys.stderr.isatty() else "") + line).encode())
+    with suppress(OSError):
+        os.write(2, (("\n" if sys.stderr and sys.stderr.isatty() else "") + line).encode())
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr, if that works: it may be a file on the disk that failed."""
+    with suppress(OSError, ValueError):
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _is_writing(frame: FrameType | None) -> bool:

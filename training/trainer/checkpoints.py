@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,12 +12,14 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from guard import warn
 from safetensors import SafetensorError
 
 from ddim_plugin.hub.files import replace_folder
 
 from .config import BOUND, FREE, TrainConfig
-from .run import Run
+from .output import share
+from .run import Run, read_state
 
 MANIFEST = "manifest.json"
 
@@ -72,7 +73,7 @@ class Checkpoints:
                 if found[1] is None:
                     found[0] = str(folder)
                     break
-                print(f"warning: {folder} is damaged ({found[1]}): trying the one before", file=sys.stderr)
+                warn(f"{folder} is damaged ({found[1]}): trying the one before")
         path, problem = broadcast_object_list(found)
         if problem is not None:
             raise ValueError(f"all checkpoints in {self.folder} are damaged: repair one, or start in another folder")
@@ -120,8 +121,9 @@ def resume(run: Run, checkpoints: Checkpoints) -> int:
             raise ValueError(
                 f"cannot resume from {folder}: {problem}. Pass latest, or such as OUTPUT/checkpoints/step-00005000"
             )
-    _compare(config, json.loads((folder / "run.json").read_text())["config"], folder, accelerator)
-    step = run.read(folder)
+    state = read_state(folder)
+    _compare(config, state["config"], folder, accelerator)
+    step = run.read(folder, state)
     if step > config.steps:
         raise ValueError(f"{folder} is of step {step}, beyond steps={config.steps}: raise it")
     checkpoints.forget_after(step)
@@ -130,17 +132,27 @@ def resume(run: Run, checkpoints: Checkpoints) -> int:
 
 
 def _compare(config: TrainConfig, before: dict[str, Any], folder: Path, accelerator: Accelerator) -> None:
-    """Print the settings that change on resuming. Raises ValueError for those that must not."""
+    """Print the settings that change on resuming. Raises ValueError for those that must not, or are not known."""
     now = json.loads(json.dumps(dataclasses.asdict(config)))  # with lists for tuples, as in the file
-    for key in now:
-        if key in FREE or now[key] == before.get(key):
+    if unknown := sorted(before.keys() - now.keys()):
+        raise ValueError(
+            f"{folder} has settings that this version does not know: {', '.join(unknown)}. Upgrade ddim-plugin, or "
+            "start a new run"
+        )
+    defaults = json.loads(json.dumps(dataclasses.asdict(TrainConfig(""))))
+    bound = [key for key in now if key not in FREE]
+    if missing := [key for key in bound if key not in before]:
+        accelerator.print(f"note: {folder} does not have the settings {', '.join(missing)}, so it had their defaults")
+    for key in bound:
+        was = before.get(key, defaults[key])
+        if now[key] == was:
             continue
         if key in BOUND:
             raise ValueError(
-                f"cannot resume {folder} with another {key}: it was {before.get(key)!r}, now {now[key]!r}. Start a new "
-                "run in another folder"
+                f"cannot resume {folder} with another {key}: it was {was!r}, now {now[key]!r}. Start a new run in "
+                "another folder"
             )
-        accelerator.print(f"note: {key} was {before.get(key)!r}, from here on {now[key]!r}")
+        accelerator.print(f"note: {key} was {was!r}, from here on {now[key]!r}")
 
 
 # ---- the disk ------------------------------------------------------------------------------------------------------
@@ -173,6 +185,7 @@ def is_disk_error(problem: Exception) -> bool:
 
 def seal(folder: Path, step: int) -> None:
     """Flush every file to the disk, then write the manifest with their sizes and checksums."""
+    share(folder)
     files = {}
     for file in sorted(each for each in folder.rglob("*") if each.is_file()):
         with open(file, "rb") as opened:

@@ -1,19 +1,20 @@
 """The training loop: steps, and the reports, checkpoints, held-out losses and previews between them."""
 
-import signal
-import sys
-import time
+import io
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
+from guard import Signals, warn
+from PIL import Image
+
+from ddim_plugin.hub.files import write_file
 
 from .checkpoints import Checkpoints
 from .config import learning_rate
-from .report import Clock, Log, Spikes, Window, preview
+from .report import Clock, Log, Spikes, Window, attempt, preview
 from .run import Run
 
 
@@ -28,33 +29,40 @@ class End(NamedTuple):
 class Loop:
     """Trains from the step after `step` until the last one, or until a signal."""
 
-    def __init__(self, run: Run, checkpoints: Checkpoints, log: Log, step: int):
-        self.run, self.checkpoints, self.log = run, checkpoints, log
+    def __init__(self, run: Run, checkpoints: Checkpoints, log: Log, step: int, signals: Signals):
+        self.run, self.checkpoints, self.log, self.signals = run, checkpoints, log, signals
         self.step, self.saved = step, step
-        self.window, self.clock, self.spikes, self.signals = Window(run.accelerator), Clock(), Spikes(), Signals()
+        self.window, self.clock, self.spikes = Window(run.accelerator), Clock(), Spikes()
         self.losses: list[float] = []
         self.norms: list[float] = []
 
     def __call__(self) -> End:
         config = self.run.config
-        with self.signals.caught(), closing(self.run.feed.batches(self.step)) as batches:
+        with closing(self.run.feed.batches(self.step)) as batches:
             self.clock.read()
             while self.step < config.steps:
                 self._train(batches)
-                if self._due(config.log_every):
+                number = self._signal() if self.step < config.steps else 0
+                if self._due(config.log_every) or self._due(config.checkpoint_every) or number:
                     self._report()
-                if self._due(config.checkpoint_every):
+                if self._due(config.checkpoint_every) or number:
                     self.clock.pause(self._save)
+                if number:
+                    return End(self.step, self.saved, number)
                 if self._due(config.eval_every):
                     self.clock.pause(self._evaluate)
                 if self._due(config.preview_every):
                     self.clock.pause(self._preview)
-                number = self.signals.anywhere(self.run.accelerator, self.step)
-                if number and self.step < config.steps:
-                    self._report()
-                    self._save()
-                    return End(self.step, self.saved, number)
         return End(self.step, self.saved, None)
+
+    def _signal(self) -> int:
+        """Return the signal that any process received, or 0. On accelerators they compare every ten steps."""
+        accelerator = self.run.accelerator
+        if accelerator.num_processes == 1:
+            return self.signals.received
+        if self.step % 10 and accelerator.device.type != "cpu":
+            return 0
+        return int(accelerator.gather(torch.tensor([self.signals.received], device=accelerator.device)).max())
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.run.config.steps)
@@ -65,13 +73,13 @@ class Loop:
         try:
             loss, norm = run.step(self.step + 1, batches, self.clock)
         except (ValueError, OSError):
-            self._read_window()
+            self._report()
             if run.accelerator.num_processes == 1 and run.config.checkpoint_every:
                 self._save()
             raise
         self.step += 1
         self.window.add(loss, norm)
-        self.log.bar.update()
+        self.log.advance()
 
     def _read_window(self) -> None:
         losses, norms = self.window.read(self.step)
@@ -98,7 +106,7 @@ class Loop:
         }
         spikes = self.spikes.find(self.losses, self.norms, step)
         self.log.write(step, **values, **({"spikes": spikes} if spikes else {}))
-        self.log.bar.set_postfix(loss=f"{loss:.4f}", **{"images/s": f"{images / seconds:.0f}"})
+        self.log.advance(loss=f"{loss:.4f}", **{"images/s": f"{images / seconds:.0f}"})
         self.losses, self.norms = [], []
 
     def _save(self) -> None:
@@ -111,10 +119,9 @@ class Loop:
         if problem is None:
             self.saved = step
         elif self.run.accelerator.is_main_process:
+            last = f"the last is of step {self.saved}" if self.saved else "there is none before"
+            warn(f"no checkpoint at step {step} ({problem}); {last}, in {self.checkpoints.folder}")
             self.log.write(step, no_checkpoint=problem)
-            print(
-                f"warning: no checkpoint at step {step} ({problem}); the last is of step {self.saved}", file=sys.stderr
-            )
 
     def _evaluate(self) -> None:
         self.log.write(self.step, held_out_loss=self.run.held_out_loss())
@@ -122,51 +129,17 @@ class Loop:
     def _preview(self) -> None:
         run, config = self.run, self.run.config
         steps, classes = min(config.preview_steps, run.objective.T), len(run.classes)
-        picture = preview(
-            run.accelerator, run.pipeline(), config.preview_images, steps, classes, config.seed, run.share.size
-        )
-        if picture is not None:
-            folder = Path(config.output) / "previews"
-            folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"step-{self.step:08d}.png")
-            self.log.picture(self.step, picture)
+        settings = (config.preview_images, steps, classes, config.seed, run.share.size)
+        made: list[Image.Image | None] = []
 
+        def show() -> None:
+            made.append(preview(run.accelerator, run.pipeline(), *settings))
+            if made[0] is not None:
+                folder = Path(config.output) / "previews"
+                folder.mkdir(parents=True, exist_ok=True)
+                made[0].save(file := io.BytesIO(), format="PNG")
+                write_file(folder / f"step-{self.step:08d}.png", file.getvalue())
+                self.log.picture(self.step, made[0])
 
-class Signals:
-    """Catches SIGTERM and SIGINT until the end of a step. Again `PATIENCE` seconds later, they end the process."""
-
-    PATIENCE = 5.0  # launchers and schedulers deliver one signal more than once
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    @contextmanager
-    def caught(self) -> Iterator[None]:
-        def note(number: int, frame: Any) -> None:
-            if self.received is None:
-                self.received, self._when = number, time.monotonic()
-            elif time.monotonic() > self._when + self.PATIENCE:
-                signal.signal(number, before[number])
-                signal.raise_signal(number)
-
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            for number in before:
-                signal.signal(number, note)
-        except ValueError:  # not in the main thread, where signals do not arrive
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def anywhere(self, accelerator: Accelerator, step: int) -> int:
-        """Return the signal that any process received, or 0. On accelerators they compare every ten steps."""
-        if accelerator.num_processes == 1:
-            return self.received or 0
-        if step % 10 and accelerator.device.type != "cpu":
-            return 0
-        flag = torch.tensor([self.received or 0], device=accelerator.device)
-        return int(accelerator.gather(flag).max())
+        if problem := attempt(f"no preview at step {self.step}", show):
+            self.log.write(self.step, no_preview=problem)

@@ -1,6 +1,8 @@
 """The output folder of a run: what it may touch, room on the disk, the finished pipeline, the push."""
 
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from ddim_plugin.hub.card import check_license
 from ddim_plugin.hub.push import open_repo, push_folder
 
 from .config import TrainConfig
-from .report import plot_loss
+from .report import attempt, plot_loss
 from .settings import write_json
 
 INDEX, PART = "model_index.json", "pipeline.part"
@@ -113,6 +115,7 @@ def replace_pipeline(output: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        share(aside)
         (output / INDEX).unlink(missing_ok=True)
         for part in sorted(aside.iterdir(), key=lambda part: (part.name == INDEX, part.name)):
             target = output / part.name
@@ -123,6 +126,14 @@ def replace_pipeline(output: Path) -> Iterator[Path]:
         raise OSError(str(error)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def share(folder: Path) -> None:
+    """Give files that safetensors wrote, as readable by their owner only, the mode of other new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o666 & ~mask)
 
 
 def save(
@@ -149,10 +160,10 @@ def save(
         with replace_pipeline(output) as aside:
             pipe.save_pretrained(aside)
             save_file(raw, aside / "unet" / RAW)
-            write_json(output / "training.json", result)
-            plot_loss(lines, output / "loss.png")
+        write_json(output / "training.json", result)  # "finished" only now
     except OSError as error:
         raise OSError(f"cannot save the pipeline: {error}. Make room, and continue with --resume latest") from error
+    attempt("the loss is not plotted", plot_loss, lines, output / "loss.png")
     shutil.rmtree(output / EARLIER, ignore_errors=True)
 
 
@@ -170,9 +181,11 @@ def open_repo_first(config: TrainConfig, accelerator: Accelerator) -> None:
         raise problem[0]
 
 
-def push(config: TrainConfig) -> str | None:
-    """Push the saved pipeline. Returns None, or what went wrong, which is printed too."""
+def push(config: TrainConfig, number: int) -> str | None:
+    """Push the saved pipeline, if no signal `number` came before. Returns None, or what went wrong, also printed."""
     try:
+        if number:
+            raise OSError(signal.Signals(number).name)
         commit = push_folder(
             config.output,
             config.push_to_hub,

@@ -1,11 +1,13 @@
 """The reports of a training run: log.jsonl, trackers, progress bar, previews, the plot of the loss."""
 
+import errno
+import io
 import json
 import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from guard import warn
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -73,23 +76,45 @@ class Spikes:
 
 
 class Log:
-    """Writes `log.jsonl`, one line for each report, and the same to the trackers, in the main process alone."""
+    """Writes `log.jsonl`, one line for each report, and the same to the trackers, in the main process alone.
+
+    A disk or a tracker that fails ends in a warning. Lines that could not be written are written with the next one.
+    """
 
     def __init__(self, path: Path, accelerator: Accelerator, step: int, steps: int):
         self.path, self.accelerator = path, accelerator
         self.main = accelerator.is_main_process
+        self.lines: list[dict[str, Any]] = []
+        self._waiting, self._size, self._untracked = b"", 0, None
         if self.main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in read_log(path) if line["step"] <= step]  # later steps are trained again
-            write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
+            self.lines = [line for line in read_log(path) if line["step"] <= step]  # later steps are trained again
+            write_file(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+            self._size = path.stat().st_size
         self.bar = tqdm(initial=step, total=steps, desc="training", unit="step", disable=not self.main, mininterval=0.5)
 
     def write(self, step: int, **values: Any) -> None:
         if not self.main:
             return
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
-        self.accelerator.log({key: value for key, value in values.items() if isinstance(value, int | float)}, step=step)
+        self.lines.append({"step": step} | values)
+        again = bool(self._waiting)
+        self._waiting += (json.dumps(self.lines[-1]) + "\n").encode()
+        attempt(None if again else f"{self.path} has no line for step {step} yet", self._append)
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        failed = None if self._untracked else f"no tracker has step {step}"
+        self._untracked = attempt(failed, self.accelerator.log, numbers, step=step)
+
+    def _append(self) -> None:
+        """Write the lines that wait, in place of half a line that a full disk has left."""
+        if not self.path.exists():
+            self._size, self._waiting = 0, "".join(json.dumps(line) + "\n" for line in self.lines).encode()
+            self.path.touch()
+        with open(self.path, "r+b", buffering=0) as file:
+            file.truncate(self._size)
+            file.seek(self._size)
+            if (written := file.write(self._waiting)) != len(self._waiting):
+                raise OSError(errno.ENOSPC, f"only {written} of {len(self._waiting)} bytes were written")
+        self._size, self._waiting = self._size + len(self._waiting), b""
 
     def picture(self, step: int, picture: Image.Image) -> None:
         """Send a preview to the trackers that take pictures."""
@@ -99,8 +124,27 @@ class Log:
             elif tracker.name == "wandb":
                 tracker.log_images({"preview": [picture]}, step)
 
+    def advance(self, **shown: str) -> None:
+        """Move the progress bar by a step, or show values in it."""
+        try:
+            self.bar.set_postfix(shown) if shown else self.bar.update()
+        except OSError:  # stderr is a file on a full disk
+            self.bar.disable = True
+
     def close(self) -> None:
-        self.bar.close()
+        attempt("the progress bar is left open", self.bar.close)
+
+
+def attempt(failed: str | None, work: Callable[..., Any], *args: Any, **settings: Any) -> str | None:
+    """Do work that a run can do without. Returns None, or what went wrong, which is printed if `failed` is given."""
+    try:
+        work(*args, **settings)
+    except Exception as error:  # trackers raise exceptions of their own
+        problem = f"{type(error).__name__}: {error}"
+        if failed:
+            warn(f"{failed} ({problem})")
+        return problem
+    return None
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -174,21 +218,29 @@ def preview(
 
     Returns:
         the picture in the main process, None in the others.
+
+    Raises:
+        ValueError: in all processes, if samples are not finite in one.
     """
     mine = range(accelerator.process_index, count, accelerator.num_processes)
-    made = []
-    for start in range(0, len(mine), batch_size):
-        part = mine[start : start + batch_size]
-        images = pipe(
-            batch_size=len(part),
-            num_inference_steps=steps,
-            eta=0.0,
-            generator=[torch.Generator().manual_seed(seed + i) for i in part],
-            class_labels=[i % classes for i in part] if classes else None,
-            output_type="np",
-        ).images
-        made += list(zip(part, images, strict=True))
+    made: list[Any] = []
+    try:
+        for start in range(0, len(mine), batch_size):
+            part = mine[start : start + batch_size]
+            images = pipe(
+                batch_size=len(part),
+                num_inference_steps=steps,
+                eta=0.0,
+                generator=[torch.Generator().manual_seed(seed + i) for i in part],
+                class_labels=[i % classes for i in part] if classes else None,
+                output_type="np",
+            ).images
+            made += list(zip(part, images, strict=True))
+    except Exception as error:  # the other processes wait for this one
+        made = [f"{type(error).__name__}: {error}"]
     made = gather_object(made)
+    for problem in (each for each in made if isinstance(each, str)):
+        raise ValueError(problem)
     if not accelerator.is_main_process:
         return None
     images = np.stack([image for _, image in sorted(made, key=lambda pair: pair[0])])
@@ -209,7 +261,8 @@ def plot_loss(lines: list[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="optimiser steps", ylabel="loss", yscale="log")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(file := io.BytesIO(), dpi=120)
+    write_file(path, file.getvalue())
 
 
 def device_name(accelerator: Accelerator) -> str:

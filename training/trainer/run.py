@@ -1,7 +1,6 @@
 """A training run: one optimiser step, the averaged weights, and the state that a checkpoint keeps."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,15 +13,20 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from pictures import Feed, Pictures, Share, Stream, to_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.hub.files import read_object
 
 from .config import TrainConfig, learning_rate
 from .objective import ImportanceTimes, Objective, draw_times
 from .report import Clock
 from .settings import write_json
+
+FORMAT = 1
+"""Number of the format of checkpoints, to raise if older code cannot read them. Those of version 0.1 have none."""
 
 SKIPS = 50
 """Steps in a row that fp16's scaler may skip; each halves its scale."""
@@ -33,7 +37,8 @@ class Run:
     """Everything that a training run consists of.
 
     `network` is what Accelerate made of `unet`; `average` holds the moving average of its weights. `classes` are the
-    names of the labels, `eval_set` the held-out pictures, uint8 (N, C, H, W), and their labels (N,).
+    names of the labels, `eval_set` the held-out pictures, uint8 (N, C, H, W), and their labels (N,). `seen` counts the
+    pictures of all steps, those of earlier epochs again.
     """
 
     config: TrainConfig
@@ -50,6 +55,7 @@ class Run:
     classes: tuple[str, ...]
     eval_set: tuple[Tensor, Tensor | None] | None
     dtype: torch.dtype
+    seen: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
 
@@ -92,6 +98,7 @@ class Run:
         if self._was_skipped(step):
             norm = torch.zeros_like(total)
         self.average.step(self.network.parameters())
+        self.seen += config.batch_size
         return total, torch.as_tensor(0.0 if norm is None else _whole(norm), device=total.device)
 
     def _draw_times(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
@@ -169,12 +176,18 @@ class Run:
             save_file({name: value.contiguous() for name, value in weights.items()}, folder / "ema.safetensors")
             if self.importance is not None:
                 save_file(self.importance.state_dict(), folder / "times.safetensors")
-            state = {"step": step, "processes": self.share.processes, "skipped": self.skipped, "data": self.data_set()}
+            state = {"format": FORMAT, "step": step, "processes": self.share.processes, "data": self.data_set()}
+            state |= {"seen": self.seen, "skipped": self.skipped}
+            parts = {"unet": self.unet.config, "scheduler": self.scheduler.config}
+            for name, part in parts.items():  # for a pipeline made of this checkpoint
+                state[name] = {key: value for key, value in part.items() if not key.startswith("_")}
             write_json(folder / "run.json", state | {"config": dataclasses.asdict(self.config)})
 
-    def read(self, folder: Path) -> int:
-        """Load the state of a checkpoint and return its step. Raises ValueError if the data set is another one."""
-        state = json.loads((folder / "run.json").read_text())
+    def read(self, folder: Path, state: dict[str, Any]) -> int:
+        """Load a checkpoint, of which `run.json` is the `state`; return its step.
+
+        Raises ValueError if the data set is another one.
+        """
         if state["data"] != self.data_set():
             raise ValueError(f"the data set is not the one of {folder}: {state['data']}, now {self.data_set()}")
         if self.share.processes != state["processes"]:
@@ -184,11 +197,11 @@ class Run:
         self.accelerator.step = 0  # it counts parts of a batch, and every step begins with the first
         epochs = folder / f"stream-{self.share.rank}.json"
         if isinstance(self.feed.pictures, Stream) and self.share.processes == state["processes"]:
-            self.feed.epochs = json.loads(epochs.read_text())["epochs"]
+            self.feed.epochs = read_object(epochs)["epochs"]
         restore_average(self.average, self.unet, load_file(folder / "ema.safetensors"), state["step"])
         if self.importance is not None:
             self.importance.load_state_dict(load_file(folder / "times.safetensors"))
-        self.skipped = state["skipped"]
+        self.skipped, self.seen = state["skipped"], state["seen"]
         return state["step"]
 
     def data_set(self) -> dict[str, Any]:
@@ -196,6 +209,29 @@ class Run:
         pictures = self.feed.pictures
         count = pictures.count if isinstance(pictures, Pictures) else None
         return {"images": count, "classes": list(self.classes)}
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read `run.json` of a checkpoint. Raises ValueError if it is of a newer version, or lacks entries."""
+    state = read_object(folder / "run.json")
+    number = state.get("format", 0)
+    if not isinstance(number, int) or number > FORMAT:
+        raise ValueError(
+            f"{folder} has format {number}, and this version reads formats up to {FORMAT}: upgrade ddim-plugin, or "
+            "start a new run"
+        )
+    if missing := [key for key in ("step", "processes", "data", "skipped", "config") if key not in state]:
+        raise ValueError(f"{folder / 'run.json'} has no {', '.join(missing)}: pass another checkpoint")
+    return {"seen": state["step"] * state["config"].get("batch_size", 0)} | state
+
+
+def averaged_weights(folder: Path) -> dict[str, Tensor]:
+    """Read the averaged weights of a checkpoint. Raises ValueError if it is of a newer version, or damaged."""
+    read_state(folder)
+    try:
+        return load_file(folder / "ema.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read the averaged weights in {folder}: {error}") from error
 
 
 def make_average(network: torch.nn.Module, decay: float, warmup: bool) -> EMAModel:

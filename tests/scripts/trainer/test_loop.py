@@ -12,12 +12,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainer.config import TrainConfig
-from trainer.loop import Signals
 from trainer.objective import Objective
 from trainer.report import read_log
-from trainer.settings import build
-from trainer.setup import make_accelerator
 from training_runs import ROOT, SMALL, UNET, WEIGHTS, fit, losses, python, same_weights
 
 EVERYTHING = SMALL | {
@@ -127,30 +123,6 @@ def test_a_signal_saves_and_leaves(tmp_path, number):
     assert done.returncode == 0, done.stderr
     assert f"resuming after step {step}" in done.stdout
     assert sorted(losses(output)) == list(range(1, steps + 1))
-
-
-@pytest.fixture
-def interruptible():
-    """SIGINT as Python has it, also in a shell's background job, which is born ignoring it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_a_signal_delivered_twice_still_saves(tmp_path, interruptible):
-    """Schedulers signal a launcher and its children, and the launcher its children again."""
-    signals, accelerator = (
-        Signals(),
-        make_accelerator(build(TrainConfig, SMALL | {"output": str(tmp_path / "x")})),
-    )
-    with signals.caught():
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-        assert signals.anywhere(accelerator, 1) == signal.SIGTERM
-        signals.PATIENCE = -1.0
-        signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))  # our handler, with another end
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
