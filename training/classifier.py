@@ -76,11 +76,9 @@ def main(config: ClassifierConfig) -> dict[str, Any]:
     """Write the classifier and `training.json`, and return the figures of the latter."""
     check(config)
     device = start_processes(config.device).device
-    pictures, frame = labelled(config)
-    tested = None
-    if config.test_split is not None:
-        split = open_labelled(config, config.test_split)
-        tested = held_out(split, frame, split.count, pictures.classes)
+    pictures, frame = to_train_on(config)
+    split = None if config.test_split is None else labelled(config, config.test_split)
+    tested = None if split is None else held_out(split, frame, split.count, pictures.classes)
     images = in_memory(pictures, frame, config.resolution is not None, 2, not sys.stderr.isatty())
     assert images is not None  # pictures cropped at the centre have one size
     model = Classifier(config, frame, pictures.classes, *moments(images, config.data)).to(device)
@@ -104,19 +102,17 @@ def main(config: ClassifierConfig) -> dict[str, Any]:
     return known
 
 
-def open_labelled(config: ClassifierConfig, split: str) -> Pictures:
-    """Open a split of the pictures with its labels."""
+def labelled(config: ClassifierConfig, split: str) -> Pictures:
+    """Open a split with its labels."""
     return open_pictures(config.data, split, label_column=config.label_column, labelled=True, **config.reading)
 
 
-def labelled(config: ClassifierConfig) -> tuple[Pictures, Frame]:
+def to_train_on(config: ClassifierConfig) -> tuple[Pictures, Frame]:
     """Open the pictures to train on, and choose their frame. Raises ValueError if they do not suit a classifier."""
-    pictures = open_labelled(config, "train")
+    pictures = labelled(config, "train")
     if len(pictures.classes) < 2:
-        raise ValueError(
-            f"the classes of {config.data} are {', '.join(pictures.classes)}, but a classifier needs two or more: "
-            "name a folder that holds one subfolder for each class"
-        )
+        found = ", ".join(pictures.classes)
+        raise ValueError(f"the classes of {config.data} are {found}: a classifier needs two, as folders or labels")
     frame = find_frame(pictures, config.channels, None if config.resolution is None else (config.resolution,) * 2)
     if config.shift >= min(frame.size):
         raise ValueError(f"shift={config.shift} moves pictures of {frame.size[0]}×{frame.size[1]} out of sight")

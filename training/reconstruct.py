@@ -45,8 +45,8 @@ class ReconstructConfig(Reading):
     images: int = field(default=100, metadata={"help": "images to reconstruct, the first of the set"})
     steps: tuple[int, ...] = field(default=(10, 20, 50, 100, 200, 500, 1000), metadata={"help": "rows of the table, S"})
     refinement_steps: tuple[int, ...] = field(
-        default=(14, 9, 5, 5, 5, 5, 5),
-        metadata={"help": "evaluations to refine a move with: one for each S, or for all"},
+        default=(),
+        metadata={"help": "evaluations to refine a move with: one for each S, or for all; by default 14, 9 or 5"},
     )
     tolerance: float = field(default=1e-5, metadata={"help": "residual at which a move is solved"})
     spacing: str | None = field(default=None, metadata={"help": "τ by name; by default the model's"})
@@ -70,11 +70,11 @@ def check(config: ReconstructConfig) -> None:
             raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
     for name in ("steps", "refinement_steps", "strip", "figure_steps"):
         values = getattr(config, name)
-        if not values or min(values) < 1:
+        if min(values, default=int(name == "refinement_steps")) < 1:
             raise ValueError(f"{name} must be positive numbers, not {values}")
     if len(set(config.steps)) < len(config.steps):
         raise ValueError(f"steps must be distinct, not {config.steps}")
-    if len(config.refinement_steps) not in (1, len(config.steps)):
+    if len(config.refinement_steps) not in (0, 1, len(config.steps)):
         raise ValueError(f"refinement_steps has {len(config.refinement_steps)} entries for {len(config.steps)} steps")
     if len(config.strip) != 2:
         raise ValueError(f"strip takes two numbers of steps, not {len(config.strip)}")
@@ -91,7 +91,9 @@ def check(config: ReconstructConfig) -> None:
 def main(config: ReconstructConfig) -> dict[str, Any]:
     """Write `reconstruct.json`, `results.json` and `table2.md` after each measurement, then the pictures."""
     check(config)
-    config = replace(config, split=choose_split(config.data, config.split, config.data_config))
+    refinements = config.refinement_steps or tuple(14 if S < 20 else 9 if S < 50 else 5 for S in config.steps)
+    split = choose_split(config.data, config.split, config.data_config)
+    config = replace(config, split=split, refinement_steps=refinements)
     used = {*config.steps, *config.strip, *config.figure_steps, config.interpolation_steps}
     settings = (config.class_label, config.batch_size, config.tolerance, config.device)
     bench = Bench(config.model, used, config.spacing, *settings)
@@ -110,8 +112,7 @@ def main(config: ReconstructConfig) -> dict[str, Any]:
         "model": {"sha256": weights_digest(bench.pipe.unet)},
         "table": [],
     }
-    many = len(config.refinement_steps) > 1
-    refinements = config.refinement_steps if many else config.refinement_steps * len(config.steps)
+    refinements = refinements if len(refinements) > 1 else refinements * len(config.steps)
     made = measure(bench, images, dict(zip(config.steps, refinements, strict=True)), result, output)
     plot(result, output / "table2.png")
     draw_strip(bench, images[: config.columns], config.strip, refinements[0], made, output)

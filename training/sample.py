@@ -8,22 +8,26 @@ import guard
 if __name__ == "__main__":
     guard.start()  # before the imports that take seconds
 
+import io
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pictures import load_images
+from pictures import Reading, load_images
 from torch import Generator
 from trainer.settings import parse, record, write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.hub.files import write_file
 from ddim_plugin.pipelines.images import grid
+
+WRITTEN = ("samples_by_steps.png", "samples_by_eta.png", "sample.json")
 
 
 @dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(Reading):
     """Draw grids of samples from a saved pipeline: by the number of steps S, and by η at few and many steps."""
 
     model: str = field(metadata={"help": "a folder written by save_pretrained, or a Hub id"})
@@ -31,26 +35,41 @@ class SampleConfig:
     data: str | None = field(
         default=None, metadata={"help": "data set of a first row of real pictures: digits, a folder, …"}
     )
-    split: str = field(default="test", metadata={"help": "split of that data set"})
+    split: str | None = field(default=None, metadata={"help": "its split; by default test, if there is one"})
     steps: tuple[int, ...] = field(default=(5, 10, 20, 50, 100), metadata={"help": "rows of the first grid"})
     etas: tuple[float, ...] = field(default=(0.0, 0.2, 0.5, 1.0), metadata={"help": "η in the second grid, then σ̂"})
     eta_steps: tuple[int, ...] = field(default=(10, 100), metadata={"help": "S in the second grid"})
     columns: int = field(default=16, metadata={"help": "pictures in a row"})
+    class_label: tuple[int, ...] = field(default=(), metadata={"help": "label of all pictures, or one for each column"})
     seed: int = field(default=0, metadata={"help": "picture i starts from seed + i"})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, …; by default an accelerator if any"})
+    overwrite: bool = field(default=False, metadata={"help": "replace pictures of an earlier run"})
+
+
+def check(config: SampleConfig) -> None:
+    """Raise ValueError for settings out of range, and for pictures that must not be replaced."""
+    if config.columns < 1:
+        raise ValueError(f"columns must be positive, not {config.columns}")
+    if len(config.class_label) not in (0, 1, config.columns):
+        raise ValueError(
+            f"{len(config.class_label)} class labels for {config.columns} columns: give one, or one for each"
+        )
+    for file in (Path(config.output) / name for name in WRITTEN):
+        if file.exists() and not config.overwrite:
+            raise ValueError(f"{file} exists: choose another output, or pass --overwrite")
 
 
 @guard.output(alone=True)
 def main(config: SampleConfig) -> dict[str, Any]:
     """Write `samples_by_steps.png`, `samples_by_eta.png` and `sample.json`; return the content of the latter."""
-    if config.columns < 1:
-        raise ValueError(f"columns must be positive, not {config.columns}")
+    check(config)
     start = time.perf_counter()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = GeneralizedDDIMPipeline.from_pretrained(config.model).to(device)
     real = None
     if config.data is not None:
-        images = load_images(config.data, config.split, pipe.unet.config.in_channels, pipe.image_size, config.columns)
+        shape = (pipe.unet.config.in_channels, pipe.image_size)
+        images = load_images(config.data, config.split, *shape, config.columns, **config.reading)
         real = images.permute(0, 2, 3, 1).numpy() / 255
     pipe.set_progress_bar_config(desc="sampling", leave=False)
     stock = pipe.scheduler.config
@@ -59,22 +78,16 @@ def main(config: SampleConfig) -> dict[str, Any]:
 
     def draw(S: int, eta: float | None, scheduler: GeneralizedDDIMScheduler) -> Any:
         pipe.scheduler = scheduler
+        labels = list(config.class_label) * (config.columns // max(1, len(config.class_label))) or None
         generators = [Generator().manual_seed(config.seed + i) for i in range(config.columns)]  # x_T, then each z
-        return pipe(config.columns, S, eta=eta, generator=generators, output_type="np").images
+        return pipe(config.columns, S, eta=eta, generator=generators, class_labels=labels, output_type="np").images
 
-    Path(config.output).mkdir(parents=True, exist_ok=True)
-    written, seconds = [], {"load": time.perf_counter() - start}
-
-    def write(name: str, rows: list[tuple[str, Any]], title: str) -> None:
-        path = Path(config.output) / name
-        grid([row for _, row in rows], [label for label, _ in rows], title).save(path)
-        written.append(str(path))
-
+    seconds = {"load": time.perf_counter() - start}
     start = time.perf_counter()
     rows = [(f"S = {S}", draw(S, 0.0, smaller)) for S in config.steps]
     if real is not None:
         rows.insert(0, ("real", real))
-    write("samples_by_steps.png", rows, "eta = 0, the same x_T in each column")
+    by_steps = picture(rows, "eta = 0, the same x_T in each column")
     seconds["samples_by_steps"] = time.perf_counter() - start
 
     start = time.perf_counter()
@@ -82,12 +95,21 @@ def main(config: SampleConfig) -> dict[str, Any]:
     for S in config.eta_steps:
         rows += [(f"S = {S}  eta = {eta:g}", draw(S, eta, smaller)) for eta in config.etas]
         rows += [(f"S = {S}  sigma-hat", draw(S, None, larger))]
-    write("samples_by_eta.png", rows, "noise by eta, and Ho's larger variance; the same x_T in each column")
+    by_eta = picture(rows, "noise by eta, and Ho's larger variance; the same x_T in each column")
     seconds["samples_by_eta"] = time.perf_counter() - start
 
-    result = record(config) | {"pictures": written, "seconds": seconds, "device": device}
+    made = {Path(config.output) / name: content for name, content in zip(WRITTEN, (by_steps, by_eta), strict=False)}
+    for path, content in made.items():
+        write_file(path, content)
+    result = record(config) | {"pictures": [str(path) for path in made], "seconds": seconds, "device": device}
     write_json(Path(config.output) / "sample.json", result)
     return result
+
+
+def picture(rows: list[tuple[str, Any]], title: str) -> bytes:
+    """Draw rows of pictures with their labels, as PNG."""
+    grid([row for _, row in rows], [label for label, _ in rows], title).save(file := io.BytesIO(), format="PNG")
+    return file.getvalue()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from torch import Tensor
 Images = Any  # a PIL image, an array (H, W), (H, W, C) or (B, H, W, C), a tensor (C, H, W) or (B, C, H, W), or a list
 Size = tuple[int, int] | None  # (H, W), or None for any
 MODES = {1: "L", 3: "RGB"}  # of PIL images, by the number of channels
+ALPHA = ("RGBA", "LA", "PA")  # modes with an alpha channel
 DEEP = ("I", "F")  # beginnings of modes of more than 8 bits
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")  # of the names of image files
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # of the names of image files
 
 
 def read(images: Images, channels: int, size: Size) -> Tensor:
@@ -40,7 +41,7 @@ def read(images: Images, channels: int, size: Size) -> Tensor:
 def _read(image: Any, channels: int, name: str) -> Tensor:
     """Convert one entry of a list to (B, C, H, W) in [0, 1]."""
     if isinstance(image, Image.Image):
-        mode = MODES.get(channels)
+        mode, image = MODES.get(channels), image if is_transparent(image) else without_alpha(image)
         if image.mode != mode:
             convert = f'image.convert("{mode}")' if mode else f"pass a tensor with {channels} channels"
             remedy = "scale it to 0..255 first" if image.mode.startswith(DEEP) else convert
@@ -75,7 +76,8 @@ def _read(image: Any, channels: int, name: str) -> Tensor:
 
 def image_files(folder: str | Path) -> list[str]:
     """List the image files in a folder, by name. Raises ValueError if it has none."""
-    found = sorted(str(file) for file in Path(folder).iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = (file for file in Path(folder).iterdir() if not file.name.startswith("."))
+    found = sorted(str(file) for file in files if file.suffix.lower() in SUFFIXES and file.is_file())
     if not found:
         raise ValueError(f"folder {folder} contains no images: add files such as .png or .jpg")
     return found
@@ -87,7 +89,7 @@ def open_image(file: str | Path, channels: int, size: Size, resize: bool = False
         with Image.open(file) as opened:
             opened.load()
             image = ImageOps.exif_transpose(opened)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises many kinds for damaged files
         raise ValueError(f"cannot read the image {file}: {error}") from error
     return fit(image, channels, size, resize, str(file), hint)
 
@@ -101,15 +103,27 @@ def fit(image: Image.Image, channels: int, size: Size, resize: bool, name: str, 
     mode = check_channels(channels)
     if image.mode.startswith(DEEP):
         raise ValueError(f"{name} has mode {image.mode!r}, more than 8 bits: scale it to 0..255 first")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if is_transparent(image):
         raise ValueError(f"{name} has transparency, which the network cannot use: put it on a background")
-    image = image.convert(mode)
+    image = without_alpha(image).convert(mode)
     if size is not None and image.size != size[::-1]:
         if not resize:
             sizes = f"{image.width}×{image.height}, the network takes {size[1]}×{size[0]} (width × height)"
             raise ValueError(f"{name} is {sizes}: crop and resize it{hint}")
         image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
     return image
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Test whether any pixel of an image is transparent."""
+    if image.mode not in ALPHA and "transparency" not in image.info:
+        return False
+    return image.convert("RGBA").getextrema()[3][0] < 255
+
+
+def without_alpha(image: Image.Image) -> Image.Image:
+    """Drop an alpha channel, whose pixels must all be opaque."""
+    return image.convert("L" if image.mode == "LA" else "RGB") if image.mode in ALPHA else image
 
 
 def check_channels(channels: int) -> str:

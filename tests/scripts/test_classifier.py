@@ -66,7 +66,7 @@ def test_the_same_command_makes_the_same_classifier(extractor, tmp_path):
         ({"batch_size": 1}, "batch_size must be 2 at least"),
         ({"hidden_sizes": (8, 0)}, "hidden_sizes must be positive"),
         ({"hidden_sizes": ()}, "hidden_sizes must be positive"),
-        ({"test_split": "tests"}, "unknown split 'tests'"),
+        ({"test_split": "tests"}, "has no split 'tests': it has train, test"),
         ({"learning_rate": 1e30}, "lower --learning_rate"),
         ({"data": "missing/labelled.parquet"}, "there is no file"),
     ],
@@ -97,14 +97,15 @@ def test_what_is_there_is_kept(extractor, make_unet, tmp_path):
 
 
 def test_splits_are_not_classes(tmp_path):
-    for name in ("train/0", "train/1", "test/0", "test/1"):
+    for i, name in enumerate(("train/0", "train/1", "test/0", "test/1")):
         (tmp_path / "set" / name).mkdir(parents=True)
-        Image.new("L", (8, 8), 9).save(tmp_path / "set" / name / "a.png")
-    settings = SMALL | {"data": str(tmp_path / "set"), "output": str(tmp_path / "out"), "test_split": None}
-    with pytest.raises(ValueError, match="classes of .* are test, train"):
-        classifier.main(build(classifier.ClassifierConfig, settings))
-    settings["data"] += "/train"
-    with pytest.raises(ValueError, match="all of one colour"):
+        Image.new("L", (8, 8), 90 * i).save(tmp_path / "set" / name / "a.png")
+    settings = SMALL | {"data": str(tmp_path / "set"), "output": str(tmp_path / "out"), "steps": 2, "batch_size": 2}
+    said = classifier.main(build(classifier.ClassifierConfig, settings))
+    assert (said["images"], said["dataset"]) == (2, {"name": "set", "split": "train"})
+    assert open_extractor(str(tmp_path / "out"), "cpu", (1, 8, 8)).classes == 2
+    settings |= {"data": str(tmp_path / "set" / "train"), "output": str(tmp_path / "again")}
+    with pytest.raises(ValueError, match="has no split 'test': it has train"):
         classifier.main(build(classifier.ClassifierConfig, settings))
 
 

@@ -1,6 +1,7 @@
 """Likelihoods of a saved model in bits per dimension: its bounds, its ODE, and the errors that bounds follow from."""
 
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -18,10 +19,12 @@ from trainer.settings import write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.hub.files import read_object
+from ddim_plugin.hub.records import TRAINING
 from ddim_plugin.process import spacings
 from ddim_plugin.process.predictions import prediction
 
 from .bound import Array, Errors, Generators, Network, VariationalBound, best_paths, bound_costs, bound_of, draw
+from .labels import check_label
 from .ode import ode_bits
 
 
@@ -77,13 +80,8 @@ class Bench:
         if not isinstance(self.pipe.scheduler, GeneralizedDDIMScheduler):
             self.pipe.scheduler = GeneralizedDDIMScheduler.from_config(self.pipe.scheduler.config)
         self.class_label, self.batch_size, self.seed = class_label, batch_size, seed
-        unet = self.pipe.unet
-        if (unet.class_embedding is not None) != (class_label is not None):
-            known = "is unconditional: leave class_label out" if class_label is not None else "needs class_label"
-            raise ValueError(f"the network {known}")
-        classes = unet.config.num_class_embeds or math.inf
-        if class_label is not None and not 0 <= class_label < classes:
-            raise ValueError(f"class_label must be in 0..{classes - 1}, not {class_label}")
+        self.model, unet = model, self.pipe.unet
+        check_label(model, unet, class_label)
         self.learned = unet.config.out_channels == 2 * unet.config.in_channels
         self.alpha_bar = self.pipe.scheduler.alpha_bar
         self.T = len(self.alpha_bar) - 1
@@ -155,9 +153,10 @@ class Bench:
         made = self.pipe(count, min(50, self.T), **settings).images
         return (made.float().cpu() * 255).round().to(torch.uint8)
 
-    def load(self, data: str, split: str, count: int) -> Tensor:
+    def load(self, data: str, split: str, count: int, **reading: Any) -> Tensor:
         """Read the first images of a data set as bytes, (N, C, H, W), and note on stderr if there are fewer."""
-        images = load_images(data, split, self.pipe.unet.config.in_channels, self.pipe.image_size, count)
+        channels, size = self.pipe.unet.config.in_channels, self.pipe.image_size
+        images = load_images(data, split, channels, size, count, **reading)
         if len(images) < count:
             print(f"note: {data} has {len(images)} images in {split}, not {count}", file=sys.stderr)
         return images
@@ -168,6 +167,8 @@ class Bench:
         table = {"eps_mean_square": eps_mean_square[1:].tolist()}
         self.pipe.scheduler = GeneralizedDDIMScheduler.from_config(before.config, **table)
         self.pipe.save_pretrained(folder)
+        if (Path(self.model) / TRAINING).is_file():  # it holds the names of the classes
+            shutil.copyfile(Path(self.model) / TRAINING, Path(folder) / TRAINING)
         self.pipe.scheduler = before
 
 
@@ -217,7 +218,7 @@ def entry(cell: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
         "value": cell["bits"],
         "standard_error": cell["standard_error"],
         "nfe": cell["nfe"],
-        "dataset": as_dataset(config["data"], config["split"]),
+        "dataset": as_dataset(config["data"], config["split"], config["data_config"]),
         "num_inference_steps": cell["S"],
         "eta": cell["eta"],
         "variance_type": cell["variance"],

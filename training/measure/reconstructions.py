@@ -14,6 +14,8 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.process.inversion import InversionReport
 from ddim_plugin.schedulers import DETERMINISTIC, keep_learned
 
+from .labels import check_label
+
 PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 """Table 2: errors on CIFAR-10's test set, with the paper's network of 35.7M parameters."""
 
@@ -51,9 +53,7 @@ class Bench:
         self.pipe.scheduler = GeneralizedDDIMScheduler.from_config(before, **keep_learned(before, changes))
         for S in steps:
             self.pipe.scheduler.set_timesteps(S)
-        if (self.pipe.unet.class_embedding is not None) != (class_label is not None):
-            known = "is unconditional: leave class_label out" if class_label is not None else "needs class_label"
-            raise ValueError(f"the network {known}")
+        check_label(model, self.pipe.unet, class_label)
         if self.pipe.image_size is None:
             raise ValueError("the network's config has no sample_size: set it there")
         self.tolerance, self.shared = tolerance, {"batch_size": batch_size, "class_labels": class_label}
@@ -181,7 +181,7 @@ def entries(result: dict[str, Any]) -> list[dict[str, Any]]:
             "value": row["mean_squared_error"],
             "standard_error": row["standard_error"],
             "nfe": row["evaluations_encoding"] + row["evaluations_decoding"],
-            "dataset": as_dataset(config["data"], config["split"]),
+            "dataset": as_dataset(config["data"], config["split"], config["data_config"]),
             "num_inference_steps": row["S"],
             "eta": 0.0,
             "timestep_spacing": result["spacing"],

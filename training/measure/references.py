@@ -2,11 +2,11 @@
 
 import glob
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from pictures import Frame, Pictures, as_dataset, origin
+from pictures.folders import walk
 from safetensors.numpy import load_file
 from trainer.settings import write_json
 
+from ddim_plugin.hub.files import read_object
 from ddim_plugin.pipelines.images import MODES
 
 from .extractors import Extractor
@@ -32,21 +34,24 @@ CHUNK = 1000
 class Reference:
     """A split of a data set, as uint8 pictures of the model's shape. `contents` is the SHA-256 of them all."""
 
-    name: str
-    split: str
     pictures: Pictures
     frame: Frame
     workers: int
     contents: str
+    config: str | None
 
     def read(self, numbers: range) -> np.ndarray:
         """Read pictures as uint8 (B, C, H, W)."""
         return read(self.pictures, self.frame, numbers, self.workers)
 
+    def dataset(self) -> dict[str, str]:
+        """Describe the split as the entries of `results.json` do."""
+        return as_dataset(self.pictures.name, self.pictures.split, self.config)
+
     def record(self) -> dict[str, Any]:
         """Return the entry of `results.json` that describes this reference."""
         size = "×".join(map(str, self.frame.size))
-        return as_dataset(self.name, self.split) | {
+        return self.dataset() | {
             "images": self.pictures.count,
             "sha256_of_pictures": self.contents,
             "preprocessing": f"{MODES[self.frame.channels]}, cropped at the centre to the shape of {size}, then "
@@ -54,21 +59,20 @@ class Reference:
         }
 
 
-def open_reference(
-    pictures: Pictures, split: str, frame: Frame, name: str, cache: Path, column: str | None, workers: int
-) -> Reference:
+def open_reference(pictures: Pictures, frame: Frame, cache: Path, reading: dict[str, Any], workers: int) -> Reference:
     """Open a split of a data set and compute the SHA-256 of its pictures.
 
     The processes share the reading. The cache keeps the SHA-256 by the names, sizes and times of the files of the
-    data set. A data set of the Hub is read each time.
+    data set, and by the settings `reading` of `open_pictures`. A data set of the Hub is read each time.
     """
-    stamp = digest([stamps(name), split, column, frame.channels, frame.size, CHUNK])
+    name, split, config = pictures.name, pictures.split, reading["data_config"]
+    stamp = digest([stamps(name), split, *reading.values(), frame.channels, frame.size, CHUNK])
     kept = cache / f"contents-{stamp[:32]}.json"
     state, files = PartialState(), origin(name) == "files"
     cached = files and kept.exists()
     state.wait_for_everyone()  # all have looked before anyone writes
     if cached:
-        return Reference(name, split, pictures, frame, workers, json.loads(kept.read_text())["sha256"])
+        return Reference(pictures, frame, workers, read_object(kept)["sha256"], config)
     mine = []
     for k, numbers in list(enumerate(cut(pictures.count, CHUNK)))[state.process_index :: state.num_processes]:
         mine.append((k, hashlib.sha256(read(pictures, frame, numbers, workers).tobytes()).hexdigest()))
@@ -76,21 +80,20 @@ def open_reference(
     if state.is_main_process and files:
         cache.mkdir(parents=True, exist_ok=True)
         write_json(kept, {"reference": name, "split": split, "sha256": contents})
-    return Reference(name, split, pictures, frame, workers, contents)
+    return Reference(pictures, frame, workers, contents, config)
 
 
 def stamps(name: str) -> list[tuple[str, int, int]]:
     """Return the name, size and time of change of each file of a data set."""
     path = Path(name)
-    files = sorted(path.rglob("*")) if path.is_dir() else [Path(file) for file in sorted(glob.glob(name))]
+    files = [path / file for file in walk(path)[0]] if path.is_dir() else map(Path, sorted(glob.glob(name)))
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
 
 
 def read(pictures: Pictures, frame: Frame, numbers: range, workers: int) -> np.ndarray:
     """Read pictures as uint8 (B, C, H, W), in several threads."""
     with ThreadPoolExecutor(workers) as pool:
-        name = f"image {{}} of {pictures.name}"
-        return np.stack(list(pool.map(lambda i: frame.canvas(pictures.picture(i), name.format(i)), numbers)))
+        return np.stack(list(pool.map(partial(frame.read, pictures), numbers)))
 
 
 def statistics(
@@ -127,7 +130,7 @@ def _extract(reference: Reference, extractor: Extractor, file: Path, batch_size:
         return (load_file(part)["features"] for part in parts.files)
 
     parts = Parts(file.with_suffix(""), reference.pictures.count, CHUNK)
-    parts.make(compute, f"{reference.split} pictures of {reference.name}")
+    parts.make(compute, f"{reference.pictures.split} pictures of {reference.pictures.name}")
     state = PartialState()
     if state.is_main_process:
         save_arrays(file, parts.read()[0] if whole else fit(blocks)._asdict())

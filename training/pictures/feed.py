@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .frames import Frame
+from .frames import Frame, Name
 from .sources import Pictures, Stream
 
 CHUNK = 512
@@ -49,10 +50,10 @@ def in_memory(pictures: Pictures, frame: Frame, given: bool, workers: int, quiet
         picture = pictures.picture(i)
         if not given and picture.size != (frame.size[1], frame.size[0]):
             raise ValueError(
-                f"the pictures of {pictures.name} differ in size: number {i} is {picture.height}×{picture.width}, the "
-                f"first {frame.size[0]}×{frame.size[1]} (height × width). Say --resolution"
+                f"the pictures differ in size: {pictures.where(i)} is {picture.height}×{picture.width}, the first is "
+                f"{frame.size[0]}×{frame.size[1]} (height × width). Pass --resolution"
             )
-        return frame.canvas(picture, f"image {i} of {pictures.name}")
+        return frame.canvas(picture, partial(pictures.where, i))
 
     first = read(0)
     images = torch.empty((pictures.count, *first.shape), dtype=torch.uint8)
@@ -181,7 +182,8 @@ class Feed:
     def _from_disk(self, step: int) -> Iterator[tuple]:
         def work(plan: Plan) -> tuple:
             pictures = [self.pictures.picture(i) for i in plan.numbers]
-            return self._stack(pictures, plan.places), self._labels(plan), plan.flips
+            names = [partial(self.pictures.where, i) for i in plan.numbers]
+            return self._stack(pictures, plan.places, names), self._labels(plan), plan.flips
 
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
             yield from bounded(pool, work, self._plans(step), self.workers + 1)
@@ -193,7 +195,9 @@ class Feed:
         def work(job: tuple) -> tuple:
             plan, rows = job
             pictures, labels = zip(*map(self.pictures.decode, rows.result()), strict=True)
-            return self._stack(pictures, plan.places), None if labels[0] is None else np.array(labels), plan.flips
+            names = [f"an image of {self.pictures.name}"] * len(pictures)
+            stack = self._stack(pictures, plan.places, names)
+            return stack, None if labels[0] is None else np.array(labels), plan.flips
 
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(max(1, self.workers)) as pool:
             read = (reader.submit(lambda: list(itertools.islice(rows, share.size))) for _ in itertools.count())
@@ -223,11 +227,11 @@ class Feed:
     def _labels(self, plan: Plan) -> np.ndarray | None:
         return None if self.pictures.labels is None else self.pictures.labels[plan.numbers]
 
-    def _stack(self, pictures: Sequence[Image.Image], places: np.ndarray) -> Tensor:
+    def _stack(self, pictures: Sequence[Image.Image], places: np.ndarray, names: Sequence[Name]) -> Tensor:
         """Make pictures a batch (B, C, H, W), in memory from which copies to a GPU do not block."""
         cuts = []
-        for picture, place in zip(pictures, places, strict=True):
-            canvas = self.frame.canvas(picture, f"an image of {self.pictures.name}")
+        for picture, place, name in zip(pictures, places, names, strict=True):
+            canvas = self.frame.canvas(picture, name)
             cuts.append(self.frame.cut(canvas, place) if self.frame.crop == "random" else canvas)
         batch = torch.from_numpy(np.stack(cuts))
         return batch.pin_memory() if self.device.type == "cuda" else batch

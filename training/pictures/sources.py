@@ -1,7 +1,12 @@
 """Data sets of pictures, read by number or as a stream: digits, folders, files, and data sets of the Hub."""
 
+import glob
+import itertools
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,9 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch import Tensor
 
-from .files import FORMATS, folder_files, has_splits, is_saved, row_files, split_files
+from .decoding import check_reading, decode, is_gray, read_mode
+from .files import address, choose_split, is_loaded, is_saved, loaded, row_files
+from .folders import FORMATS, columns, scan, splits
 
 HELD_OUT = 297
 """How many of the 1797 digits, the last ones, are the test split."""
@@ -23,19 +30,34 @@ LABELS = ("label", "labels", "fine_label", "class", "class_label", "y")
 SHUFFLE_BUFFER = 10_000
 """Rows of a stream that are shuffled among themselves, besides the order of its files."""
 
+LOOKED_AT, FIRST_ROWS = 2000, 32
+"""Pictures of a set, and of a stream, that decide whether it is gray."""
+
 
 @dataclass(frozen=True)
 class Pictures:
-    """A set of `count` pictures, read by number. `labels` is int64 (N,) in 0..len(classes) − 1, or None."""
+    """A split of `count` pictures, read by number. `labels` is int64 (N,) in 0..len(classes) − 1, or None.
+
+    `where` names a picture in errors, and `mode` returns its mode without decoding it.
+    """
 
     name: str
     count: int
     picture: Callable[[int], Image.Image]
     labels: np.ndarray | None = None
     classes: tuple[str, ...] = ()
+    split: str = "train"
+    where: Callable[[int], str] = "image {}".format
+    mode: Callable[[int], str] | None = None
 
     def first(self) -> Image.Image:
         return self.picture(0)
+
+    def is_gray(self) -> bool:
+        """Return whether pictures are gray: all, or `LOOKED_AT` of them spread over the set."""
+        mode = self.mode or (lambda i: self.picture(i).mode)
+        count = min(self.count, LOOKED_AT)
+        return all(is_gray(mode(i * (self.count - 1) // max(1, count - 1))) for i in range(count))
 
 
 @dataclass(frozen=True)
@@ -45,11 +67,16 @@ class Stream:
     name: str
     rows: Callable[[int, int, int, int], Iterator[Any]]
     decode: Callable[[Any], tuple[Image.Image, int | None]]
-    row: Any
+    begin: list[Any]
     classes: tuple[str, ...] = ()
+    split: str = "train"
 
     def first(self) -> Image.Image:
-        return self.decode(self.row)[0]
+        return self.decode(self.begin[0])[0]
+
+    def is_gray(self) -> bool:
+        """Return whether the first pictures are gray."""
+        return all(is_gray(self.decode(row)[0].mode) for row in self.begin)
 
 
 def load(name: str, split: str = "train") -> tuple[Tensor, Tensor]:
@@ -73,57 +100,76 @@ def load(name: str, split: str = "train") -> tuple[Tensor, Tensor]:
 
 def open_pictures(
     name: str,
-    split: str = "train",
+    split: str | None = "train",
     image_column: str | None = None,
     label_column: str | None = None,
     labelled: bool = False,
+    data_config: str | None = None,
+    background: str | None = None,
+    bit_depth: int | None = None,
 ) -> Pictures:
-    """Open a data set whose pictures are read by number.
+    """Open a split of a data set whose pictures are read by number.
 
     Args:
         name: "digits", a folder, a file or a pattern of files, or the id of a data set on the Hub. A folder holds
-            images at any depth, whose labels are the names of its subfolders, or parquet or arrow files, or is one
-            that `save_to_disk` wrote.
-        split: the part of a data set that has splits.
+            pictures or parquet or arrow files at any depth, or is one that `save_to_disk` wrote; see `folders`.
+        split: "train" for a data set that is not divided; None as in `choose_split`.
         image_column, label_column: names of columns. By default columns are found by their types.
         labelled: whether to read labels.
+        data_config: name of a configuration of a data set on the Hub.
+        background, bit_depth: as in `Reading`.
 
     Raises:
         ValueError: a file, split, column or label is missing, or cannot be read.
     """
+    check_reading(background, bit_depth)
+    split = choose_split(name, split, data_config)
     if name == "digits":
-        images, labels = load(name, split)
-        kinds = (labels.numpy(), tuple("0123456789")) if labelled else (None, ())
-        return Pictures(name, len(images), lambda i: Image.fromarray(images[i, 0].numpy()), *kinds)
-    rows = _rows(name, split, labelled)
+        return _digits(split, image_column, label_column, labelled)
+    rows = _rows(name, split, data_config, labelled)
     column = _image_column(rows.features, name, image_column)
+    if len(rows) == 0:
+        raise ValueError(f"{name} holds no pictures in its split {split!r}: choose another")
     labels, classes = _labels(rows, name, label_column) if labelled else (None, ())
     try:
         raw = rows.cast_column(column, datasets.Image(decode=False)).select_columns([column])
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"the column {column!r} of {name} holds no images: {error}") from error
 
-    def picture(i: int) -> Image.Image:
-        return _decode(raw[int(i)][column], f"image {i} of {name}")
+    def value(i: int) -> tuple[Any, str]:
+        return raw[int(i)][column], f"image {i} of {name}"
 
-    return Pictures(name, len(rows), picture, labels, classes)
+    def where(i: int) -> str:
+        found, title = value(i)
+        return f"{title} ({found['path']})" if found and found.get("path") else title
+
+    def picture(i: int) -> Image.Image:
+        return decode(*value(i), background, bit_depth)
+
+    return Pictures(name, len(rows), picture, labels, classes, split, where, lambda i: read_mode(*value(i)))
 
 
 def open_stream(
     name: str,
-    split: str = "train",
+    split: str | None = "train",
     image_column: str | None = None,
     label_column: str | None = None,
     labelled: bool = False,
+    data_config: str | None = None,
+    background: str | None = None,
+    bit_depth: int | None = None,
 ) -> Stream:
     """Open a data set of the Hub, or of parquet or arrow files, that is read as it arrives; see `open_pictures`."""
-    if name == "digits" or (Path(name).is_dir() and not folder_files(Path(name))[1]):
+    check_reading(background, bit_depth)
+    path = Path(name)
+    if name == "digits" or (path.is_dir() and not (is_saved(path) or is_loaded(name) or scan(path).rows)):
         raise ValueError(f"{name} is read by number, not as a stream: leave out --streaming")
-    rows = _rows(name, split, labelled, streaming=True).decode(False)
-    row = next(iter(rows), None)
-    if row is None:
-        raise ValueError(f"the data set {name} is empty")
-    features = rows.features or row
+    split = choose_split(name, split, data_config)
+    rows = _rows(name, split, data_config, labelled, streaming=True).decode(False)
+    begin = list(itertools.islice(rows, FIRST_ROWS))
+    if not begin:
+        raise ValueError(f"the data set {name} is empty in its split {split!r}: choose another")
+    features = rows.features or begin[0]
     column = _image_column(features, name, image_column)
     label, classes = None, ()
     if labelled:
@@ -137,63 +183,64 @@ def open_stream(
         shuffled.set_epoch(epoch)
         return iter(split_dataset_by_node(shuffled, rank, processes) if processes > 1 else shuffled)
 
-    def decode(row: Any) -> tuple[Image.Image, int | None]:
-        return _decode(row[column], f"an image of {name}"), None if label is None else int(row[label])
+    def read(row: Any) -> tuple[Image.Image, int | None]:
+        picture = decode(row[column], f"an image of {name}", background, bit_depth)
+        return picture, None if label is None else int(row[label])
 
-    return Stream(name, epoch_rows, decode, row, classes)
+    return Stream(name, epoch_rows, read, begin, classes, split)
+
+
+def _digits(split: str, image_column: str | None, label_column: str | None, labelled: bool) -> Pictures:
+    """Open scikit-learn's digits, whose columns are image and label."""
+    for named, column in ((image_column, "image"), (label_column, "label")):
+        if named not in (None, column):
+            raise ValueError(f"digits has no column {named!r} for this: its columns are image, label")
+    images, labels = load("digits", split)
+    kinds = (labels.numpy(), tuple("0123456789")) if labelled else (None, ())
+    return Pictures("digits", len(images), lambda i: Image.fromarray(images[i, 0].numpy()), *kinds, split)
 
 
 # ---- rows, by the `datasets` library -------------------------------------------------------------------------------
 
 
-def _rows(name: str, split: str, labelled: bool, streaming: bool = False) -> Any:
-    """Load the rows of a data set as a Dataset, or as an IterableDataset if `streaming`."""
+def _rows(name: str, split: str, config: str | None, labelled: bool, streaming: bool = False) -> Any:
+    """Load the rows of a split as a Dataset, or as an IterableDataset if `streaming`."""
     path = Path(name)
-    if split != "train" and not has_splits(name):
-        raise ValueError(f"{name} has no split {split!r}, as it has no splits: name another data set for it")
-    images, files = folder_files(path) if path.is_dir() else ([], row_files(name))
-    if path.is_dir() and not files:
-        return _image_rows(path, images, labelled)
-    saved = path.is_dir() and is_saved(path)
-    if path.is_dir() and not saved:
-        files = split_files(path, files, split)
-    try:
-        if saved:
-            return _saved_rows(name, split, streaming)
-        if files:
-            kind, names = FORMATS[files[0].suffix], [str(file) for file in files]
-            return datasets.load_dataset(kind, data_files=names, split="train", streaming=streaming)
-        return datasets.load_dataset(name, split=split, streaming=streaming)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise ValueError(f"cannot read the data set {name}: {error}") from error
-
-
-def _image_rows(folder: Path, files: list[Path], labelled: bool) -> datasets.Dataset:
-    """Make rows of image files, in the order of their paths, labelled by the first folder on the way to them.
-
-    The loader "imagefolder" takes the last folder instead, and orders and chooses files in other ways.
-    """
+    if is_loaded(name):
+        given = (address(name), config)
+        return loaded(name, lambda: datasets.load_dataset(*given, split=split, streaming=streaming), config)
+    if path.is_dir() and is_saved(path):
+        saved = loaded(name, lambda: datasets.load_from_disk(name), config)
+        saved = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        return saved.to_iterable_dataset(num_shards=16) if streaming else saved
+    if not path.is_dir():
+        return _load_files(name, row_files(name), split, streaming)
+    folder = scan(path)
+    files = splits(folder)[split] if folder.rows or folder.pictures else []
     if not files:
-        raise ValueError(f"there is no image in {folder}: it needs files such as .png or .jpg, or .parquet or .arrow")
-    columns = {"image": [str(file) for file in files]}
-    if labelled:
-        loose = next((file for file in files if file.parent == folder), None)
-        if loose is not None:
-            raise ValueError(
-                f"{loose} has no label: for class-conditional training a folder holds one subfolder for each class"
-            )
-        columns["label"] = [file.relative_to(folder).parts[0] for file in files]
-    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        raise ValueError(f"there is no image in {path}: it needs files such as .png or .jpg, or .parquet or .arrow")
+    found = columns(folder, files, labelled) if not folder.rows else {}
+    if note := folder.note():
+        say_once(note)
+    if folder.rows:
+        return _load_files(name, [path / file for file in files], split, streaming)
+    try:
+        return datasets.Dataset.from_dict(found).cast_column("image", datasets.Image())
+    except (TypeError, ValueError) as error:  # those of Arrow are of these kinds
+        raise ValueError(f"cannot read the metadata files of {name}: {error}") from error
 
 
-def _saved_rows(name: str, split: str, streaming: bool) -> Any:
-    """Load rows that `save_to_disk` wrote."""
-    saved = datasets.load_from_disk(name)
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise ValueError(f"there is no split {split!r}, only {', '.join(saved)}")
-        saved = saved[split]
-    return saved.to_iterable_dataset(num_shards=16) if streaming else saved
+def _load_files(name: str, files: list[Path], split: str, streaming: bool) -> Any:
+    kind, paths = FORMATS[files[0].suffix.lower()], [glob.escape(str(file.absolute())) for file in files]
+    given = {"data_files": {split: paths}, "split": split, "streaming": streaming}
+    return loaded(name, lambda: datasets.load_dataset(kind, **given), None)
+
+
+@lru_cache(1000)
+def say_once(text: str) -> None:
+    """Print a note to stderr, once and by the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {text}", file=sys.stderr)
 
 
 def _image_column(features: Any, name: str, named: str | None) -> str:
@@ -237,28 +284,3 @@ def _labels(rows: Any, name: str, named: str | None) -> tuple[np.ndarray, tuple[
         return values.astype(np.int64), tuple(names)
     classes, labels = np.unique(values, return_inverse=True)
     return labels.astype(np.int64), tuple(str(value) for value in classes)
-
-
-# ---- pictures ------------------------------------------------------------------------------------------------------
-
-
-def _decode(value: Any, name: str) -> Image.Image:
-    """Decode an upright picture, of at most 8 bits a channel, from the bytes or the path in a row."""
-    try:
-        image = datasets.Image().decode_example(value)
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, Image.DecompressionBombError) as error:
-        path = value.get("path") if isinstance(value, dict) else None
-        raise ValueError(f"cannot read {name}{f' ({path})' if path else ''}: {error}") from error
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"cannot read {name}: its row holds no image, but {type(image).__name__}")
-    return to_8_bits(image, name)
-
-
-def to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """Scale a grayscale picture of 16 bits from 0..65535 to 0..255; return any other unchanged."""
-    if not image.mode.startswith(("I", "F")):
-        return image
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"{name} has mode {image.mode!r}: pictures have 8 or 16 bits, from 0 up")
-    return Image.fromarray(np.round(values / 257).astype(np.uint8))

@@ -141,7 +141,7 @@ def test_own_samples_and_drawn_terms(model, tmp_path):
         ({"class_label": 1}, "is unconditional"),
         ({"data": "nowhere.parquet"}, "there is no file"),
         ({"spacing": "cubic"}, "cubic"),
-        ({"model": "nowhere/at/all"}, "neither a valid local path"),
+        ({"model": "nowhere/at/all"}, "there is no folder|neither a valid local path"),
     ],
 )
 def test_bad_input(model, tmp_path, settings, said):

@@ -57,7 +57,7 @@ def test_references_that_are_empty_or_too_small(measure, tmp_path):
         with pytest.raises(ValueError, match=message):
             measure(reference=str(tmp_path / f"{count}.parquet"))
     with pytest.MonkeyPatch.context() as patch:  # a set that opens, and holds nothing
-        patch.setattr(run, "open_pictures", lambda name, *rest: Pictures(name, 0, None))
+        patch.setattr(run, "open_pictures", lambda name, *rest, **reading: Pictures(name, 0, None))
         with pytest.raises(ValueError, match="the reference digits has no pictures in its split 'train'"):
             measure()
     assert not (tmp_path / "out").exists()

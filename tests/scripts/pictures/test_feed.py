@@ -27,7 +27,7 @@ def test_mixed_sizes_need_a_resolution(tmp_path):
         picture(i, size).save(tmp_path / f"{i}.png")
     found = open_pictures(str(tmp_path))
     frame = find_frame(found, None, None)
-    with pytest.raises(ValueError, match=r"differ in size: number 2 is 8×9, the first 8×8 .*Say --resolution"):
+    with pytest.raises(ValueError, match=r"differ in size: .*2\.png\) is 8×9, the first is 8×8 .*Pass --resolution"):
         in_memory(found, frame, False, 2, True)
     assert in_memory(found, frame, True, 2, True).shape == (3, 3, 8, 8)
     assert in_memory(found, Frame(3, (8, 8), crop="random"), True, 2, True) is None  # each is cropped by itself

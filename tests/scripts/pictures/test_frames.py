@@ -22,8 +22,11 @@ def test_frames():
     frame = Frame(1, (2, 2), crop="random")
     assert frame.cut(canvas, (0, 0)).tolist() == [[[0, 1], [5, 6]]]
     assert frame.cut(canvas, (0.999, 0.999)).tolist() == [[[13, 14], [18, 19]]]
+    opaque = picture(3, (30, 20), mode="RGBA")
+    assert np.array_equal(Frame(3, (20, 30)).canvas(opaque, "x"), same)
+    opaque.putpixel((0, 0), (1, 2, 3, 254))
     with pytest.raises(ValueError, match="x has transparency"):
-        Frame(3, (8, 8)).canvas(picture(0, mode="RGBA"), "x")
+        Frame(3, (8, 8)).canvas(opaque, "x")
 
 
 # ---- image sets ------------------------------------------------------------------------------------------------
@@ -40,17 +43,20 @@ def folder(tmp_path_factory):
 
 
 def test_a_folder(folder):
-    images = load_images(str(folder), "test", 3, (8, 8), 2)
+    images = load_images(str(folder), None, 3, (8, 8), 2)
     assert np.array_equal(images.permute(0, 2, 3, 1), PIXELS[:2])
-    assert load_images(str(folder), "test", 1, (4, 6), 9).shape == (3, 1, 4, 6)
+    assert load_images(str(folder), "train", 1, (4, 6), 9).shape == (3, 1, 4, 6)
 
 
-def test_names_of_files_say_nothing(tmp_path):
-    """No split is guessed from a file's name; a folder called like an image is none."""
+def test_names_of_pictures_are_splits_if_all_of_them_are(tmp_path):
+    """One picture that happens to be called "test" hides no other; a folder called like an image is none."""
     for name, pixels in zip(("train_0", "test_1", "val"), PIXELS, strict=True):
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     (tmp_path / "d.png").mkdir()
-    assert len(load_images(str(tmp_path), "test", 3, (8, 8), 9)) == 3
+    images = load_images(str(tmp_path), "val", 3, (8, 8), 9)
+    assert np.array_equal(images.permute(0, 2, 3, 1), PIXELS[2:])
+    (tmp_path / "val.png").rename(tmp_path / "cat.png")
+    assert len(load_images(str(tmp_path), None, 3, (8, 8), 9)) == 3
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -64,7 +70,7 @@ def test_a_file(tmp_path, kind):
     else:
         table.save_to_disk(tmp_path / "rows")
         path = next((tmp_path / "rows").glob("*.arrow"))
-    images = load_images(str(path), "test", 3, (8, 8), 10)
+    images = load_images(str(path), None, 3, (8, 8), 10)
     assert np.array_equal(images.permute(0, 2, 3, 1), PIXELS)
 
 
@@ -91,9 +97,9 @@ def test_what_is_no_image_set(tmp_path, folder):
         ("text.parquet", "has no column of images: its columns are text"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_images(str(tmp_path / name), "test", 3, None, 1)
+            load_images(str(tmp_path / name), None, 3, None, 1)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="there is no image in"):
-        load_images(str(tmp_path / "empty"), "test", 3, None, 1)
+        load_images(str(tmp_path / "empty"), None, 3, None, 1)
     with pytest.raises(ValueError, match="the network takes 4 channels: pictures have 1 or 3"):
-        load_images(str(folder), "test", 4, None, 1)
+        load_images(str(folder), None, 4, None, 1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from pictures import Frame, open_pictures
+from pictures import Frame, Reading, open_pictures
 from torch import Generator, Tensor
 
 from ddim_plugin import GeneralizedDDIMPipeline
@@ -21,6 +21,7 @@ from ddim_plugin.hub.files import weights_digest, write_file
 from ddim_plugin.pipelines.fit import TEACHER
 
 from ..extractors import open_extractor
+from ..labels import count_classes
 from ..metrics import Gaussian, check_count, fit, frechet
 from ..parts import DTYPES, digest, start_processes
 from ..references import open_reference
@@ -40,7 +41,7 @@ FAILURES = (
 
 
 @dataclass(frozen=True)
-class BenchSettings:
+class BenchSettings(Reading):
     """A model, what it is measured with, and the images."""
 
     model: str = field(metadata={"help": "a folder written by save_pretrained, or a Hub id"})
@@ -72,7 +73,10 @@ class Journal:
         if torn:  # by a kill
             write_file(file, "".join(line + "\n" for line in lines))
         for line in lines:
-            entry = json.loads(line)
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"cannot read {file}: {error}; remove the file, or pass --overwrite") from error
             if entry["settings"] == settings:
                 self.known[entry["key"]] = entry
                 self.alike[entry.get("alike", "")] = entry
@@ -97,6 +101,7 @@ class Bench:
         self.pipe = GeneralizedDDIMPipeline.from_pretrained(config.model).to(self.device)
         self.unet = self.pipe.unet.eval()
         self.fast = copy.deepcopy(self.unet).to(DTYPES[config.dtype])
+        self.classes = count_classes(config.model, self.unet)
         self.shape = (self.unet.config.in_channels, *self.pipe.image_size)
         self.saved = self.pipe.scheduler.config
         self.extractor = open_extractor(config.extractor, self.device, self.shape)
@@ -122,8 +127,8 @@ class Bench:
         """Return the Gaussian of the training pictures' features, and the SHA-256 of the pictures."""
         config = self.config
         frame, cache = Frame(self.shape[0], self.shape[1:]), self.output / "references"
-        pictures = open_pictures(config.reference)
-        reference = open_reference(pictures, "train", frame, config.reference, cache, None, 2)
+        pictures = open_pictures(config.reference, **config.reading)
+        reference = open_reference(pictures, frame, cache, config.reading, 2)
         found = statistics_of(reference, self.extractor, cache, config.batch_size, True, False)
         return found.gaussian, reference.contents
 
@@ -136,11 +141,14 @@ class Bench:
         """Sample these images, in −1..1. Raises Unfit if they are not finite."""
         noise = randn_tensor((len(numbers), *self.shape), generator=self.generators(numbers), device=self.device)
         x = noise * float(scheduler.init_noise_sigma)
-        drawn = {}
+        drawn, labels = {}, None
+        if self.classes:
+            labels = torch.tensor([i % self.classes for i in numbers], device=self.device)
         if "generator" in inspect.signature(scheduler.step).parameters:  # not the seeds of x_T; 32 bits count
             drawn["generator"] = self.generators(numbers, 2**31)
         for t in scheduler.timesteps:
-            output = unet(scheduler.scale_model_input(x, t).to(unet.dtype), t).sample.to(x.dtype)
+            scaled = scheduler.scale_model_input(x, t).to(unet.dtype)
+            output = unet(scaled, t, class_labels=labels).sample.to(x.dtype)
             x = scheduler.step(output, t, x, **drawn).prev_sample
         if not bool(x.isfinite().all()):
             raise Unfit("images that are not finite")

@@ -60,7 +60,7 @@ def entries(result: dict[str, Any]) -> list[Entry]:
         "rms": {"metric": "rms_to_solution", "name": "Few steps: RMS distance to the solution of the ODE"}
         | {"dataset": {"name": "the ODE's solution"}},
         "frechet": {"metric": f"fd_{extractor}", "name": f"Few steps: FD, {extractor}"}
-        | {"dataset": as_dataset(config["reference"], "train")},
+        | {"dataset": as_dataset(config["reference"], "train", config.get("data_config"))},
     }
 
     def listed(each: Entry, scheduler: str) -> Entry:

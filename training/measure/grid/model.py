@@ -19,6 +19,7 @@ from ddim_plugin.hub.files import weights_digest
 from ddim_plugin.process.moves import ETA_FREE
 from ddim_plugin.schedulers import restored
 
+from ..labels import count_classes
 from ..parts import DTYPES, is_missing_folder
 from .cells import Cell, make_scheduler
 from .settings import SAVED, EvaluateConfig
@@ -58,10 +59,9 @@ class Model:
         self.ours = isinstance(self.pipe, GeneralizedDDIMPipeline)
         self.arguments = inspect.signature(self.pipe.__call__).parameters
         network = self.pipe.unet
-        embedded = getattr(network, "class_embedding", None) is not None
-        self.classes = network.config.num_class_embeds if embedded else None
-        if embedded and (not self.ours or not self.classes):
-            raise ValueError(f"{config.model} takes class labels, but its config does not say how many there are")
+        self.classes = count_classes(config.model, network)
+        if self.classes and not self.ours:
+            raise ValueError(f"{config.model} takes class labels, which {type(self.pipe).__name__} does not pass on")
         self.generators: list[Generator] = []
         self.on_call: Callable[[int], None] = lambda rows: None
         network.register_forward_pre_hook(

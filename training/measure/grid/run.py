@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from pictures import Frame, as_dataset, has_splits, open_pictures
+from pictures import Frame, choose_split, open_pictures, split_names
 from trainer.settings import record, write_json
 
 from ddim_plugin import GeneralizedDDIMScheduler
+from ddim_plugin.hub.files import read_object
 from ddim_plugin.schedulers import KEY
 
 from ..extractors import INCEPTION, Extractor, extract, open_extractor
@@ -74,7 +75,7 @@ class Run:
         file = self.output / "results.json"
         if self.config.overwrite or self.config.estimate or not file.exists():
             return
-        before, now = json.loads(file.read_text())["config"], json.loads(json.dumps(asdict(self.config)))
+        before, now = read_object(file)["config"], json.loads(json.dumps(asdict(self.config)))
         changed = sorted(key for key in now if key not in FREE and before.get(key) != now[key])
         if changed:
             raise ValueError(
@@ -85,8 +86,12 @@ class Run:
     def open_references(self, frame: Frame) -> list[Reference]:
         """Open the splits to measure against. Raises ValueError if one is missing, empty or too small."""
         config = self.config
-        known = ("train", "test") if has_splits(config.reference) else ("train",)
-        sets = {each: open_pictures(config.reference, each, config.image_column) for each in config.splits or known}
+        name, known = config.reference, config.splits
+        if known is None:
+            known = split_names(name, config.data_config)
+            known = [each for each in ("train", "test") if each in known] or known
+        known = [choose_split(name, each, config.data_config) for each in known]
+        sets = {each: open_pictures(name, each, **config.reading) for each in known}
         for split, pictures in sets.items():
             if pictures.count == 0:
                 raise ValueError(f"the reference {config.reference} has no pictures in its split {split!r}")
@@ -99,8 +104,9 @@ class Run:
                 for each in self.extractors:
                     what = f"pictures of the split {split!r} of {config.reference}"
                     check_count(pictures.count, each.dimension, what)
-        given = (config.reference, self.cache, config.image_column, config.workers)
-        return [open_reference(pictures, split, frame, *given) for split, pictures in sets.items()]
+        return [
+            open_reference(pictures, frame, self.cache, config.reading, config.workers) for pictures in sets.values()
+        ]
 
     def estimate(self) -> dict[str, Any]:
         """Estimate the cost of the cells that are not finished, from a few evaluations of the network."""
@@ -149,7 +155,7 @@ class Run:
 
     def finished(self, cell: Cell) -> dict[str, Any]:
         """Read the results of a cell, with its own settings, as another with the same key may have been measured."""
-        found, sampling = json.loads(self.file(cell).read_text()), self.samplings[cell]
+        found, sampling = read_object(self.file(cell)), self.samplings[cell]
         results = [entry | sampling.shown for entry in found["results"]]
         return found | {"cell": asdict(cell), "settings": asdict(sampling), "results": results}
 
@@ -240,7 +246,7 @@ def named(metric: str, extractor: Extractor) -> dict[str, str]:
 
 def described(reference: Reference, against: bool) -> dict[str, Any]:
     """Return the data set of a result, without its split for a metric that compares with none."""
-    found = as_dataset(reference.name, reference.split)
+    found = reference.dataset()
     return {key: value for key, value in found.items() if against or key != "split"}
 
 

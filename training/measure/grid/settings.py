@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pictures import Reading
+
 from ..extractors import INCEPTION
 from ..metrics import check_metrics
 from ..parts import DTYPES
@@ -31,7 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Reading):
     """Measure a model on a grid of S × variance × τ × scheduler, against a data set, and write tables and plots.
 
     Start an interrupted run again to continue it. Finished cells are not measured again.
@@ -41,9 +43,8 @@ class EvaluateConfig:
     reference: str = field(metadata={"help": "data set: digits, a folder, a parquet or arrow file, or a Hub id"})
     output: str = field(default="out/evaluate", metadata={"help": "folder for the results"})
     splits: tuple[str, ...] | None = field(
-        default=None, metadata={"help": "splits to measure against; by default train and test, if there are splits"}
+        default=None, metadata={"help": "splits to measure against; by default those of train and test that exist"}
     )
-    image_column: str | None = field(default=None, metadata={"help": "column of pictures in the reference"})
     table1: bool = field(default=False, metadata={"help": "use the settings of Table 1 for those not given"})
     table3: bool = field(default=False, metadata={"help": "use the settings of Table 3 for those not given"})
     steps: tuple[int, ...] | None = field(default=None, metadata={"help": "S: columns of the table; 10 20 50 100"})

@@ -1,0 +1,50 @@
+"""Class labels of a model: how many there are, without the one that means "no class"."""
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+
+from ddim_plugin.hub.files import read_object
+from ddim_plugin.hub.records import TRAINING
+
+
+def count_classes(model: str, unet: Any) -> int | None:
+    """Return the number of classes of a network, or None for an unconditional one.
+
+    Training for guidance adds an embedding after the last class, which means "no class" and is not counted. The names
+    in the model's `training.json` tell; without this file all embeddings are classes.
+
+    Raises:
+        ValueError: if the network takes labels, and its config does not say how many there are.
+    """
+    if getattr(unet, "class_embedding", None) is None:
+        return None
+    embeddings = unet.config.num_class_embeds
+    if not embeddings:
+        raise ValueError(f"{model} takes class labels, but its config does not say how many there are")
+    return min(len(_trained(model)) or embeddings, embeddings)
+
+
+def check_label(model: str, unet: Any, class_label: int | None) -> None:
+    """Raise ValueError if a label is missing, not needed, or not one of the classes."""
+    if (getattr(unet, "class_embedding", None) is not None) != (class_label is not None):
+        known = "is unconditional: leave class_label out" if class_label is not None else "needs class_label"
+        raise ValueError(f"the network {known}")
+    if class_label is None or not unet.config.num_class_embeds:
+        return  # the labels of another embedding need not be classes
+    classes = count_classes(model, unet)
+    if not 0 <= class_label < classes:
+        null = ', which means "no class"' if class_label in range(unet.config.num_class_embeds) else ""
+        raise ValueError(f"class_label must be in 0..{classes - 1}, not {class_label}{null}")
+
+
+def _trained(model: str) -> list[str]:
+    """Return the names of the classes in the record of training, none if there is no such record."""
+    file = Path(model) / TRAINING
+    if not Path(model).is_dir():
+        try:
+            file = Path(huggingface_hub.hf_hub_download(model, TRAINING))
+        except (OSError, ValueError):  # of huggingface_hub: no such file, or the Hub cannot be reached
+            return []
+    return list(read_object(file).get("classes") or ()) if file.is_file() else []
