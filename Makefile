@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 # Train on real digits, save, load in a fresh process, draw pictures. DEMO="--steps 200" makes it short.
 demo: $(VENV)/.train
-	$(BIN)/python training/demo.py $(DEMO)
+	$(BIN)/python training/demo.py --overwrite $(DEMO)
 
 # Two processes of one thread each: more threads than cores slow PyTorch down many times. TEST="-n 8" where there are more.
 test: $(VENV)/.test

@@ -1,6 +1,7 @@
-"""Convert a checkpoint of the authors' code, or of pesser's port of Ho's weights, into a pipeline folder.
+"""Convert a checkpoint of a run, of the authors' code, or of pesser's port of Ho's weights, into a pipeline folder.
 
 python training/convert_checkpoint.py --checkpoint ema_diffusion_cifar10_model/model-790000.ckpt --output out/cifar10
+python training/convert_checkpoint.py --checkpoint out/digits/checkpoints/step-00001000 --output out/digits-1000
 """
 
 import guard
@@ -12,23 +13,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffusers import UNet2DModel
+from trainer.checkpoints import damage
 from trainer.convert import check_values, choose, fingerprint, network, read, sets
 from trainer.output import PART, replace_pipeline
+from trainer.run import read_network, read_state
 from trainer.settings import parse, record, write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 
 WEIGHTS, RECORD = ("auto", "ema", "raw"), "conversion.json"
+BETAS = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Convert a PyTorch checkpoint of the authors' network (CIFAR-10, CelebA, LSUN, or your own) into a pipeline.
+    """Convert a checkpoint of train.py, or of the authors' network (CIFAR-10, CelebA, LSUN), into a pipeline.
 
     The network's layout is found from its tensors. Only tensors, numbers and lists of them are ever unpickled.
     """
 
-    checkpoint: str = field(metadata={"help": "ckpt.pth of the authors, model-….ckpt of pesser, or .safetensors"})
+    checkpoint: str = field(metadata={"help": "step-… of train.py, or a file of the authors or of pesser"})
     output: str = field(metadata={"help": "folder for the pipeline"})
     weights: str = field(
         default="auto", metadata={"help": "ema, raw, or auto: the averaged ones if the file has two sets"}
@@ -68,9 +73,23 @@ def check(config: ConvertConfig) -> None:
 def main(config: ConvertConfig) -> dict[str, Any]:
     """Write the pipeline and `conversion.json`, and return the content of the latter."""
     check(config)
-    keys = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")
-    scheduler = GeneralizedDDIMScheduler(**{key: getattr(config, key) for key in keys})
     path = Path(config.checkpoint)
+    unet, scheduler, result = (convert_run if path.is_dir() else convert_file)(config, path)
+    settings = {key: value for key, value in unet.config.items() if not key.startswith("_")}
+    result = record(config) | result | {"parameters": unet.num_parameters(), "unet": settings}
+    with replace_pipeline(Path(config.output)) as aside:
+        GeneralizedDDIMPipeline(unet, scheduler).save_pretrained(aside)
+        write_json(aside / RECORD, result)
+    return result
+
+
+Converted = tuple[UNet2DModel, GeneralizedDDIMScheduler, dict[str, Any]]
+"""A network, its scheduler, and what `conversion.json` says of their source."""
+
+
+def convert_file(config: ConvertConfig, path: Path) -> Converted:
+    """Convert a file of the authors. Raises ValueError, with its name, if it is none."""
+    scheduler = GeneralizedDDIMScheduler(**{key: getattr(config, key) for key in BETAS})
     source = fingerprint(path)
     try:
         content = read(path)
@@ -80,18 +99,24 @@ def main(config: ConvertConfig) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     trained = {"epoch": content[2], "step": content[3]} if isinstance(content, list) else {}
-    settings = {key: value for key, value in unet.config.items() if not key.startswith("_")}
-    result = record(config) | {
-        "source": source | {key: value for key, value in trained.items() if type(value) is int},
-        "weights": kind,
-        "tensors": len(weights),
-        "parameters": unet.num_parameters(),
-        "unet": settings,
-    }
-    with replace_pipeline(Path(config.output)) as aside:
-        GeneralizedDDIMPipeline(unet, scheduler).save_pretrained(aside)
-        write_json(aside / RECORD, result)
-    return result
+    source |= {key: value for key, value in trained.items() if type(value) is int}
+    return unet, scheduler, {"source": source, "weights": kind, "tensors": len(weights)}
+
+
+def convert_run(config: ConvertConfig, folder: Path) -> Converted:
+    """Convert a checkpoint of `train.py`. Raises ValueError if it is none, or is damaged."""
+    for name in ("resolution", "dropout", *BETAS):
+        if getattr(config, name) != getattr(ConvertConfig, name):
+            raise ValueError(f"{name} has no effect on a checkpoint of train.py, which knows its own: leave it out")
+    if problem := damage(folder):
+        raise ValueError(f"{folder} is no checkpoint: {problem}. Pass such as OUTPUT/checkpoints/step-00005000")
+    state, kind = read_state(folder), "ema" if config.weights == "auto" else config.weights
+    settings, weights = read_network(folder, kind)
+    unet = UNet2DModel(**settings)
+    unet.load_state_dict(weights)
+    scheduler = GeneralizedDDIMScheduler(**state.get("scheduler", state["config"]["scheduler"]))
+    source = {"file": folder.name, "step": state["step"], "training": state["config"]}
+    return unet.eval(), scheduler, {"source": source, "weights": kind, "tensors": len(weights)}
 
 
 if __name__ == "__main__":

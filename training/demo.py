@@ -28,6 +28,7 @@ class DemoConfig:
     """Train a small U-Net on handwritten digits, save it as a pipeline, load it in fresh processes, draw pictures."""
 
     output: str = field(default="out/demo", metadata={"help": "folder for the model and the pictures"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an earlier demo in that folder"})
     steps: int | None = field(default=None, metadata={"help": "optimiser steps; by default those of digits.toml"})
 
 
@@ -35,20 +36,21 @@ class DemoConfig:
 def main(config: DemoConfig) -> dict[str, Any]:
     """Run the scripts as a user would, each in a process of its own."""
     output = Path(config.output)
+    if not config.overwrite and any(each.name != guard.LOCK for each in output.iterdir()):
+        raise ValueError(f"{output} is not empty: choose another output, or pass --overwrite to replace a demo in it")
     model, pictures = output / "digits", output / "pictures"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
     launch += ["--mixed_precision=no", "--dynamo_backend=no", f"--num_cpu_threads_per_process={os.cpu_count()}"]
     train = [*launch, str(HERE / "train.py"), "--config", str(HERE / "configs" / "digits.toml")]
     train += ["--output", str(model), "--overwrite"] + ([] if config.steps is None else ["--steps", str(config.steps)])
     sample = [sys.executable, str(HERE / "sample.py"), "--model", str(model), "--output", str(pictures)]
-    sample += ["--data", "digits"]
+    sample += ["--data", "digits", "--overwrite"]
     latents = [sys.executable, str(HERE / "reconstruct.py"), "--model", str(model), "--output", str(pictures)]
     latents += ["--data", "digits", "--config", str(HERE / "configs" / "digits_latents.toml"), "--overwrite"]
 
     first = [sys.executable, "-m", "ddim_plugin.cli", "sample", str(MODEL), "--num", "64", "--steps", "10"]
     first += ["--batch-size", "64", "--output", str(output / "mnist"), "--overwrite"]
 
-    output.mkdir(parents=True, exist_ok=True)
     seconds = {"first": run(first)}
     print(f"64 digits of {MODEL.name} in ten steps: {seconds['first']:.0f} s. Now a model of your own:", flush=True)
     seconds |= {"training": run(train), "sampling": run(sample), "latents": run(latents)}

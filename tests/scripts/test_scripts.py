@@ -142,7 +142,9 @@ def test_a_row_of_real_pictures(trained, tmp_path):
     settings = {"model": str(trained), "columns": 2, "steps": (2,), "etas": (0.0,), "eta_steps": (2,)}
     heights = []
     for data in (None, "digits"):
-        sample.main(build(sample.SampleConfig, settings | {"output": str(tmp_path), "data": data}))
+        sample.main(
+            build(sample.SampleConfig, settings | {"output": str(tmp_path), "data": data, "overwrite": bool(data)})
+        )
         heights.append(Image.open(tmp_path / "samples_by_steps.png").height)
     assert heights[1] > heights[0] + 60
 

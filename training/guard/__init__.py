@@ -1,7 +1,6 @@
 """Guards that all scripts share: signals, errors, output folders, processes. Nothing here imports slow libraries."""
 
 from .folder import LOCK, output, owned
-from .names import check_model
 from .processes import check_processes, is_first
 from .signals import Ended, Signals, ending_after_a_step, program, start, warn
 
@@ -9,7 +8,6 @@ __all__ = [
     "LOCK",
     "Ended",
     "Signals",
-    "check_model",
     "check_processes",
     "ending_after_a_step",
     "is_first",

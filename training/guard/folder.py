@@ -4,12 +4,12 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .names import check_model
+from .names import named
 from .processes import check_processes, is_first
 from .signals import warn
 
@@ -40,11 +40,8 @@ def output(alone: bool, whole: bool = False) -> Callable[[Main], Main]:
         def guarded(config: Any) -> Any:
             if alone:
                 check_processes()
-            for name in filter(None, (getattr(config, each, None) for each in ("model", "init_from"))):
-                check_model(name)
-            if not is_first():
-                return main(config)
-            with owned(config.output, whole):
+            models = filter(None, (getattr(config, each, None) for each in ("model", "init_from")))
+            with named(*models), owned(config.output, whole) if is_first() else nullcontext():
                 return main(config)
 
         return guarded  # type: ignore[return-value]

@@ -18,7 +18,7 @@ PATIENCE = 2.0
 """Seconds in which launchers may deliver one signal more than once."""
 
 WRITERS = {"write_file", "replace_folder", "replace_pipeline", "set_aside", "put_in_place", "forget_after", "owned"}
-WRITERS |= {"rmtree", "_rmtree_safe_fd", "_rmtree", "cleanup", "copyfile"}
+WRITERS |= {"put", "rmtree", "_rmtree_safe_fd", "_rmtree", "cleanup", "copyfile"}
 """Functions that are finished before a signal ends the program: they put files in place, or delete them."""
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers import UNet2DModel
+from pictures import Reading
 
 from ddim_plugin import GeneralizedDDIMScheduler
 
@@ -20,7 +21,18 @@ NOT_NEGATIVE = ("workers", "memory_gb", "warmup_steps", "weight_decay", "max_gra
 NOT_NEGATIVE += ("checkpoint_every", "preview_every", "eval_every")
 BELOW_ONE = ("ema_decay", "label_dropout", "adam_beta1", "adam_beta2")
 
-FREE = ("output", "resume", "overwrite", "workers", "memory_gb", "trackers", "project", "log_every", "preview_every")
+FREE = (
+    "output",
+    "init_from",
+    "resume",
+    "overwrite",
+    "workers",
+    "memory_gb",
+    "trackers",
+    "project",
+    "log_every",
+    "preview_every",
+)
 FREE += ("preview_images", "preview_steps", "eval_every", "eval_images", "eval_split", "eval_data", "checkpoint_every")
 FREE += ("keep_checkpoints", "push_to_hub", "hub_private", "hub_revision", "hub_create_pr", "hub_license")
 """Settings that may change on resuming, without a note."""
@@ -35,7 +47,7 @@ def setting(default: Any, help: str) -> Any:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Reading):
     """Train a UNet2DModel on pictures and save it as a GeneralizedDDIMPipeline.
 
     Start it with `accelerate launch`; settings come from flags, then from --config FILE.toml, then from the defaults.
@@ -44,11 +56,10 @@ class TrainConfig:
     output: str = field(metadata={"help": "folder of the run, which becomes the pipeline"})
     data: str = setting("digits", "digits, a folder, parquet or arrow files, or a Hub id")
     split: str = setting("train", "split of the data set")
-    image_column: str | None = setting(None, "column of the pictures; by default found by its type")
     label_column: str | None = setting(None, "column of the labels; by default found by its type")
     streaming: bool = setting(False, "read the data set as it arrives, never whole")
     resolution: int | None = setting(None, "side of the pictures; by default as they are")
-    channels: int | None = setting(None, "1 or 3; by default as the first picture has")
+    channels: int | None = setting(None, "1 or 3; by default 3 if a picture has colours")
     resize: int | None = setting(None, "shorter side before the crop; by default no larger")
     crop: str = setting("center", "center or random")
     flip: bool = setting(False, "mirror half of the pictures")
@@ -96,6 +107,7 @@ class TrainConfig:
     eval_images: int = setting(1024, "held-out pictures, the first of their split")
     eval_data: str | None = setting(None, "data set of those pictures, if it is another one")
     eval_split: str | None = setting(None, "their split; test, or train of eval_data")
+    init_from: str | None = setting(None, "start from the averaged weights of a pipeline, Hub id or checkpoint")
     resume: str | None = setting(None, "latest, or the folder of a checkpoint")
     overwrite: bool = setting(False, "replace the output of an earlier run")
 

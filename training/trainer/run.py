@@ -225,13 +225,25 @@ def read_state(folder: Path) -> dict[str, Any]:
     return {"seen": state["step"] * state["config"].get("batch_size", 0)} | state
 
 
-def averaged_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the averaged weights of a checkpoint. Raises ValueError if it is of a newer version, or damaged."""
-    read_state(folder)
+def read_network(folder: Path, kind: str = "ema") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the settings of UNet2DModel and the weights in a checkpoint, which are "ema" (averaged) or "raw".
+
+    Raises ValueError if they cannot be read, or the checkpoint is of a newer version.
+    """
+    state, file = read_state(folder), folder / {"ema": "ema.safetensors", "raw": "model.safetensors"}[kind]
     try:
-        return load_file(folder / "ema.safetensors")
+        weights = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read the averaged weights in {folder}: {error}") from error
+        raise ValueError(f"cannot read the {kind} weights of {folder}: {error}") from error
+    settings = state.get("unet")
+    if settings is None:  # version 0.1 kept no more than [unet], and had resolution in the settings of the run
+        (out_channels, *_), (_, channels, *_) = weights["conv_out.weight"].shape, weights["conv_in.weight"].shape
+        settings = {"in_channels": channels, "out_channels": out_channels, "sample_size": state["config"]["resolution"]}
+        if "class_embedding.weight" in weights:
+            settings["num_class_embeds"] = len(weights["class_embedding.weight"])
+        table = state["config"].get("unet") or {}
+        settings |= {key: None if value == "none" else value for key, value in table.items()}
+    return settings, weights
 
 
 def make_average(network: torch.nn.Module, decay: float, warmup: bool) -> EMAModel:

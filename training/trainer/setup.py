@@ -9,14 +9,15 @@ from accelerate import Accelerator, DistributedType
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers import UNet2DModel
+from guard import check_processes
 from pictures import Feed, Frame, Pictures, Share, find_frame, held_out, in_memory, open_pictures, open_stream
 
-from ddim_plugin import GeneralizedDDIMScheduler
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 
 from .config import TrainConfig, check
 from .objective import ImportanceTimes, Objective
 from .output import check_output, check_space
-from .run import Run, make_average
+from .run import Run, make_average, read_network
 
 
 def build_run(config: TrainConfig) -> Run:
@@ -37,9 +38,9 @@ def build_run(config: TrainConfig) -> Run:
         config.bound_weight,
         accelerator.device,
     )
-    columns = (config.image_column, config.label_column, config.class_conditional)
+    columns = {"label_column": config.label_column, "labelled": config.class_conditional, **config.reading}
     with accelerator.main_process_first():  # one process reads the Hub, the others its cache
-        pictures = (open_stream if config.streaming else open_pictures)(config.data, config.split, *columns)
+        pictures = (open_stream if config.streaming else open_pictures)(config.data, config.split, **columns)
         frame = find_frame(pictures, config.channels, wanted_size(config), config.resize, config.crop)
         fits = isinstance(pictures, Pictures) and memory_needed(pictures, frame) <= config.memory_gb * 1e9
         if not fits and wanted_size(config) is None:
@@ -48,12 +49,16 @@ def build_run(config: TrainConfig) -> Run:
 
     set_seed(config.seed)  # the same weights on every process
     unet = make_unet(config, frame, scheduler.config.variance_type == "learned_range", len(classes))
+    if config.init_from is not None:
+        with accelerator.main_process_first():
+            take_weights(unet, config.init_from)
     check_space(config, unet.num_parameters())
     GeneralizedDDIMScheduler.from_config(scheduler.config).set_timesteps(min(config.preview_steps, objective.T))
     eval_set = None
     if config.eval_every:
         split = config.eval_split or ("test" if config.eval_data is None else "train")
-        others = open_pictures(config.eval_data or config.data, split, *columns)
+        columns |= {"data_config": None} if config.eval_data else {}
+        others = open_pictures(config.eval_data or config.data, split, **columns)
         eval_set = held_out(others, frame, config.eval_images, classes)
     images = None
     if fits:
@@ -113,6 +118,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         )
     except ValueError as error:
         raise ValueError(f"{error} Use mixed_precision bf16 or no") from error
+    check_processes(accelerator.num_processes)
     device = accelerator.device
     if accelerator.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs an accelerator, and the device is the CPU: use bf16 or no")
@@ -169,6 +175,29 @@ def make_unet(config: TrainConfig, frame: Frame, learned: bool, classes: int) ->
     unet = UNet2DModel(**needed | {key: None if value == "none" else value for key, value in config.unet.items()})
     check_fit(unet, frame.size, frame.channels, learned, embeds)
     return unet
+
+
+def take_weights(unet: UNet2DModel, name: str) -> None:
+    """Copy the averaged weights of a saved pipeline or of a checkpoint. Raises ValueError if the network is another."""
+    folder = Path(name)
+    if (folder / "run.json").is_file():
+        weights = read_network(folder)[1]
+    else:
+        weights = GeneralizedDDIMPipeline.from_pretrained(name).unet.state_dict()
+    own = unet.state_dict()
+    wrong = [f"{key} is missing" for key in own.keys() - weights.keys()]
+    wrong += [f"{key} is unknown" for key in weights.keys() - own.keys()]
+    wrong += [
+        f"{key} is {tuple(weights[key].shape)}, needed {tuple(own[key].shape)}"
+        for key in own.keys() & weights.keys()
+        if weights[key].shape != own[key].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"the weights of {name} do not fit this network, {len(wrong)} of {len(own)} (such as {min(wrong)}): give "
+            "[unet] the settings of that network, and channels and classes as it has"
+        )
+    unet.load_state_dict(weights)
 
 
 def check_fit(unet: UNet2DModel, size: tuple[int, int], channels: int, learned: bool, embeds: int | None) -> None:
