@@ -1,31 +1,40 @@
 """The commands: sample, encode, reconstruct, interpolate, fit and push."""
 
-import io
 import json
 import os
+import re
 import sys
+import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
+from zipfile import ZipFile
 
 import numpy as np
 import torch
+from diffusers.utils import numpy_to_pil
+from huggingface_hub import constants
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..hub.files import replace_folder, write_file
-from ..hub.push import push_folder
+from ..hub.files import put
+from ..hub.model import INDEX
+from ..hub.push import explained, push_folder
 from ..pipelines.fit import fit_timesteps
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..pipelines.images import check_channels, grid, image_files, open_image
-from ..pipelines.latents import TOLERANCE
+from ..pipelines.saved import finish
 from ..schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, MultistepDDIMScheduler, keep_learned, sampler_class
 from ..version import __version__
-from .parser import FILES, LATENTS, MODEL, parse
+from .parser import FILES, LATENTS, MODEL, SAMPLES
 
 GUIDANCE = ("guidance_scale", "null_class_label")
 CALL = ("timesteps", *GUIDANCE)  # options that are keywords of the pipeline's call
@@ -33,56 +42,62 @@ CODING = (*CALL, "strength", "batch_size")  # those of encode and decode
 KEPT = ("steps", "timesteps", "spacing", "multistep", "strength", "class_label", *GUIDANCE)  # saved with latents
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status. Bad input ends with one line on stderr and status 1."""
-    args, start = parse(argv), time.perf_counter()
-    command = vars(args).pop("command")  # all others are settings
-    try:
-        if command == "push":
-            commit = push_folder(**vars(args))
-            print(commit.pr_url or commit.commit_url)
-            return 0
-        files = [file for file in FILES[command] if file != LATENTS or not vars(args).get("latents")]
-        _check(vars(args), files)
-        run = {"sample": sample, "encode": encode, "reconstruct": reconstruct, "interpolate": interpolate, "fit": fit}
-        made = run[command](args)
-        measured = {"seconds": time.perf_counter() - start, "cpus": os.cpu_count(), "version": __version__}
-        made[f"{command}.json"] |= {"command": command, "settings": vars(args), **measured}
+def run(args: Namespace) -> None:
+    """Run a command, and print the paths of the files it wrote.
+
+    All files are written into a folder beside their places, and moved when they are complete.
+    """
+    command, start = vars(args).pop("command"), time.perf_counter()  # all others are settings
+    if command == "push":
+        commit = push_folder(**vars(args))
+        print(commit.pr_url or commit.commit_url)
+        return
+    skipped = {file for name, file in SAMPLES.items() if name != vars(args).get("format")}
+    if vars(args).get("latents") or vars(args).get("format", "grid") != "grid":
+        skipped.add(LATENTS)
+    *files, record = [file for file in FILES[command] if file not in skipped]
+    commands = {"sample": sample, "encode": encode, "reconstruct": reconstruct, "interpolate": interpolate, "fit": fit}
+    with tempfile.TemporaryDirectory(dir=_check(args, [*files, record]), prefix=".ddim-plugin-") as scratch:
+        made = commands[command](args)
         for file in files:
-            print(_write(Path(args.output, file), made[file], args))
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"ddim-plugin {command}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"ddim-plugin {command}: interrupted, nothing was written", file=sys.stderr)
-        return 130
+            _write(Path(scratch, file), made[file], args)
+        measured = {"seconds": time.perf_counter() - start, "cpus": os.cpu_count(), "version": __version__}
+        made[record] |= {"command": command, "settings": vars(args), **measured}
+        Path(scratch, record).write_text(json.dumps(made[record], indent=2) + "\n")
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+        for file in (*files, record):
+            put(Path(scratch, file), Path(args.output, file))
+            print(Path(args.output, file))
 
 
 def sample(args: Namespace) -> dict[str, Any]:
     """Sample images from noise, or decode --latents."""
+    z, options, changes = None, CALL, {"eta": args.eta, "variance_type": args.variance, "clip_sample": args.clip}
     if args.latents:
-        return _decode(args)
-    num = 16 if args.num is None else args.num
-    settings = _keywords(args, num, *CALL)
+        if given := _given(args, "num", "eta", "variance", "clip"):
+            name = next(iter(given))
+            raise ValueError(f"--{name} has no effect on --latents, which determine the images: leave it out")
+        z, options, changes = _load_latents(args), CODING, DETERMINISTIC
+    args.num = len(z) if z is not None else 16 if args.num is None else args.num
+    settings = _keywords(args, args.num, *options) | {"output_type": "np"}
     labels = settings.pop("class_labels")
-    pipe = _load(args, {"eta": args.eta, "variance_type": args.variance, "clip_sample": args.clip})
-    generators, z = _noise(pipe, range(args.seed, args.seed + num))
-    images = []
-    for start in range(0, num, args.batch_size):
-        part = slice(start, start + args.batch_size)
-        batch = {"latents": z[part], "generator": generators[part], "class_labels": labels and labels[part]}
-        images.append(pipe(None, args.steps, **batch, **settings, output_type="np").images)
-    return {"samples.png": _grid(np.concatenate(images), args.columns), LATENTS: z, "sample.json": {"images": num}}
+    pipe = _load(args, changes)
 
+    def batches() -> Iterator[np.ndarray]:
+        for start in range(0, args.num, args.batch_size):
+            rows = slice(start, min(start + args.batch_size, args.num))
+            settings["class_labels"] = labels and labels[rows]
+            if z is not None:
+                yield pipe.decode(z[rows], args.steps, **settings)
+            else:
+                generators, noise = _noise(pipe, range(args.seed + start, args.seed + rows.stop))
+                yield pipe(None, args.steps, latents=noise, generator=generators, **settings).images
 
-def _decode(args: Namespace) -> dict[str, Any]:
-    if given := _given(args, "num", "eta", "variance", "clip"):
-        raise ValueError(f"--{next(iter(given))} has no effect on --latents, which determine the images: leave it out")
-    z = _load_latents(args)
-    settings = _keywords(args, len(z), *CODING)
-    images = _load(args, DETERMINISTIC).decode(z, args.steps, **settings, output_type="np")
-    return {"samples.png": _grid(images, args.columns), "sample.json": {"images": len(z)}}
+    if args.format != "grid":
+        return {SAMPLES[args.format]: batches(), "sample.json": {"images": args.num}}
+    drawn = _noise(pipe, range(args.seed, args.seed + args.num))[1] if z is None else z
+    picture = _grid(np.concatenate([*batches()]), args.columns)
+    return {SAMPLES["grid"]: picture, LATENTS: drawn, "sample.json": {"images": args.num}}
 
 
 def encode(args: Namespace) -> dict[str, Any]:
@@ -108,7 +123,7 @@ def interpolate(args: Namespace) -> dict[str, Any]:
     """Interpolate between two images or latents, or on the grid between four."""
     if sum(map(bool, (args.images, args.latents, args.seeds))) != 1:
         raise ValueError("give the ends in one way: two or four images, --latents FILE, or --seeds")
-    if not args.images and (args.refine or args.resize or args.tolerance != TOLERANCE):
+    if not args.images and (args.refine or args.resize or args.tolerance is not None):
         raise ValueError("--tolerance, --refine and --resize need images: leave them out with --latents and --seeds")
     ends = _load_latents(args) if args.latents else args.seeds or _files(args)
     if len(set(args.class_label or [])) > 1:
@@ -134,8 +149,6 @@ def fit(args: Namespace) -> dict[str, Any]:
     folder, model = Path(args.output) / MODEL, Path(args.model).resolve()
     if folder.resolve() in (model, *model.parents):
         raise ValueError(f"--output {args.output} would replace {args.model} by the fitted model: choose another one")
-    if os.path.lexists(folder) and (folder.is_symlink() or not (folder / "model_index.json").is_file()):
-        raise ValueError(f"--overwrite replaces models only, and {folder} is none: choose another --output")
     settings = _keywords(args, args.num, "teacher_steps", "seed", "batch_size", *GUIDANCE)
     pipe = _load(args, {"eta": 0.0, "variance_type": "fixed_small"})
     found = fit_timesteps(pipe, args.steps, args.num, **settings)
@@ -146,8 +159,9 @@ def fit(args: Namespace) -> dict[str, Any]:
     return {MODEL: pipe, "fit.json": {"fitted": {str(S): each._asdict() for S, each in found.items()}}}
 
 
-def _check(settings: dict[str, Any], files: Sequence[str]) -> None:
-    """Raise ValueError for settings that cannot work, before anything is loaded."""
+def _check(args: Namespace, files: Sequence[str]) -> Path:
+    """Raise ValueError for settings that cannot work, before anything is loaded. Return a folder to write into."""
+    settings = vars(args)
     for name, least in {"num": 1, "batch_size": 1, "columns": 1, "points": 2}.items():
         if settings.get(name) is not None and settings[name] < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {settings[name]}")
@@ -157,19 +171,44 @@ def _check(settings: dict[str, Any], files: Sequence[str]) -> None:
         raise ValueError(f"a seed must fit 64 bits, not {max(seeds, key=abs)}")
     if settings.get("strength") is not None and not (settings.get("latents") or settings.get("images")):
         raise ValueError("--strength needs --latents or images: sampling from noise makes all steps")
-    output, device, model = Path(settings["output"]), settings["device"], settings["model"]
-    for file in files:
-        if (output / file).exists() and not settings["overwrite"]:
-            raise ValueError(f"{output / file} exists: choose another --output, or pass --overwrite")
-    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
+    for place in (Path(args.output, file) for file in files if os.path.lexists(Path(args.output, file))):
+        if not args.overwrite:
+            raise ValueError(f"{place} exists: choose another --output, or pass --overwrite")
+        names = [each.name for each in place.iterdir()] if place.is_dir() else []
+        if "model_index.json" not in names and not all(re.fullmatch(r"\d{6,}\.png", name) for name in names):
+            raise ValueError(
+                f"--overwrite replaces models and samples, and {place} is neither: choose another --output"
+            )
+    parent = next(path for path in (Path(args.output), *Path(args.output).absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--output {output} cannot be written, since {parent} is no writable folder: give another")
+        raise ValueError(
+            f"--output {args.output} cannot be written, since {parent} is no writable folder: give another"
+        )
     try:
-        torch.empty(1, device=device)
+        torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
-    if model.startswith((".", "/", "~")) and not Path(model).exists():
-        raise ValueError(f"folder {model} was not found: check the path")
+        raise ValueError(f"--device {args.device} is not available: {str(error).splitlines()[0]}") from error
+    args.model, args.revision = locate(args.model, args.revision)
+    return parent
+
+
+def locate(model: str, revision: str | None) -> tuple[str, str | None]:
+    """Return the folder or the Hub id of a model, and its revision, for a path, an id or an address on the Hub."""
+    start = rf"(?:{re.escape(constants.ENDPOINT)}|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co))/+"
+    tail = r"([^/?#]+/[^/?#]+)(?:/(?:tree|blob|resolve|commit)/([^/?#]+))?(?:[/?#].*)?"
+    if match := re.fullmatch(start + tail, model.strip()):
+        return match[1], revision or (match[2] and unquote(match[2]))
+    path = Path(model)
+    if (path / INDEX).is_file():
+        return model, revision
+    if path.exists():
+        near = [str(each) for each in (path / MODEL, *path.absolute().parents[:2]) if (each / INDEX).is_file()]
+        raise ValueError(f"{model} has no {INDEX}: pass {(near or ['the folder of a whole saved pipeline'])[0]}")
+    try:
+        validate_repo_id(model)
+    except ValueError as error:
+        raise ValueError(f"{model} is no folder, and no id on the Hub such as user/model: check the path") from error
+    return model, revision
 
 
 def _files(args: Namespace) -> list[str]:
@@ -179,7 +218,8 @@ def _files(args: Namespace) -> list[str]:
 
 def _load(args: Namespace, changes: dict[str, Any]) -> GeneralizedDDIMPipeline:
     """Load the model, and change those settings of its scheduler that are not None."""
-    pipe = GeneralizedDDIMPipeline.from_pretrained(args.model, revision=args.revision)
+    with nullcontext() if Path(args.model).is_dir() else explained(args.model, revision=args.revision):
+        pipe = GeneralizedDDIMPipeline.from_pretrained(args.model, revision=args.revision)
     check_channels(pipe.unet.config.in_channels)
     before, changes = pipe.scheduler.config, changes | {"timestep_spacing": args.spacing}
     changes = keep_learned(before, {key: value for key, value in changes.items() if value is not None})
@@ -188,7 +228,7 @@ def _load(args: Namespace, changes: dict[str, Any]) -> GeneralizedDDIMPipeline:
     for key, value in changes.items():
         if key in before and before[key] != value:
             print(f"note: {key}={value}, the model has {before[key]}", file=sys.stderr)
-    pipe.set_progress_bar_config(desc="steps", leave=False)
+    pipe.set_progress_bar_config(desc="steps", leave=False, disable=None)  # None: unless stderr is a terminal
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return pipe.to(args.device or accelerator or "cpu", getattr(torch, args.dtype))
 
@@ -245,18 +285,24 @@ def _grid(images: np.ndarray, columns: int) -> Image.Image:
     return grid([images[start : start + columns] for start in range(0, len(images), columns)])
 
 
-def _write(path: Path, content: Any, args: Namespace) -> Path:
-    """Write one file or folder, and return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write(path: Path, content: Any, args: Namespace) -> None:
+    """Write one file or folder."""
     if isinstance(content, GeneralizedDDIMPipeline):
-        with replace_folder(path) as folder:
-            content.save_pretrained(folder)
+        content.save_pretrained(path)
+        finish(path / "unet")
     elif isinstance(content, Tensor):
         kept = json.dumps({key: getattr(args, key) for key in KEPT})
-        write_file(path, save({"latents": content.cpu().contiguous()}, {"ddim_plugin": kept}))
+        path.write_bytes(save({"latents": content.cpu().contiguous()}, {"ddim_plugin": kept}))
     elif isinstance(content, Image.Image):
-        content.save(file := io.BytesIO(), format="PNG")
-        write_file(path, file.getvalue())
+        content.save(path)
+    elif path.suffix == ".npz":
+        first = next(content)
+        with ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (args.num, *first.shape[1:])}
+            np.lib.format.write_array_header_1_0(file, header)
+            for batch in chain([first], content):
+                file.write((batch * 255).round().astype(np.uint8).tobytes())
     else:
-        write_file(path, json.dumps(content, indent=2) + "\n")
-    return path
+        path.mkdir()
+        for i, picture in enumerate(chain.from_iterable(map(numpy_to_pil, content))):
+            picture.save(path / f"{i:06d}.png")

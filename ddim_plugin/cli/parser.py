@@ -3,15 +3,15 @@
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
-from ..pipelines.latents import TOLERANCE
 from ..process.moves import VARIANCES
 from ..process.spacings import NAMES
 from ..version import __version__
 
 LATENTS, MODEL = "latents.safetensors", "model"
+SAMPLES = {"grid": "samples.png", "png": "samples", "npz": "samples.npz"}  # what --format writes
 
 FILES = {  # what each command writes into --output
-    "sample": ("samples.png", LATENTS, "sample.json"),
+    "sample": (*SAMPLES.values(), LATENTS, "sample.json"),
     "encode": (LATENTS, "encode.json"),
     "reconstruct": ("reconstruction.png", LATENTS, "reconstruct.json"),
     "interpolate": ("interpolation.png", LATENTS, "interpolate.json"),
@@ -47,7 +47,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     images.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or folders of them")
     refine.add_argument("--resize", action="store_true", help="crop and resize images to the network's size")
     refine.add_argument("--refine", type=int, default=0, metavar="K", help="evaluations to refine a step with, at most")
-    refine.add_argument("--tolerance", type=float, default=TOLERANCE, help="residual of a step (default: %(default)s)")
+    refine.add_argument("--tolerance", type=float, help="residual of a step (default: 1e-5)")
     seed.add_argument("--seed", type=int, default=0, help="image i is drawn with seed + i (default: %(default)s)")
     columns.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default: %(default)s)")
 
@@ -66,6 +66,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub.add_argument("--num", type=int, help="number of images (default: 16)")
     sub.add_argument("--eta", type=float, help="η of Eq. 16: 0 is DDIM, 1 is DDPM (default: the model's)")
     sub.add_argument("--variance", choices=VARIANCES, help="variance of the noise (default: the model's)")
+    formats = "a grid; a folder of PNG files; or an array arr_0, (N, H, W, C) in bytes (default: %(default)s)"
+    sub.add_argument("--format", choices=SAMPLES, default="grid", help=formats)
     sub.add_argument("--clip", action=BooleanOptionalAction, help="clip x̂0 in each step (default: the model's)")
 
     example = "user/model pictures/ --steps 10 --refine 14"

@@ -38,7 +38,7 @@ def card(
     """
     check_license(license)
     title, training, classes = repo_id.split("/")[-1], records.training, unet.get("num_class_embeds")
-    dataset = training["config"].get("data") if training.get("data_from") == "hub" else None
+    dataset = training.get("config", {}).get("data") if training.get("data_from") == "hub" else None
     size, inverse = unet.get("sample_size") or "?", scheduler["_class_name"].startswith("Inverse")
     unsupported = "class labels" if classes else "learned variances"
     is_stock = not classes and unet["out_channels"] == unet["in_channels"]

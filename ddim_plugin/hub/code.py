@@ -53,12 +53,17 @@ def join(entry: str, read: Callable[[str], str | None]) -> str:
     for a relative import of a module that does not exist.
     """
     bodies: dict[str, str] = {}
+    libraries: dict[str, set[str]] = {}  # names that are imported from each, for all functions
 
     def add(module: str, text: str) -> None:
         tree, lines = ast.parse(text), text.splitlines()
         for node in sorted(ast.walk(tree), key=lambda node: getattr(node, "lineno", 0), reverse=True):
             if isinstance(node, ast.ImportFrom) and node.level:
                 lines[node.lineno - 1 : node.end_lineno] = [" " * node.col_offset + assignment(module, node)]
+            elif node in tree.body and isinstance(node, ast.Import | ast.ImportFrom):
+                lines[node.lineno - 1 : node.end_lineno] = []
+                start = f"from {node.module} import" if isinstance(node, ast.ImportFrom) else "import"
+                libraries.setdefault(start, set()).update(map(ast.unparse, node.names))
             elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
                 start, end = node.body[0].lineno - 1, node.body[0].end_lineno
                 if "" in lines[start:end]:
@@ -85,7 +90,8 @@ def join(entry: str, read: Callable[[str], str | None]) -> str:
         f"\n\ndef _{name}():\n{body}\n    return SimpleNamespace(**locals())\n" for name, body in bodies.items()
     ]
     calls = [f"    {name} = _{name}()\n" for name in bodies]
-    return "".join([*functions, f'\n\nif "{_flat(entry)}" not in globals():\n', *calls])
+    imports = [f"{start} {', '.join(sorted(names))}\n" for start, names in sorted(libraries.items())]
+    return "".join([*imports, *functions, f'\n\nif "{_flat(entry)}" not in globals():\n', *calls])
 
 
 def _read(module: str) -> str | None:

@@ -15,8 +15,11 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     """Write a file, replacing one that exists only when the new one is complete."""
     path = Path(path)
     aside = path.with_name(f"{path.name}.part")
-    aside.write_bytes(content.encode() if isinstance(content, str) else content)
-    aside.replace(path)
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -28,17 +31,23 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        new, old = Path(scratch) / path.name, Path(scratch) / f"{path.name}.old"
+        new = Path(scratch) / path.name
         new.mkdir()
         yield new
-        if path.exists():
-            path.rename(old)
-        try:
-            new.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
+        put(new, path)
+
+
+def put(new: Path, path: Path) -> None:
+    """Move a complete file or folder to `path`. What is there is moved beside `new`, and back if that fails."""
+    old = new.with_name(f"{new.name}.old")
+    if path.is_dir():
+        path.rename(old)
+    try:
+        new.replace(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
 
 
 def read_object(path: str | Path) -> dict[str, Any]:

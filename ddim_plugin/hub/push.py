@@ -15,6 +15,8 @@ from huggingface_hub import CommitInfo, HfApi, constants, get_token
 
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..process.spacings import is_integer
+from ..schedulers import GeneralizedDDIMSchedulerOutput
+from ..schedulers.config import CLASSES
 from .card import check_license, is_written_here, license_of
 from .code import STALE
 from .model import INDEX, UNET, Model, is_ours, same_weights, variant_of
@@ -103,7 +105,8 @@ class _Repo:
             texts[name] = Path(path).read_text(encoding="utf-8", errors="replace")
         self.card, self.card_is_ours = texts[README], is_written_here(texts[README])
         self.is_ours = is_ours(_object(texts[INDEX]))
-        self.pictures = _object(texts[RESULTS]).get("pictures") or ()
+        listed = _object(texts[RESULTS]).get("pictures") or ()
+        self.pictures = {name for name in listed if isinstance(name, str) and PICTURE.fullmatch(name)}
         self.is_same = self._has_weights(_object(texts[UNET]))
 
     def _has_weights(self, config: dict[str, Any]) -> bool:
@@ -124,15 +127,18 @@ class _Repo:
         return bool(card or samples or self.model.has_records or (self.card_is_ours and not self.is_same))
 
     def stale(self) -> set[str]:
-        """Return the files to delete: older code files, and the weights, records and card of another model."""
+        """Return the files to delete: older code files, and the weights, records and card of another model.
+
+        Pictures that a kept card shows are kept with it.
+        """
         found = {name for name in self.files if STALE.fullmatch(name)}
         if not self.is_same:
             found |= {name for name in self.files if variant_of(name) is not None}
             found |= {README} if self.card_is_ours else set()
         if self.is_ours and (self.model.has_records or not self.is_same):
-            listed = {name for name in self.pictures if isinstance(name, str) and PICTURE.fullmatch(name)}
-            found |= {name for name in self.files if name in listed or SAVED.fullmatch(name)}
-        return found
+            found |= {name for name in self.files if name in self.pictures or SAVED.fullmatch(name)}
+        card = self.model.files.get(README, b"" if README in found else self.card.encode())
+        return {name for name in found if not (PICTURE.fullmatch(name) and name.encode() in card)}
 
 
 def push_to_hub(
@@ -167,6 +173,11 @@ def push_to_hub(
         if records is None and os.path.isdir(source) and same_weights(folder, source, variant):
             records = source
         return push_folder(folder, repo_id, records=records, **settings)
+
+
+GeneralizedDDIMPipeline.push_to_hub = push_to_hub
+for each in (GeneralizedDDIMPipeline, GeneralizedDDIMSchedulerOutput, *CLASSES.values()):
+    each.__module__ = __package__.partition(".")[0]  # saved files name classes by the package
 
 
 def open_repo(api: HfApi, repo_id: str, private: bool | None) -> str:

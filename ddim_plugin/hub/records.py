@@ -12,6 +12,11 @@ from typing import Any
 from .files import read_object
 
 README, RESULTS, TRAINING, CONVERSION = "README.md", "results.json", "training.json", "conversion.json"
+SAMPLE = "sample.json"
+TYPES = {RESULTS: {"model": dict}, TRAINING: {"config": dict, "classes": list}, CONVERSION: {"source": dict}}
+TYPES |= {SAMPLE: {"settings": dict}}
+"""Types of entries in the records."""
+
 GRID, LOSS = "samples.png", "loss.png"
 PICTURE = re.compile(r"[\w-]+\.png")
 
@@ -38,27 +43,33 @@ class Records:
 
 def read_records(folder: Path) -> Records:
     """Read the records in a folder. Raises ValueError for records that are not as the scripts write them."""
-    found = {each: read_object(folder / each) for each in (RESULTS, TRAINING, CONVERSION) if (folder / each).is_file()}
-    results = found.get(RESULTS, {})
+    found = {name: read_record(folder / name) for name in TYPES if (folder / name).is_file()}
+    made, results = found.pop(SAMPLE, {}).get("settings", {}), found.get(RESULTS, {})
     listed = listed_pictures(results.get("pictures", {}), folder / RESULTS)
     pictures = {name: folder / name for name in (GRID, LOSS, *listed) if (folder / name).is_file()}
-    previews, sample = sorted(folder.glob("previews/*.png")), folder / "sample.json"
-    if GRID in pictures:
-        made = read_object(sample).get("settings", {}) if sample.is_file() else {}
-    else:
-        made = {"steps": (found.get(TRAINING, {}).get("config") or {}).get("preview_steps"), "eta": 0}
+    previews = sorted(folder.glob("previews/*.png"))
+    if GRID not in pictures:
+        made = {"steps": found.get(TRAINING, {}).get("config", {}).get("preview_steps"), "eta": 0}
         pictures |= {GRID: previews[-1]} if previews else {}
     words = {"S": made.get("steps"), "η": made.get("eta"), "the first seed": made.get("seed")}
     words = ["Samples", *(f"{name} = {value}" for name, value in words.items() if value is not None)]
     captions = {GRID: f"{', '.join(words)}."} | {name: public(text) for name, text in listed.items() if text}
-    model = results.get("model")
     return Records(
         results=public(read_results(folder / RESULTS)) if RESULTS in found else [],
         files={name: public(content) for name, content in found.items()},
         pictures=pictures,
         captions={name: text for name, text in captions.items() if name in pictures},
-        digest=model.get("sha256") if isinstance(model, dict) else None,
+        digest=results.get("model", {}).get("sha256"),
     )
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """Read a record. Raises ValueError, naming the file, for one that no script of this package wrote."""
+    content = read_object(file)
+    for key, kind in TYPES[file.name].items():
+        if not isinstance(content.get(key, kind()), kind):
+            raise ValueError(f"{file} has {key}={content[key]!r}, which is no {kind.__name__}: remove or correct it")
+    return content
 
 
 def read_results(file: str | Path) -> list[dict[str, Any]]:
@@ -87,6 +98,7 @@ ENTRY = {
     "metric": (lambda value: isinstance(value, str) and value != "", "an id such as fid"),
     "value": (_is_finite, "a finite number"),
     "nfe": (lambda value: _is_finite(value) and value > 0, "a positive number"),
+    "num_inference_steps": (lambda value: value is None or _is_finite(value), "a number"),
     "standard_error": (lambda value: value is None or _is_finite(value), "a finite number"),
     "dataset": (_is_dataset, "an object of texts, at least its name"),
 }

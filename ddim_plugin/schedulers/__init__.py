@@ -1,5 +1,6 @@
 """Schedulers for the loop of any pipeline of diffusers."""
 
+from . import stock
 from .config import KEY, STOCK_SPACINGS, restore_scheduler, restored
 from .generalized import DETERMINISTIC, GeneralizedDDIMScheduler
 from .inverse import InverseDDIMScheduler

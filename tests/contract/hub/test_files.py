@@ -11,15 +11,15 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_one_before_it(tmp_path,
     there = tmp_path / "there"
     with replace_folder(there) as aside:
         (aside / "first").write_text("first")
-    rename = Path.rename
+    replace = Path.replace
 
     def fails(path, target):
         if path.name == "there" and path.parent != tmp_path:
             raise OSError("the disk is full")
-        return rename(path, target)
+        return replace(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", fails)
+        patch.setattr(Path, "replace", fails)
         with pytest.raises(OSError, match="the disk is full"), replace_folder(there) as aside:
             (aside / "second").write_text("second")
     assert (there / "first").read_text() == "first"

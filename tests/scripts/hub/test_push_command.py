@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from pushing import REPO, TOKEN, card, pipeline
 from trainer.settings import build
 
-from ddim_plugin.cli import commands as cli
+from ddim_plugin import cli
 
 
 def test_the_command(hub, folder, tmp_path):

@@ -1,0 +1,99 @@
+"""Ctrl-C and SIGTERM, at any time: one line, the status of the shell, and nothing half-written."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from ddim_plugin import GeneralizedDDIMPipeline, cli
+from ddim_plugin.cli import commands
+
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+def interrupted(number):
+    def call(*args, **kwargs):
+        os.kill(os.getpid(), number)
+        raise AssertionError("the signal did not end this")
+
+    return call
+
+
+@pytest.mark.parametrize("number", STATUS)
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (GeneralizedDDIMPipeline, "from_pretrained"),
+        (GeneralizedDDIMPipeline, "__call__"),
+        (Image.Image, "save"),  # the first file is being written
+        (commands, "put"),  # all are complete, but not in place
+    ],
+)
+def test_a_signal_is_one_line(model, tmp_path, monkeypatch, capfd, number, place, name):
+    before = [signal.getsignal(each) for each in STATUS]
+    monkeypatch.setattr(place, name, interrupted(number))
+    output = tmp_path / "out"
+    status = cli.main(["sample", str(model), "--num", "2", "--steps", "1", "--output", str(output)])
+    assert status == STATUS[number]
+    said = capfd.readouterr().err.splitlines()
+    assert [line for line in said if "ddim-plugin" in line] == [f"ddim-plugin sample: stopped by {number.name}"]
+    assert said[-1].startswith("ddim-plugin")
+    assert not output.exists() or not any(output.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} <= {"out"}
+    assert [signal.getsignal(each) for each in STATUS] == before
+
+
+@pytest.mark.parametrize("form", ["png", "npz"])
+def test_separate_pictures_are_all_there_or_none(model, tmp_path, monkeypatch, capfd, form):
+    """The second batch is interrupted, when the first was written."""
+    real, calls = GeneralizedDDIMPipeline.__call__, []
+
+    def call(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs) if len(calls) == 1 else interrupted(signal.SIGINT)()
+
+    monkeypatch.setattr(GeneralizedDDIMPipeline, "__call__", call)
+    few = ["--num", "4", "--batch-size", "2", "--steps", "1", "--format", form]
+    assert cli.main(["sample", str(model), *few, "--output", str(tmp_path)]) == 130
+    assert "stopped by SIGINT" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_became_another_error_is_still_a_signal(model, tmp_path, monkeypatch, capfd):
+    """Libraries wrap what their imports and callbacks raise."""
+
+    def wrapped(*args, **kwargs):
+        try:
+            interrupted(signal.SIGTERM)()
+        except KeyboardInterrupt as error:
+            raise RuntimeError("Failed to import the network") from error
+
+    monkeypatch.setattr(GeneralizedDDIMPipeline, "from_pretrained", wrapped)
+    assert cli.main(["sample", str(model), "--output", str(tmp_path / "out")]) == 143
+    assert capfd.readouterr().err.split("\n") == ["", "ddim-plugin sample: stopped by SIGTERM", ""]
+
+
+def test_other_errors_keep_their_traceback(model, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("a fault of this package")
+
+    monkeypatch.setattr(GeneralizedDDIMPipeline, "from_pretrained", fails)
+    with pytest.raises(RuntimeError, match="a fault of this package"):
+        cli.main(["sample", str(model), "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("number", STATUS)
+def test_a_signal_while_libraries_are_imported(tmp_path, library, number):
+    """By a stand-in for a library, which swallows all exceptions."""
+    stop = f"import os, signal\ntry:\n    os.kill(os.getpid(), {int(number)})\nexcept BaseException:\n    pass\n"
+    (tmp_path / f"{library}.py").write_text(stop)
+    command = [sys.executable, "-m", "ddim_plugin.cli", "sample", "user/model"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    said = "ddim-plugin" + (" sample" if library == "torch" else "")
+    assert (done.returncode, done.stdout) == (STATUS[number], "")
+    assert done.stderr == f"{said}: stopped by {number.name}\n"
