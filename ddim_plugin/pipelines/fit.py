@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
@@ -11,7 +12,7 @@ from tqdm.auto import tqdm
 from ..process import spacings
 from ..schedulers import MultistepDDIMScheduler
 from .generation import GeneralizedDDIMPipeline
-from .loop import Condition, batches, check_count
+from .loop import Condition, batches, check_count, finite
 
 POWERS = (0.75, 1.0, 1.5, 2.0, 3.0)  # exponents of the power laws that the search tries first
 TEACHER = {"solver_order": 3, "lower_order_final": False}  # settings of the solver that computes the solutions
@@ -147,10 +148,7 @@ class _Fitter:
         """Solve the ODE in S steps."""
         scheduler = MultistepDDIMScheduler.from_config(self.scheduler.config, **TEACHER)
         tau, rows = spacings.linear(S, self.T).tolist(), batches(range(len(self.noise)), self.batch_size)
-        end = torch.cat([self._sample(scheduler, tau, each) for each in rows])
-        if not bool(torch.isfinite(end).all()):
-            raise ValueError("the network's output is not finite, nor are the images: in half precision, use float32")
-        self.solutions = end.clamp(-1, 1)
+        self.solutions = finite(torch.cat([self._sample(scheduler, tau, each) for each in rows])).clamp(-1, 1)
 
     def _error(self, tau: list[int], images: range) -> float:
         """Return the mean distance of these images to their solutions. Each τ is sampled once."""
@@ -165,9 +163,10 @@ class _Fitter:
 
     def _sample(self, scheduler: MultistepDDIMScheduler, tau: list[int], rows: slice) -> Tensor:
         """Sample x_0 along τ, increasing times."""
-        scheduler.set_timesteps(timesteps=[t - 1 for t in reversed(tau)], device=self.noise.device)
+        scheduler._fitted[len(tau)] = np.array(tau)  # a spacing's own plan: the loop begins with x_T
+        scheduler.set_timesteps(len(tau), device=self.noise.device, eta=0.0)
         x, condition = self.noise[rows].to(self.condition.state_dtype), self.condition.rows(rows)
-        return self.pipe._run(scheduler, x, scheduler.timesteps, condition, eta=0.0)
+        return self.pipe._run(scheduler, x, scheduler.timesteps, condition)
 
 
 def descend(tau: Sequence[int], T: int, cost: Callable[[list[int]], float], rounds: int = 4) -> tuple[list[int], float]:

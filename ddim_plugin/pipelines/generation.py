@@ -19,7 +19,7 @@ from torch import Tensor
 from ..schedulers import KEY, GeneralizedDDIMScheduler, Randomness, check_generators, restored
 from ..schedulers.config import CLASSES
 from .latents import Latents
-from .loop import AfterStep, Labels, Timesteps, check_count, check_output_type, to_images
+from .loop import AfterStep, Labels, Timesteps, check_count, check_output_type, finite_images
 
 CALLBACK_TENSORS = ("latents", "sample", "pred_original_sample", "pred_epsilon")
 STOCK_SCHEDULER = ["diffusers", "DDIMScheduler"]  # entry of `model_index.json` for a scheduler of this package
@@ -67,7 +67,9 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Generate images. Raises ValueError for arguments that do not fit, before the network is called.
+        """Generate images.
+
+        Raises ValueError for arguments that do not fit, before the network is called, and for images with NaN.
 
         Args:
             batch_size: number of images B; 1 by default, or as many as `latents`.
@@ -80,7 +82,8 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
             guidance_scale: w of classifier-free guidance, ε̂ = ε̂(null) + w·(ε̂(class) − ε̂(null)); two evaluations if ≠ 1.
             null_class_label: the label that means "no class"; the network's last by default.
             use_clipped_model_output: recompute ε̂ from a clipped x̂0. None is the scheduler's setting.
-            callback_on_step_end: `callback(pipe, i, timestep, tensors)` after each step. Its "latents" replace x_s.
+            callback_on_step_end: `callback(pipe, i, timestep, tensors)` after each step. Its "latents" replace x_s. If
+                it sets `pipe._interrupt = True`, the steps end there.
             callback_on_step_end_tensor_inputs: which of "latents" (x_s), "sample" (x_t), "pred_original_sample" (x̂0)
                 and "pred_epsilon" (ε̂) it receives. The last two are None if the scheduler does not return them.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent" (x_0 itself).
@@ -105,7 +108,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         x = latents.to(condition.device, condition.state_dtype) * self.scheduler.init_noise_sigma
         steps = self.progress_bar(self.scheduler.timesteps)
         x = self._run(self.scheduler, x, steps, condition, after_step, **step_kwargs)
-        images = to_images(x, output_type)
+        images = finite_images(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -129,7 +132,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
     def _step_kwargs(self, eta: float | None, **others: Any) -> dict[str, Any]:
         """Select the arguments that the scheduler's `step` accepts, and refuse those it does not."""
         if isinstance(self.scheduler, GeneralizedDDIMScheduler):
-            self.scheduler.check_eta(eta)
+            eta = None  # its plan has it
         elif eta is not None and not (isinstance(eta, Real) and eta >= 0):
             raise ValueError(f"eta must be a non-negative number, not {eta!r}")
         given, accepted = {"eta": eta, **others}, inspect.signature(self.scheduler.step).parameters
@@ -208,10 +211,7 @@ def _opened(scheduler: SchedulerMixin, saved_by: str, saved_as: str) -> Schedule
         return CLASSES[saved_as].from_config(scheduler.config)
     if not hasattr(diffusers, saved_by):  # saved by our pipeline: the stock scheduler was chosen
         return scheduler
-    stock = type(scheduler).__name__
-    if stock not in GeneralizedDDIMScheduler._compatibles:
-        raise ValueError(f"{stock} belongs to another family of models: pass scheduler=… that fits the network")
-    ours = GeneralizedDDIMScheduler.from_config(scheduler.config)
+    stock, ours = type(scheduler).__name__, GeneralizedDDIMScheduler.from_config(scheduler.config)
     named = [f"{key}={ours.config[key]!r}" for key in ("eta", "variance_type", "timestep_spacing", "clip_sample")]
     logger.warning("The %s of this %s became a GeneralizedDDIMScheduler with %s.", stock, saved_by, ", ".join(named))
     return ours

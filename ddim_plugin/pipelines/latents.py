@@ -14,7 +14,7 @@ from ..process.inversion import InversionReport
 from ..schedulers import InverseDDIMScheduler, InverseMultistepDDIMScheduler, MultistepDDIMScheduler
 from ..schedulers.inverse import Upwards
 from .images import Images, read
-from .loop import Condition, Labels, Loop, Timesteps, batches, check_count, check_output_type, to_images
+from .loop import Condition, Labels, Loop, Timesteps, batches, check_count, check_output_type, finite, finite_images
 
 TOLERANCE = 1e-5  # residual of a step, in units of the network's images, at which its refinement ends
 
@@ -73,9 +73,7 @@ class Latents(Loop):
         parts = [ascend(x[rows], condition.rows(rows), *settings) for rows in batches(range(len(x)), batch_size)]
         self.maybe_free_model_hooks()
         latents, reports = zip(*parts, strict=True)
-        z = torch.cat(latents)
-        if not bool(torch.isfinite(z).all()):
-            raise ValueError("the network's output is not finite, nor are the latents: in half precision, use float32")
+        z = finite(torch.cat(latents))
         return (z, inversion.join(reports)) if return_report else z
 
     def _ascend(
@@ -87,7 +85,7 @@ class Latents(Loop):
         def residual(x_s: Tensor, t: Tensor, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
             """Return x_s − f(x) and the output at x, with f the step at `t`."""
             output = self._predict(x, t, condition.rows(rows))
-            sampled = self.scheduler.step(output, t, x, eta=0.0).prev_sample
+            sampled = self.scheduler.step(output, t, x).prev_sample
             return x_s[rows] - (sampled.clamp(-1, 1) if x_s is image else sampled), output  # images are clamped
 
         reports, at_x = [], None  # the sampler's step from x, if known
@@ -110,7 +108,7 @@ class Latents(Loop):
             solution = inversion.solve(partial(residual, x, down), guess, step_size, tolerance * unit, refinements)
             reports.append(solution.report(tolerance, unit, condition.evaluations, guessed=at_x is None))
             x = solution.x
-            at_x = self.scheduler.step(solution.output, down, x, eta=0.0)
+            at_x = self.scheduler.step(solution.output, down, x)
         return x, inversion.report(inverse.timesteps[:steps].tolist(), reports, tolerance, x)
 
     def _ascend_together(
@@ -122,11 +120,12 @@ class Latents(Loop):
 
         def encoded(x: Tensor, rows: Tensor | slice) -> Tensor:
             bar.update()
-            return self._run(inverse, x, up, condition.rows(rows), eta=0.0)
+            inverse.set_begin_index(0)  # a new loop
+            return self._run(inverse, x, up, condition.rows(rows))
 
         def residual(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
             z = encoded(x, rows)
-            decoded = self._run(self.scheduler, z, down, condition.rows(rows), eta=0.0)
+            decoded = self._run(self.scheduler, z, down, condition.rows(rows))
             return image[rows] - decoded.clamp(-1, 1), z
 
         with self.progress_bar(total=iterations) as bar:
@@ -164,11 +163,11 @@ class Latents(Loop):
         self._check_latents(latents)
         labels = class_labels, guidance_scale, null_class_label
         x, condition, steps = self._prepare(latents, num_inference_steps, timesteps, strength, *labels)
-        last, run = self.scheduler.timesteps[-steps:], partial(self._run, self.scheduler, eta=0.0)
+        last, run = self.scheduler.timesteps[-steps:], partial(self._run, self.scheduler)
         rows = batches(range(len(x)), batch_size)
         parts = [run(x[each], self.progress_bar(last), condition.rows(each)) for each in rows]
         self.maybe_free_model_hooks()
-        return to_images(torch.cat(parts), output_type)
+        return finite_images(torch.cat(parts), output_type)
 
     def reconstruct(
         self,
@@ -231,7 +230,7 @@ class Latents(Loop):
     ) -> tuple[Tensor, Condition, int]:
         """Plan the steps. Return x for the loop, its condition and ⌊strength·S⌋."""
         condition = self._condition(*labels, len(x))
-        self._set_timesteps(self.scheduler, S, timesteps, condition.device, None)
+        self._set_timesteps(self.scheduler, S, timesteps, condition.device, 0.0)
         S = self.scheduler.num_inference_steps
         if not isinstance(strength, Real) or not 0 < strength <= 1:
             raise ValueError(f"strength must lie in (0, 1], not {strength!r}")

@@ -147,15 +147,16 @@ class Loop:
     ) -> None:
         """Plan the scheduler's timesteps: 50 by default, or T if that is less."""
         accepted = inspect.signature(scheduler.set_timesteps).parameters
+        noise = {"eta": eta} if "eta" in accepted else {}
         if timesteps is None:
             S = min(50, scheduler.config.num_train_timesteps) if S is None else S
-            scheduler.set_timesteps(S, device=device, **({"eta": eta} if "eta" in accepted else {}))
+            scheduler.set_timesteps(S, device=device, **noise)
             return
         if S is not None and len(timesteps) != S:
             raise ValueError(f"num_inference_steps={S} and {len(timesteps)} timesteps disagree: pass one of them")
         if "timesteps" not in accepted:
             raise ValueError(f"{type(scheduler).__name__} does not accept custom timesteps: pass num_inference_steps")
-        scheduler.set_timesteps(timesteps=timesteps, device=device)
+        scheduler.set_timesteps(timesteps=timesteps, device=device, **noise)
 
     def _run(
         self,
@@ -167,11 +168,14 @@ class Loop:
         **step_kwargs: Any,
     ) -> Tensor:
         """Return x after the scheduler's steps at `timesteps`."""
+        self._interrupt = False
         for i, t in enumerate(timesteps):
             output = self._predict(scheduler.scale_model_input(x, t), t, condition)
             step = scheduler.step(output, t, x, **step_kwargs)
             changed = None if after_step is None else after_step(i, t, x, step)
             x = step.prev_sample if changed is None else changed
+            if self._interrupt:
+                break
         return x
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -180,6 +184,18 @@ class Loop:
         learned = getattr(self.scheduler.config, "variance_type", None) in ("learned", "learned_range")
         unused = not learned and output.shape[1] == 2 * x.shape[1]  # a variance that a stock sampler does not use
         return output[:, : x.shape[1]] if unused else output
+
+
+def finite(x: Tensor) -> Tensor:
+    """Return x_0 or x_T, or raise ValueError if a number in it is not finite."""
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("the network's output is not finite, nor are the images: in half precision, use float32")
+    return x
+
+
+def finite_images(x: Tensor, output_type: str) -> Any:
+    """Convert x_0 to images of an output type. Raises ValueError for "pil" and "np" if a number is not finite."""
+    return to_images(finite(x) if output_type in ("pil", "np") else x, output_type)
 
 
 def check_output_type(output_type: str) -> None:

@@ -25,6 +25,11 @@ REMOVED: dict[str, Any] = dict.fromkeys([f"solver_{what}" for what in ("quantity
 REMOVED |= {"solver_extrapolation": None, "start_from_top": True}  # settings of version 0.1, with their defaults
 REMOVED_SPACINGS = ("few_steps_power", "log_snr")
 
+PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+PROCESS += ("set_alpha_to_one", "rescale_betas_zero_snr")  # copied with the default of the class that wrote the config
+OTHER_PROCESS = {"snr_shift_scale": 1.0, "use_flow_sigmas": False, "timestep_type": "discrete"}
+"""Settings of other processes, with the values at which they do nothing."""
+
 CLASSES: dict[str, type["StockConfig"]] = {}  # schedulers of this package by name
 
 
@@ -108,33 +113,45 @@ class StockConfig(SchedulerMixin, ConfigMixin):
 
 def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split a config into stock settings and ours, without ours that were changed since, or that only 0.1 had."""
-    settings = dict(config)
+    defaults = _defaults(config)
+    name, known = config.get("_class_name", "this config"), defaults | dict(config)
+    if "beta_schedule" not in known and (defaults or {"_use_default_values", "shift", "sigma_data"} & known.keys()):
+        raise ValueError(f"{name} belongs to another family of models: pass a scheduler with β, such as DDIMScheduler")
+    for key, neutral in OTHER_PROCESS.items():
+        if known.get(key, neutral) != neutral:
+            raise ValueError(f"{key}={known[key]!r} of {name} is of another process, which is not supported yet")
+    settings = {key: known[key] for key in PROCESS if key in known} | dict(config)
+    unset = set(config.get("_use_default_values", ())) - set(PROCESS)
     carried = settings.pop(KEY, None)
     own = {} if carried is None else dict(carried)
     variance = settings.get("variance_type")
     if variance is None or (carried is None and variance.startswith("fixed_")):
         settings.pop("variance_type", None)
     _drop_removed(settings, own)
-    changed = _explicit(settings) - {"trained_betas"}
+    changed = (_explicit(config, defaults) & settings.keys()) - {"trained_betas"}
     if "class" in own:
         replaced = settings.get("timestep_spacing", STAND_IN) != STAND_IN
         changed = changed | {"timestep_spacing"} if replaced else changed - {"timestep_spacing"}
     if SAMPLER in own and any(settings.get(key) for key in CONSTRAINTS):
         own[SAMPLER] = {}
+    settings["_use_default_values"] = list(unset)
     return settings, {key: value for key, value in own.items() if key not in changed}
 
 
-def _explicit(config: dict[str, Any]) -> set[str]:
+def _defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults of the class that wrote a config, if it is one of diffusers."""
+    writer = getattr(diffusers, str(config.get("_class_name")), None)
+    parameters = {} if writer is None else inspect.signature(writer.__init__).parameters
+    return {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+
+
+def _explicit(config: dict[str, Any], defaults: dict[str, Any]) -> set[str]:
     """Collect the keys that were set, not left to the default of the class that wrote the config.
 
     In memory diffusers lists the others. On disk a value equal to the default of the writing class counts as not set.
     """
     if "_use_default_values" in config:
         return config.keys() - set(config["_use_default_values"])
-    writer = getattr(diffusers, str(config.get("_class_name")), None)
-    if writer is None:
-        return set(config)
-    defaults = {name: parameter.default for name, parameter in inspect.signature(writer.__init__).parameters.items()}
     return {key for key, value in config.items() if key not in defaults or defaults[key] != value}
 
 

@@ -2,13 +2,12 @@
 
 import warnings
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..process import betas as schedules
@@ -17,7 +16,7 @@ from ..process import predictions as p
 from .config import STOCK_SCHEDULES
 from .planned import Kind, Planned
 from .step import Evaluation, GeneralizedDDIMSchedulerOutput, Step, StepTuple
-from .tensors import Randomness, accumulate, check_noise, split_variance
+from .tensors import Randomness, accumulate, draw, split_variance
 
 DETERMINISTIC = {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False, "thresholding": False}
 """Settings under which a latent and its image determine each other."""
@@ -52,7 +51,8 @@ class GeneralizedDDIMScheduler(Planned):
     Raises ValueError for unknown names, values out of range, and combinations that do not exist.
     """
 
-    _compatibles: ClassVar = [scheduler.name for scheduler in KarrasDiffusionSchedulers]
+    _compatibles: ClassVar = [each.name for each in KarrasDiffusionSchedulers if not each.name.startswith("EDM")]
+    _any_order = True  # a step does not depend on earlier ones
     order = 1
 
     @register_to_config
@@ -78,51 +78,64 @@ class GeneralizedDDIMScheduler(Planned):
         eps_mean_square: list[float] | None = None,
         use_clipped_model_output: bool = False,
     ):
-        T = num_train_timesteps
+        self._build()
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Record settings. After construction, compute the tables again; the plan keeps its timesteps."""
+        before = dict(self.__dict__)
+        try:
+            self._derived_betas = self._derived_betas and "trained_betas" not in kwargs
+            super().register_to_config(**kwargs)
+            if hasattr(self, "_alpha_bar"):
+                self._build()
+        except BaseException:
+            self.__dict__ = before
+            raise
+
+    def _build(self) -> None:
+        """Check the config, and compute its tables."""
+        config = self.config
+        T, schedule, known = config.num_train_timesteps, config.beta_schedule, config.trained_betas
         schedules.check_length(T)
-        if trained_betas is not None:
-            betas = schedules.check(trained_betas, T)
+        if known is not None and not self._derived_betas:
+            betas = schedules.check(known, T)
         else:
-            betas = schedules.betas(beta_schedule, T, beta_start, beta_end)
-            if schedules.made_for_1000(beta_schedule, T, beta_start, beta_end):
+            betas = schedules.betas(schedule, T, config.beta_start, config.beta_end)
+            if schedules.made_for_1000(schedule, T, config.beta_start, config.beta_end):
                 message = (
-                    f"beta_start={beta_start:g} and beta_end={beta_end:g} were made for 1000 steps; at "
+                    f"beta_start={config.beta_start:g} and beta_end={config.beta_end:g} were made for 1000 steps; at "
                     f"num_train_timesteps={T} they leave ᾱ_T = {np.prod(1 - betas):.3g}. Scale them by 1000/{T}, "
                     "or use squaredcos_cap_v2."
                 )
-                warnings.warn(message, stacklevel=3)
-        p.check_prediction(prediction_type)
-        spacings.check_spacing(timestep_spacing)
-        spacings.check_offset(steps_offset)
-        self._check_noise(variance_type, eta)
-        if clip_sample and not (isinstance(clip_sample_range, Real) and clip_sample_range > 0):
-            raise ValueError(f"clip_sample_range must be positive, not {clip_sample_range!r}")
-        if thresholding and not (0 <= dynamic_thresholding_ratio <= 1 and sample_max_value >= 1):
+                warnings.warn(message, stacklevel=4)
+        p.check_prediction(config.prediction_type)
+        spacings.check_spacing(config.timestep_spacing)
+        spacings.check_offset(config.steps_offset)
+        self._check_noise(config.variance_type, config.eta)
+        if config.clip_sample and not (isinstance(config.clip_sample_range, Real) and config.clip_sample_range > 0):
+            raise ValueError(f"clip_sample_range must be positive, not {config.clip_sample_range!r}")
+        ratio, largest = config.dynamic_thresholding_ratio, config.sample_max_value
+        if config.thresholding and not (0 <= ratio <= 1 and largest >= 1):
             raise ValueError(
-                "thresholding needs dynamic_thresholding_ratio in [0, 1] and sample_max_value ≥ 1, not "
-                f"{dynamic_thresholding_ratio!r} and {sample_max_value!r}"
+                f"thresholding needs dynamic_thresholding_ratio in [0, 1] and sample_max_value ≥ 1, not {ratio!r} and "
+                f"{largest!r}"
             )
-        self._eps_mean_square = moves.eps_table(variance_type, eps_mean_square, T)
+        self._eps_mean_square = moves.eps_table(config.variance_type, config.eps_mean_square, T)
         alpha_bar = schedules.alpha_bar(betas)
-        if rescale_betas_zero_snr:
+        if config.rescale_betas_zero_snr:
             alpha_bar = schedules.rescale_zero_terminal_snr(alpha_bar)
-        if not set_alpha_to_one:
+        if not config.set_alpha_to_one:
             alpha_bar[0] = alpha_bar[1]
+        if len(getattr(self, "_alpha_bar", ())) != T + 1:
+            self.init_noise_sigma, self.num_inference_steps = 1.0, None
+            self.timesteps = torch.arange(T - 1, -1, -1)
         self._alpha_bar = alpha_bar
-        if trained_betas is None and beta_schedule not in STOCK_SCHEDULES:
-            self._derived_betas = True
-            self.register_to_config(trained_betas=betas.tolist())
-
-        # Attributes that pipelines of diffusers read.
-        alphas = alpha_bar[1:] / np.concatenate([[1.0], alpha_bar[1:-1]])
-        self.alphas_cumprod = torch.tensor(alpha_bar[1:], dtype=torch.float32)
-        self.alphas = torch.tensor(alphas, dtype=torch.float32)
-        self.betas = torch.tensor(1 - alphas, dtype=torch.float32)
-        self.final_alpha_cumprod = torch.tensor(alpha_bar[0], dtype=torch.float32)
-        self.init_noise_sigma = 1.0
-        self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(T - 1, -1, -1)
-        self._tables = {}
+        derived = schedule not in STOCK_SCHEDULES and (known is None or self._derived_betas)
+        if derived or self._derived_betas:
+            self._derived_betas = derived
+            super().register_to_config(trained_betas=betas.tolist() if derived else None)
+        self._assign(alpha_bar[1:])
+        self._replan()
 
     def _check_noise(self, variance_type: str, eta: float) -> None:
         """Raise ValueError for noise that does not exist, or not in this class."""
@@ -146,19 +159,20 @@ class GeneralizedDDIMScheduler(Planned):
         generator: Randomness = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> GeneralizedDDIMSchedulerOutput | StepTuple:
+    ) -> GeneralizedDDIMSchedulerOutput | tuple:
         """Compute x_s from x_t, with s the next lower time of the plan (Eq. 12).
 
         Args:
             model_output: the network's output, (B, C, H, W), or (B, 2C, H, W) for "learned_range".
-            timestep: a network timestep 0..T−1, or an integer tensor (B,) with one for each sample. A timestep outside
-                the plan steps to the nearest time of the plan below it. Elements of `self.timesteps` are looked up by
-                position, without synchronising the device. If a plan repeats a timestep, an integer is the next one.
+            timestep: a network timestep 0..T−1, or an integer tensor (B, …) with one for each sample, or each frame of
+                a sample. One outside the plan steps to the nearest time of the plan below it. Elements of
+                `self.timesteps` are looked up by position, without synchronising the device. If a plan repeats a
+                timestep, it is the next one.
             sample: x_t, (B, C, H, W). Half precision is computed in float32 and cast once at the end.
-            eta: η of Eq. 16 for this step. None is the scheduler's process. "fixed_large" and "learned_range" allow 0
-                (deterministic) and 1 (their own noise).
+            eta: η of Eq. 16 for this step. None and 0 are η of the plan, or else of the config, since stock pipelines
+                pass 0 unasked. For no noise in a scheduler with noise use `set_timesteps(eta=0)`.
             use_clipped_model_output: whether ε̂ is recomputed from a clipped x̂0. None is the scheduler's setting.
-            generator: source of z: one generator, or a list with one for each image.
+            generator: source of z: one generator, or a list with one for each image. Not used in a step without noise.
             variance_noise: z itself, (B, C, H, W), instead of a generator.
             return_dict: False returns the tuple (x_s, x̂0).
 
@@ -166,19 +180,18 @@ class GeneralizedDDIMScheduler(Planned):
         """
         if self.num_inference_steps is None:
             raise ValueError("no timesteps are set: call set_timesteps before step")
+        self._adopt()
         output, variance = self._split(model_output, sample)
-        check_noise(sample, generator, variance_noise)
-        kind = self._kind(eta)
+        kind = self._kind(eta or None)
         step = self._find(timestep, kind, sample)
         variance = variance if kind[0] == "learned_range" else None
         evaluation = self._evaluate(kind, step, sample, output, variance, use_clipped_model_output)
         x = evaluation.mean()
         if kind != ("fixed_small", 0.0) and (isinstance(step.noise, Tensor) or step.noise > 0):
-            z = variance_noise
-            if z is None:
-                z = randn_tensor(sample.shape, generator, sample.device, x.dtype)
-            x = accumulate(x, evaluation.std(), z)
+            x = accumulate(x, evaluation.std(), draw(sample, generator, variance_noise, x.dtype))
         x = x if x.dtype == sample.dtype else x.to(sample.dtype)
+        if torch.compiler.is_compiling() and not return_dict:
+            return x, evaluation.pred_original_sample().to(sample.dtype)
         result = GeneralizedDDIMSchedulerOutput(x, evaluation)
         return result if return_dict else StepTuple(result)
 

@@ -1,8 +1,7 @@
 """Solve the ODE of DDIM (Eq. 14) with a multistep method, in both directions."""
 
-import inspect
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ..process import moves, multistep, spacings
-from .config import SAMPLER, SOLVER
+from .config import SAMPLER, SOLVER, StockConfig
 from .generalized import GeneralizedDDIMScheduler
 from .inverse import Upwards
 from .planned import Kind
@@ -20,9 +19,10 @@ from .step import Evaluation, Step
 
 MUCH_NOISE = 0.5  # least η for which "few_steps" becomes "few_steps_noise", and a step extrapolates further
 REACH = 1.5  # factor on (mean − last value) in a step with much noise: the mean of x̂0 lacks variance
-OF_PROCESS = inspect.signature(GeneralizedDDIMScheduler.__init__).parameters.keys() - {"self"}
 # Settings that are not copied from the config of another class: they were chosen for its sampler.
-OF_OTHERS = ("timestep_spacing", "steps_offset", "eta", "clip_sample", "use_clipped_model_output", *SOLVER)
+OF_OTHERS = ("timestep_spacing", "eta", "clip_sample", "use_clipped_model_output", *SOLVER)
+# Largest Σ|weight| of a mean of 2 to 4 values: a step much longer than the one before would extrapolate too far.
+LARGEST = {"epsilon": (0, 25, 250, 2500), "sample": (0, 5, 17, 60)}
 COORDINATE = {"epsilon": "bounded", "sample": "log_snr"}  # the coordinate in which ε̂, or x̂0, is a polynomial
 _mean_weights = lru_cache(maxsize=4096)(multistep.mean_weights)  # most plans repeat
 
@@ -33,22 +33,25 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     ε̂ is the polynomial through its last `solver_order` values, and its mean is exact on any grid
     (`ddim_plugin.process.multistep`). The first steps have fewer values, and order 1 is `GeneralizedDDIMScheduler`.
     With noise, the mean is that of x̂0, in the SDE that adds η² times the noise variance of DDPM. The scheduler keeps
-    the values: use one scheduler for each loop. A step that does not follow the last one, or has another shape, is of
-    order 1. A step with a timestep for each sample is too.
+    the values: use one scheduler for each loop. A second step at one place of a loop is refused. A step that does not
+    follow the last one, or has another shape, is of order 1. A step with a timestep for each sample is too.
 
-    The first sample is x_T, even if τ ends below T. The network is evaluated at τ_S < T, where it predicts nearly the
-    same x̂0, and without noise the first step starts from T with this x̂0.
+    The first sample of a spacing is x_T, even if τ ends below T. The network is evaluated at τ_S < T, where it predicts
+    nearly the same x̂0, and without noise the first step starts from T with this x̂0. With explicit timesteps, or after
+    `add_noise`, the first sample is that of its timestep.
 
     Args:
         solver_order: number of values that a step uses, 1 to 4. None is 3, or 2 with noise.
         lower_order_final: whether the last step, to the data, is of order 1.
         fitted_timesteps: τ for some step counts, {"S": network timesteps, descending}, from
             `ddim_plugin.fit_timesteps`. They replace the spacing "few_steps" for η < 0.5.
-        The others are those of `GeneralizedDDIMScheduler`. With η ≥ 0.5 "few_steps" becomes "few_steps_noise", and
-        "learned_range" has η = 0 by default.
+        The others are those of `GeneralizedDDIMScheduler`. From η = 0.5 on, `set_timesteps` uses "few_steps_noise" in
+            place of "few_steps", and steps extrapolate further. "learned_range" has η = 0 by default.
 
     Raises ValueError as `GeneralizedDDIMScheduler`, and for a `solver_order` or `fitted_timesteps` that do not exist.
     """
+
+    _any_order = False
 
     @register_to_config
     def __init__(
@@ -76,16 +79,18 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         lower_order_final: bool = False,
         fitted_timesteps: dict[str, list[int]] | None = None,
     ):
-        given = locals()
-        if solver_order is not None and not (spacings.is_integer(solver_order) and 1 <= solver_order <= 4):
-            raise ValueError(f"solver_order must be 1, 2, 3 or 4, or None, not {solver_order!r}")
-        super().__init__(**{key: given[key] for key in OF_PROCESS})
-        self._fitted = _check_fitted(fitted_timesteps, num_train_timesteps)
-        if fitted_timesteps is not None:  # JSON has strings as keys
+        self._build()
+
+    def _build(self) -> None:
+        super()._build()
+        order, fitted = self.config.solver_order, self.config.fitted_timesteps
+        if order is not None and not (spacings.is_integer(order) and 1 <= order <= 4):
+            raise ValueError(f"solver_order must be 1, 2, 3 or 4, or None, not {order!r}")
+        self._fitted = _check_fitted(fitted, self.config.num_train_timesteps)
+        if fitted is not None:  # JSON has strings as keys
             kept = {str(S): (times[::-1] - 1).tolist() for S, times in self._fitted.items()}
-            self.register_to_config(fitted_timesteps=kept)
-        self._order = solver_order
-        self._much_noise = False
+            StockConfig.register_to_config(self, fitted_timesteps=kept)
+        self._order = order
         self._forget()
 
     @classmethod
@@ -101,21 +106,10 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     # ---- planning ----------------------------------------------------------------------------------------------
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: Sequence[int] | Tensor | np.ndarray | None = None,
-        eta: float | None = None,
-    ) -> None:
-        """Plan the steps as `GeneralizedDDIMScheduler.set_timesteps`, for steps with this `eta` (None: the config's).
-
-        From η = 0.5 on "few_steps" becomes "few_steps_noise", `fitted_timesteps` are not used, and steps extrapolate
-        further. A loop that passes η only to `step` uses the timesteps for no noise: set η in the config instead.
-        """
-        self._much_noise = self._kind(eta)[1] >= MUCH_NOISE
-        super().set_timesteps(num_inference_steps, device, timesteps)
-        self._forget()
+    @property
+    def _much_noise(self) -> bool:
+        """Whether the plan is for much noise: "few_steps" becomes "few_steps_noise", and steps extrapolate further."""
+        return self._kind(None)[1] >= MUCH_NOISE
 
     def _spaced(self, S: int | None, spacing: str | None = None) -> spacings.Times:
         if self.config.timestep_spacing == "few_steps":
@@ -124,6 +118,15 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             elif spacings.is_integer(S) and S in self._fitted:
                 return self._fitted[S]
         return super()._spaced(S, spacing)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        super().set_begin_index(begin_index)
+        self._forget()
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
+        if self._from_noise and self._place is None:  # the loop begins with this x_t, not with x_T
+            self._from_noise, self._plans = False, {}
+        return super().add_noise(original_samples, noise, timesteps)
 
     def _make_plan(self, pairs: list[tuple[int, int]], kind: Kind) -> list[Step]:
         plan = super()._make_plan(pairs, kind)
@@ -134,10 +137,10 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     def _starts_above(self, top: int) -> bool:
         """Return whether the first deterministic step starts from T, above `top`."""
-        return self._order != 1 and top < self.config.num_train_timesteps
+        return self._from_noise and self._order != 1 and top < self.config.num_train_timesteps
 
     def _kind(self, eta: float | None) -> Kind:
-        if eta is None and self.config.variance_type == "learned_range":
+        if eta is None and self._eta is None and self.config.variance_type == "learned_range":
             eta = self.config.eta  # a learned variance describes the network: the process is deterministic by default
         return super()._kind(eta)
 
@@ -146,12 +149,18 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     def _forget(self) -> None:
         self._history: list[tuple[int, Tensor]] = []  # times and values of ε̂ or x̂0, the newest first
         self._last: tuple[str, int] | None = None  # the quantity, and the position of its newest value in the plan
+        self._stepped: set[int] = set()  # positions that this loop has stepped from
         self._weighted: dict[tuple[Kind, int, tuple[int, ...]], tuple[Step, list[float]]] = {}
 
     def _evaluate(self, kind: Kind, *args: Any) -> Evaluation:
         evaluation, place = super()._evaluate(kind, *args), self._place
         if place is None or self._order == 1:
             return evaluation
+        if place in self._stepped:
+            raise ValueError(
+                f"a second step at timestep {self._called[place] - 1}: the scheduler keeps the values of one loop. Use "
+                "one scheduler for each loop, or call set_timesteps or set_begin_index before a new loop"
+            )
         quantity = "sample" if moves.adds_noise(*kind) else "epsilon"
         order = self._order or (2 if quantity == "sample" else 3)
         value, t = self._value(evaluation, quantity), self._pairs[place][0]
@@ -159,6 +168,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         earlier = [each for each in self._history if each[0] != t] if follows else []  # a plan may repeat a time
         self._history = [(t, value), *earlier][:order]
         self._last = quantity, place
+        self._stepped.add(place)
         times, values = zip(*self._history, strict=True)
         key = kind, place, times
         if key not in self._weighted:
@@ -166,17 +176,19 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             step, part = evaluation.step, "x0" if quantity == "sample" else "eps"
             self._weighted[key] = step._replace(**{part: getattr(step, part) + first}), rest
         step, rest = self._weighted[key]
-        if place == len(self._pairs) - 1:
-            self._history, self._last = [], None  # nothing follows
+        if place == len(self._pairs) - 1:  # nothing follows
+            self._history, self._last, self._stepped = [], None, set()
         history = [(weight, value) for weight, value in zip(rest, values[1:], strict=True) if weight]
         return evaluation._replace(step=step, history=history)
 
     def _value(self, evaluation: Evaluation, quantity: str) -> Tensor:
         """Return ε̂ or x̂0 of this evaluation."""
         if quantity == "sample":
-            return evaluation.x0()
+            return evaluation.pred_original_sample()
         is_output = (evaluation.step.eps_x, evaluation.step.eps_out) == (0, 1) and not evaluation.recompute_eps
-        return evaluation.output if is_output else evaluation.eps()
+        return (
+            evaluation.output.clone() if is_output else evaluation.pred_epsilon()
+        )  # the network may use its buffer again
 
     def _weights(self, quantity: str, kind: Kind, place: int, times: tuple[int, ...]) -> list[float]:
         """Weights that the values add to the DDIM step scale·x_t + slope·value, the newest value first."""
@@ -193,15 +205,18 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         """Compute the weights of the values in the mean over a step."""
         t, s = (float(self._alpha_bar[time]) for time in pair)
         known = [float(self._alpha_bar[time]) for time in times]
-        to_data = (quantity == "sample" and s == 1) or (self.config.lower_order_final and pair[1] == 0)
+        to_data = pair[1] == 0 and (quantity == "sample" or self.config.lower_order_final)
         to_noise = quantity == "epsilon" and s == 0
         if to_data or to_noise or t == s or len(set(known)) < len(known):
             return np.ones(1)
         if quantity == "sample" and known[-1] in (0, 1):  # log-SNR is infinite there
             known = known[:-1]
-        if len(known) < 2:
-            return np.ones(1)
-        weights = _mean_weights(quantity, COORDINATE[quantity], t, s, tuple(known), eta)
+        weights, mean = np.ones(1), partial(_mean_weights, quantity, COORDINATE[quantity], t, s, eta=eta)
+        for order in range(len(known), 1, -1):
+            longer = mean(tuple(known[:order]))
+            if t > s or np.abs(longer).sum() <= LARGEST[quantity][order - 1]:
+                weights = longer
+                break
         if quantity == "sample" and self._much_noise:
             weights = REACH * weights
             weights[0] += 1 - REACH

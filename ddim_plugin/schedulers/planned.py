@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..process import moves, spacings
+from ..process import betas, moves, spacings
 from .config import StockConfig
 from .step import Step
-from .tensors import combine
+from .tensors import combine, integers, whole
 
 Kind = tuple[str, float]  # variance type and η of a step
 
@@ -31,36 +31,55 @@ class Planned(StockConfig):
     _off_plan: dict[tuple[int, Kind], Step]  # steps from times outside the plan
     _next: int  # position in the plan of the step that follows the last one
     _place: int | None = None  # position in the plan of the last step
+    _eta: float | None = None  # η of the plan, None for that of the config
+    _from_noise = True  # the loop begins with x_T: its plan is that of a spacing
 
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | Tensor | np.ndarray | None = None,
+        eta: float | None = None,
     ) -> None:
         """Plan S = `num_inference_steps` steps of the spacing, 1 ≤ S ≤ T, or steps at explicit `timesteps`.
 
-        Those are network timesteps 0..T−1, distinct and descending. `device` is that of `self.timesteps`. Raises
-        ValueError for a step count or timesteps out of range or order, an η too large for a step, and ε prediction at
-        ᾱ_t = 0.
+        Those are network timesteps 0..T−1, distinct and descending. `device` is that of `self.timesteps`. `eta` is η
+        of the steps, None for that of the config. Raises ValueError for a step count or timesteps out of range or
+        order, an η too large for a step, and ε prediction at ᾱ_t = 0.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("set_timesteps takes either num_inference_steps or timesteps=[...], not both or neither")
-        if timesteps is not None:
-            values = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else timesteps
-            times = spacings.explicit(values, self.config.num_train_timesteps, lowest=0, descending=True)
-        else:
-            times = self._spaced(num_inference_steps)
-        kind, pairs = self._kind(None), self._make_pairs(times)
-        plan = self._make_plan(pairs, kind)  # if a step does not exist, this raises and the old plan is kept
-        called = self._evaluated_at(pairs)
-        timesteps = torch.tensor(called, dtype=torch.int64).sub(1).to(device)
-        self._tau, self._pairs, self._plans, self._off_plan, self._next = times, pairs, {kind: plan}, {}, 0
-        self._called, self._first = called, {t: i for i, t in reversed(list(enumerate(called)))}
-        self._moving = {t: i for i, (t, s) in enumerate(pairs) if t != s}
-        self._tables = {key: table for key, table in self._tables.items() if key[0] == "marginals"}
-        self.num_inference_steps = len(times)
-        self.timesteps = self._planned = timesteps
+        self._adopt()
+        before = dict(self.__dict__)
+        try:
+            self._eta, self._from_noise, self._place = eta, timesteps is None, None
+            if timesteps is None:
+                self._tau = self._spaced(num_inference_steps)
+            else:
+                values = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else timesteps
+                self._tau = spacings.explicit(values, self.config.num_train_timesteps, lowest=0, descending=True)
+            self._pairs = self._make_pairs(self._tau)
+            self._called = self._evaluated_at(self._pairs)
+            self._first = {t: i for i, t in reversed(list(enumerate(self._called)))}
+            self._moving = {t: i for i, (t, s) in enumerate(self._pairs) if t != s}
+            self._replan()
+            self._plan(self._kind(None))
+            self.num_inference_steps = len(self._tau)
+            with torch.inference_mode(False):  # counts changes in place
+                self._planned = torch.tensor(self._called, dtype=torch.int64, device="cpu").sub(1).to(device)
+            self.timesteps = self._planned
+            self.set_begin_index(0)
+        except BaseException:  # the old plan is kept
+            self.__dict__ = before
+            raise
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Begin a loop at this position of the plan, as image-to-image pipelines do."""
+        self._next = begin_index
+
+    def _replan(self) -> None:
+        """Drop the steps that were computed."""
+        self._plans, self._off_plan, self._tables = {}, {}, {}
 
     @property
     def alpha_bar(self) -> np.ndarray:
@@ -70,10 +89,6 @@ class Planned(StockConfig):
     def move(self, i: int) -> moves.Move:
         """Return step `i` of the plan without noise, in the order of `timesteps`."""
         return moves.move(self._alpha_bar, *self._pairs[i])
-
-    def check_eta(self, eta: float | None) -> None:
-        """Raise ValueError if η is too large for a step. None is the scheduler's η."""
-        self._plan(self._kind(eta))
 
     def _spaced(self, S: int | None, spacing: str | None = None) -> spacings.Times:
         """Compute τ of S steps, with this spacing or the scheduler's."""
@@ -102,6 +117,7 @@ class Planned(StockConfig):
         return self._plans[kind]
 
     def _kind(self, eta: float | None) -> Kind:
+        eta = self._eta if eta is None else eta
         return moves.effective_eta(self.config.variance_type, eta, self.config.eta)
 
     # ---- lookup ------------------------------------------------------------------------------------------------
@@ -109,38 +125,38 @@ class Planned(StockConfig):
     def _find(self, timestep: int | Tensor, kind: Kind, sample: Tensor) -> Step:
         """Find the step for `timestep`. The host reads no element of `self.timesteps`, and no (B,) on a device."""
         self._place = None
-        if not isinstance(timestep, Tensor):
-            if not spacings.is_integer(timestep):
-                raise ValueError(f"timestep must be an integer, not {timestep!r}")
-            return self._next_step(int(timestep), kind)
-        if timestep.is_floating_point() or timestep.is_complex() or timestep.dtype == torch.bool:
-            raise ValueError(f"timestep must be an integer, not a tensor of {timestep.dtype}")
-        if timestep.numel() == 1:
-            # An element of `self.timesteps` is looked up by position, without synchronising the device.
-            if timestep.untyped_storage().data_ptr() == self._planned.untyped_storage().data_ptr():
-                return self._take(timestep.storage_offset(), kind)
-            return self._next_step(int(timestep), kind)
-        if timestep.shape != sample.shape[:1]:
+        timestep = torch.as_tensor(timestep) if isinstance(timestep, np.ndarray) else timestep
+        one = not isinstance(timestep, Tensor) or timestep.numel() == 1
+        if one and not (self._any_order and torch.compiler.is_compiling() and isinstance(timestep, Tensor)):
+            return self._find_one(timestep, kind)
+        times = integers(timestep)
+        if not one and times.shape != sample.shape[: times.ndim]:
             raise ValueError(
-                f"timestep has shape {tuple(timestep.shape)}: give one, or one for each of {sample.shape[0]} samples"
+                f"timestep has shape {tuple(times.shape)}: give one, or one for each of {sample.shape[0]} samples"
             )
         dtype = torch.promote_types(sample.dtype, torch.float32)
-        if timestep.device.type == "cpu":
-            rows = torch.tensor([self._step_at(t, kind) for t in timestep.tolist()], dtype=torch.float64)
-            rows = rows.to(dtype).to(sample.device)
+        if not one and times.device.type == "cpu":
+            rows = [self._step_at(t, kind) for t in times.flatten().tolist()]
+            rows = torch.tensor(rows, dtype=torch.float64, device="cpu").to(dtype).to(sample.device)
         else:
-            rows = self._all_steps(kind, dtype, sample.device)[timestep.to(sample.device)]
-        return Step(*(column.view(-1, *[1] * (sample.ndim - 1)) for column in rows.unbind(1)))
+            rows = self._all_steps(kind, dtype, sample.device)[times.flatten().to(sample.device)]
+        shape = (*times.shape, *[1] * (sample.ndim - times.ndim)) if not one else (1,) * sample.ndim
+        return Step(*(column.view(shape) for column in rows.unbind(1)))
 
-    def _next_step(self, timestep: int, kind: Kind) -> Step:
-        """Find the next step at this timestep. A plan may repeat a timestep."""
-        i: int | None = self._next
-        if not (i < len(self._called) and self._called[i] == timestep + 1):
-            i = self._first.get(timestep + 1)
+    def _find_one(self, timestep: int | Tensor, kind: Kind) -> Step:
+        """Find the step at one timestep for all samples. If the plan repeats it, that is the next one."""
+        if isinstance(timestep, Tensor):
+            # An element of `self.timesteps` is looked up by position, without synchronising the device.
+            if timestep._base is self._planned and self._planned._version == 0:
+                return self._take(timestep.storage_offset(), kind)
+            if timestep.is_meta or torch.compiler.is_compiling():  # it has no value
+                return self._take(self._next, kind)
+        timestep = whole(timestep)
+        i = self._next if self._called[self._next] == timestep + 1 else self._first.get(timestep + 1)
         return self._step_at(timestep, kind) if i is None else self._take(i, kind)
 
     def _take(self, i: int, kind: Kind) -> Step:
-        self._place, self._next = i, i + 1
+        self._place, self._next = i, (i + 1) % len(self._called)
         return self._plan(kind)[i]
 
     def _step_at(self, timestep: int, kind: Kind) -> Step:
@@ -166,40 +182,86 @@ class Planned(StockConfig):
                     rows[timestep] = self._step_at(timestep, kind)
                 except ValueError:
                     continue
-            self._tables[key] = torch.tensor(rows).to(dtype).to(device)
+            self._tables[key] = torch.tensor(rows, device="cpu").to(dtype).to(device)
         return self._tables[key]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
-        """Compute x_t = √ᾱ_t·x_0 + √(1 − ᾱ_t)·ε (Eq. 4) at network timesteps 0..T−1, an integer or (B,).
+        """Compute x_t = √ᾱ_t·x_0 + √(1 − ᾱ_t)·ε (Eq. 4) at network timesteps 0..T−1.
 
-        x_0 and ε are (B, C, H, W). Raises ValueError for timesteps out of range or not integers, and samples that are
-        not floating point.
+        x_0 and ε are (B, C, H, W), and `timesteps` one, (B,), or (B, …) for leading axes of the samples. One image may
+        have several timesteps or noises. Raises ValueError for timesteps out of range or not integers, shapes that do
+        not fit together, and samples that are not floating point.
         """
-        signal, deviation = self._marginals(original_samples, timesteps)
-        return combine(signal, original_samples, deviation, noise).to(original_samples.dtype)
+        x, signal, deviation = self._marginals(original_samples, noise, timesteps)
+        return combine(signal, x, deviation, noise).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
         """Compute v = √ᾱ_t·ε − √(1 − ᾱ_t)·x_0 (Salimans & Ho 2022). `sample` is x_0; see `add_noise`."""
-        signal, deviation = self._marginals(sample, timesteps)
-        return combine(-deviation, sample, signal, noise).to(sample.dtype)
+        x, signal, deviation = self._marginals(sample, noise, timesteps)
+        return combine(-deviation, x, signal, noise).to(sample.dtype)
 
-    def _marginals(self, like: Tensor, timesteps: Tensor | int) -> tuple[Tensor, Tensor]:
-        """Look up (√ᾱ_t, √(1 − ᾱ_t)) for each sample, broadcasting over `like`."""
-        if not like.is_floating_point():
-            raise ValueError(f"samples must be floating point, not {like.dtype}")
-        times = torch.as_tensor(timesteps).flatten()
-        if times.is_floating_point() or times.is_complex() or times.dtype == torch.bool:
-            raise ValueError(f"timesteps must be integers, not {times.dtype}")
-        if len(times) not in (1, like.shape[0]):
-            raise ValueError(f"{len(times)} timesteps for {like.shape[0]} samples: give one, or one for each")
+    def _marginals(self, x: Tensor, noise: Tensor, timesteps: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
+        """Expand x_0 over timesteps and noises, and look up √ᾱ_t and √(1 − ᾱ_t), which broadcast over it."""
+        self._adopt()
+        if not x.is_floating_point():
+            raise ValueError(f"samples must be floating point, not {x.dtype}")
+        times = integers(torch.as_tensor(timesteps))
+        times = times.flatten() if times.numel() == 1 else times
+        axes = (*times.shape, *[1] * (x.ndim - times.ndim))
+        try:
+            shape = torch.broadcast_shapes(axes, x.shape, noise.shape)
+        except RuntimeError as error:
+            given = f"{times.numel()} timesteps for samples {tuple(x.shape)} and noise {tuple(noise.shape)}"
+            raise ValueError(f"{given}: give one timestep, or one for each sample") from error
         T = self.config.num_train_timesteps
         if times.device.type == "cpu" and not 0 <= int(times.min()) <= int(times.max()) < T:
             raise ValueError(f"timesteps must lie in 0..{T - 1}, not {times.tolist()}")
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        key = ("marginals", dtype, like.device)
+        key = ("marginals", torch.promote_types(x.dtype, torch.float32), x.device)
         if key not in self._tables:
             table = np.stack([np.sqrt(self._alpha_bar[1:]), np.sqrt(1 - self._alpha_bar[1:])])
-            self._tables[key] = torch.tensor(table).to(dtype).to(like.device)
-        signal, deviation = self._tables[key][:, times.to(like.device)]
-        shape = (-1, *[1] * (like.ndim - 1))
-        return signal.view(shape), deviation.view(shape)
+            self._tables[key] = torch.tensor(table, device="cpu").to(key[1]).to(x.device)
+        signal, deviation = self._tables[key][:, times.to(x.device)].view(2, *axes)
+        return x.expand(shape), signal, deviation
+
+    def _get_variance(self, timestep: int | Tensor, prev_timestep: int | Tensor) -> Tensor:
+        """Compute β̃ between two network timesteps, as pipelines ask for it. −1 is the data."""
+        t, s = whole(timestep) + 1, whole(prev_timestep) + 1
+        return torch.tensor(float(moves.beta_tilde(self._alpha_bar[t], self._alpha_bar[max(s, 0)])))
+
+    # ---- tables that pipelines read and users change ---------------------------------------------------------------
+
+    alphas_cumprod = property(lambda self: self._shown, lambda self, value: self._assign(value))
+    alphas = property(lambda self: 1 - self.betas, lambda self, value: self._assign(np.cumprod(_numbers(value))))
+    betas = property(
+        lambda self: torch.tensor(betas.from_alpha_bars(self._alpha_bar[1:]), dtype=torch.float32),
+        lambda self, value: self._assign(np.cumprod(1 - _numbers(value))),
+    )
+
+    @property
+    def final_alpha_cumprod(self) -> Tensor:
+        """Return ᾱ_0, float32."""
+        return torch.tensor(self._alpha_bar[0], dtype=torch.float32)
+
+    @final_alpha_cumprod.setter
+    def final_alpha_cumprod(self, value: Any) -> None:
+        if float(value) not in (1.0, float(self.alphas_cumprod[0])):
+            raise ValueError(f"final_alpha_cumprod must be 1 or ᾱ_1 = {self.alphas_cumprod[0]:g}, not {float(value):g}")
+        self.register_to_config(set_alpha_to_one=float(value) == 1)
+
+    def _assign(self, value: Any) -> None:
+        """Use these ᾱ_1..ᾱ_T from now on, and record their β in the config."""
+        alpha_bar = _numbers(value)
+        if not np.array_equal(alpha_bar.astype(np.float32), self._alpha_bar[1:].astype(np.float32)):
+            known = {"trained_betas": betas.from_alpha_bars(alpha_bar).tolist(), "rescale_betas_zero_snr": False}
+            self.register_to_config(**known)
+        with torch.inference_mode(False):  # counts changes in place
+            self._shown = torch.as_tensor(value, dtype=torch.float32).clone()
+
+    def _adopt(self) -> None:
+        """Use what was written into `alphas_cumprod` in place."""
+        if self._shown._version:
+            self._assign(self._shown)
+
+
+def _numbers(value: Any) -> np.ndarray:
+    return torch.as_tensor(value).detach().cpu().double().numpy()

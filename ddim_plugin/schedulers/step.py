@@ -1,11 +1,11 @@
 """Apply one step of the sampler to x_t and the network's output."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from ..process import moves
 from ..process import predictions as p
@@ -74,7 +74,7 @@ class Evaluation(NamedTuple):
     recompute_eps: bool = False
     history: Sequence[tuple[float, Tensor]] = ()  # weights and earlier values that a multistep method adds
 
-    def x0(self) -> Tensor:
+    def pred_original_sample(self) -> Tensor:
         """Predict x̂0, and clip or threshold it."""
         is_output = not isinstance(self.step.x0_x, Tensor) and (self.step.x0_x, self.step.x0_out) == (0, 1)
         if is_output and self.limit is not None and self.thresholding is None:
@@ -84,11 +84,11 @@ class Evaluation(NamedTuple):
             return threshold(x0, *self.thresholding)
         return x0 if self.limit is None else x0.clamp_(-self.limit, self.limit)
 
-    def eps(self) -> Tensor:
+    def pred_epsilon(self) -> Tensor:
         """Predict ε̂, or recompute it from the constrained x̂0."""
         if self.recompute_eps:
             a, b = self.step.eps_of_x0()
-            return combine(a, self.sample, b, self.x0())
+            return combine(a, self.sample, b, self.pred_original_sample())
         return combine(self.step.eps_x, self.sample, self.step.eps_out, self.output)
 
     def mean(self) -> Tensor:
@@ -109,7 +109,7 @@ class Evaluation(NamedTuple):
             w, x, out = s.x0 + s.eps * b, s.eps * a, 0.0
         a, b = w * s.x0_x, w * s.x0_out
         if self.thresholding is not None or isinstance(a, Tensor) or a == 0:
-            mean = accumulate(self.x0().mul_(w), out, self.output)
+            mean = accumulate(self.pred_original_sample().mul_(w), out, self.output)
         else:  # w·clip(x̂0) = a·clip(x_t + b/a·output, ± limit·w/a)
             bound = abs(w / a) * self.limit
             clipped = torch.add(at_least_float32(self.sample), self.output, alpha=b / a).clamp_(-bound, bound)
@@ -128,7 +128,8 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
     """Return the result of a step by attribute, key or position.
 
     Tensors have the shape (B, C, H, W) and dtype of the sample. All but `prev_sample` are computed when first read,
-    from the step's `sample` and `model_output`. Do not change these in place before you read them.
+    from the step's `sample` and `model_output`. If one of these was changed in place in the meantime, reading raises a
+    RuntimeError.
 
     Attributes:
         prev_sample: x_s, the sample after the step.
@@ -144,17 +145,23 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
     __eq__, __hash__ = object.__eq__, object.__hash__  # not those of a mapping
 
     def __init__(self, prev_sample: Tensor, evaluation: Evaluation):
+        if evaluation.sample.is_inference() or evaluation.output.is_inference():  # changes in place are not counted
+            evaluation = evaluation._replace(sample=evaluation.sample.clone(), output=evaluation.output.clone())
         self.prev_sample, self._evaluation = prev_sample, evaluation
+        self._versions = _versions(evaluation)
 
-    def _as_sample(self, value: Coefficient) -> Tensor:
-        if not isinstance(value, Tensor):
-            return torch.full((), value, dtype=self.prev_sample.dtype, device=self.prev_sample.device)
-        return value.to(self.prev_sample.dtype)
-
-    pred_original_sample = cached_property(lambda self: self._as_sample(self._evaluation.x0()))
-    pred_epsilon = cached_property(lambda self: self._as_sample(self._evaluation.eps()))
-    mean = cached_property(lambda self: self._as_sample(self._evaluation.mean()))
-    std = cached_property(lambda self: self._as_sample(self._evaluation.std()))
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in self._KEYS:
+            raise AttributeError(f"a step has no {name!r}: use one of {', '.join(self._KEYS)}")
+        if _versions(self._evaluation) != self._versions:
+            raise RuntimeError(
+                f"{name} is computed when it is read, and sample or model_output was changed in place since the step: "
+                "read it before, or pass clones to step"
+            )
+        value, like = getattr(self._evaluation, name)(), self.prev_sample
+        value = value if isinstance(value, Tensor) else torch.full((), value, dtype=like.dtype, device=like.device)
+        self.__dict__[name] = value = value.to(like.dtype)
+        return value
 
     def to_tuple(self) -> tuple[Tensor, ...]:
         """Compute all values, in the order of the keys."""
@@ -178,6 +185,12 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
         return len(self._KEYS)
 
 
+def _versions(evaluation: Evaluation) -> tuple[int, ...]:
+    """Count the changes in place of the tensors that values are computed from."""
+    tensors = evaluation.sample, evaluation.output, evaluation.variance
+    return tuple(-1 if each is None or each.is_inference() else each._version for each in tensors)
+
+
 class StepTuple(tuple):
     """Return (x_s, x̂0) of a step. x̂0 is computed when it is read."""
 
@@ -192,5 +205,11 @@ class StepTuple(tuple):
     def __iter__(self) -> Iterator[Tensor]:
         return (self._result[i] for i in range(2))
 
+    def __add__(self, other: tuple) -> tuple:
+        return (*self, *other)
+
     def __reduce__(self) -> Any:
         return tuple, (list(self),)
+
+
+register_pytree_node(StepTuple, lambda pair: (list(pair), None), lambda values, _: tuple(values))

@@ -1,9 +1,14 @@
 """Tensor work of a step: few passes over memory, float32 at least, and no read on the host."""
 
+from numbers import Real
+from typing import Any
+
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-_ONE = torch.ones(1)
+_ONE = torch.ones(1, dtype=torch.float32, device="cpu")
+HALF = (torch.float16, torch.bfloat16)  # types that round timesteps
 Coefficient = float | Tensor  # a number, or a tensor that broadcasts over (B, C, H, W)
 Randomness = Generator | list[Generator] | None  # for the batch, for each image, or the global one
 
@@ -71,20 +76,42 @@ def _quantile(rows: Tensor, ratio: float) -> Tensor:
     return torch.lerp(below, above, rank - low)
 
 
+def whole(timestep: Any) -> int:
+    """Convert a whole number of Python, NumPy or torch to an int. Raises ValueError for another value or type."""
+    value = timestep
+    if isinstance(value, Tensor) and value.dtype not in HALF:
+        value = value.item()
+    if isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer():
+        return int(value)
+    raise ValueError(f"timestep must be an integer, not {timestep!r}")
+
+
+def integers(timesteps: Tensor) -> Tensor:
+    """Convert whole numbers to integers. Raises ValueError for other values, if the host knows them, and types."""
+    if timesteps.dtype in (torch.float32, torch.float64):
+        if timesteps.device.type != "cpu" or bool((timesteps == timesteps.floor()).all()):
+            return timesteps.long()
+    elif not timesteps.is_floating_point() and not timesteps.is_complex() and timesteps.dtype != torch.bool:
+        return timesteps
+    raise ValueError(f"timesteps must be integers, not {timesteps!r}")
+
+
 def check_generators(generator: Randomness, batch_size: int) -> None:
-    """Raise ValueError unless `generator` is None, one generator, or a list with one for each image."""
+    """Raise ValueError unless `generator` is None, one generator, or a list of one, or with one for each image."""
     each = generator if isinstance(generator, list) else [generator]
     if generator is not None and not all(isinstance(one, Generator) for one in each):
         raise ValueError(f"generator must be a torch.Generator or a list of them, not {generator!r}")
-    if isinstance(generator, list) and len(generator) != batch_size:
+    if isinstance(generator, list) and len(generator) not in (1, batch_size):
         raise ValueError(f"{len(generator)} generators for a batch of {batch_size}: give one, or one for each image")
 
 
-def check_noise(sample: Tensor, generator: Randomness, variance_noise: Tensor | None) -> None:
-    """Raise ValueError unless the noise of a step can be drawn, or was given, for this sample."""
-    if generator is not None:
+def draw(sample: Tensor, generator: Randomness, noise: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Draw z for a sample, or return the `noise` given. Raises ValueError if that does not fit, or both are given."""
+    if noise is None:
         check_generators(generator, sample.shape[0])
-        if variance_noise is not None:
-            raise ValueError("give either generator or variance_noise, not both")
-    if variance_noise is not None and variance_noise.shape != sample.shape:
-        raise ValueError(f"variance_noise has shape {tuple(variance_noise.shape)}, the sample {tuple(sample.shape)}")
+        return randn_tensor(sample.shape, generator, sample.device, dtype)
+    if generator is not None:
+        raise ValueError("give either generator or variance_noise, not both")
+    if noise.shape != sample.shape:
+        raise ValueError(f"variance_noise has shape {tuple(noise.shape)}, the sample {tuple(sample.shape)}")
+    return noise

@@ -100,9 +100,7 @@ def make_scheduler(cell: Cell, saved: SchedulerMixin, clip: str) -> tuple[Schedu
         T = made.config.get("num_train_timesteps")
         if T is not None and cell.steps > T:
             raise ValueError(f"S={cell.steps} is more than T={T}")
-        made.set_timesteps(cell.steps)
-        if isinstance(made, GeneralizedDDIMScheduler):
-            made.check_eta(eta)
+        made.set_timesteps(cell.steps, **({"eta": eta} if isinstance(made, GeneralizedDDIMScheduler) else {}))
     except (ValueError, TypeError, NotImplementedError, ImportError, AssertionError, IndexError) as error:
         spacing = "" if cell.spacing == SAVED else f", spacing {cell.spacing}"
         raise ValueError(f"{cls.__name__}, variance {cell.variance}, S={cell.steps}{spacing}: {error}") from error
