@@ -52,8 +52,8 @@ class Parts:
         return self.conditional_unet(in_channels=8)
 
     @cached_property
-    def inpaint(self):
-        return self.conditional_unet(in_channels=9)
+    def upscale(self):
+        return self.conditional_unet(in_channels=7, num_class_embeds=8)
 
     @cached_property
     def learned(self):
@@ -165,14 +165,16 @@ class Parts:
 
 
 @family("Stable Diffusion, text to image")
-def text_to_image(parts, scheduler):
-    pipe = diffusers.StableDiffusionPipeline(scheduler=scheduler, **parts.stable_diffusion)
+def text_to_image(parts, scheduler, unet=None):
+    networks = parts.stable_diffusion | ({} if unet is None else {"unet": unet})
+    pipe = diffusers.StableDiffusionPipeline(scheduler=scheduler, **networks)
     return pipe, {"prompt": "a cat", "output_type": "latent", **SIZE}
 
 
 @family("Stable Diffusion, image to image")
-def image_to_image(parts, scheduler):
-    pipe = diffusers.StableDiffusionImg2ImgPipeline(scheduler=scheduler, **parts.stable_diffusion)
+def image_to_image(parts, scheduler, unet=None):
+    networks = parts.stable_diffusion | ({} if unet is None else {"unet": unet})
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(scheduler=scheduler, **networks)
     return pipe, {"prompt": "a cat", "image": uniform(1, 3, 16, 16), "strength": 0.7, "output_type": "latent"}
 
 
@@ -225,6 +227,23 @@ def controlnet(parts, scheduler):
     return pipe, {"prompt": "a cat", "image": uniform(1, 3, 16, 16), "output_type": "latent", **SIZE}
 
 
+@family("PAG")
+def perturbed_attention(parts, scheduler):
+    networks = parts.stable_diffusion
+    pipe = diffusers.StableDiffusionPAGPipeline(scheduler=scheduler, pag_applied_layers=["mid"], **networks)
+    return pipe, {"prompt": "a cat", "pag_scale": 2.0, "output_type": "latent", **SIZE}
+
+
+@family("Upscaling")
+def upscaling(parts, scheduler):
+    names = ("vae", "text_encoder", "tokenizer")
+    networks = {name: parts.stable_diffusion[name] for name in names} | {"unet": parts.upscale}
+    pipe = diffusers.StableDiffusionUpscalePipeline(
+        scheduler=scheduler, low_res_scheduler=diffusers.DDPMScheduler(), max_noise_level=8, **networks
+    )
+    return pipe, {"prompt": "a cat", "image": uniform(1, 3, 8, 8), "noise_level": 5, "output_type": "latent"}
+
+
 @family("AnimateDiff")
 def animatediff(parts, scheduler):
     names = ("unet", "vae", "text_encoder", "tokenizer")
@@ -273,6 +292,27 @@ def ddpm(parts, scheduler, unet=None):
 @family("LEDITS++")
 def ledits(parts, scheduler):
     return diffusers.LEditsPPPipelineStableDiffusion(scheduler=scheduler, **parts.stable_diffusion), {}
+
+
+def panorama(parts, scheduler, views=1):
+    """All views are the whole picture: their mean is what one view gives."""
+    pipe = diffusers.StableDiffusionPanoramaPipeline(scheduler=scheduler, **parts.stable_diffusion)
+    pipe.get_views = lambda *args, **kwargs: [(0, 8, 0, 8)] * views
+    return pipe, {"prompt": "a cat", "output_type": "latent", **SIZE}
+
+
+def audio(parts, scheduler):
+    """The pipeline makes the timesteps floating point."""
+    torch.manual_seed(2)
+    unet = diffusers.UNet1DModel(
+        sample_size=64,
+        sample_rate=64,
+        extra_in_channels=16,
+        block_out_channels=(8, 8, 32),
+        down_block_types=("DownBlock1DNoSkip", "DownBlock1D", "DownBlock1D"),
+        up_block_types=("UpBlock1D", "UpBlock1D", "UpBlock1DNoSkip"),
+    ).eval()
+    return diffusers.DanceDiffusionPipeline(unet, scheduler), {}
 
 
 class Recorder:

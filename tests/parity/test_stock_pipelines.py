@@ -1,5 +1,6 @@
 """Our schedulers inside the stock pipelines, where a user's checkpoint already lives."""
 
+import functools
 import inspect
 import re
 from pathlib import Path
@@ -34,11 +35,13 @@ INVERTED = [
     "InstructPix2Pix",
     "Stable Diffusion XL",
     "ControlNet",
+    "PAG",
+    "Upscaling",
     "AnimateDiff",
     "AudioLDM2",
     "Marigold",
 ]
-SHAPES = {"AnimateDiff": (1, 4, 3, 8, 8), "AudioLDM2": (1, 4, 8, 4)}
+SHAPES = {"AnimateDiff": (1, 4, 3, 8, 8), "AudioLDM2": (1, 4, 8, 4)}  # of latents
 WORKS = {
     "GeneralizedDDIMScheduler": [*SAMPLED, SPLIT],
     "MultistepDDIMScheduler": [*SAMPLED, SPLIT],
@@ -275,3 +278,124 @@ def test_few_steps_with_guidance(parts, prediction_type, no_complaints):
     few = MultistepDDIMScheduler.from_config(stock.config)
     distances = [(images(each, 10) - solution).abs().mean() for each in (few, stock)]
     assert distances[0] < {"epsilon": 0.9, "v_prediction": 0.4}[prediction_type] * distances[1]
+
+
+@pytest.mark.parametrize("cls", [GeneralizedDDIMScheduler])
+def test_views_take_turns(parts, cls):
+    """The panorama saves and restores the scheduler's state for each view."""
+    one = run(tiny.panorama, parts, cls(**SD))[1]
+    times, sample = run(functools.partial(tiny.panorama, views=3), parts, cls(**SD))
+    assert times == [time for time in times[::3] for _ in range(3)]
+    near(sample, one)
+
+
+@pytest.mark.parametrize("cls", [GeneralizedDDIMScheduler, MultistepDDIMScheduler])
+def test_floating_point_times(parts, cls):
+    ours = cls(**SD)
+    times, sample = run(tiny.audio, parts, ours, 4)
+    pipe, _ = tiny.audio(parts, ours)
+    x = torch.randn(sample.shape, generator=seeded())
+    ours.set_timesteps(4)
+    for t in ours.timesteps:
+        with torch.no_grad():
+            x = ours.step(pipe.unet(x, t.float()).sample, t, x).prev_sample
+    assert times == ours.timesteps.tolist()
+    assert torch.equal(sample, x)
+
+
+# ---- noise that the config asks for ---------------------------------------------------------------------------------
+
+SD_TEXT, SD_IMAGE = "Stable Diffusion, text to image", "Stable Diffusion, image to image"
+NOISE = {
+    "eta": {"eta": 1.0},
+    "some": {"eta": 0.4},
+    "fixed_large": {"variance_type": "fixed_large"},
+    "optimal": {"variance_type": "optimal", "eps_mean_square": [0.4] * 1000},
+    "learned_range": {"variance_type": "learned_range"},
+}
+
+
+def paper(family):
+    """A config with ᾱ_0 = 1. Stable Diffusion's pipelines rewrite configs without an offset."""
+    return SD | {"set_alpha_to_one": True, "steps_offset": int("Stable" in family)}
+
+
+def draws(generator, shape):
+    """Count the draws of noise of a shape since the generator was seeded."""
+    again = seeded()
+    for count in range(100):
+        if torch.equal(again.get_state(), generator.get_state()):
+            return count
+        torch.randn(shape, generator=again)
+    raise AssertionError("another number was drawn")
+
+
+def made_for(parts, family, kind):
+    """The pipeline, with a network that predicts a variance if the scheduler needs it."""
+    if kind != "learned_range":
+        return FAMILIES[family]
+    unet = parts.learned if "Stable" in family else parts.unconditional_learned
+    return functools.partial(FAMILIES[family], unet=unet)
+
+
+def deaf(scheduler):
+    """Drop η from each step, as if the pipeline passed none."""
+    step = scheduler.step
+
+    @functools.wraps(step)
+    def quiet(*args, eta=None, **kwargs):
+        return step(*args, **kwargs)
+
+    scheduler.step = quiet
+    return scheduler
+
+
+@pytest.mark.parametrize("family", ["DDIMPipeline", "DDPMPipeline", SD_TEXT, SD_IMAGE])
+@pytest.mark.parametrize("kind", NOISE)
+def test_configured_noise_is_drawn(parts, family, kind):
+    """Stock pipelines pass η = 0 to each step whether or not the user asked for it."""
+    build = made_for(parts, family, kind)
+
+    def ours():
+        return GeneralizedDDIMScheduler(**paper(family), timestep_spacing="leading", **NOISE[kind])
+
+    generator = seeded()
+    times, sample = run(build, parts, ours(), generator=generator)
+    assert draws(generator, sample.shape) == (2 if family == SD_IMAGE else 1) + len(times) - 1  # none in the last
+    assert torch.equal(sample, run(build, parts, deaf(ours()))[1])
+
+
+@pytest.mark.parametrize("family", ["DDIMPipeline", SD_TEXT, SD_IMAGE])
+def test_noise_of_the_config_is_that_of_the_stock_call(parts, family):
+    """An η in the config is the η of a stock scheduler's call, and an η in the call replaces it."""
+    stock = DDIMScheduler(**paper(family))
+    for configured, called in [(1.0, {}), (0.4, {}), (1.0, {"eta": 0.3}), (0.0, {"eta": 0.3})]:
+        ours = GeneralizedDDIMScheduler(**paper(family), timestep_spacing="leading", eta=configured)
+        expected = run(FAMILIES[family], parts, stock, eta=called.get("eta", configured))[1]
+        near(run(FAMILIES[family], parts, ours, **called)[1], expected, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["DDIMPipeline", "DDPMPipeline", SD_TEXT, SD_IMAGE])
+@pytest.mark.parametrize("kind", ["fixed_large", "learned_range"])
+def test_large_and_learned_noise_are_those_of_the_stock_scheduler(parts, family, kind):
+    """The reference of DDIMPipeline is DDPMPipeline: the stock scheduler of these kinds of noise takes no η."""
+    plain = {key: value for key, value in paper(family).items() if key != "set_alpha_to_one"}
+    stock = DDPMScheduler(**plain, variance_type=kind, timestep_spacing="leading")
+    ours = GeneralizedDDIMScheduler(**paper(family), timestep_spacing="leading", **NOISE[kind])
+    reference = made_for(parts, "DDPMPipeline" if family == "DDIMPipeline" else family, kind)
+    plan = {"num_inference_steps": None, "timesteps": [901, 650, 333, 120, 0]} if "Stable" in family else {}
+    times, sample = run(made_for(parts, family, kind), parts, ours, **plan)
+    expected_times, expected = run(reference, parts, stock, **plan)
+    assert times == expected_times
+    near(sample, expected, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["DDIMPipeline", SD_TEXT, SD_IMAGE])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_multistep_noise_is_drawn(parts, family, eta):
+    generator, ours = seeded(), MultistepDDIMScheduler(**paper(family), eta=eta)
+    times, sample = run(FAMILIES[family], parts, ours, generator=generator)
+    noisy = len(times) - 1 if eta else 0
+    assert draws(generator, sample.shape) == (2 if family == SD_IMAGE else 1) + noisy
+    assert times == ours.timesteps.tolist()[-len(times) :]
+    assert torch.equal(sample, run(FAMILIES[family], parts, deaf(MultistepDDIMScheduler(**paper(family), eta=eta)))[1])
