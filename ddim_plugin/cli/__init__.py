@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped.append(128 + number)
         raise KeyboardInterrupt
 
-    is_main = threading.current_thread() is threading.main_thread()
-    handled = [each for each in (signal.SIGINT, signal.SIGTERM) if is_main and signal.getsignal(each) != signal.SIG_IGN]
+    handled = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) != signal.SIG_IGN]
     before = [(each, signal.signal(each, stop)) for each in handled]
     try:
         from .parser import parse

@@ -8,7 +8,6 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -176,14 +175,10 @@ def _check(args: Namespace, files: Sequence[str]) -> Path:
             raise ValueError(f"{place} exists: choose another --output, or pass --overwrite")
         names = [each.name for each in place.iterdir()] if place.is_dir() else []
         if "model_index.json" not in names and not all(re.fullmatch(r"\d{6,}\.png", name) for name in names):
-            raise ValueError(
-                f"--overwrite replaces models and samples, and {place} is neither: choose another --output"
-            )
+            raise ValueError(f"--overwrite replaces models and samples only, not {place}: choose another --output")
     parent = next(path for path in (Path(args.output), *Path(args.output).absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(
-            f"--output {args.output} cannot be written, since {parent} is no writable folder: give another"
-        )
+        raise ValueError(f"--output {args.output} is not possible, since {parent} is no writable folder: give another")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -218,7 +213,7 @@ def _files(args: Namespace) -> list[str]:
 
 def _load(args: Namespace, changes: dict[str, Any]) -> GeneralizedDDIMPipeline:
     """Load the model, and change those settings of its scheduler that are not None."""
-    with nullcontext() if Path(args.model).is_dir() else explained(args.model, revision=args.revision):
+    with explained(args.model, revision=args.revision):
         pipe = GeneralizedDDIMPipeline.from_pretrained(args.model, revision=args.revision)
     check_channels(pipe.unet.config.in_channels)
     before, changes = pipe.scheduler.config, changes | {"timestep_spacing": args.spacing}

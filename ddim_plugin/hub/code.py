@@ -19,7 +19,7 @@ STALE = re.compile(r"(scheduler/)?ddim_plugin_\d+_\d+\w*\.py")  # names of the c
 
 HEADER = f'''"""ddim-plugin {__version__} in one file: Denoising Diffusion Implicit Models for Hugging Face diffusers.
 
-Each function is a module of the package, with docstrings cut to their first paragraph. License: Apache-2.0.
+Each function is a module of the package. License: Apache-2.0.
 """
 
 from types import SimpleNamespace
@@ -64,12 +64,7 @@ def join(entry: str, read: Callable[[str], str | None]) -> str:
                 lines[node.lineno - 1 : node.end_lineno] = []
                 start = f"from {node.module} import" if isinstance(node, ast.ImportFrom) else "import"
                 libraries.setdefault(start, set()).update(map(ast.unparse, node.names))
-            elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
-                start, end = node.body[0].lineno - 1, node.body[0].end_lineno
-                if "" in lines[start:end]:
-                    blank = lines.index("", start)
-                    lines[start:end] = [*lines[start : blank - 1], f'{lines[blank - 1]}"""']
-        bodies[_flat(module)] = re.sub(r"\n{2,}", "\n\n", textwrap.indent("\n".join(lines), "    "))
+        bodies[_flat(module)] = textwrap.indent("\n".join(lines), "    ")
 
     def assignment(module: str, node: ast.ImportFrom) -> str:
         base = ".".join([*module.split(".")[: -node.level], *filter(None, [node.module])])

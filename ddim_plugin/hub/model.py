@@ -14,7 +14,7 @@ from ..schedulers import KEY, InverseDDIMScheduler, sampler_class
 from .card import card, is_written_here, license_of
 from .code import code
 from .files import read_object, weights_digest
-from .records import GRID, README, RESULTS, public, read_records
+from .records import GRID, README, RESULTS, TRAINING, public, read_records
 
 INDEX, UNET, SCHEDULER = CONFIGS = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
 STEPS = 20  # s for the images of a card
@@ -85,7 +85,7 @@ class Model:
         pipe = GeneralizedDDIMPipeline(unet, scheduler).to("cuda" if torch.cuda.is_available() else "cpu")
         pipe.set_progress_bar_config(disable=True)
         steps = min(STEPS, scheduler.config.num_train_timesteps)
-        classes = len(self.records.training.get("classes") or ()) or unet.config.num_class_embeds
+        classes = len(self.records.files.get(TRAINING, {}).get("classes", ())) or unet.config.num_class_embeds
         labels = [i % classes for i in range(number)] if classes else None
         generators = [torch.Generator().manual_seed(i) for i in range(number)]
         images = pipe(number, steps, generator=generators, class_labels=labels, output_type="np").images

@@ -6,12 +6,11 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from glob import escape
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, constants, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..process.spacings import is_integer
@@ -42,18 +41,15 @@ def push_folder(
 ) -> CommitInfo:
     """Push what `save_pretrained` or the training script wrote, in one commit. The folder is not changed.
 
-    The weights of all variants are pushed, with the records and pictures that are in `records`. A README.md that
-    somebody wrote is the card: the one in the folder, or else the one in the repository. If the repository has a model
-    of this package with other weights, its weights and records are deleted.
+    A README.md that somebody wrote is the card: the one in the folder, or else the one in the repository. If the
+    repository has a model of this package with other weights, its weights and records are deleted.
 
     Args:
-        folder: the folder of a pipeline.
-        repo_id: id of the repository. It is created if it does not exist.
+        folder: the folder of a pipeline. The weights of all variants are pushed.
+        repo_id, revision: the repository and its branch (main by default). They are created if they do not exist.
         commit_message, private, token, create_pr: as for the `push_to_hub` of diffusers.
-        revision: the branch, created if it does not exist; main by default.
         license: the Hub's id of the licence of the weights.
-        records: folder with `results.json`, `training.json`, `samples.png`, `loss.png` and the pictures that
-            `results.json` names; `folder` by default.
+        records: folder with records and pictures, as `model_cards/README.md` describes; `folder` by default.
         card: whether to write a card. By default if there are records or samples, or an earlier card to update.
         samples: number of images to generate for the card; none by default.
 
@@ -67,7 +63,7 @@ def push_folder(
     model = Model(folder, records)
     api = HfApi(token=token)
     repo_id = open_repo(api, repo_id, private)
-    with tempfile.TemporaryDirectory() as scratch, explained(repo_id, token, revision):
+    with explained(repo_id, token, revision):
         if revision is not None and not revision.startswith("refs/") and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         repo = _Repo(api, repo_id, revision, model)
@@ -77,18 +73,14 @@ def push_folder(
             before = license_of(repo.card) if repo.card_is_ours and repo.is_same else None
             license = license or model.license or before
             model.files[README] = model.card(repo_id, license, None if create_pr else revision).encode()
-        for name, content in model.files.items():
-            path = Path(scratch, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content.read_bytes() if isinstance(content, Path) else content)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=scratch,
+        return api.create_commit(
+            repo_id,
+            [CommitOperationDelete(name) for name in sorted(repo.stale() - model.files.keys())]
+            + [CommitOperationAdd(name, content) for name, content in sorted(model.files.items())],
             commit_message=commit_message or "Upload GeneralizedDDIMPipeline",
             revision=revision,
             create_pr=create_pr,
             parent_commit=repo.commit,
-            delete_patterns=[escape(name) for name in sorted(repo.stale() - model.files.keys())] or None,
         )
 
 
@@ -145,9 +137,7 @@ def push_to_hub(
     self: GeneralizedDDIMPipeline,
     repo_id: str,
     commit_message: str | None = None,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    create_pr: bool = False,
+    *,
     safe_serialization: bool = True,
     variant: str | None = None,
     records: str | os.PathLike | None = None,
@@ -160,19 +150,18 @@ def push_to_hub(
         variant: name of the weights, such as "fp16" for a network in half precision.
         records: folder with records and pictures. By default the one that this pipeline was loaded from, if its weights
             are still those.
-        settings: revision, license, card and samples. These and the others are as for `push_folder`.
+        settings: as for `push_folder`.
     """
     if not safe_serialization:
         raise ValueError("pickles are not pushed: leave out safe_serialization=False")
     kind, source = type(self), self.name_or_path or ""
     if kind is not GeneralizedDDIMPipeline:
         raise ValueError(f"a {kind.__name__} has code of its own, which is not pushed: push a GeneralizedDDIMPipeline")
-    settings |= {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
     with tempfile.TemporaryDirectory() as folder:
         self.save_pretrained(folder, variant=variant)
         if records is None and os.path.isdir(source) and same_weights(folder, source, variant):
             records = source
-        return push_folder(folder, repo_id, records=records, **settings)
+        return push_folder(folder, repo_id, commit_message=commit_message, records=records, **settings)
 
 
 GeneralizedDDIMPipeline.push_to_hub = push_to_hub
@@ -211,28 +200,24 @@ def explained(repo_id: str, token: Any = None, revision: str | None = None) -> I
     try:
         yield
     except Exception as error:
-        remedy = _remedy(error, repo_id, revision)
+        chain, where = [error], constants.ENDPOINT
+        while cause := chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(cause)
+        statuses = [getattr(getattr(each, "response", None), "status_code", "") for each in chain]
+        kinds = [f"{type(each).__name__} {status}" for each, status in zip(chain, statuses, strict=True)]
+        remedies = {
+            "HFValidation": f"{repo_id!r} is no id of a repository: it must be like user/model",
+            "RevisionNotFound": f"{repo_id} has no revision {revision!r} on {where}: use an existing branch",
+            "Repository|Gated": f"{repo_id} was not found on {where}, or it is private: log in, or check the id",
+            ".*EntryNotFound": f"{repo_id} on {where} is no pipeline, since a file was not found: check the id",
+            ".* 401": f"{where} refused the token for {repo_id}: log in with `hf auth login`, or pass another token",
+            ".* 403": f"the token may not write to {repo_id} on {where}: use a token with write access",
+            ".* 412": f"somebody else pushed to {repo_id} at the same time: push again",
+            r".* \d": f"{where} answered with status {max(statuses, key=str)} for {repo_id}: try again later",
+            "LocalToken": f"{where} requires a token for {repo_id}: log in with `hf auth login`, or set HF_TOKEN",
+            ".*(Connect|Timeout|Protocol|Offline|Pipe)": f"{where} cannot be reached: check the connection",
+        }
+        remedy = next((remedies[each] for each in remedies if any(re.match(each, kind) for kind in kinds)), None)
         if remedy is None:
             raise
         raise OSError(remedy) from error
-
-
-def _remedy(error: BaseException, repo_id: str, revision: str | None) -> str | None:
-    """Return the message and the remedy for a failure of the Hub's client."""
-    where, chain = constants.ENDPOINT, [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
-    statuses = [getattr(getattr(each, "response", None), "status_code", "") for each in chain]
-    kinds = [f"{type(each).__name__} {status}" for each, status in zip(chain, statuses, strict=True)]
-    remedies = {
-        "HFValidation": f"{repo_id!r} is no id of a repository: it must be like user/model",
-        "RevisionNotFound": f"{repo_id} has no revision {revision!r} on {where}: use an existing branch",
-        "Repository|Gated": f"Repository {repo_id} was not found on {where}, or it is private: log in, or check the id",
-        ".* 401": f"{where} refused the token for {repo_id}: log in with `hf auth login`, or pass another token",
-        ".* 403": f"the token may not write to {repo_id} on {where}: use a token with write access",
-        ".* 412": f"somebody else pushed to {repo_id} at the same time: push again",
-        r".* \d": f"{where} answered with status {max(statuses, key=str)} for {repo_id}: try again later",
-        "LocalToken": f"{where} requires a token for {repo_id}: log in with `hf auth login`, or set HF_TOKEN",
-        ".*(Connect|Timeout|Protocol|Offline|Pipe)": f"{where} cannot be reached: check the connection, and push again",
-    }
-    return next((remedies[each] for each in remedies if any(re.match(each, kind) for kind in kinds)), None)

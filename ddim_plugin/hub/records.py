@@ -12,12 +12,9 @@ from typing import Any
 from .files import read_object
 
 README, RESULTS, TRAINING, CONVERSION = "README.md", "results.json", "training.json", "conversion.json"
-SAMPLE = "sample.json"
-TYPES = {RESULTS: {"model": dict}, TRAINING: {"config": dict, "classes": list}, CONVERSION: {"source": dict}}
-TYPES |= {SAMPLE: {"settings": dict}}
-"""Types of entries in the records."""
-
-GRID, LOSS = "samples.png", "loss.png"
+GRID, LOSS, SAMPLE = "samples.png", "loss.png", "sample.json"
+TYPES = {RESULTS: {"model": dict}, TRAINING: {"config": dict, "classes": list}, SAMPLE: {"settings": dict}}
+TYPES |= {CONVERSION: {"source": dict}}  # of entries in the records
 PICTURE = re.compile(r"[\w-]+\.png")
 
 PATH = re.compile(
@@ -36,10 +33,6 @@ class Records:
     captions: dict[str, str]  # of the sample grid, and of the pictures that `results.json` names
     digest: str | None = None  # of the weights that the results were measured on, if it was recorded
 
-    @property
-    def training(self) -> dict[str, Any]:
-        return self.files.get(TRAINING, {})
-
 
 def read_records(folder: Path) -> Records:
     """Read the records in a folder. Raises ValueError for records that are not as the scripts write them."""
@@ -47,10 +40,9 @@ def read_records(folder: Path) -> Records:
     made, results = found.pop(SAMPLE, {}).get("settings", {}), found.get(RESULTS, {})
     listed = listed_pictures(results.get("pictures", {}), folder / RESULTS)
     pictures = {name: folder / name for name in (GRID, LOSS, *listed) if (folder / name).is_file()}
-    previews = sorted(folder.glob("previews/*.png"))
-    if GRID not in pictures:
+    if GRID not in pictures and (previews := sorted(folder.glob("previews/*.png"))):
         made = {"steps": found.get(TRAINING, {}).get("config", {}).get("preview_steps"), "eta": 0}
-        pictures |= {GRID: previews[-1]} if previews else {}
+        pictures[GRID] = previews[-1]
     words = {"S": made.get("steps"), "η": made.get("eta"), "the first seed": made.get("seed")}
     words = ["Samples", *(f"{name} = {value}" for name, value in words.items() if value is not None)]
     captions = {GRID: f"{', '.join(words)}."} | {name: public(text) for name, text in listed.items() if text}

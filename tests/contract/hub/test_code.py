@@ -1,10 +1,12 @@
 """The code file: what it joins, what it refuses, and that diffusers finds nothing more to copy."""
 
 import importlib.util
+import json
 import pickle
 import re
 import sys
 
+import diffusers
 import pytest
 import torch
 from diffusers.utils import dynamic_modules_utils as dynamic
@@ -99,12 +101,15 @@ def test_a_name_that_a_module_does_not_define_is_refused():
         joined({"a": "def f():\n    return 1\n", "b": "from .a import missing\n"}, "b")
 
 
-def test_docstrings_are_cut_to_their_first_paragraph():
-    source = (
-        '"""A module.\n\nMore.\n"""\n\n\ndef f():\n    """Return one\n    thing.\n\n    More.\n    """\n    return 1\n'
-    )
-    assert "More." not in builder.join("a", {"a": source}.get)
-    assert joined({"a": source}, "a")["f"].__doc__.split() == ["Return", "one", "thing."]
+def test_libraries_are_imported_once_for_all_modules():
+    """A class may have a method of the name of a function that it uses: the body of a class does not look around it."""
+    first = "import os.path\nfrom math import (\n    sqrt,\n    pi as π,\n)\n\n\nclass Root:\n    half = sqrt(0.25)\n\n"
+    first += "    def sqrt(self):\n        return sqrt(π)\n"
+    second = "from math import sqrt\n\nfrom .a import Root\n\n\ndef both():\n    import os as o\n\n"
+    second += "    return Root.half, Root().sqrt() == sqrt(3.141592653589793), o.path\n"
+    text = builder.join("b", {"a": first, "b": second}.get)
+    assert text.startswith("from math import pi as π, sqrt\nimport os.path\n\n\ndef _ddim_a")
+    assert joined({"a": first, "b": second}, "b")["both"]()[:2] == (0.5, True)
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------
@@ -186,3 +191,19 @@ def test_every_spacing_and_schedule_is_the_package_s(flat):
         for each in schedulers:
             each.set_timesteps(7)
         assert torch.equal(*(each.timesteps for each in schedulers))
+
+
+def test_other_pipelines_save_its_schedulers_as_stock(flat, tmp_path, make_unet):
+    """Not under the name of the file, which readers do not have; also beside the schedulers of the package."""
+    for kind, module in enumerate((flat, ddim_plugin, flat)):
+        scheduler = module.MultistepDDIMScheduler(solver_order=2, beta_schedule="sigmoid")
+        pipe = diffusers.DDPMPipeline(make_unet(), scheduler)
+        pipe.save_pretrained(tmp_path / str(kind))
+        index = json.loads((tmp_path / str(kind) / "model_index.json").read_text())
+        assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+        assert index["unet"] == ["diffusers", "UNet2DModel"]
+        again = diffusers.DDPMPipeline.from_pretrained(tmp_path / str(kind))
+        assert type(again.scheduler) is diffusers.DDIMScheduler
+        ours = ddim_plugin.restore_scheduler(again).scheduler
+        assert type(ours) is ddim_plugin.MultistepDDIMScheduler
+        assert ours.config.solver_order == 2

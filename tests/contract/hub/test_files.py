@@ -1,10 +1,13 @@
 """Files and folders are replaced completely or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
+from diffusers import UNet2DModel
 
 from ddim_plugin.hub.files import read_object, replace_folder, write_file
+from ddim_plugin.pipelines.saved import finish
 
 
 def test_a_folder_that_cannot_be_put_in_place_leaves_the_one_before_it(tmp_path, monkeypatch):
@@ -45,6 +48,7 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before_it(tmp_path, monkey
         patch.setattr(Path, "write_bytes", fails)
         with pytest.raises(OSError, match="the disk is full"):
             write_file(file, '{"a": 2}')
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
     assert read_object(file) == {"a": 1}
     write_file(file, b'{"a": 3}')
     assert read_object(file) == {"a": 3}
@@ -52,3 +56,23 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before_it(tmp_path, monkey
         file.write_text(text)
         with pytest.raises(ValueError, match=r"a\.json"):
             read_object(file)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
+def test_a_saved_network_has_one_mode_and_no_path(make_unet, tmp_path, umask):
+    """Whole or in shards, with all its variants."""
+    make_unet().save_pretrained(tmp_path / "first")
+    unet = UNet2DModel.from_pretrained(tmp_path / "first")
+    before = os.umask(umask)
+    try:
+        unet.save_pretrained(tmp_path / "unet", max_shard_size="50KB")
+        unet.save_pretrained(tmp_path / "unet", variant="fp16")
+    finally:
+        os.umask(before)
+    finish(tmp_path / "unet")
+    files = [*(tmp_path / "unet").iterdir()]
+    assert len([file for file in files if file.suffix == ".safetensors"]) > 2
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
+    saved, loaded = ((tmp_path / name / "config.json").read_text() for name in ("unet", "first"))
+    assert saved == loaded  # the first network was not loaded from anywhere
+    assert UNet2DModel.from_pretrained(tmp_path / "unet").config["sample_size"] == 8

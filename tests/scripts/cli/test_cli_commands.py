@@ -136,7 +136,7 @@ def test_fit_and_the_multistep_method(model, pictures, tmp_path, capsys):
     (tmp_path / "other" / "model").mkdir(parents=True)
     (tmp_path / "other" / "model" / "code.py").write_text("precious")
     run("fit", model, "--steps", 2, *settings, "--overwrite", "--output", tmp_path / "other", ok=False)
-    assert "--overwrite replaces models and samples, and" in capsys.readouterr().err
+    assert "--overwrite replaces models and samples only, not" in capsys.readouterr().err
     assert (tmp_path / "other" / "model" / "code.py").exists()
     run("fit", model, "--steps", 2, *settings, "--dtype", "bfloat16", "--output", tmp_path / "half")
     weights = [

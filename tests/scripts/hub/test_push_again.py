@@ -180,3 +180,52 @@ def test_a_card_with_notes_of_somebody_stays(hub, folder):
     (folder / "results.json").write_text(json.dumps({"results": RESULTS["results"] * 2}))
     push_folder(folder, REPO)
     assert card(hub) == noted
+
+
+# ---- cards that are kept, and the pictures in them ------------------------------------------------------------------
+
+LINKS = {
+    "markdown": "![four digits](samples.png)",
+    "html": '<img src="./samples.png" width="200">',
+    "address": "![](https://huggingface.co/ada/digits/resolve/main/samples.png)",
+    "widget": "---\nlicense: mit\nwidget:\n- text: a digit\n  output:\n    url: samples.png\n---\n",
+}
+
+
+@pytest.mark.parametrize("text", LINKS.values(), ids=LINKS)
+def test_pictures_in_a_card_of_somebody_stay(hub, folder, make_unet, text):
+    push_folder(folder, REPO)
+    hub.change(REPO, {"README.md": f"{text}\nMine.\n".encode()}, title="by hand")
+    GeneralizedDDIMPipeline(make_unet(seed=9), GeneralizedDDIMScheduler()).push_to_hub(REPO)
+    files = hub.files(REPO)
+    assert "Mine." in card(hub)
+    assert "samples.png" in files
+    assert not {"loss.png", "results.json", "training.json"} & files.keys()  # the card does not show these
+
+
+def test_pictures_in_a_card_of_the_folder_stay(hub, folder):
+    """The card is in the folder, and the picture in the repository alone."""
+    (folder / "results.json").write_text(json.dumps(RESULTS | {"pictures": ["figure4.png"]}))
+    (folder / "figure4.png").write_bytes((folder / "loss.png").read_bytes())
+    push_folder(folder, REPO)
+    (folder / "figure4.png").unlink()
+    (folder / "loss.png").unlink()
+    (folder / "README.md").write_text("# Mine\n\n![](figure4.png)\n")
+    push_folder(folder, REPO)
+    assert card(hub).startswith("# Mine")
+    assert "figure4.png" in hub.files(REPO)
+    assert "loss.png" not in hub.files(REPO)
+
+
+def test_pictures_in_a_card_of_ours_that_is_kept_stay(hub, folder):
+    """No new card is wanted, and the pushed records have one picture less."""
+    (folder / "results.json").write_text(json.dumps(RESULTS | {"pictures": {"figure4.png": "Four"}}))
+    (folder / "figure4.png").write_bytes((folder / "loss.png").read_bytes())
+    push_folder(folder, REPO)
+    (folder / "figure4.png").unlink()
+    push_folder(folder, REPO, card=False)
+    assert "](figure4.png)" in card(hub)
+    assert "figure4.png" in hub.files(REPO)
+    push_folder(folder, REPO)
+    assert "figure4.png" not in card(hub)
+    assert "figure4.png" not in hub.files(REPO)

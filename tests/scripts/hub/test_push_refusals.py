@@ -11,10 +11,12 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from loopback_hub import LoopbackHub
-from pushing import READS, REPO, TOKEN, digest, pipeline
+from pushing import READS, REPO, RESULTS, TOKEN, digest, pipeline
 
+from ddim_plugin import cli
 from ddim_plugin.hub.code import code
 from ddim_plugin.hub.push import push_folder
+from ddim_plugin.hub.records import read_records
 
 
 def broken(folder, problem):
@@ -67,6 +69,40 @@ def broken(folder, problem):
 def test_nothing_is_sent_of_what_is_not_right(hub, folder, problem, said):
     with pytest.raises((ValueError, OSError), match=said):
         push_folder(broken(folder, problem), REPO)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["results.json", "training.json", "conversion.json", "sample.json"])
+@pytest.mark.parametrize("content", ["", '{"results": [', "[1, 2]", '"text"', "null", "\x00\x01", "[" * 100_000])
+def test_a_record_that_cannot_be_read_is_named(folder, name, content):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"(cannot read )?{folder / name}(: | contains no JSON object)"):
+        read_records(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("training.json", {"config": ["--data", "faces"]}),  # of other programs
+        ("training.json", {"config": None}),
+        ("training.json", {"config": {}, "classes": 10}),
+        ("results.json", {"all": {"acc": 0.9}}),
+        ("results.json", {"results": {"fid": 4.2}}),
+        ("results.json", {"results": [], "model": "ddim"}),
+        ("results.json", {"results": [], "pictures": "figure4.png"}),
+        ("results.json", {"results": [RESULTS["results"][0] | {"num_inference_steps": "ten"}]}),
+        ("results.json", {"results": [RESULTS["results"][0] | {"value": float("nan")}]}),
+        ("conversion.json", {"source": "model.pt"}),
+        ("sample.json", {"settings": [1]}),
+    ],
+)
+def test_a_record_of_another_program_is_named(hub, folder, capsys, name, content):
+    (folder / name).write_text(json.dumps(content))
+    assert cli.main(["push", str(folder), REPO]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("ddim-plugin push: ")
+    assert str(folder / name) in said.splitlines()[0]
+    assert len(said.splitlines()) == 1
     assert hub.requests == []
 
 
