@@ -27,9 +27,11 @@ from .config import TrainConfig
 from .report import attempt, plot_loss
 from .settings import write_json
 
-INDEX, PART = "model_index.json", "pipeline.part"
+INDEX, RECORD, PART = "model_index.json", "training.json", "pipeline.part"
+LAST = (RECORD, INDEX)
+"""Files that are put in place after all others, the first of these at the end."""
 
-WRITTEN = (INDEX, "unet", "scheduler", "training.json", "loss.png", "log.jsonl", "previews", "checkpoints")
+WRITTEN = (INDEX, "unet", "scheduler", RECORD, "loss.png", "log.jsonl", "previews", "checkpoints")
 WRITTEN += ("trackers", PART, "results.json", "samples.png", "sample.json")
 """What a run, or a script that reads its pipeline, writes there: --overwrite replaces these and nothing else."""
 
@@ -49,7 +51,7 @@ def check_output(config: TrainConfig) -> None:
             raise ValueError(f"the output {config.output} and the data {name} lie in one another: keep them apart")
     if not output.exists() or (output.is_dir() and {part.name for part in output.iterdir()} <= {LOCK}):
         return
-    if not (output / "training.json").is_file():
+    if not (output / RECORD).is_file():
         raise ValueError(
             f"the output {config.output} holds something else than a run: choose another folder"
             if not config.overwrite
@@ -107,7 +109,8 @@ def set_aside(output: Path) -> None:
 def replace_pipeline(output: Path) -> Iterator[Path]:
     """Yield an empty folder whose files replace those of the pipeline in `output` at the end; other files stay.
 
-    `model_index.json` is deleted first and comes last, so that a folder that has it is complete.
+    `model_index.json` is deleted first and comes last, so that a folder that has it is complete. After it comes
+    `training.json`, which calls the run finished.
     Raises OSError if safetensors fails to write.
     """
     aside = output / PART
@@ -117,7 +120,7 @@ def replace_pipeline(output: Path) -> Iterator[Path]:
         yield aside
         share(aside)
         (output / INDEX).unlink(missing_ok=True)
-        for part in sorted(aside.iterdir(), key=lambda part: (part.name == INDEX, part.name)):
+        for part in sorted(aside.iterdir(), key=lambda part: (*(part.name == last for last in LAST), part.name)):
             target = output / part.name
             if target.is_dir():
                 shutil.rmtree(target)
@@ -160,7 +163,7 @@ def save(
         with replace_pipeline(output) as aside:
             pipe.save_pretrained(aside)
             save_file(raw, aside / "unet" / RAW)
-        write_json(output / "training.json", result)  # "finished" only now
+            write_json(aside / RECORD, result)
     except OSError as error:
         raise OSError(f"cannot save the pipeline: {error}. Make room, and continue with --resume latest") from error
     attempt("the loss is not plotted", plot_loss, lines, output / "loss.png")

@@ -1,0 +1,266 @@
+"""The guard of all scripts: signals, errors, output folders, processes, names of models."""
+
+import ast
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import evaluate
+import guard
+import nll
+import pytest
+import reconstruct
+import sample
+import train
+from guard.names import check_model
+from trainer.settings import build
+
+from ddim_plugin import GeneralizedDDIMPipeline
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "training").glob("*.py"))
+BOTH = pytest.mark.parametrize("number", guard.signals.CAUGHT)
+
+
+def python(code, *arguments, **env):
+    """Run code that finds our modules, as a script of the name of the test."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'training')!r}); sys.argv[0] = 'tried.py'\n{code}"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, cwd=ROOT, timeout=120)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_is_guarded_from_its_first_import_on(path):
+    _, first, second, *others = ast.parse(path.read_text()).body
+    assert ast.unparse(first) == "import guard"
+    assert ast.unparse(second) == "if __name__ == '__main__':\n    guard.start()"
+    (main,) = [each for each in others if getattr(each, "name", None) == "main"]
+    assert [ast.unparse(each).split("(")[0] for each in main.decorator_list] == ["guard.output"]
+    assert ast.unparse(others[-1]).startswith("if __name__ == '__main__':\n    with guard.program(")
+
+
+# ---- signals -------------------------------------------------------------------------------------------------------
+
+IMPORTING = """
+import os, runpy
+script, module, number = sys.argv[1:]
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), int(number))
+sys.meta_path.insert(0, Finder())
+sys.argv = [script]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("script", "module"), [("train.py", "torch"), ("nll.py", "numpy"), ("demo.py", "trainer.settings")]
+)
+def test_a_signal_during_imports_is_a_line(script, module, number):
+    done = python(IMPORTING, ROOT / "training" / script, module, int(number))
+    assert done.returncode == 128 + number
+    assert done.stderr == f"{script}: {number.name}: ended before anything was written\n"
+    assert done.stdout == ""
+
+
+SCRIPT = """
+import guard
+guard.start()
+import os, signal
+guard.signals.PATIENCE = 0.0
+def send(): os.kill(os.getpid(), {number})
+class Gone:
+    def __del__(self): send()
+def write_file():
+    send()
+    for i in range(9): print(i, end="", flush=True)
+with guard.program("Start it again"):
+    {body}
+"""
+
+
+def tried(number, body):
+    return python(SCRIPT.format(number=int(number), body=body.replace("\n", "\n    ")))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("body", "printed"),
+    [
+        ("print('a', flush=True)\nsend()\nprint('b')", "a\n"),
+        ("try: send()\nfinally: print('cleaned')", "cleaned\n"),
+        ("write_file()\nimport time; time.sleep(9)\nprint('b')", "012345678"),  # a file is written to its end
+        ("Gone()\nimport time; time.sleep(9)\nprint('b')", ""),  # an exception that is dropped is raised again
+        ("try: send()\nexcept Exception: print('b')", ""),
+    ],
+)
+def test_a_signal_ends_a_script_at_the_next_safe_point(number, body, printed):
+    done = tried(number, body)
+    assert (done.returncode, done.stdout) == (128 + number, printed)
+    assert done.stderr == f"tried.py: {number.name}: ending; what is complete is kept. Start it again\n"
+
+
+@BOTH
+def test_a_loop_ends_after_its_step_and_a_second_signal_before(number):
+    step = "with guard.ending_after_a_step('ending after this step') as found:\n  send()\n  print(found.received)"
+    done = tried(number, step + "\nprint('saved')")
+    assert (done.returncode, done.stdout) == (0, f"{int(number)}\nsaved\n")
+    assert done.stderr == f"tried.py: {number.name}: ending after this step\n"
+    done = tried(number, step + "\n  send()\n  print('b')")
+    assert (done.returncode, done.stdout) == (128 + number, f"{int(number)}\n")
+    assert done.stderr.splitlines()[1] == (
+        f"tried.py: {number.name} again: ending now; what is complete is kept. Start it again"
+    )
+    done = tried(number, f"guard.signals.PATIENCE = 99.0\n{step}\n  send()\n  print('once')")  # by launchers, twice
+    assert (done.returncode, done.stdout) == (0, f"{int(number)}\nonce\n")
+    done = tried(number, f"{step}\n  try: send()\n  finally:\n   send()\n   print('b')")  # code that cleans up too long
+    assert (done.returncode, done.stdout) == (128 + number, f"{int(number)}\n")
+
+
+def test_what_a_signal_breaks_is_no_traceback():
+    done = tried(signal.SIGTERM, "try: send()\nexcept BaseException: raise RuntimeError('connection lost')")
+    assert (done.returncode, done.stderr.count("\n")) == (143, 1)
+
+
+@pytest.mark.parametrize("error", ["ValueError('a\\n  b')", "OSError('a b')", "ModuleNotFoundError('a b')"])
+def test_an_error_is_a_line(error):
+    done = tried(signal.SIGTERM, f"raise {error}")
+    assert (done.returncode, done.stderr) == (1, "tried.py: a b\n")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    assert "Traceback" in tried(signal.SIGTERM, "{}['a']").stderr
+
+
+def test_stderr_on_a_disk_that_is_full():
+    """Neither a warning nor the line of a signal raises."""
+    body = "os.dup2(os.open('/dev/full', os.O_WRONLY), 2)\nguard.warn('a')\nsend()"
+    assert tried(signal.SIGTERM, body).returncode == 143
+
+
+# ---- output folders ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_folder_has_one_owner(tmp_path, whole):
+    folder = tmp_path / "a" / "b"
+    with guard.owned(folder, whole):
+        assert folder.exists() is not whole
+        with pytest.raises(ValueError, match=rf"{folder} is in use by process {os.getpid()} on "):
+            guard.owned(folder, whole).__enter__()
+        done = python("import guard; guard.owned(sys.argv[1], bool(int(sys.argv[2]))).__enter__()", folder, int(whole))
+        assert f"is in use by process {os.getpid()} on " in done.stderr
+        with guard.owned(tmp_path / "a" / "c", whole):
+            pass
+    assert list(tmp_path.iterdir()) == []  # what it created and nobody filled
+    with guard.owned(folder, whole):
+        folder.mkdir(exist_ok=True)
+        (folder / "result").touch()
+    assert [each.name for each in (tmp_path / "a").rglob("*")] == ["b", "result"]
+
+
+def test_the_lock_of_a_killed_owner_is_free(tmp_path):
+    done = python(
+        "import guard, os; owner = guard.owned(sys.argv[1]); owner.__enter__(); os.kill(os.getpid(), 9)", tmp_path
+    )
+    assert done.returncode == -9
+    assert (tmp_path / guard.LOCK).exists()
+    with guard.owned(tmp_path):
+        assert json.loads((tmp_path / guard.LOCK).read_text())["process"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+CONFIGS = [
+    (train, "TrainConfig", {}),
+    (sample, "SampleConfig", {"model": "user/model"}),
+    (nll, "NLLConfig", {"model": "user/model"}),
+    (reconstruct, "ReconstructConfig", {"model": "user/model"}),
+    (evaluate, "EvaluateConfig", {"model": "user/model", "reference": "digits"}),
+]
+EACH = pytest.mark.parametrize(("script", "config", "values"), CONFIGS, ids=[each[0].__name__ for each in CONFIGS])
+
+
+def main(script, config, values, output, **changes):
+    return script.main(build(getattr(script, config), values | {"output": str(output)} | changes))
+
+
+@EACH
+def test_no_script_writes_into_the_folder_of_a_live_run(script, config, values, tmp_path):
+    with guard.owned(tmp_path), pytest.raises(ValueError, match="is in use by process"):
+        main(script, config, values, tmp_path, overwrite=True)
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------
+
+LAUNCHED = [{"WORLD_SIZE": "2", "RANK": "0"}, {"OMPI_COMM_WORLD_SIZE": "4"}, {"PMI_SIZE": "3", "PMI_RANK": "0"}]
+LAUNCHED += [{"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}]
+
+
+@pytest.mark.parametrize("env", LAUNCHED, ids=lambda env: next(iter(env)))
+def test_processes_that_do_not_know_of_each_other(env, monkeypatch):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=rf"processes were launched that do not .* unset {next(iter(env))}"):
+        guard.check_processes()
+    guard.check_processes(2)
+    assert guard.is_first()
+
+
+def test_a_batch_script_of_slurm_is_one_process(monkeypatch):
+    for name, value in {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}.items():
+        monkeypatch.setenv(name, value)
+    guard.check_processes()
+
+
+@pytest.mark.parametrize(("script", "config", "values"), CONFIGS[:4], ids=[each[0].__name__ for each in CONFIGS[:4]])
+def test_scripts_refuse_processes_that_do_not_know_of_each_other(script, config, values, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(ValueError, match="2 processes were launched that do not know of each other"):
+        main(script, config, values, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- models --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("https://huggingface.co/user/model/tree/main", "is an address: pass its id, user/model, or a folder"),
+        ("hf.co/user/model", "is an address: pass its id, user/model"),
+        ("https://example.com/model", "is an address: pass an id such as user/model"),
+        ("./out/digitz", r"there is no folder ./out/digitz: pass the folder of a saved pipeline"),
+        ("training/digitz", "there is no folder training/digitz"),
+        ("out/digits/modell", "there is no folder"),
+        ("README.md", "is a file: pass the folder"),
+    ],
+)
+def test_a_model_that_is_none(name, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match=message):
+        check_model(name)
+    for known in ("user/model", "model", "training"):
+        check_model(known)
+
+
+@EACH
+def test_every_script_checks_the_name_of_its_model(script, config, values, tmp_path):
+    name = {"init_from" if script is train else "model": "https://huggingface.co/user/model"}
+    with pytest.raises(ValueError, match="is an address: pass its id, user/model"):
+        main(script, config, values | name, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_the_hub_does_not_have(tmp_path, monkeypatch):
+    def missing(name, **settings):
+        raise OSError(f"Cannot load model {name}: the model is not fully cached locally and\nan error occurred")
+
+    monkeypatch.setattr(GeneralizedDDIMPipeline, "from_pretrained", missing)
+    for script, config, values in CONFIGS[1:4]:
+        with pytest.raises(OSError, match="user/model is no folder here, and was not found on the Hub"):
+            main(script, config, values, tmp_path / "out")
