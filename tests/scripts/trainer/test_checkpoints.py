@@ -8,7 +8,7 @@ import pytest
 from pictures import load
 from PIL import Image
 from trainer import checkpoints as checkpoints_
-from trainer.report import read_log
+from trainer.report import Log, read_log
 from training_runs import SMALL, UNET, WEIGHTS, fit, losses, python, same_weights
 
 
@@ -160,6 +160,83 @@ def test_writes_that_fail_in_a_real_process(tmp_path):
     assert not (tmp_path / "run" / "model_index.json").exists()
     assert not (tmp_path / "run" / "pipeline.part").exists()
     assert [line["step"] for line in read_log(tmp_path / "run" / "log.jsonl") if "no_checkpoint" in line] == [3, 6]
+
+
+def changed(folder, **entries):
+    """Change entries of `run.json` in a checkpoint, or remove those that are None, and seal it again."""
+    state = json.loads((folder / "run.json").read_text()) | entries
+    kept = {key: value for key, value in state.items() if value is not None}
+    (folder / "run.json").write_text(json.dumps(kept))
+    (folder / "manifest.json").unlink()
+    checkpoints_.seal(folder, state["step"] or 3)
+
+
+def test_checkpoints_of_other_versions(tmp_path, capsys):
+    output = tmp_path / "run"
+    fit(output, steps=3)
+    folder = output / "checkpoints" / "step-00000003"
+    before = json.loads((folder / "run.json").read_text())
+    settings = before["config"]
+    old = {key: value for key, value in settings.items() if key not in ("init_from", "times", "loss_eta")}
+    for resume, (entries, message) in zip(
+        ["latest", str(folder)] * 3,
+        (
+            (
+                {"format": 99},
+                "has format 99, and this version reads formats up to 1: upgrade ddim-plugin, or start a new",
+            ),
+            ({"format": "two"}, "has format two, and this version reads"),
+            (
+                {"config": settings | {"lucky_number": 7}},
+                "has settings that this version does not know: lucky_number. Up",
+            ),
+            ({"skipped": None}, "run.json has no skipped: pass another checkpoint"),
+            ({"data": None, "config": None}, "run.json has no data, config: pass another checkpoint"),
+            ({"config": old | {"loss": "min_snr"}}, "with another loss: it was 'min_snr', now 'simple'"),
+        ),
+        strict=True,
+    ):
+        changed(folder, **entries)
+        with pytest.raises(ValueError, match=message):
+            fit(output, resume=resume, steps=4)
+        changed(folder, **before)
+    for name in ("format", "seen", "unet", "scheduler"):
+        changed(folder, **{name: None})  # as version 0.1 wrote it
+    changed(folder, config=old)
+    assert fit(output, resume="latest", steps=4)["pictures_seen"] == 32
+    printed = capsys.readouterr().out
+    assert "does not have the settings loss_eta, times, so it had their defaults" in printed
+    changed(folder, config=old)
+    with pytest.raises(ValueError, match="with another times: it was 'antithetic', now 'uniform'"):
+        fit(output, resume=str(folder), steps=4, times="uniform")
+
+
+def test_the_record_counts_the_pictures_that_were_seen(tmp_path):
+    """With other batch sizes on the way, and reports that are rarer than checkpoints."""
+    output = tmp_path / "run"
+    fit(output, steps=2, batch_size=4, log_every=50, checkpoint_every=1)
+    fit(output, resume="latest", steps=5, log_every=50, checkpoint_every=3)
+    result = fit(output, resume="latest", steps=7, batch_size=16, gradient_accumulation_steps=2)
+    assert result["pictures_seen"] == 2 * 4 + 3 * 8 + 2 * 16
+    assert sum(line["images"] for line in read_log(output / "log.jsonl") if "images" in line) == 64
+    assert json.loads((output / "training.json").read_text())["pictures_seen"] == 64
+
+
+def test_a_disk_that_is_full_for_checkpoints_and_log_at_once(tmp_path, monkeypatch, capsys):
+    def full(*arguments, **settings):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints_, "seal", full)
+        patch.setattr(Log, "_append", full)
+        assert fit(tmp_path / "run")["status"] == "finished"
+    error = capsys.readouterr().err
+    for step in (3, 6):
+        assert (
+            f"no checkpoint at step {step} (OSError: [Errno 28] No space left on device); there is none before, in "
+            in (error)
+        )
+    assert str(tmp_path / "run" / "checkpoints") in error
 
 
 def test_resuming_before_the_first_checkpoint_begins_the_run(tmp_path, capsys):

@@ -8,10 +8,15 @@ import subprocess
 import sys
 import time
 
+import guard
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from train import exit_status
+from trainer import checkpoints as checkpoints_
+from trainer import loop as loop_
+from trainer import output as output_
 from trainer.objective import Objective
 from trainer.report import read_log
 from training_runs import ROOT, SMALL, UNET, WEIGHTS, fit, losses, python, same_weights
@@ -123,6 +128,60 @@ def test_a_signal_saves_and_leaves(tmp_path, number):
     assert done.returncode == 0, done.stderr
     assert f"resuming after step {step}" in done.stdout
     assert sorted(losses(output)) == list(range(1, steps + 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("when", ["step", "preview", "last step"])
+def test_the_first_signal_waits_for_a_step(tmp_path, monkeypatch, capfd, number, when):
+    """Also while a preview is drawn, and the run finishes if it was in its last step."""
+    place, name = (loop_, "preview") if when == "preview" else (Objective, "__call__")
+    before, calls = getattr(place, name), []
+
+    def interrupted(*arguments):
+        calls.append(None)
+        if len(calls) == {"step": 4, "preview": 1, "last step": 6}[when]:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # launchers deliver it more than once
+        return before(*arguments)
+
+    monkeypatch.setattr(place, name, interrupted)
+    result = fit(tmp_path / "run", preview_every=3, preview_images=1, preview_steps=1, checkpoint_every=5)
+    assert result["status"] == ("finished" if when == "last step" else "stopped at step 4")
+    assert capfd.readouterr().err.count(f"{number.name}: ending after this step, with a checkpoint; again to") == 1
+    assert exit_status(result) == (0 if when == "last step" else 128 + number)
+    if when != "last step":
+        assert [each.name for each in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000004"]
+        assert fit(tmp_path / "run", resume="latest")["status"] == "finished"
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("when", ["step", "checkpoint", "pipeline"])
+def test_a_second_signal_ends_without_a_checkpoint(tmp_path, monkeypatch, when):
+    """Nothing is half-written, and the record does not call the run finished."""
+    monkeypatch.setattr(guard.signals, "PATIENCE", 0.0)
+    cases = {"step": (Objective, "__call__", 5), "checkpoint": (checkpoints_, "seal", 2)}
+    place, name, at = cases.get(when, (output_, "save_file", 1))
+    before, calls = getattr(place, name), []
+
+    def interrupted(*arguments):
+        calls.append(None)
+        made = before(*arguments)
+        if len(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made
+
+    monkeypatch.setattr(place, name, interrupted)
+    with pytest.raises(guard.Ended, match="143"):
+        fit(tmp_path / "run")
+    monkeypatch.undo()
+    left = {each.name for each in (tmp_path / "run").iterdir()}
+    assert left == {"checkpoints", "log.jsonl", "training.json"}
+    record = json.loads((tmp_path / "run" / "training.json").read_text())
+    assert record["status"] == ("running" if when == "pipeline" else "ended by a signal")
+    steps = {each.name for each in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert steps == {"step-00000003"} | ({"step-00000006"} if when == "pipeline" else set())
+    assert fit(tmp_path / "run", resume="latest")["status"] == "finished"
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from trainer.report import Spikes, Window, read_log
+from trainer import report as report_
+from trainer.report import Log, Spikes, Window, read_log
 
 
 def test_spikes():
@@ -21,6 +22,46 @@ def test_only_whole_lines_of_a_log_are_read_and_later_ones_forgotten(tmp_path):
     file.write_text('{"step": 1}\n{"step": 2}\n{"ste')
     assert read_log(file) == [{"step": 1}, {"step": 2}]
     assert read_log(tmp_path / "none") == []
+
+
+def test_a_log_on_a_full_disk_loses_nothing(tmp_path, capsys):
+    """Half of a line is written, then nothing, then there is room."""
+
+    class Alone:
+        is_main_process, trackers, log = True, (), staticmethod(lambda values, step: None)
+
+    class Disk:
+        """A file on a disk with room for `room` bytes."""
+
+        def __init__(self, path, room):
+            self.file, self.room = open(path, "r+b", buffering=0), room  # noqa: SIM115
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            if not self.room:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data[: self.room])
+
+    log, file = Log(tmp_path / "log.jsonl", Alone(), 0, 9), tmp_path / "log.jsonl"
+    for step, room in ((1, 99), (2, 5), (3, 0), (4, 0), (5, 99)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(report_, "open", lambda path, *mode, room=room, **how: Disk(path, room), raising=False)
+            log.write(step, loss=1.0)
+    assert [line["step"] for line in read_log(file)] == [1, 2, 3, 4, 5]
+    assert len(file.read_text().splitlines()) == 5
+    assert capsys.readouterr().err.count("has no line for step") == 1
+    file.unlink()  # somebody tidied up
+    log.write(6, loss=1.0)
+    assert [line["step"] for line in read_log(file)] == [1, 2, 3, 4, 5, 6]
+    log.close()
 
 
 def test_a_window_names_the_first_step_that_is_not_finite():

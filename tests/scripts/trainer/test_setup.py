@@ -5,10 +5,11 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from PIL import Image
+from safetensors.torch import load_file
 from trainer.config import OPTIMIZERS, TrainConfig, check
 from trainer.settings import build, read_toml
 from trainer.setup import build_run
-from training_runs import ROOT, SMALL, UNET, fit
+from training_runs import ROOT, SMALL, UNET, WEIGHTS, fit
 
 
 def test_the_optimiser_is_as_the_settings_say(tmp_path):
@@ -77,7 +78,7 @@ def test_presets(name, channels, parameters):
         ({"loss": "min_snr", "snr_gamma": -1.0}, "must be positive"),
         ({"unet": UNET | {"num_class_embeds": 10}}, "num_class_embeds = 10; this training needs None"),
         ({"streaming": True}, "is read by number"),
-        ({"eval_every": 1, "eval_split": "late"}, "unknown split 'late'"),
+        ({"eval_every": 1, "eval_split": "late"}, "has no split 'late': it has train, test"),
     ],
 )
 def test_bad_settings(tmp_path, values, message):
@@ -93,7 +94,7 @@ def test_held_out_pictures_are_others(tmp_path):
             (tmp_path / folder / kind).mkdir(parents=True)
             Image.fromarray(np.full((8, 8), ord(kind), dtype=np.uint8)).save(tmp_path / folder / kind / "1.png")
     settings = {"data": str(tmp_path / "train"), "class_conditional": True, "eval_every": 6, "batch_size": 2}
-    with pytest.raises(ValueError, match="has no split 'test', as it has no splits: name another data set"):
+    with pytest.raises(ValueError, match="has no split 'test': it has train"):
         fit(tmp_path / "run", **settings)
     with pytest.raises(ValueError, match="has classes that are not trained: d"):
         fit(tmp_path / "run", **settings, eval_data=str(tmp_path / "odd"))
@@ -101,3 +102,28 @@ def test_held_out_pictures_are_others(tmp_path):
     images, labels = run.eval_set
     assert labels.tolist() == [1, 2]  # as in training
     assert images[:, 0, 0, 0].tolist() == [ord("b"), ord("c")]
+
+
+def test_a_run_starts_from_the_weights_of_another(tmp_path):
+    """Of a pipeline and of a checkpoint: its averaged weights alone."""
+    fit(tmp_path / "run", class_conditional=True, steps=3)
+    checkpoint, still = tmp_path / "run" / "checkpoints" / "step-00000003", {"learning_rate": 1e-30, "steps": 1}
+    first = load_file(tmp_path / "run" / WEIGHTS[0])
+    for i, name in enumerate((tmp_path / "run", checkpoint)):
+        result = fit(tmp_path / str(i), init_from=str(name), class_conditional=True, loss="min_snr", **still)
+        assert (result["step"], result["pictures_seen"]) == (1, 8)
+        for kind in WEIGHTS:
+            again = load_file(tmp_path / str(i) / kind)
+            assert all(torch.equal(again[key], first[key]) for key in first)
+    for changes, message in (
+        ({}, r"do not fit this network, 1 of \d+ \(such as class_embedding.weight is unknown\): give \[unet\]"),
+        (
+            {"class_conditional": True, "channels": 3},
+            r"such as conv_in.weight is \(8, 1, 3, 3\), needed \(8, 3, 3, 3\)",
+        ),
+        ({"class_conditional": True, "label_dropout": 0.0}, r"class_embedding.weight is \(11, 32\), needed \(10, 32\)"),
+        ({"class_conditional": True, "unet": UNET | {"layers_per_block": 2}}, "such as down_blocks.0.* is missing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(tmp_path / "other", init_from=str(tmp_path / "run"), **changes)
+    assert not (tmp_path / "other").exists()
