@@ -111,8 +111,7 @@ def to_train_on(config: ClassifierConfig) -> tuple[Pictures, Frame]:
     """Open the pictures to train on, and choose their frame. Raises ValueError if they do not suit a classifier."""
     pictures = labelled(config, "train")
     if len(pictures.classes) < 2:
-        found = ", ".join(pictures.classes)
-        raise ValueError(f"the classes of {config.data} are {found}: a classifier needs two, as folders or labels")
+        raise ValueError(f"{config.data} has the classes {', '.join(pictures.classes)}: a classifier needs two or more")
     frame = find_frame(pictures, config.channels, None if config.resolution is None else (config.resolution,) * 2)
     if config.shift >= min(frame.size):
         raise ValueError(f"shift={config.shift} moves pictures of {frame.size[0]}×{frame.size[1]} out of sight")

@@ -55,7 +55,7 @@ class NLLConfig(Reading):
         default=None, metadata={"help": "next (Ho), beta or fitted; by default fitted if E‖ε̂‖² is measured, else next"}
     )
     clip: float | None = field(default=None, metadata={"help": "clip x̂0 to ± this (Ho: 1)"})
-    draws: int = field(default=0, metadata={"help": "terms drawn for each image; 0 takes all of them"})
+    draws: int = field(default=0, metadata={"help": "terms drawn for each image; 0 takes all"})
     ode: bool = field(default=True, metadata={"help": "measure the likelihood of the ODE too"})
     ode_images: int = field(default=64, metadata={"help": "images for the ODE"})
     exact_trace: bool = field(default=False, metadata={"help": "no estimate of the trace: d evaluations for one"})
@@ -120,9 +120,8 @@ def main(config: NLLConfig) -> dict[str, Any]:
     eps, errors = tables(bench, config, output)
     if config.save_model is not None:
         bench.save(config.save_model, eps)
-    decoder = config.decoder or "next"
-    if errors is not None and config.decoder in (None, "fitted"):
-        decoder = errors.decoder_variance
+    fitted = errors is not None and config.decoder in (None, "fitted")
+    decoder = errors.decoder_variance if fitted else config.decoder or "next"
     result["decoder"] = decoder if isinstance(decoder, str) else "fitted"
 
     def cell(key: str, measure: Callable[[], dict[str, Any]], **known: Any) -> None:
@@ -141,9 +140,8 @@ def main(config: NLLConfig) -> dict[str, Any]:
     eta = {each: 1.0 if each in ETA_FREE else config.eta for each in config.variances}
     found = {}
     if config.searched:
-        known = errors._replace(eps_mean_square=eps)
-        fixed = [each for each in config.variances if each != "learned_range"]
-        found = {each: search(bench.alpha_bar, known, each, eta[each], along) for each in fixed}
+        given = (bench.alpha_bar, errors._replace(eps_mean_square=eps))
+        found = {each: search(*given, each, eta[each], along) for each in config.variances if each != "learned_range"}
     for S, times in along.items():
         for variance in config.variances:
             bound(f"S = {S}, {variance}", variance, times, S=S, tau=spacing)
@@ -171,10 +169,10 @@ def earlier_cells(output: Path, config: NLLConfig) -> dict[str, Any]:
         return {}
     before, now = read_object(file), record(config)["config"]
     known = {key: list(value) if isinstance(value, tuple) else value for key, value in now.items() if key not in FREE}
-    changed = [key for key, value in known.items() if before["config"].get(key) != value]
+    changed = [key for key, value in known.items() if before.get("config", {}).get(key) != value]
     if changed:
         raise ValueError(f"{output} has results with another {', '.join(changed)}: choose another, or pass --overwrite")
-    return before["cells"]
+    return before.get("cells", {})
 
 
 def tables(bench: Bench, config: NLLConfig, output: Path) -> tuple[np.ndarray | None, Errors | None]:
@@ -188,8 +186,8 @@ def tables(bench: Bench, config: NLLConfig, output: Path) -> tuple[np.ndarray | 
     def measure() -> Errors:
         if config.fit_data == "own":
             return bench.errors(bench.samples(config.fit_images))
-        images = bench.load(config.fit_data or config.data, config.fit_split, config.fit_images, **config.reading)
-        return bench.errors(images)
+        reading = config.reading | ({"data_config": None} if config.fit_data else {})
+        return bench.errors(bench.load(config.fit_data or config.data, config.fit_split, config.fit_images, **reading))
 
     keys = ("model", "fit_images", "fit_data", "fit_split", "class_label", "seed", *config.reading)
     settings = {key: getattr(config, key) for key in keys} | {"data": config.fit_data or config.data}

@@ -123,7 +123,8 @@ def is_transparent(image: Image.Image) -> bool:
 
 def without_alpha(image: Image.Image) -> Image.Image:
     """Drop an alpha channel, whose pixels must all be opaque."""
-    return image.convert("L" if image.mode == "LA" else "RGB") if image.mode in ALPHA else image
+    opaque = image.mode not in ALPHA and "transparency" not in image.info
+    return image if opaque else image.convert("RGBA").convert("L" if image.mode in ("1", "L", "LA") else "RGB")
 
 
 def check_channels(channels: int) -> str:

@@ -83,6 +83,16 @@ def test_the_numbers_are_those_of_the_pipeline(tmp_path, monkeypatch):
     assert figure["same_latent"]["10"] < 0.5 * figure["different_latents"]
 
 
+def test_refinements_follow_the_steps(model, tmp_path):
+    """Any steps can be given alone; the record has the refinements that were used."""
+    settings = {key: value for key, value in QUICK.items() if key != "refinement_steps"} | {"model": str(model)}
+    for steps, used in (((3,), (14,)), ((2, 25, 4), (14, 9, 14))):
+        given = settings | {"steps": steps, "output": str(tmp_path / str(len(steps))), "images": 1, "paths": 0}
+        result = reconstruct.main(build(reconstruct.ReconstructConfig, given))
+        assert result["config"]["refinement_steps"] == used
+        assert [row["refinement_steps"] for row in result["table"][1::2]] == list(used)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -218,7 +218,7 @@ def entry(cell: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
         "value": cell["bits"],
         "standard_error": cell["standard_error"],
         "nfe": cell["nfe"],
-        "dataset": as_dataset(config["data"], config["split"], config["data_config"]),
+        "dataset": as_dataset(config["data"], config["split"], config.get("data_config")),
         "num_inference_steps": cell["S"],
         "eta": cell["eta"],
         "variance_type": cell["variance"],

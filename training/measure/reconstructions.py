@@ -181,7 +181,7 @@ def entries(result: dict[str, Any]) -> list[dict[str, Any]]:
             "value": row["mean_squared_error"],
             "standard_error": row["standard_error"],
             "nfe": row["evaluations_encoding"] + row["evaluations_decoding"],
-            "dataset": as_dataset(config["data"], config["split"], config["data_config"]),
+            "dataset": as_dataset(config["data"], config["split"], config.get("data_config")),
             "num_inference_steps": row["S"],
             "eta": 0.0,
             "timestep_spacing": result["spacing"],

@@ -1,12 +1,18 @@
 """References: cached by what they hold, and refused if they are too small."""
 
+import json
+
 import datasets
+import nll
 import pytest
+import reconstruct
+from measure.comparison.bench import Journal
 from measure.extractors import Extractor
 from measure.grid import run
 from measuring import classifier, values
 from pictures import Pictures, load
 from PIL import Image
+from trainer.settings import build
 
 
 def test_references_are_cached_by_what_they_hold(places, measure, tmp_path, monkeypatch):
@@ -44,6 +50,81 @@ def test_references_are_cached_by_what_they_hold(places, measure, tmp_path, monk
     found = seen("e")
     assert found[0] == 60
     assert found[1] != first[1]
+
+
+def paint(folder, splits, count=40):
+    """Save digits in a folder for each split, the same in all."""
+    for split in splits:
+        (folder / split).mkdir(parents=True)
+        for i, digit in enumerate(load("digits", "test")[0][:count, 0].numpy()):
+            Image.fromarray(digit).save(folder / split / f"{i:03d}.png")
+    return str(folder)
+
+
+def test_scripts_call_a_split_by_one_name(places, measure, tmp_path):
+    """Also if the folder is not divided, or has other splits; one that does not exist is refused."""
+    small = {"steps": (2,), "images": 2, "overwrite": True}
+    one, ode = {"variances": ("fixed_small",), "ode": False}, {"strip": (2, 2), "figure_steps": (2,), "paths": 0}
+    for splits, used, found in (
+        (("",), "train", ["train"]),
+        (("train", "test", "val"), "test", ["train", "test"]),
+        (("val",), "validation", ["validation"]),
+    ):
+        name = paint(tmp_path / "-".join(("set", *splits)), splits)
+        given = small | {"model": places["model"], "data": name, "output": str(tmp_path / "other")}
+        nll.main(build(nll.NLLConfig, given | one))
+        record = json.loads((tmp_path / "other" / "nll.json").read_text())
+        assert record["config"]["split"] == used
+        entries = json.loads((tmp_path / "other" / "results.json").read_text())["results"]
+        assert entries[0]["dataset"]["split"] == used
+        assert f"--split {used}" in record["command"]
+        result = reconstruct.main(build(reconstruct.ReconstructConfig, given | ode))
+        assert result["config"]["split"] == used
+        result = measure("out", reference=name, steps=(2,), variances=("0",), overwrite=True)
+        assert [each["split"] for each in result["references"]] == found
+        assert sorted({entry["dataset"]["split"] for entry in result["results"]}) == sorted(found)
+    for config, settings in ((nll, one), (reconstruct, ode)):
+        kind = nll.NLLConfig if config is nll else reconstruct.ReconstructConfig
+        with pytest.raises(ValueError, match="has no split 'nonsense': it has validation"):
+            config.main(build(kind, given | settings | {"split": "nonsense"}))
+    with pytest.raises(ValueError, match="has no split 'nonsense': it has validation"):
+        measure("nothing", reference=name, splits=("nonsense",))
+
+
+def test_a_picture_behind_a_link_is_read_again_after_a_change(measure, tmp_path):
+    """And with another background, as the pictures are others then."""
+    name = paint(tmp_path / "away", ("digits",))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "away" / "digits")
+    given = {"reference": str(tmp_path / "set"), "steps": (2,), "variances": ("0",), "cache": str(tmp_path / "cache")}
+    digests = [measure("a", **given)["references"][0]["sha256_of_pictures"]]
+    Image.new("LA", (8, 8), (0, 9)).save(tmp_path / "away" / "digits" / "000.png")
+    for colour in ("white", "black"):
+        found = measure(colour, background=colour, **given)["references"][0]
+        digests.append(found["sha256_of_pictures"])
+    assert len(set(digests)) == 3
+    with pytest.raises(ValueError, match=r"linked/000\.png\) has transparency"):
+        measure("b", **given)
+    assert name
+
+
+def test_a_cut_record_is_named(measure, places, tmp_path):
+    """Of evaluate.py as of the others: the file that cannot be read, not only the place in it."""
+    measure("out", steps=(2,), variances=("0",))
+    [cell] = (tmp_path / "out" / "cells").glob("*.json")
+    for file in (cell, tmp_path / "out" / "results.json"):
+        whole = file.read_text()
+        file.write_text(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=f"cannot read .*{file.name}"):
+            measure("out", steps=(2,), variances=("0",))
+        file.write_text(whole)
+    for module, config, name in ((nll, nll.NLLConfig, "nll.json"),):
+        (tmp_path / name).write_text('{"config":')
+        with pytest.raises(ValueError, match=f"cannot read .*{name}"):
+            module.main(build(config, {"model": places["model"], "output": str(tmp_path)}))
+    (tmp_path / "measured.jsonl").write_text('{"key": "a"\n')
+    with pytest.raises(ValueError, match="cannot read .*measured.jsonl"):
+        Journal(tmp_path / "measured.jsonl", {})
 
 
 def test_references_that_are_empty_or_too_small(measure, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -75,7 +76,7 @@ class Run:
         file = self.output / "results.json"
         if self.config.overwrite or self.config.estimate or not file.exists():
             return
-        before, now = read_object(file)["config"], json.loads(json.dumps(asdict(self.config)))
+        before, now = read_object(file).get("config", {}), json.loads(json.dumps(asdict(self.config)))
         changed = sorted(key for key in now if key not in FREE and before.get(key) != now[key])
         if changed:
             raise ValueError(
@@ -154,9 +155,17 @@ class Run:
         return {key: cell for cell, key in self.keys.items() if not self.file(cell).exists()}
 
     def finished(self, cell: Cell) -> dict[str, Any]:
-        """Read the results of a cell, with its own settings, as another with the same key may have been measured."""
+        """Read the results of a cell, with its own settings and the names of the references.
+
+        Another cell with the same key may have been measured, and the same pictures may have had another name.
+        """
         found, sampling = read_object(self.file(cell)), self.samplings[cell]
-        results = [entry | sampling.shown for entry in found["results"]]
+        results, places = [], Counter()
+        for entry in found["results"]:
+            reference = self.references[places[entry["metric"]]]  # a metric has an entry for each, in their order
+            places[entry["metric"]] += 1
+            dataset = described(reference, "split" in entry["dataset"])
+            results.append(entry | sampling.shown | {"dataset": dataset})
         return found | {"cell": asdict(cell), "settings": asdict(sampling), "results": results}
 
     # ---- sampling and measuring ----------------------------------------------------------------------------------

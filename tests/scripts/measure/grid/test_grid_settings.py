@@ -50,7 +50,7 @@ def test_presets_are_the_papers_settings():
         ({"images": 0}, "images must be positive"),
         ({"images": FEATURES}, "16 pictures are too few for a Fréchet distance on 16 features: it needs at least 17"),
         ({"reference": "nowhere.parquet"}, "there is no file nowhere.parquet"),
-        ({"splits": ("validation",)}, "unknown split 'validation'"),
+        ({"splits": ("validation",)}, "has no split 'validation': it has train, test"),
         ({"model": "/nowhere"}, "there is no folder /nowhere"),
         ({"extractors": ("/nowhere",)}, "there is no folder /nowhere: an extractor is one of inception-v3-compat"),
     ],

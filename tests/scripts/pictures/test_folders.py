@@ -1,0 +1,251 @@
+"""Folders: splits, classes, hidden files, links and metadata as `datasets` and common sense have them."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+from painted import picture
+from pictures import choose_split, open_pictures, open_stream, split_names
+from pictures.sources import say_once
+
+
+def paint(folder, *names):
+    """Save picture i under name i."""
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(folder / name, "JPEG" if name.lower().endswith(("jpg", "jfif")) else None)
+    return str(folder)
+
+
+def held(name, split="train", **settings):
+    """The numbers of the pictures in a split."""
+    found = open_pictures(name, split, **settings)
+    return [int(np.median(np.asarray(found.picture(i).convert("RGB"))[..., 0])) for i in range(found.count)]
+
+
+@pytest.mark.parametrize(
+    ("names", "splits", "classes"),
+    [
+        (
+            ["train/cat/0.png", "train/dog/0.png", "test/cat/1.png", "test/dog/1.png"],
+            {"train": [0, 1], "test": [2, 3]},
+            ("cat", "dog"),
+        ),
+        (
+            ["training/a/0.png", "training/b/0.png", "valid/a/0.png", "eval/b/0.png"],
+            {"train": [0, 1], "validation": [2], "test": [3]},
+            ("a", "b"),
+        ),
+        (["Train/a/0.png", "Train/b/0.png", "TEST/a/0.png"], {"train": [0, 1], "test": [2]}, ("a", "b")),
+        (["a/train/0.png", "b/train/0.png", "b/test/0.png"], {"train": [0, 1], "test": [2]}, ("a", "b")),
+        (["x/my-train_2/a/0.png", "x/my-train_2/b/0.png", "x/val2017/a/0.png"], {"train": [0, 1]}, ("a", "b")),
+        (["train/a/images/0.png", "train/b/images/0.png"], {"train": [0, 1]}, ("a", "b")),
+        (["images/a/0.png", "images/b/0.png"], {"train": [0, 1]}, ("a", "b")),
+        (["bus/0.png", "car/0.png", "train/0.png"], {"train": [0, 1, 2]}, ("bus", "car", "train")),
+        (["train/a/0.png", "train/b/0.png", "train/test/0.png"], {"train": [0, 1, 2]}, ("a", "b", "test")),
+    ],
+)
+def test_splits_and_classes(tmp_path, names, splits, classes):
+    name = paint(tmp_path, *names)
+    assert {split: held(name, split) for split in split_names(name) if split in splits} == splits
+    found = open_pictures(name, labelled=True)
+    assert (found.classes, found.split) == (classes, "train")
+    assert sorted(set(found.labels.tolist())) == list(range(len(classes)))
+
+
+def test_the_loader_of_datasets_finds_the_same(tmp_path):
+    """In folders that it reads without losses."""
+    names = [f"{split}/{kind}/{i}.png" for split in ("train", "val", "test") for kind in "ab" for i in range(2)]
+    name = paint(tmp_path, *names, "test/b/9.gif", "notes.txt/7.png")
+    theirs = datasets.load_dataset("imagefolder", data_dir=name)
+    assert set(split_names(name)) == set(theirs)
+    for split, rows in theirs.items():
+        found = open_pictures(name, split, labelled=True)
+        assert found.classes == tuple(rows.features["label"].names)
+        paths = rows.cast_column("image", datasets.Image(decode=False))["image"]
+        listed = {path["path"]: label for path, label in zip(paths, rows["label"], strict=True)}
+        ours = [found.where(i).split("(")[-1].rstrip(")") for i in range(found.count)]
+        assert {path: found.labels[i] for i, path in enumerate(ours)} == listed
+
+
+def test_a_split_is_chosen_by_its_name_or_refused(tmp_path):
+    name = paint(tmp_path / "a", "train/0.png", "validation/0.png")
+    assert choose_split(name, None) == "train"
+    assert choose_split(name, "val") == choose_split(name, "dev") == "validation"
+    assert choose_split("digits", None) == "test"
+    undivided = paint(tmp_path / "b", "0.png")
+    assert choose_split(undivided, None) == "train"
+    for wrong in ("nonsense", "test", "validation"):
+        with pytest.raises(ValueError, match=f"has no split '{wrong}': it has train"):
+            choose_split(undivided, wrong)
+    with pytest.raises(ValueError, match="has no split 'train': it has test"):
+        open_pictures(paint(tmp_path / "c", "test/0.png"))
+
+
+def test_hidden_and_foreign_files_are_counted_and_named_once(tmp_path, capsys):
+    names = ["cat/0.png", "dog/0.PNG", "cat/1.gif", "dog/1.jfif"]
+    hidden = [".ipynb_checkpoints/0.png", "__MACOSX/cat/0.png", "cat/._0.png", "dog/.hidden/0.png", "@eaDir/0.png"]
+    name = paint(tmp_path, *names, *hidden)
+    (tmp_path / "cat" / "noname").write_text("x")
+    (tmp_path / "dog" / "clip.mov").write_text("x")
+    (tmp_path / "dog" / "gone.png").symlink_to("nowhere.png")
+    say_once.cache_clear()
+    found = open_pictures(name, labelled=True)
+    assert (found.count, found.classes, found.labels.tolist()) == (4, ("cat", "dog"), [0, 0, 1, 1])
+    note = capsys.readouterr().err
+    assert "6 hidden or linked to nothing (" in note
+    assert "2 of other kinds (cat/noname, dog/clip.mov)" in note
+    open_pictures(name)
+    assert capsys.readouterr().err == ""
+
+
+def test_pictures_outside_the_splits_are_counted(tmp_path, capsys):
+    name = paint(tmp_path, "train/a/0.png", "test/a/0.png", "cover.png", "more/a/0.png")
+    assert held(name) == [0]
+    assert "2 outside the splits test, train (cover.png, more/a/0.png)" in capsys.readouterr().err
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    away = tmp_path / "away"
+    paint(away, "cats/a.png", "single.png")
+    name = paint(tmp_path / "set", "dog/0.png")
+    (tmp_path / "set" / "cat").symlink_to(away / "cats")
+    (tmp_path / "set" / "dog" / "z.png").symlink_to(away / "single.png")
+    (tmp_path / "set" / "dog" / "around").symlink_to(tmp_path / "set")
+    found = open_pictures(name, labelled=True)
+    assert (found.classes, found.labels.tolist()) == (("cat", "dog"), [0, 1, 1])
+    (tmp_path / "linked").symlink_to(tmp_path / "set")
+    assert held(str(tmp_path / "linked")) == held(name) == [0, 0, 1]
+
+
+def test_mixed_folders_are_refused(tmp_path):
+    rows = datasets.Dataset.from_dict({"image": [picture(i) for i in range(3)]}).cast_column("image", datasets.Image())
+    for name in ("a/train.parquet", "b/deep/er.parquet", "c/rows.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        rows.to_parquet(tmp_path / name)
+    for folder, extra in (("a", "cover.png"), ("b", "preview/0.JPG")):
+        name = paint(tmp_path / folder, extra)
+        for opened in (open_pictures, open_stream, split_names):
+            with pytest.raises(ValueError, match=f"mixes pictures and rows, such as {extra} and "):
+                opened(name)
+    rows.save_to_disk(tmp_path / "saved")
+    next((tmp_path / "saved").glob("*.arrow")).rename(tmp_path / "c" / "a.arrow")
+    with pytest.raises(ValueError, match="mixes .arrow and .parquet files"):
+        open_pictures(str(tmp_path / "c"))
+
+
+def test_rows_outside_the_splits_and_shards(parquet, capsys):
+    for name in ("test-0.parquet", "extra-00000-of-00001.parquet", "notes.parquet"):
+        (parquet / name).write_bytes((parquet / "train-0.parquet").read_bytes())
+    assert split_names(str(parquet)) == ("train", "test", "extra")
+    assert [open_pictures(str(parquet), split).count for split in ("train", "extra")] == [40, 20]
+    assert "1 outside the splits extra, test, train (notes.parquet)" in capsys.readouterr().err
+
+
+# ---- metadata ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("place", ["beside the splits", "in the splits"])
+def test_metadata_has_the_labels(tmp_path, kind, place):
+    """Never the folders; and the pictures are those that it lists, also without a suffix."""
+    name = paint(tmp_path, "train/x/0.png", "train/y/1.png", "train/y/2.png", "test/x/0.png", "train/y/unlisted.png")
+    (tmp_path / "train/y/2.png").rename(tmp_path / "train/y/2")
+    rows = [("train/x/0.png", "owl"), ("train/y/1.png", "fox"), ("train/y/2", "owl"), ("test/x/0.png", "fox")]
+    tables = {tmp_path: rows}
+    if place == "in the splits":
+        tables = {
+            tmp_path / split: [
+                (file.removeprefix(f"{split}/"), label) for file, label in rows if file.startswith(split)
+            ]
+            for split in ("train", "test")
+        }
+    for folder, table in tables.items():
+        made = {"file_name": [file for file, _ in table], "label": [label for _, label in table]}
+        made = datasets.Dataset.from_dict(made | {"size": [8] * len(table)})
+        {"jsonl": made.to_json, "csv": made.to_csv, "parquet": made.to_parquet}[kind](folder / f"metadata.{kind}")
+    assert split_names(name) == ("train", "test")
+    found = open_pictures(name, labelled=True)
+    assert (found.classes, found.labels.tolist()) == (("fox", "owl"), [1, 0, 1])
+    assert held(name) == [0, 1, 2]
+    assert open_pictures(name, labelled=True, label_column="size").classes == ("8",)
+    with pytest.raises(ValueError, match="has no column 'kind': its columns are image, label, size"):
+        open_pictures(name, labelled=True, label_column="kind")
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (['{"file_name": "b.png", "label": 1}'], "lists b.png, which .* does not hold"),
+        (['{"file_name": "../a.png", "label": 1}'], r"lists \.\./a.png, which .* does not hold"),
+        (['{"name": "a.png"}'], "must name a picture as file_name in each row"),
+        (['{"file_name": "a.png", "label"'], "cannot read .*metadata.jsonl"),
+        (['{"file_name": "a.png", "label": null}'], "the column 'label' of .* holds no labels"),
+        (['{"file_name": "a.png", "text": "x"}'], "has no column of labels.* its columns are image, text; name one"),
+    ],
+)
+def test_metadata_that_is_wrong(tmp_path, lines, said):
+    name = paint(tmp_path, "a.png")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=said):
+        open_pictures(name, labelled=True)
+
+
+def test_two_metadata_files_are_refused_and_none_is_a_name(tmp_path):
+    name = paint(tmp_path, "a.png", "b.png")
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,None\nb.png,NA\n")
+    assert open_pictures(name, labelled=True).classes == ("NA", "None")
+    (tmp_path / "metadata.jsonl").write_text("")
+    with pytest.raises(ValueError, match="has several metadata files"):
+        open_pictures(name)
+
+
+def test_a_label_column_is_never_ignored(tmp_path):
+    name = paint(tmp_path, "cat/0.png", "dog/0.png")
+    assert open_pictures(name, labelled=True, label_column="label").classes == ("cat", "dog")
+    for each in (name, "digits"):
+        with pytest.raises(ValueError, match="has no column 'kind'.*: its columns are image, label"):
+            open_pictures(each, labelled=True, label_column="kind")
+    with pytest.raises(ValueError, match="digits has no column 'img'"):
+        open_pictures("digits", image_column="img")
+
+
+def test_configurations(tmp_path):
+    """Those that a README declares, as on the Hub; a folder without any refuses the name of one."""
+    for kind in ("small", "large"):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+        rows = {"image": [picture(len(kind))], "label": [kind == "large"]}
+        (tmp_path / "set" / kind).mkdir(parents=True)
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / kind / "rows.parquet")
+    declared = "".join(
+        f"- config_name: {kind}\n  data_files:\n  - split: test\n    path: {kind}/*\n" for kind in ("small", "large")
+    )
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{declared}---\n# A set\n")
+    name = str(tmp_path / "set")
+    assert split_names(name, "small") == ("test",)
+    assert open_pictures(name, "test", data_config="large", labelled=True).labels.tolist() == [1]
+    with pytest.raises(ValueError, match="--data_config"):
+        open_pictures(name, "test")
+    plain = paint(tmp_path / "plain", "0.png")
+    for each in (plain, "digits"):
+        with pytest.raises(ValueError, match="has no configurations: leave out data_config='small'"):
+            open_pictures(each, "train", data_config="small")
+
+
+def test_scripts_have_the_settings_of_reading():
+    import classifier
+    import evaluate
+    import few_steps
+    import nll
+    import reconstruct
+    import sample
+    import train
+    from pictures import Reading
+
+    configs = (classifier.ClassifierConfig, evaluate.EvaluateConfig, few_steps.FewStepsConfig, nll.NLLConfig)
+    for config in (*configs, reconstruct.ReconstructConfig, sample.SampleConfig, train.TrainConfig):
+        assert issubclass(config, Reading)
+    assert json.dumps(Reading(bit_depth=12).reading) == (
+        '{"data_config": null, "image_column": null, "background": null, "bit_depth": 12}'
+    )
