@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from diffusers.utils import numpy_to_pil
 from huggingface_hub import constants
-from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -199,10 +198,8 @@ def locate(model: str, revision: str | None) -> tuple[str, str | None]:
     if path.exists():
         near = [str(each) for each in (path / MODEL, *path.absolute().parents[:2]) if (each / INDEX).is_file()]
         raise ValueError(f"{model} has no {INDEX}: pass {(near or ['the folder of a whole saved pipeline'])[0]}")
-    try:
-        validate_repo_id(model)
-    except ValueError as error:
-        raise ValueError(f"{model} is no folder, and no id on the Hub such as user/model: check the path") from error
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
+        raise ValueError(f"{model} is no folder, and no id on the Hub such as user/model: check the path")
     return model, revision
 
 
@@ -213,8 +210,13 @@ def _files(args: Namespace) -> list[str]:
 
 def _load(args: Namespace, changes: dict[str, Any]) -> GeneralizedDDIMPipeline:
     """Load the model, and change those settings of its scheduler that are not None."""
-    with explained(args.model, revision=args.revision):
-        pipe = GeneralizedDDIMPipeline.from_pretrained(args.model, revision=args.revision)
+    try:
+        with explained(args.model, revision=args.revision):
+            pipe = GeneralizedDDIMPipeline.from_pretrained(args.model, revision=args.revision)
+    except OSError as error:
+        if Path(args.model).is_dir():
+            raise
+        raise OSError(f"there is no folder {args.model}, and {error}") from error
     check_channels(pipe.unet.config.in_channels)
     before, changes = pipe.scheduler.config, changes | {"timestep_spacing": args.spacing}
     changes = keep_learned(before, {key: value for key, value in changes.items() if value is not None})

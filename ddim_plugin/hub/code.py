@@ -48,19 +48,20 @@ def code() -> Code:
 def join(entry: str, read: Callable[[str], str | None]) -> str:
     """Write a module and those it imports as functions, and the calls of these, dependencies first.
 
-    `read` returns the source of a module by its dotted name, and None if there is no such module. diffusers runs the
-    file at each load: the calls are made once, so that the classes of earlier pipelines stay valid. Raises ValueError
-    for a relative import of a module that does not exist.
+    `read` returns the source of a module by its dotted name, and None if there is no such module. Modules import each
+    other at the top. diffusers runs the file at each load: the calls are made once, so that the classes of earlier
+    pipelines stay valid.
     """
     bodies: dict[str, str] = {}
     libraries: dict[str, set[str]] = {}  # names that are imported from each, for all functions
 
-    def add(module: str, text: str) -> None:
-        tree, lines = ast.parse(text), text.splitlines()
-        for node in sorted(ast.walk(tree), key=lambda node: getattr(node, "lineno", 0), reverse=True):
+    def add(module: str) -> None:
+        text = read(module) or ""
+        lines = text.splitlines()
+        for node in reversed(ast.parse(text).body):
             if isinstance(node, ast.ImportFrom) and node.level:
-                lines[node.lineno - 1 : node.end_lineno] = [" " * node.col_offset + assignment(module, node)]
-            elif node in tree.body and isinstance(node, ast.Import | ast.ImportFrom):
+                lines[node.lineno - 1 : node.end_lineno] = [assignment(module, node)]
+            elif isinstance(node, ast.Import | ast.ImportFrom):
                 lines[node.lineno - 1 : node.end_lineno] = []
                 start = f"from {node.module} import" if isinstance(node, ast.ImportFrom) else "import"
                 libraries.setdefault(start, set()).update(map(ast.unparse, node.names))
@@ -71,16 +72,14 @@ def join(entry: str, read: Callable[[str], str | None]) -> str:
         names, values = [], []
         for each in node.names:
             inner = f"{base}.{each.name}".removeprefix(".")
-            source = next((name for name in (inner, base, f"{base}.__init__") if read(name) is not None), None)
-            if source is None:
-                raise ValueError(f"{module} imports {each.name} of {base}, which does not exist")
+            source = next(name for name in (inner, base, f"{base}.__init__") if read(name) is not None)
             if _flat(source) not in bodies:
-                add(source, read(source) or "")
+                add(source)
             names.append(each.asname or each.name)
             values.append(_flat(source) if source == inner else f"{_flat(source)}.{each.name}")
         return f"{', '.join(names)} = {', '.join(values)}"
 
-    add(entry, read(entry) or "")
+    add(entry)
     functions = [
         f"\n\ndef _{name}():\n{body}\n    return SimpleNamespace(**locals())\n" for name, body in bodies.items()
     ]

@@ -85,17 +85,6 @@ def test_definitions_of_the_same_text_are_each_module_s_own():
     assert joined({"a": first, "b": second}, "b")["names"]() == ((1,), (2,))
 
 
-def test_an_import_within_a_block():
-    second = "def h():\n    from .a import f\n\n    return f()\n"
-    assert joined({"a": "def f():\n    return 1\n", "b": second}, "b")["h"]() == 1
-
-
-@pytest.mark.parametrize("second", ["from .c import f\n", "from . import f\n"])
-def test_what_does_not_exist_is_refused(second):
-    with pytest.raises(ValueError, match="b imports f of .*, which does not exist"):
-        builder.join("b", {"a": "def f():\n    return 1\n", "b": second}.get)
-
-
 def test_a_name_that_a_module_does_not_define_is_refused():
     with pytest.raises(AttributeError, match="missing"):
         joined({"a": "def f():\n    return 1\n", "b": "from .a import missing\n"}, "b")

@@ -91,8 +91,11 @@ def test_earlier_files_are_kept(model, tmp_path, capsys):
     assert len(latents(tmp_path)) == 2
 
 
-def test_a_missing_hub_model_is_one_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["nobody/nothing", "out/digitz", "digits"])
+def test_a_missing_model_is_one_line(tmp_path, monkeypatch, capsys, name):
     """No network here: the Hub cannot be reached, and nothing is in the cache."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    run("sample", "nobody/nothing", "--output", tmp_path, ok=False)
-    assert "ddim-plugin sample: " in capsys.readouterr().err
+    run("sample", name, "--output", tmp_path, ok=False)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"ddim-plugin sample: there is no folder {name}, and https://")
+    assert said.endswith(" cannot be reached: check the connection")

@@ -64,11 +64,15 @@ def test_models_on_the_hub(model, tmp_path, capsys):
             run("sample", f"{hub.url}/ada/model/tree/main", *few, "--output", tmp_path / "out")
             assert (tmp_path / "out" / "samples.png").is_file()
             for wrong, said in {
-                "ada/modle": f"ada/modle was not found on {hub.url}, or it is private: log in, or check the id",
-                f"{hub.url}/ada/model/tree/gone": f"ada/model has no revision 'gone' on {hub.url}",
-                "ada/notes": f"ada/notes on {hub.url} is no pipeline, since a file was not found",
+                "ada/modle": f"ada/modle, and ada/modle was not found on {hub.url}, or it is private: log in",
+                f"{hub.url}/ada/model/tree/gone": f"ada/model, and ada/model has no revision 'gone' on {hub.url}",
+                "ada/notes": f"ada/notes, and ada/notes on {hub.url} is no pipeline, since a file was not found",
             }.items():
                 capsys.readouterr()
                 run("sample", wrong, *few, "--output", tmp_path / "not", ok=False)
-                assert capsys.readouterr().err.splitlines()[-1].startswith(f"ddim-plugin sample: {said}")
+                assert (
+                    capsys.readouterr()
+                    .err.splitlines()[-1]
+                    .startswith(f"ddim-plugin sample: there is no folder {said}")
+                )
     assert not (tmp_path / "not").exists()

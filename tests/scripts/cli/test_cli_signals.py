@@ -14,6 +14,22 @@ from ddim_plugin.cli import commands
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
+@pytest.fixture(autouse=True)
+def in_the_foreground():
+    """A shell that starts these tests in the background has them ignore SIGINT, as the command then does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_that_is_ignored_stays_so(model, tmp_path, monkeypatch):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handlers = []
+    monkeypatch.setattr(commands, "put", lambda *files: handlers.append(signal.getsignal(signal.SIGINT)))
+    assert cli.main(["sample", str(model), "--num", "1", "--steps", "1", "--output", str(tmp_path)]) == 0
+    assert handlers[0] == signal.SIG_IGN
+
+
 def interrupted(number):
     def call(*args, **kwargs):
         os.kill(os.getpid(), number)
