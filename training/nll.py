@@ -42,7 +42,7 @@ class NLLConfig(Reading):
     model: str = field(metadata={"help": "a folder written by save_pretrained, or a Hub id"})
     output: str = field(default="out/nll", metadata={"help": "folder for the results"})
     data: str = field(default="digits", metadata={"help": "digits, a folder of images, parquet or arrow, or a Hub id"})
-    split: str | None = field(default=None, metadata={"help": "its split; by default test, if there is one"})
+    split: str | None = field(default=None, metadata={"help": "its split; by default test, validation or train"})
     images: int = field(default=256, metadata={"help": "images to measure, the first of the set"})
     steps: tuple[int, ...] = field(default=(10, 50, 1000), metadata={"help": "S of the bounds"})
     variances: tuple[str, ...] = field(

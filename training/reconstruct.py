@@ -41,7 +41,7 @@ class ReconstructConfig(Reading):
     model: str = field(metadata={"help": "a folder written by save_pretrained, or a Hub id"})
     output: str = field(default="out/reconstruct", metadata={"help": "folder for the results"})
     data: str = field(default="digits", metadata={"help": "digits, a folder of images, parquet or arrow, or a Hub id"})
-    split: str | None = field(default=None, metadata={"help": "its split; by default test, if there is one"})
+    split: str | None = field(default=None, metadata={"help": "its split; by default test, validation or train"})
     images: int = field(default=100, metadata={"help": "images to reconstruct, the first of the set"})
     steps: tuple[int, ...] = field(default=(10, 20, 50, 100, 200, 500, 1000), metadata={"help": "rows of the table, S"})
     refinement_steps: tuple[int, ...] = field(

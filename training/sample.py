@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure.labels import check_label
 from pictures import Reading, load_images
 from torch import Generator
 from trainer.settings import parse, record, write_json
@@ -35,7 +36,7 @@ class SampleConfig(Reading):
     data: str | None = field(
         default=None, metadata={"help": "data set of a first row of real pictures: digits, a folder, …"}
     )
-    split: str | None = field(default=None, metadata={"help": "its split; by default test, if there is one"})
+    split: str | None = field(default=None, metadata={"help": "its split; by default test, validation or train"})
     steps: tuple[int, ...] = field(default=(5, 10, 20, 50, 100), metadata={"help": "rows of the first grid"})
     etas: tuple[float, ...] = field(default=(0.0, 0.2, 0.5, 1.0), metadata={"help": "η in the second grid, then σ̂"})
     eta_steps: tuple[int, ...] = field(default=(10, 100), metadata={"help": "S in the second grid"})
@@ -66,6 +67,8 @@ def main(config: SampleConfig) -> dict[str, Any]:
     start = time.perf_counter()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = GeneralizedDDIMPipeline.from_pretrained(config.model).to(device)
+    for label in config.class_label or (None,):
+        check_label(config.model, pipe.unet, label)
     real = None
     if config.data is not None:
         shape = (pipe.unet.config.in_channels, pipe.image_size)

@@ -42,14 +42,14 @@ def split_names(name: str, config: str | None = None) -> tuple[str, ...]:
 
 
 def choose_split(name: str, split: str | None, config: str | None = None) -> str:
-    """Return the split that a name such as val means; None means test if there is one, else the first.
+    """Return the split that a name such as val means; None means test, validation or train, the first that exists.
 
     Raises ValueError for a split that does not exist.
     """
     if split is not None and origin(name) == "hub" and is_loaded(name):
         return split  # also parts such as train[:1000], which `datasets` checks
     known = split_names(name, config)
-    wanted = next(filter(known.__contains__, ("test", *known))) if split is None else split
+    wanted = next(each for each in ("test", "validation", *known) if each in known) if split is None else split
     for found in (wanted, split_named(wanted)):
         if found in known:
             return found

@@ -212,8 +212,8 @@ def columns(folder: Folder, files: list[Path], labelled: bool) -> dict[str, list
         return found | ({"label": classes(folder, files)} if labelled else {})
     chosen = set(files)
     rows = [(file, values) for file, values in folder.listed if file in chosen]
-    names = dict.fromkeys(name for _, values in folder.listed for name in values if name != "image")
     found = {"image": [str(folder.path / file) for file, _ in rows]}
+    names = dict.fromkeys(name for _, values in folder.listed for name in values if name != "image") if labelled else ()
     return found | {name: [values.get(name) for _, values in rows] for name in names}
 
 

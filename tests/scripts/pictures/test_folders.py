@@ -71,7 +71,7 @@ def test_the_loader_of_datasets_finds_the_same(tmp_path):
 
 def test_a_split_is_chosen_by_its_name_or_refused(tmp_path):
     name = paint(tmp_path / "a", "train/0.png", "validation/0.png")
-    assert choose_split(name, None) == "train"
+    assert choose_split(name, None) == "validation"
     assert choose_split(name, "val") == choose_split(name, "dev") == "validation"
     assert choose_split("digits", None) == "test"
     undivided = paint(tmp_path / "b", "0.png")
@@ -189,6 +189,15 @@ def test_metadata_that_is_wrong(tmp_path, lines, said):
     name = paint(tmp_path, "a.png")
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=said):
+        open_pictures(name, labelled=True)
+
+
+def test_labels_of_two_types_do_not_matter_without_labels(tmp_path):
+    name = paint(tmp_path, "a.png", "b.png")
+    lines = ('{"file_name": "a.png", "label": 1}', '{"file_name": "b.png", "label": "x"}')
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    assert open_pictures(name).count == 2
+    with pytest.raises(ValueError, match="cannot read the metadata files of"):
         open_pictures(name, labelled=True)
 
 
