@@ -1,11 +1,15 @@
 """The scripts, run as a user runs them: in processes of their own, on real digits."""
 
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import demo
+import guard
 import numpy as np
 import pytest
 import sample
@@ -15,7 +19,9 @@ from pictures import load, to_model
 from PIL import Image
 from safetensors.torch import load_file
 from trainer.config import TrainConfig
-from trainer.settings import build
+from trainer.settings import build, read_toml
+
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "training" / "configs" / "digits.toml"
@@ -78,7 +84,14 @@ def test_pictures_from_a_fresh_process(trained, tmp_path):
 
 
 def test_training_is_repeatable(trained, tmp_path):
-    launch("--output", tmp_path / "again", *QUICK)
+    """Without the launcher, in this process."""
+    again = {"steps": 6, "warmup_steps": 2, "batch_size": 8, "output": str(tmp_path / "again")}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train.main(build(TrainConfig, read_toml(CONFIG) | again))
+    finally:
+        torch.set_num_threads(threads)
     name = Path("unet") / "diffusion_pytorch_model.safetensors"
     first, again = load_file(trained / name), load_file(tmp_path / "again" / name)
     assert all(torch.equal(first[key], again[key]) for key in first)
@@ -95,8 +108,8 @@ def test_two_processes_train_one_model(tmp_path):
 
 def test_an_existing_output_is_kept(trained):
     before = sorted(path.stat().st_mtime_ns for path in trained.rglob("*"))
-    output = launch("--output", trained, *QUICK, ok=False)
-    assert f"the output {trained} holds another run: choose another folder" in output
+    with pytest.raises(ValueError, match=f"the output {trained} holds another run: choose another folder"):
+        train.main(build(TrainConfig, {"output": str(trained)}))
     assert sorted(path.stat().st_mtime_ns for path in trained.rglob("*")) == before
 
 
@@ -149,10 +162,67 @@ def test_a_row_of_real_pictures(trained, tmp_path):
     assert heights[1] > heights[0] + 60
 
 
+@pytest.mark.parametrize("name", sample.WRITTEN)
+def test_pictures_that_exist_are_kept(trained, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    settings = {"model": str(trained), "output": str(tmp_path), "columns": 1, "steps": (1,), "eta_steps": (1,)}
+    with pytest.raises(ValueError, match=f"{name} exists: choose another output, or pass --overwrite"):
+        sample.main(build(sample.SampleConfig, settings))
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [(name, "mine")]
+
+
+def test_samples_of_a_class_and_those_that_are_not_finite(make_unet, tmp_path):
+    unet = make_unet(num_class_embeds=4)
+    GeneralizedDDIMPipeline(unet, GeneralizedDDIMScheduler()).save_pretrained(tmp_path / "model")
+    quick = {"model": str(tmp_path / "model"), "columns": 2, "steps": (2,), "etas": (0.0,), "eta_steps": (2,)}
+    seen = []
+    for i, labels in enumerate(([0, 1], [1], [1, 1])):
+        made = sample.main(
+            build(sample.SampleConfig, quick | {"output": str(tmp_path / str(i)), "class_label": labels})
+        )
+        seen.append(Path(made["pictures"][0]).read_bytes())
+    assert seen[0] != seen[1] == seen[2]
+    with pytest.raises(ValueError, match="3 class labels for 2 columns: give one, or one for each"):
+        sample.main(build(sample.SampleConfig, quick | {"output": str(tmp_path / "3"), "class_label": [1, 2, 3]}))
+    torch.nn.init.constant_(unet.conv_out.bias, math.nan)
+    GeneralizedDDIMPipeline(unet, GeneralizedDDIMScheduler()).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="not finite"):
+        sample.main(build(sample.SampleConfig, quick | {"output": str(tmp_path / "4"), "class_label": [1]}))
+    assert not (tmp_path / "4").exists()
+
+
+def test_a_demo_replaces_nothing_unasked(tmp_path, monkeypatch):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(ValueError, match="is not empty: choose another output, or pass --overwrite"):
+        demo.main(demo.DemoConfig(output=str(tmp_path)))
+    commands = []
+    monkeypatch.setattr(demo, "run", lambda command: commands.append(command) or 1.0)
+    demo.main(demo.DemoConfig(output=str(tmp_path), overwrite=True))
+    demo.main(demo.DemoConfig(output=str(tmp_path / "new")))
+    assert len(commands) == 8
+    assert (tmp_path / "thesis.txt").read_text() == "all of it"
+
+
+def test_a_signal_to_the_demo_ends_what_it_started(tmp_path):
+    child = (
+        "import os, signal, sys, time; signal.signal(15, lambda *a: (open(sys.argv[1], 'w').close(), sys.exit(1)))\n"
+    )
+    child += "os.kill(os.getppid(), signal.SIGINT); time.sleep(99)"
+    before = guard.signals.SIGNALS.catch(ready=True)
+    try:
+        with pytest.raises(guard.Ended, match="130"):
+            demo.run([sys.executable, "-c", child, str(tmp_path / "ended")])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert (tmp_path / "ended").exists()
+    with pytest.raises(OSError, match=r"x\.py failed, see above"):
+        demo.run([sys.executable, "-c", "raise SystemExit(3)", "x.py"])
+
+
 def test_an_empty_folder_is_no_model(tmp_path):
-    output = run("training/sample.py", "--model", tmp_path, "--output", tmp_path / "pictures", ok=False)
-    assert "model_index.json" in output
-    assert "Traceback" not in output
+    with pytest.raises(OSError, match="model_index.json"):
+        sample.main(sample.SampleConfig(model=str(tmp_path), output=str(tmp_path / "pictures")))
     assert not (tmp_path / "pictures").exists()
 
 
