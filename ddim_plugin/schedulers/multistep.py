@@ -21,9 +21,9 @@ MUCH_NOISE = 0.5  # least η for which "few_steps" becomes "few_steps_noise", an
 REACH = 1.5  # factor on (mean − last value) in a step with much noise: the mean of x̂0 lacks variance
 # Settings that are not copied from the config of another class: they were chosen for its sampler.
 OF_OTHERS = ("timestep_spacing", "eta", "clip_sample", "use_clipped_model_output", *SOLVER)
+EPS, X0 = ("epsilon", "bounded"), ("sample", "log_snr")  # the quantity, and the coordinate in which it is a polynomial
 # Largest Σ|weight| of a mean of 2 to 4 values: a step much longer than the one before would extrapolate too far.
-LARGEST = {"epsilon": (0, 25, 250, 2500), "sample": (0, 5, 17, 60)}
-COORDINATE = {"epsilon": "bounded", "sample": "log_snr"}  # the coordinate in which ε̂, or x̂0, is a polynomial
+LARGEST = {False: (25, 250, 2500), True: (5, 17, 60)}  # of ε̂, of x̂0
 _mean_weights = lru_cache(maxsize=4096)(multistep.mean_weights)  # most plans repeat
 
 
@@ -125,7 +125,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
         if self._from_noise and self._place is None:  # the loop begins with this x_t, not with x_T
-            self._from_noise, self._plans = False, {}
+            self._from_noise = False
+            self._replan()
         return super().add_noise(original_samples, noise, timesteps)
 
     def _make_plan(self, pairs: list[tuple[int, int]], kind: Kind) -> list[Step]:
@@ -148,9 +149,26 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     def _forget(self) -> None:
         self._history: list[tuple[int, Tensor]] = []  # times and values of ε̂ or x̂0, the newest first
-        self._last: tuple[str, int] | None = None  # the quantity, and the position of its newest value in the plan
-        self._stepped: set[int] = set()  # positions that this loop has stepped from
+        self._last: tuple[bool, int, torch.Size] | None = None  # of x̂0, position in the plan and shape of the newest
+        self._stepped: frozenset[int] = frozenset()  # positions that this loop has stepped from; copies may share it
+
+    def _replan(self) -> None:
+        super()._replan()
         self._weighted: dict[tuple[Kind, int, tuple[int, ...]], tuple[Step, list[float]]] = {}
+
+    def _plan(self, kind: Kind) -> list[Step]:
+        """Return the steps, and compute the weights of a loop through all of them."""
+        known, times = kind in self._plans, ()
+        plan = super()._plan(kind)
+        if not known and self._order != 1:
+            for place, (t, _) in enumerate(self._pairs):
+                times = (t, *(each for each in times if each != t))[: self._values(kind)]
+                self._weigh(kind, place, times)
+        return plan
+
+    def _values(self, kind: Kind) -> int:
+        """Return the number of values that a step uses."""
+        return self._order or (2 if moves.adds_noise(*kind) else 3)
 
     def _evaluate(self, kind: Kind, *args: Any) -> Evaluation:
         evaluation, place = super()._evaluate(kind, *args), self._place
@@ -161,63 +179,61 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
                 f"a second step at timestep {self._called[place] - 1}: the scheduler keeps the values of one loop. Use "
                 "one scheduler for each loop, or call set_timesteps or set_begin_index before a new loop"
             )
-        quantity = "sample" if moves.adds_noise(*kind) else "epsilon"
-        order = self._order or (2 if quantity == "sample" else 3)
-        value, t = self._value(evaluation, quantity), self._pairs[place][0]
-        follows = self._last == (quantity, place - 1) and self._history[0][1].shape == value.shape
+        of_x0, t, like = moves.adds_noise(*kind), self._pairs[place][0], evaluation.sample
+        follows = self._last == (of_x0, place - 1, like.shape)
         earlier = [each for each in self._history if each[0] != t] if follows else []  # a plan may repeat a time
-        self._history = [(t, value), *earlier][:order]
-        self._last = quantity, place
-        self._stepped.add(place)
-        times, values = zip(*self._history, strict=True)
-        key = kind, place, times
-        if key not in self._weighted:
-            first, *rest = self._weights(quantity, *key)
-            step, part = evaluation.step, "x0" if quantity == "sample" else "eps"
-            self._weighted[key] = step._replace(**{part: getattr(step, part) + first}), rest
-        step, rest = self._weighted[key]
+        earlier = earlier[: self._values(kind) - 1]
+        step, *rest = self._weigh(kind, place, (t, *(time for time, _ in earlier)))
         if place == len(self._pairs) - 1:  # nothing follows
-            self._history, self._last, self._stepped = [], None, set()
-        history = [(weight, value) for weight, value in zip(rest, values[1:], strict=True) if weight]
+            self._forget()
+        else:
+            self._history = [(t, self._value(evaluation, of_x0)), *earlier]
+            self._last = of_x0, place, like.shape
+            self._stepped |= {place}
+        history = [(weight, value) for weight, (_, value) in zip(rest, earlier, strict=True) if weight]
         return evaluation._replace(step=step, history=history)
 
-    def _value(self, evaluation: Evaluation, quantity: str) -> Tensor:
-        """Return ε̂ or x̂0 of this evaluation."""
-        if quantity == "sample":
+    def _value(self, evaluation: Evaluation, of_x0: bool) -> Tensor:
+        """Return x̂0 or ε̂ of this evaluation."""
+        if of_x0:
             return evaluation.pred_original_sample()
-        is_output = (evaluation.step.eps_x, evaluation.step.eps_out) == (0, 1) and not evaluation.recompute_eps
-        return (
-            evaluation.output.clone() if is_output else evaluation.pred_epsilon()
-        )  # the network may use its buffer again
+        if (evaluation.step.eps_x, evaluation.step.eps_out) != (0, 1) or evaluation.recompute_eps:
+            return evaluation.pred_epsilon()
+        return evaluation.output.clone()  # the network may write its next output into the same memory
 
-    def _weights(self, quantity: str, kind: Kind, place: int, times: tuple[int, ...]) -> list[float]:
-        """Weights that the values add to the DDIM step scale·x_t + slope·value, the newest value first."""
-        weights, mean = np.zeros(len(times)), self._mean(quantity, self._pairs[place], times, kind[1])
-        if len(mean) > 1:
-            step, alpha_bar = self._plan(kind)[place], self._alpha_bar[self._pairs[place][0]]
-            signal, noise = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
-            slope = step.x0 - step.eps * signal / noise if quantity == "sample" else step.eps - step.x0 * noise / signal
-            weights[: len(mean)] += slope * mean
-            weights[0] -= slope
-        return weights.tolist()
+    def _weigh(self, kind: Kind, place: int, times: tuple[int, ...]) -> tuple[Any, ...]:
+        """Compute the step with the weight of the newest value in it, and the weights of the earlier ones."""
+        key = kind, place, times
+        if key not in self._weighted:
+            step, of_x0 = self._plan(kind)[place], moves.adds_noise(*kind)
+            weights, mean = np.zeros(len(times)), self._mean(of_x0, self._pairs[place], times, kind[1])
+            if len(mean) > 1:  # they are added to the DDIM step scale·x_t + slope·value
+                alpha_bar = self._alpha_bar[self._pairs[place][0]]
+                signal, noise = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+                slope = step.x0 - step.eps * signal / noise if of_x0 else step.eps - step.x0 * noise / signal
+                weights[: len(mean)] += slope * mean
+                weights[0] -= slope
+            first, *rest = weights.tolist()
+            part = "x0" if of_x0 else "eps"
+            self._weighted[key] = step._replace(**{part: getattr(step, part) + first}), *rest
+        return self._weighted[key]
 
-    def _mean(self, quantity: str, pair: tuple[int, int], times: Sequence[int], eta: float) -> np.ndarray:
+    def _mean(self, of_x0: bool, pair: tuple[int, int], times: Sequence[int], eta: float) -> np.ndarray:
         """Compute the weights of the values in the mean over a step."""
         t, s = (float(self._alpha_bar[time]) for time in pair)
         known = [float(self._alpha_bar[time]) for time in times]
-        to_data = pair[1] == 0 and (quantity == "sample" or self.config.lower_order_final)
-        to_noise = quantity == "epsilon" and s == 0
+        to_data, to_noise = pair[1] == 0 and (of_x0 or self.config.lower_order_final), s == 0 and not of_x0
         if to_data or to_noise or t == s or len(set(known)) < len(known):
             return np.ones(1)
-        if quantity == "sample" and known[-1] in (0, 1):  # log-SNR is infinite there
+        if of_x0 and known[-1] in (0, 1):  # log-SNR is infinite there
             known = known[:-1]
-        weights, mean = np.ones(1), partial(_mean_weights, quantity, COORDINATE[quantity], t, s, eta=eta)
+        weights, mean = np.ones(1), partial(_mean_weights, *(X0 if of_x0 else EPS), t, s, eta=eta)
         for order in range(len(known), 1, -1):
             longer = mean(tuple(known[:order]))
-            if t > s or np.abs(longer).sum() <= LARGEST[quantity][order - 1]:
+            if t > s or np.abs(longer).sum() <= LARGEST[of_x0][order - 2]:
                 weights = longer
                 break
-        if quantity == "sample" and self._much_noise:
+        if of_x0 and self._much_noise:
             weights = REACH * weights
             weights[0] += 1 - REACH
         return weights

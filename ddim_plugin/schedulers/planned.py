@@ -10,7 +10,7 @@ from torch import Tensor
 from ..process import betas, moves, spacings
 from .config import StockConfig
 from .step import Step
-from .tensors import combine, integers, whole
+from .tensors import combine, integers, version, whole
 
 Kind = tuple[str, float]  # variance type and η of a step
 
@@ -126,31 +126,33 @@ class Planned(StockConfig):
         """Find the step for `timestep`. The host reads no element of `self.timesteps`, and no (B,) on a device."""
         self._place = None
         timestep = torch.as_tensor(timestep) if isinstance(timestep, np.ndarray) else timestep
-        one = not isinstance(timestep, Tensor) or timestep.numel() == 1
-        if one and not (self._any_order and torch.compiler.is_compiling() and isinstance(timestep, Tensor)):
-            return self._find_one(timestep, kind)
+        dtype, device = torch.promote_types(sample.dtype, torch.float32), sample.device
+        if not isinstance(timestep, Tensor) or timestep.numel() == 1:
+            if not (isinstance(timestep, Tensor) and self._any_order and torch.compiler.is_compiling()):
+                return self._find_one(timestep, kind)
+            here = (self._planned.to(device) == timestep.to(device)).to(dtype)  # its value is not known yet
+            plan = torch.tensor([tuple(step) for step in self._plan(kind)], dtype=dtype, device=device)
+            return Step(*(here @ plan / here.sum()).view(-1, *[1] * sample.ndim).unbind())
         times = integers(timestep)
-        if not one and times.shape != sample.shape[: times.ndim]:
+        if times.shape != sample.shape[: times.ndim]:
             raise ValueError(
                 f"timestep has shape {tuple(times.shape)}: give one, or one for each of {sample.shape[0]} samples"
             )
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        if not one and times.device.type == "cpu":
+        if times.device.type == "cpu":
             rows = [self._step_at(t, kind) for t in times.flatten().tolist()]
-            rows = torch.tensor(rows, dtype=torch.float64, device="cpu").to(dtype).to(sample.device)
+            rows = torch.tensor(rows, dtype=torch.float64, device="cpu").to(dtype).to(device)
         else:
-            rows = self._all_steps(kind, dtype, sample.device)[times.flatten().to(sample.device)]
-        shape = (*times.shape, *[1] * (sample.ndim - times.ndim)) if not one else (1,) * sample.ndim
-        return Step(*(column.view(shape) for column in rows.unbind(1)))
+            rows = self._all_steps(kind, dtype, device)[times.flatten().to(device)]
+        return Step(*rows.T.reshape(-1, *times.shape, *[1] * (sample.ndim - times.ndim)).unbind())
 
     def _find_one(self, timestep: int | Tensor, kind: Kind) -> Step:
         """Find the step at one timestep for all samples. If the plan repeats it, that is the next one."""
         if isinstance(timestep, Tensor):
             # An element of `self.timesteps` is looked up by position, without synchronising the device.
-            if timestep._base is self._planned and self._planned._version == 0:
-                return self._take(timestep.storage_offset(), kind)
             if timestep.is_meta or torch.compiler.is_compiling():  # it has no value
                 return self._take(self._next, kind)
+            if timestep._base is self._planned and version(self._planned) == 0:
+                return self._take(timestep.storage_offset(), kind)
         timestep = whole(timestep)
         i = self._next if self._called[self._next] == timestep + 1 else self._first.get(timestep + 1)
         return self._step_at(timestep, kind) if i is None else self._take(i, kind)
@@ -205,7 +207,7 @@ class Planned(StockConfig):
         self._adopt()
         if not x.is_floating_point():
             raise ValueError(f"samples must be floating point, not {x.dtype}")
-        times = integers(torch.as_tensor(timesteps))
+        times = integers(timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps, device="cpu"))
         times = times.flatten() if times.numel() == 1 else times
         axes = (*times.shape, *[1] * (x.ndim - times.ndim))
         try:
@@ -233,14 +235,14 @@ class Planned(StockConfig):
     alphas_cumprod = property(lambda self: self._shown, lambda self, value: self._assign(value))
     alphas = property(lambda self: 1 - self.betas, lambda self, value: self._assign(np.cumprod(_numbers(value))))
     betas = property(
-        lambda self: torch.tensor(betas.from_alpha_bars(self._alpha_bar[1:]), dtype=torch.float32),
+        lambda self: torch.tensor(betas.from_alpha_bars(self._alpha_bar[1:]), dtype=torch.float32, device="cpu"),
         lambda self, value: self._assign(np.cumprod(1 - _numbers(value))),
     )
 
     @property
     def final_alpha_cumprod(self) -> Tensor:
         """Return ᾱ_0, float32."""
-        return torch.tensor(self._alpha_bar[0], dtype=torch.float32)
+        return torch.tensor(self._alpha_bar[0], dtype=torch.float32, device="cpu")
 
     @final_alpha_cumprod.setter
     def final_alpha_cumprod(self, value: Any) -> None:
@@ -255,13 +257,15 @@ class Planned(StockConfig):
             known = {"trained_betas": betas.from_alpha_bars(alpha_bar).tolist(), "rescale_betas_zero_snr": False}
             self.register_to_config(**known)
         with torch.inference_mode(False):  # counts changes in place
-            self._shown = torch.as_tensor(value, dtype=torch.float32).clone()
+            shown = value.detach().float() if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+            self._shown = shown.to(torch.float32, copy=True)
 
     def _adopt(self) -> None:
         """Use what was written into `alphas_cumprod` in place."""
-        if self._shown._version:
+        if version(self._shown):
             self._assign(self._shown)
 
 
 def _numbers(value: Any) -> np.ndarray:
-    return torch.as_tensor(value).detach().cpu().double().numpy()
+    value = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+    return np.asarray(value, dtype=np.float64)

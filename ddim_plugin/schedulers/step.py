@@ -9,7 +9,7 @@ from torch.utils._pytree import register_pytree_node
 
 from ..process import moves
 from ..process import predictions as p
-from .tensors import Coefficient, accumulate, at_least_float32, combine, learned_std, rescale, threshold
+from .tensors import Coefficient, accumulate, at_least_float32, combine, learned_std, rescale, threshold, version
 
 
 class Step(NamedTuple):
@@ -145,15 +145,16 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
     __eq__, __hash__ = object.__eq__, object.__hash__  # not those of a mapping
 
     def __init__(self, prev_sample: Tensor, evaluation: Evaluation):
-        if evaluation.sample.is_inference() or evaluation.output.is_inference():  # changes in place are not counted
+        self.prev_sample, self._compiled = prev_sample, torch.compiler.is_compiling()
+        if not self._compiled and (evaluation.sample.is_inference() or evaluation.output.is_inference()):
+            # Changes in place are not counted.
             evaluation = evaluation._replace(sample=evaluation.sample.clone(), output=evaluation.output.clone())
-        self.prev_sample, self._evaluation = prev_sample, evaluation
-        self._versions = _versions(evaluation)
+        self._evaluation, self._versions = evaluation, _versions(evaluation)
 
     def __getattr__(self, name: str) -> Tensor:
         if name not in self._KEYS:
             raise AttributeError(f"a step has no {name!r}: use one of {', '.join(self._KEYS)}")
-        if _versions(self._evaluation) != self._versions:
+        if not self._compiled and _versions(self._evaluation) != self._versions:
             raise RuntimeError(
                 f"{name} is computed when it is read, and sample or model_output was changed in place since the step: "
                 "read it before, or pass clones to step"
@@ -188,7 +189,7 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
 def _versions(evaluation: Evaluation) -> tuple[int, ...]:
     """Count the changes in place of the tensors that values are computed from."""
     tensors = evaluation.sample, evaluation.output, evaluation.variance
-    return tuple(-1 if each is None or each.is_inference() else each._version for each in tensors)
+    return tuple(0 if each is None else version(each) for each in tensors)
 
 
 class StepTuple(tuple):

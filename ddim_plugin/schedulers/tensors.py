@@ -76,6 +76,11 @@ def _quantile(rows: Tensor, ratio: float) -> Tensor:
     return torch.lerp(below, above, rank - low)
 
 
+def version(x: Tensor) -> int:
+    """Count the changes in place of a tensor. Without a count (inference mode, compiling) it is 0."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
 def whole(timestep: Any) -> int:
     """Convert a whole number of Python, NumPy or torch to an int. Raises ValueError for another value or type."""
     value = timestep

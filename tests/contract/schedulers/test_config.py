@@ -70,13 +70,50 @@ def test_there_and_back_without_a_warning(name, quiet_diffusers, recwarn, tmp_pa
     assert [str(w.message) for w in recwarn if "ddim" in str(w.message).lower()] == []
 
 
-@pytest.mark.parametrize("name", COMPATIBLE)
-def test_from_a_stock_default(name, quiet_diffusers):
+OF_BETA = sorted(
+    {*COMPATIBLE, "LCMScheduler", "TCDScheduler", "SASolverScheduler", "UnCLIPScheduler"} - {"EDMEulerScheduler"}
+)
+OTHERS = {
+    "CogVideoXDDIMScheduler": (diffusers.CogVideoXDDIMScheduler, {}, "snr_shift_scale=3.0 .*is of another process"),
+    "CogVideoXDPMScheduler": (diffusers.CogVideoXDPMScheduler, {"snr_shift_scale": 2.0}, "snr_shift_scale=2.0"),
+    "flow": (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, "belongs to another family of models"),
+    "flow sigmas": (diffusers.UniPCMultistepScheduler, {"use_flow_sigmas": True}, "use_flow_sigmas=True"),
+    "continuous": (diffusers.EulerDiscreteScheduler, {"timestep_type": "continuous"}, "timestep_type='continuous'"),
+    "EDM": (diffusers.EDMEulerScheduler, {}, "belongs to another family of models"),
+    "VE": (diffusers.ScoreSdeVeScheduler, {}, "belongs to another family of models"),
+    "IPNDM": (diffusers.IPNDMScheduler, {}, "belongs to another family of models"),
+}
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("name", OF_BETA)
+def test_from_a_stock_default(name, on_disk, quiet_diffusers):
+    """ᾱ is that of the other class, whatever its defaults are."""
     stock = getattr(diffusers, name)()
-    ours = GeneralizedDDIMScheduler.from_config(stock.config)
-    assert ours.config.eta == 0
-    assert torch.isfinite(trajectory(ours)).all()
+    config = json.loads(stock.to_json_string()) if on_disk else stock.config
+    for cls in (GeneralizedDDIMScheduler, MultistepDDIMScheduler):
+        ours = cls.from_config(config)
+        assert ours.config.eta == 0
+        assert torch.allclose(ours.alphas_cumprod, stock.alphas_cumprod, atol=1e-6)
+        if hasattr(stock, "final_alpha_cumprod"):
+            assert torch.allclose(ours.final_alpha_cumprod, stock.final_alpha_cumprod)
+        assert torch.isfinite(trajectory(ours)).all()
+    if on_disk:  # a config of an older version, without what was added or left to the defaults since
+        config = {"_class_name": name, "num_train_timesteps": 1000}
+        assert torch.allclose(
+            GeneralizedDDIMScheduler.from_config(config).alphas_cumprod, stock.alphas_cumprod, atol=1e-6
+        )
     assert quiet_diffusers == []
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_config_of_another_process_is_refused(name):
+    cls, config, message = OTHERS[name]
+    stock = cls(**config)
+    for read in (stock.config, json.loads(stock.to_json_string())):
+        for ours in (GeneralizedDDIMScheduler, MultistepDDIMScheduler, InverseDDIMScheduler):
+            with pytest.raises(ValueError, match=message):
+                ours.from_config(read)
 
 
 def test_an_entry_set_in_between_wins():
