@@ -9,21 +9,26 @@ from ddim_plugin.hub.files import read_object
 from ddim_plugin.hub.records import TRAINING
 
 
-def count_classes(model: str, unet: Any) -> int | None:
+def count_classes(model: str, unet: Any, given: int | None = None) -> int | None:
     """Return the number of classes of a network, or None for an unconditional one.
 
-    Training for guidance adds an embedding after the last class, which means "no class" and is not counted. The names
-    in the model's `training.json` tell; without this file all embeddings are classes.
+    Training for guidance adds an embedding after the last class, which means "no class" and is not counted. The number
+    is `given`, or that of the names in the model's `training.json`; without this file all embeddings are classes.
 
     Raises:
-        ValueError: if the network takes labels, and its config does not say how many there are.
+        ValueError: if the network takes labels, and its config does not say how many there are; or if `given` is not
+            possible.
     """
     if getattr(unet, "class_embedding", None) is None:
+        if given is not None:
+            raise ValueError(f"{model} is unconditional: leave out classes={given}")
         return None
     embeddings = unet.config.num_class_embeds
     if not embeddings:
         raise ValueError(f"{model} takes class labels, but its config does not say how many there are")
-    return min(len(_trained(model)) or embeddings, embeddings)
+    if given is not None and not 0 < given <= embeddings:
+        raise ValueError(f"classes must be in 1..{embeddings}, the embeddings of {model}, not {given}")
+    return given or min(len(_trained(model)) or embeddings, embeddings)
 
 
 def check_label(model: str, unet: Any, class_label: int | None) -> None:

@@ -38,7 +38,11 @@ def labels(monkeypatch):
 def test_classes_are_counted_without_the_null_label(guided, make_unet, tmp_path):
     assert count_classes(str(guided), make_unet(num_class_embeds=3)) == 2
     assert count_classes(str(tmp_path), make_unet(num_class_embeds=3)) == 3  # without a record of training
+    assert count_classes(str(tmp_path), make_unet(num_class_embeds=3), 2) == 2  # as --classes says
     assert count_classes(str(guided), make_unet()) is None
+    for unet, given, said in ((make_unet(), 2, "is unconditional"), (make_unet(num_class_embeds=3), 4, r"in 1\.\.3")):
+        with pytest.raises(ValueError, match=said):
+            count_classes(str(guided), unet, given)
     with pytest.raises(ValueError, match="does not say how many"):
         count_classes("nowhere", make_unet(class_embed_type="timestep"))
 

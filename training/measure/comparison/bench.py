@@ -54,6 +54,9 @@ class BenchSettings(Reading):
     draws: int = field(default=1, metadata={"help": "such sets, whose distances are averaged"})
     dtype: str = field(default="float32", metadata={"help": "of the network, for the Fréchet distance"})
     batch_size: int = field(default=125, metadata={"help": "images at a time"})
+    classes: int | None = field(
+        default=None, metadata={"help": "classes of the model; by default those of its training.json, else all labels"}
+    )
     seed: int = field(default=0, metadata={"help": "x_T of image i comes from seed + i"})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, …"})
     overwrite: bool = field(default=False, metadata={"help": "delete what was measured before"})
@@ -101,7 +104,7 @@ class Bench:
         self.pipe = GeneralizedDDIMPipeline.from_pretrained(config.model).to(self.device)
         self.unet = self.pipe.unet.eval()
         self.fast = copy.deepcopy(self.unet).to(DTYPES[config.dtype])
-        self.classes = count_classes(config.model, self.unet)
+        self.classes = count_classes(config.model, self.unet, config.classes)
         self.shape = (self.unet.config.in_channels, *self.pipe.image_size)
         self.saved = self.pipe.scheduler.config
         self.extractor = open_extractor(config.extractor, self.device, self.shape)
@@ -116,7 +119,7 @@ class Bench:
             "reference": contents,
             "dtype": config.dtype,
             "seed": config.seed,
-        }
+        } | ({"classes": self.classes} if self.classes else {})
         file = self.output / "measured.jsonl"
         if config.overwrite:
             for each in (file, self.output / "solution.pt"):

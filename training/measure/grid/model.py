@@ -59,7 +59,7 @@ class Model:
         self.ours = isinstance(self.pipe, GeneralizedDDIMPipeline)
         self.arguments = inspect.signature(self.pipe.__call__).parameters
         network = self.pipe.unet
-        self.classes = count_classes(config.model, network)
+        self.classes = count_classes(config.model, network, config.classes)
         if self.classes and not self.ours:
             raise ValueError(f"{config.model} takes class labels, which {type(self.pipe).__name__} does not pass on")
         self.generators: list[Generator] = []

@@ -78,6 +78,9 @@ class EvaluateConfig(Reading):
         metadata={"help": "fd (Fréchet distance; FID), kid, is (inception score), pr (precision, recall)"},
     )
     kid_subset_size: int = field(default=1000, metadata={"help": "pictures in a subset of KID"})
+    classes: int | None = field(
+        default=None, metadata={"help": "classes of the model; by default those of its training.json, else all labels"}
+    )
     seed: int = field(default=0, metadata={"help": "picture i comes from seed + i"})
     dtype: str = field(default="float32", metadata={"help": "of the network: float32, bfloat16, float16"})
     batch_size: int = field(default=100, metadata={"help": "pictures at a time, on each process"})
