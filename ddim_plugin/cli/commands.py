@@ -32,7 +32,7 @@ from ..pipelines.images import check_channels, grid, image_files, open_image
 from ..pipelines.saved import finish
 from ..schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, MultistepDDIMScheduler, keep_learned, sampler_class
 from ..version import __version__
-from .parser import FILES, LATENTS, MODEL, SAMPLES
+from .parser import FILES, LATENTS, MODEL
 
 GUIDANCE = ("guidance_scale", "null_class_label")
 CALL = ("timesteps", *GUIDANCE)  # options that are keywords of the pipeline's call
@@ -50,10 +50,8 @@ def run(args: Namespace) -> None:
         commit = push_folder(**vars(args))
         print(commit.pr_url or commit.commit_url)
         return
-    skipped = {file for name, file in SAMPLES.items() if name != vars(args).get("format")}
-    if vars(args).get("latents") or vars(args).get("format", "grid") != "grid":
-        skipped.add(LATENTS)
-    *files, record = [file for file in FILES[command] if file not in skipped]
+    files = FILES[vars(args).get("format") or command]
+    *files, record = [file for file in files if file != LATENTS or not vars(args).get("latents")]
     commands = {"sample": sample, "encode": encode, "reconstruct": reconstruct, "interpolate": interpolate, "fit": fit}
     with tempfile.TemporaryDirectory(dir=_check(args, [*files, record]), prefix=".ddim-plugin-") as scratch:
         made = commands[command](args)
@@ -91,11 +89,11 @@ def sample(args: Namespace) -> dict[str, Any]:
                 generators, noise = _noise(pipe, range(args.seed + start, args.seed + rows.stop))
                 yield pipe(None, args.steps, latents=noise, generator=generators, **settings).images
 
-    if args.format != "grid":
-        return {SAMPLES[args.format]: batches(), "sample.json": {"images": args.num}}
+    if args.format:
+        return {FILES[args.format][0]: batches(), "sample.json": {"images": args.num}}
     drawn = _noise(pipe, range(args.seed, args.seed + args.num))[1] if z is None else z
     picture = _grid(np.concatenate([*batches()]), args.columns)
-    return {SAMPLES["grid"]: picture, LATENTS: drawn, "sample.json": {"images": args.num}}
+    return {"samples.png": picture, LATENTS: drawn, "sample.json": {"images": args.num}}
 
 
 def encode(args: Namespace) -> dict[str, Any]:
@@ -135,10 +133,8 @@ def interpolate(args: Namespace) -> dict[str, Any]:
         z = ends if args.latents else _noise(pipe, ends)[1]
     settings = {"num_inference_steps": args.steps, "output_type": "np", **_given(args, *CODING)}
     settings["class_labels"] = args.class_label and args.class_label[0]
-    if len(z) == 2:
-        images = pipe.interpolate(*z, args.points, **settings)
-    else:
-        images = pipe.interpolate_grid(z, args.points, **settings)
+    draw, ends = (pipe.interpolate, z) if len(z) == 2 else (pipe.interpolate_grid, [z])
+    images = draw(*ends, args.points, **settings)
     return {"interpolation.png": _grid(images, args.points), LATENTS: z, "interpolate.json": record}
 
 

@@ -8,10 +8,11 @@ from ..process.spacings import NAMES
 from ..version import __version__
 
 LATENTS, MODEL = "latents.safetensors", "model"
-SAMPLES = {"grid": "samples.png", "png": "samples", "npz": "samples.npz"}  # what --format writes
 
-FILES = {  # what each command writes into --output
-    "sample": (*SAMPLES.values(), LATENTS, "sample.json"),
+FILES = {  # what each command, and each --format of samples, writes into --output
+    "sample": ("samples.png", LATENTS, "sample.json"),
+    "png": ("samples", "sample.json"),
+    "npz": ("samples.npz", "sample.json"),
     "encode": (LATENTS, "encode.json"),
     "reconstruct": ("reconstruction.png", LATENTS, "reconstruct.json"),
     "interpolate": ("interpolation.png", LATENTS, "interpolate.json"),
@@ -28,9 +29,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     model.add_argument("--null-class-label", type=int, metavar="C", help="the label of no class (default: the last)")
     model.add_argument("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
     model.add_argument("--device", help="cpu, cuda, … (default: an accelerator if there is one)")
-    model.add_argument(
-        "--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="default: float32"
-    )
+    model.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     model.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     model.add_argument("--output", default="out", metavar="FOLDER", help="folder for the files (default: out)")
     model.add_argument("--overwrite", action="store_true", help="replace files of an earlier run")
@@ -39,8 +38,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     steps.add_argument("--steps", type=int, help="number of steps S (default: 50)")
     steps.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="the timesteps themselves, descending")
     timesteps.add_argument("--spacing", choices=NAMES, help="spacing of the timesteps (default: the model's)")
-    multistep = "sample with MultistepDDIMScheduler, for few steps (default: the model's scheduler)"
-    timesteps.add_argument("--multistep", action=BooleanOptionalAction, help=multistep)
+    timesteps.add_argument("--multistep", action=BooleanOptionalAction, help="the scheduler (default: the model's)")
     timesteps.add_argument("--strength", type=float, help="share of the steps to make, in (0, 1] (default: 1)")
 
     latents.add_argument("--latents", metavar="FILE", help="use these latents, with the settings in the file (η = 0)")
@@ -66,29 +64,26 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub.add_argument("--num", type=int, help="number of images (default: 16)")
     sub.add_argument("--eta", type=float, help="η of Eq. 16: 0 is DDIM, 1 is DDPM (default: the model's)")
     sub.add_argument("--variance", choices=VARIANCES, help="variance of the noise (default: the model's)")
-    formats = "a grid; a folder of PNG files; or an array arr_0, (N, H, W, C) in bytes (default: %(default)s)"
-    sub.add_argument("--format", choices=SAMPLES, default="grid", help=formats)
+    sub.add_argument("--format", choices=("png", "npz"), help="separate files, or an array arr_0 (default: a grid)")
     sub.add_argument("--clip", action=BooleanOptionalAction, help="clip x̂0 in each step (default: the model's)")
 
     example = "user/model pictures/ --steps 10 --refine 14"
     command("encode", "encode images as latents", example, model, timesteps, images, refine)
     command("reconstruct", "encode images and decode them again", example, model, timesteps, images, refine, columns)
 
-    summary = "interpolate between two images or latents, or on the grid between four"
-    sub = command("interpolate", summary, "user/model a.png b.png --steps 50", model, timesteps, latents, refine)
+    shared = model, timesteps, latents, refine
+    sub = command("interpolate", "interpolate between two or four images", "user/model a.png b.png --steps 50", *shared)
     sub.add_argument("images", metavar="IMAGE", nargs="*", help="two or four image files, or a folder of them")
     sub.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="draw the ends from noise with these seeds")
     sub.add_argument("--points", type=int, default=11, help="images on a path (default: %(default)s)")
 
-    summary = "fit the timesteps of a model at few steps, and save it with them"
-    sub = command("fit", summary, "user/model --steps 5 8 10 15 20 --output out", model, seed)
+    sub = command("fit", "fit a model's timesteps at few steps", "user/model --steps 5 8 10 --output out", model, seed)
     sub.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20], metavar="S", help="numbers of steps")
     sub.add_argument("--num", type=int, default=128, help="number of images to fit on (default: %(default)s)")
     sub.add_argument("--teacher-steps", type=int, default=200, help="steps of the solutions (default: %(default)s)")
     sub.set_defaults(multistep=True, spacing=None)
 
-    summary = "push a saved pipeline to the Hub, with a card written from its records"
-    sub = command("push", summary, "out/digits user/ddim-digits --private --license cc-by-4.0")
+    sub = command("push", "push a saved pipeline to the Hub, with a card", "out/digits user/digits --license cc-by-4.0")
     sub.add_argument("folder", metavar="FOLDER", help="a folder written by save_pretrained or the training script")
     sub.add_argument("repo_id", metavar="USER/MODEL", help="id of the repo, which is created if it does not exist")
     sub.add_argument("--private", action="store_true", default=None, help="create the repo as a private one")
@@ -97,8 +92,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub.add_argument("--message", dest="commit_message", metavar="TITLE", help="title of the commit")
     sub.add_argument("--license", help="licence of the weights, by its id on the Hub: mit, cc-by-4.0, …")
     sub.add_argument("--records", metavar="FOLDER", help="results.json, training.json, pictures (default: FOLDER)")
-    card = "write a model card (default: if there are records or samples, or an earlier card)"
-    sub.add_argument("--card", action=BooleanOptionalAction, help=card)
+    sub.add_argument("--card", action=BooleanOptionalAction, help="write a model card (default: if there are records)")
     sub.add_argument("--samples", type=int, metavar="N", help="images to sample for the card (default: none)")
     sub.add_argument("--token", help="token with write access (default: HF_TOKEN, or that of `hf auth login`)")
 

@@ -176,9 +176,8 @@ def open_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
     """
     with explained(repo_id, api.token):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        public = private and not api.model_info(repo_id).private
-    if public:
-        raise ValueError(f"{repo_id} is public, and private=True does not change that: nothing was pushed")
+        if private and not api.model_info(repo_id).private:
+            raise ValueError(f"{repo_id} is public, and private=True does not change that: nothing was pushed")
     return repo_id
 
 

@@ -38,14 +38,13 @@ def interrupted(number):
     return call
 
 
-@pytest.mark.parametrize("number", STATUS)
 @pytest.mark.parametrize(
-    ("place", "name"),
+    ("number", "place", "name"),
     [
-        (GeneralizedDDIMPipeline, "from_pretrained"),
-        (GeneralizedDDIMPipeline, "__call__"),
-        (Image.Image, "save"),  # the first file is being written
-        (commands, "put"),  # all are complete, but not in place
+        (signal.SIGINT, GeneralizedDDIMPipeline, "from_pretrained"),
+        (signal.SIGTERM, GeneralizedDDIMPipeline, "__call__"),
+        (signal.SIGINT, Image.Image, "save"),  # the first file is being written
+        (signal.SIGTERM, commands, "put"),  # all are complete, but not in place
     ],
 )
 def test_a_signal_is_one_line(model, tmp_path, monkeypatch, capfd, number, place, name):
