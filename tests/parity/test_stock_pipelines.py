@@ -280,7 +280,7 @@ def test_few_steps_with_guidance(parts, prediction_type, no_complaints):
     assert distances[0] < {"epsilon": 0.9, "v_prediction": 0.4}[prediction_type] * distances[1]
 
 
-@pytest.mark.parametrize("cls", [GeneralizedDDIMScheduler])
+@pytest.mark.parametrize("cls", [GeneralizedDDIMScheduler, MultistepDDIMScheduler])
 def test_views_take_turns(parts, cls):
     """The panorama saves and restores the scheduler's state for each view."""
     one = run(tiny.panorama, parts, cls(**SD))[1]
