@@ -84,6 +84,14 @@ def examine(settings, whole=None):
     return status
 
 
+def undisturbed(settings):
+    """The folder of a run of these settings that nothing disturbs."""
+    output = f"{settings['output']}-whole"
+    shutil.rmtree(output, ignore_errors=True)
+    assert code(os.waitpid(fork(settings | {"output": output}), 0)[1]) == 0
+    return output
+
+
 def kill(settings, count, seed):
     """Start the run, kill it after a random time, resume, and so on; the last is left alone. Prints the ends.
 
@@ -126,8 +134,7 @@ def kill(settings, count, seed):
 
 def full(settings, count, seed):
     """Fill the disk of each run after a random time, of some only for a while; then make room and resume."""
-    rng, whole = random.Random(seed), f"{settings['output']}-whole"
-    assert code(os.waitpid(fork(settings | {"output": whole}), 0)[1]) == 0
+    rng, whole = random.Random(seed), undisturbed(settings)
     disk, ends = Path(f"{settings['output']}-disk"), []
     disk.mkdir(exist_ok=True)
     errors, ballast = Path(f"{disk}.err"), disk / "ballast"
@@ -174,8 +181,7 @@ def full(settings, count, seed):
 
 def two(settings, count, seed):
     """Start two runs in one folder, of which the second is new, resumes or overwrites. One is refused, none is lost."""
-    rng, whole = random.Random(seed), f"{settings['output']}-whole"
-    assert code(os.waitpid(fork(settings | {"output": whole}), 0)[1]) == 0
+    rng, whole = random.Random(seed), undisturbed(settings)
     output, ends = Path(settings["output"]), []
     for _ in range(count):
         shutil.rmtree(output, ignore_errors=True)

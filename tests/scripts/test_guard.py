@@ -84,8 +84,8 @@ with guard.program("Start it again"):
 """
 
 
-def tried(number, body):
-    return python(SCRIPT.format(number=int(number), body=body.replace("\n", "\n    ")))
+def tried(number, body, **env):
+    return python(SCRIPT.format(number=int(number), body=body.replace("\n", "\n    ")), **env)
 
 
 @BOTH
@@ -120,6 +120,15 @@ def test_a_loop_ends_after_its_step_and_a_second_signal_before(number):
     assert (done.returncode, done.stdout) == (0, f"{int(number)}\nonce\n")
     done = tried(number, f"{step}\n  try: send()\n  finally:\n   send()\n   print('b')")  # code that cleans up too long
     assert (done.returncode, done.stdout) == (128 + number, f"{int(number)}\n")
+
+
+@BOTH
+def test_other_processes_of_a_script_end_in_silence(number):
+    """At once, but after the step of a loop."""
+    done = tried(number, "send()\nprint('b')", RANK="1")
+    assert (done.returncode, done.stdout, done.stderr) == (-number, "", "")
+    done = tried(number, "with guard.ending_after_a_step('x') as found:\n  send()\n  print(found.received)", RANK="1")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{int(number)}\n", "")
 
 
 def test_what_a_signal_breaks_is_no_traceback():

@@ -59,6 +59,9 @@ def owned(folder: str | Path, whole: bool = False) -> Iterator[None]:
     Raises:
         ValueError: if a live process owns it, here or on another machine that shares the disk.
     """
+    if fcntl is None:
+        yield
+        return
     folder = Path(folder).absolute()
     lock = folder.with_name(f".{folder.name}{LOCK}") if whole else folder / LOCK
     created = [each for each in lock.parents if not each.exists()]
@@ -100,8 +103,6 @@ def _take(lock: Path, folder: Path) -> int | None:
 
 def _lock(handle: int) -> bool:
     """Lock an open file, if no other process has; the system unlocks it when the process ends, however it ends."""
-    if fcntl is None:
-        return True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -85,7 +85,15 @@ SIGNALS = Signals()
 
 
 def start() -> None:
-    """Catch signals from here on. Scripts call this first, as imports take seconds."""
+    """Catch signals from here on. Scripts call this first, as imports take seconds.
+
+    Further processes of a script end silently at once, unless in a loop: they often wait for the first in code that is
+    not Python, where no handler runs.
+    """
+    if not is_first():
+        for number in CAUGHT:
+            signal.signal(number, signal.SIG_DFL)
+        return
     SIGNALS.catch(ready=False)
     report = sys.unraisablehook
 

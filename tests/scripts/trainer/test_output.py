@@ -18,7 +18,7 @@ from trainer import output as output_
 from trainer import report as report_
 from trainer.loop import Loop
 from trainer.report import read_log
-from training_runs import WEIGHTS, fit
+from training_runs import SMALL, WEIGHTS, fit, python
 
 
 def test_what_a_run_leaves(tmp_path):
@@ -103,6 +103,15 @@ def test_a_live_run_has_its_folder_alone(tmp_path, settings):
     with guard.owned(tmp_path / "run"), refused:
         fit(tmp_path / "run", **settings)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+def test_two_runs_at_once(tmp_path):
+    """Of two processes that start in one folder one trains, and the other is refused."""
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(SMALL | {"output": str(tmp_path / "run"), "steps": 20}))
+    done = python("tests/trials.py", "two", file, 1, 3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "{'in use': 1}"
 
 
 @pytest.mark.parametrize("last", ["unet", "model_index.json", "training.json"])
