@@ -1,11 +1,13 @@
 """Images on their way into a network: what is taken, and what is refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ddim_plugin.pipelines.images import grid, open_image, read
+from ddim_plugin.pipelines.images import grid, image_files, open_image, read
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (8, 6), dtype=np.uint8)
@@ -24,6 +26,8 @@ AS_TENSOR = torch.from_numpy(COLOUR).permute(2, 0, 1)
         (torch.from_numpy(GRAY)[None], 1),
         ([Image.fromarray(GRAY)], 1),
         (Image.fromarray(COLOUR), 3),
+        (Image.fromarray(COLOUR).convert("RGBA"), 3),
+        (Image.fromarray(GRAY).convert("LA"), 1),
         (COLOUR, 3),
         (COLOUR[None].astype(np.float32) / 255, 3),
         (AS_TENSOR, 3),
@@ -93,6 +97,32 @@ def test_files(tmp_path):
     assert open_image(tmp_path / "turned.png", 3, (4, 4), resize=True).size == (4, 4)
     Image.fromarray(GRAY).convert("P").save(tmp_path / "palette.png")
     assert open_image(tmp_path / "palette.png", 3, None).mode == "RGB"
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_judged_by_content(tmp_path, mode):
+    """An opaque alpha channel is dropped; a transparent image is refused by its file's name."""
+    opaque = Image.fromarray(COLOUR).convert(mode)
+    used = opaque.getpixel((0, 0)) if mode == "P" else None
+    absent = next(i for i in range(256) if i not in np.asarray(opaque)) if mode == "P" else None
+    opaque.save(tmp_path / "opaque.png", **({} if absent is None else {"transparency": absent}))
+    channels = 1 if mode == "LA" else 3
+    seen = open_image(tmp_path / "opaque.png", channels, None)
+    assert np.array_equal(np.asarray(seen), np.asarray(opaque.convert("L" if mode == "LA" else "RGB")))
+    if mode != "P":
+        opaque.putalpha(Image.fromarray(np.minimum(GRAY, 254)))
+    opaque.save(tmp_path / "clear.png", **({} if used is None else {"transparency": used}))
+    with pytest.raises(ValueError, match="clear.png has transparency, which the network cannot use"):
+        open_image(tmp_path / "clear.png", channels, None)
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    for name in ("b.png", "a.GIF", "c.jfif", "._b.png", ".hidden.jpg", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [Path(file).name for file in image_files(tmp_path)] == ["a.GIF", "b.png", "c.jfif"]
+    for name in ("b.png", "a.GIF", "c.jfif"):
+        with pytest.raises(ValueError, match=f"cannot read the image .*{name}"):
+            open_image(tmp_path / name, 3, None)
 
 
 def test_a_grid_without_labels():
