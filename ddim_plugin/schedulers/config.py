@@ -112,8 +112,15 @@ class StockConfig(SchedulerMixin, ConfigMixin):
 
 
 def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a config into stock settings and ours, without ours that were changed since, or that only 0.1 had."""
-    defaults = _defaults(config)
+    """Split a config into stock settings and ours, without ours that were changed since, or that only 0.1 had.
+
+    In memory diffusers lists the keys that were left to the defaults of the class that wrote the config. On disk a
+    value equal to such a default counts as not set.
+    """
+    writer = getattr(diffusers, str(config.get("_class_name")), None)
+    parameters = {} if writer is None else inspect.signature(writer.__init__).parameters
+    defaults = {key: each.default for key, each in parameters.items() if each.default is not each.empty}
+    unset = config.get("_use_default_values", [key for key in config if defaults.get(key, KEY) == config[key]])
     name, known = config.get("_class_name", "this config"), defaults | dict(config)
     if "beta_schedule" not in known and (defaults or {"_use_default_values", "shift", "sigma_data"} & known.keys()):
         raise ValueError(f"{name} belongs to another family of models: pass a scheduler with β, such as DDIMScheduler")
@@ -121,38 +128,20 @@ def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         if known.get(key, neutral) != neutral:
             raise ValueError(f"{key}={known[key]!r} of {name} is of another process, which is not supported yet")
     settings = {key: known[key] for key in PROCESS if key in known} | dict(config)
-    unset = set(config.get("_use_default_values", ())) - set(PROCESS)
     carried = settings.pop(KEY, None)
     own = {} if carried is None else dict(carried)
     variance = settings.get("variance_type")
     if variance is None or (carried is None and variance.startswith("fixed_")):
         settings.pop("variance_type", None)
     _drop_removed(settings, own)
-    changed = (_explicit(config, defaults) & settings.keys()) - {"trained_betas"}
+    changed = (config.keys() & settings.keys()) - {*unset, "trained_betas"}
     if "class" in own:
         replaced = settings.get("timestep_spacing", STAND_IN) != STAND_IN
         changed = changed | {"timestep_spacing"} if replaced else changed - {"timestep_spacing"}
     if SAMPLER in own and any(settings.get(key) for key in CONSTRAINTS):
         own[SAMPLER] = {}
-    settings["_use_default_values"] = list(unset)
+    settings["_use_default_values"] = [key for key in config.get("_use_default_values", ()) if key not in PROCESS]
     return settings, {key: value for key, value in own.items() if key not in changed}
-
-
-def _defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the defaults of the class that wrote a config, if it is one of diffusers."""
-    writer = getattr(diffusers, str(config.get("_class_name")), None)
-    parameters = {} if writer is None else inspect.signature(writer.__init__).parameters
-    return {name: each.default for name, each in parameters.items() if each.default is not each.empty}
-
-
-def _explicit(config: dict[str, Any], defaults: dict[str, Any]) -> set[str]:
-    """Collect the keys that were set, not left to the default of the class that wrote the config.
-
-    In memory diffusers lists the others. On disk a value equal to the default of the writing class counts as not set.
-    """
-    if "_use_default_values" in config:
-        return config.keys() - set(config["_use_default_values"])
-    return {key for key, value in config.items() if key not in defaults or defaults[key] != value}
 
 
 def _drop_removed(settings: dict[str, Any], own: dict[str, Any]) -> None:

@@ -127,7 +127,7 @@ class GeneralizedDDIMScheduler(Planned):
         if not config.set_alpha_to_one:
             alpha_bar[0] = alpha_bar[1]
         if len(getattr(self, "_alpha_bar", ())) != T + 1:
-            self.init_noise_sigma, self.num_inference_steps = 1.0, None
+            self.init_noise_sigma, self.num_inference_steps, self._planned = 1.0, None, None
             self.timesteps = torch.arange(T - 1, -1, -1)
         self._alpha_bar = alpha_bar
         derived = schedule not in STOCK_SCHEDULES and (known is None or self._derived_betas)
@@ -178,9 +178,11 @@ class GeneralizedDDIMScheduler(Planned):
 
         Raises ValueError before `set_timesteps`, and for shapes, timesteps, η or generators that do not fit.
         """
-        if self.num_inference_steps is None:
+        if self._planned is None:
             raise ValueError("no timesteps are set: call set_timesteps before step")
-        self._adopt()
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self._adopt()
         output, variance = self._split(model_output, sample)
         kind = self._kind(eta or None)
         step = self._find(timestep, kind, sample)
@@ -190,9 +192,9 @@ class GeneralizedDDIMScheduler(Planned):
         if kind != ("fixed_small", 0.0) and (isinstance(step.noise, Tensor) or step.noise > 0):
             x = accumulate(x, evaluation.std(), draw(sample, generator, variance_noise, x.dtype))
         x = x if x.dtype == sample.dtype else x.to(sample.dtype)
-        if torch.compiler.is_compiling() and not return_dict:
+        if compiling and not return_dict:
             return x, evaluation.pred_original_sample().to(sample.dtype)
-        result = GeneralizedDDIMSchedulerOutput(x, evaluation)
+        result = GeneralizedDDIMSchedulerOutput(x, evaluation, counted=not compiling)
         return result if return_dict else StepTuple(result)
 
     def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:

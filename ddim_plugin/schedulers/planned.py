@@ -10,7 +10,7 @@ from torch import Tensor
 from ..process import betas, moves, spacings
 from .config import StockConfig
 from .step import Step
-from .tensors import combine, integers, version, whole
+from .tensors import combine, integers, whole
 
 Kind = tuple[str, float]  # variance type and η of a step
 
@@ -21,15 +21,7 @@ class Planned(StockConfig):
     Plans and pairs use the paper's times 1..T. The timestep of a network is that time minus one, 0..T−1.
     """
 
-    _alpha_bar: np.ndarray  # ᾱ_0..ᾱ_T, float64
-    _tables: dict[Any, Tensor]  # on a device, by key
-    _eps_mean_square: np.ndarray | None  # E‖ε̂‖²/d for t = 0..T
-    _tau: spacings.Times
-    _pairs: list[tuple[int, int]]  # (t, s) of each step
-    _called: list[int]  # the time at which the network is evaluated, for each step
-    _plans: dict[Kind, list[Step]]
-    _off_plan: dict[tuple[int, Kind], Step]  # steps from times outside the plan
-    _next: int  # position in the plan of the step that follows the last one
+    _planned: Tensor | None = None  # the timesteps of the plan
     _place: int | None = None  # position in the plan of the last step
     _eta: float | None = None  # η of the plan, None for that of the config
     _from_noise = True  # the loop begins with x_T: its plan is that of a spacing
@@ -59,7 +51,7 @@ class Planned(StockConfig):
                 values = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else timesteps
                 self._tau = spacings.explicit(values, self.config.num_train_timesteps, lowest=0, descending=True)
             self._pairs = self._make_pairs(self._tau)
-            self._called = self._evaluated_at(self._pairs)
+            self._called = self._evaluated_at(self._pairs)  # times at which the network is evaluated
             self._first = {t: i for i, t in reversed(list(enumerate(self._called)))}
             self._moving = {t: i for i, (t, s) in enumerate(self._pairs) if t != s}
             self._replan()
@@ -79,7 +71,9 @@ class Planned(StockConfig):
 
     def _replan(self) -> None:
         """Drop the steps that were computed."""
-        self._plans, self._off_plan, self._tables = {}, {}, {}
+        self._plans: dict[Kind, list[Step]] = {}
+        self._off_plan: dict[tuple[int, Kind], Step] = {}  # steps from times outside the plan
+        self._tables: dict[Any, Tensor] = {}
 
     @property
     def alpha_bar(self) -> np.ndarray:
@@ -97,11 +91,9 @@ class Planned(StockConfig):
         return spacings.tau(spacing or config.timestep_spacing, S, T, offset, self._alpha_bar)
 
     def _make_pairs(self, times: spacings.Times) -> list[tuple[int, int]]:
-        """List (t, s) of each step, in the order of the loop."""
         return moves.downwards(times)
 
     def _evaluated_at(self, pairs: list[tuple[int, int]]) -> list[int]:
-        """List the time at which the network is evaluated, for each step."""
         return [t for t, _ in pairs]
 
     def _make_step(self, t: int, s: int, kind: Kind) -> Step:
@@ -128,8 +120,10 @@ class Planned(StockConfig):
         timestep = torch.as_tensor(timestep) if isinstance(timestep, np.ndarray) else timestep
         dtype, device = torch.promote_types(sample.dtype, torch.float32), sample.device
         if not isinstance(timestep, Tensor) or timestep.numel() == 1:
-            if not (isinstance(timestep, Tensor) and self._any_order and torch.compiler.is_compiling()):
+            if not isinstance(timestep, Tensor) or not torch.compiler.is_compiling():
                 return self._find_one(timestep, kind)
+            if not self._any_order:
+                return self._take(self._next, kind)
             here = (self._planned.to(device) == timestep.to(device)).to(dtype)  # its value is not known yet
             plan = torch.tensor([tuple(step) for step in self._plan(kind)], dtype=dtype, device=device)
             return Step(*(here @ plan / here.sum()).view(-1, *[1] * sample.ndim).unbind())
@@ -149,10 +143,10 @@ class Planned(StockConfig):
         """Find the step at one timestep for all samples. If the plan repeats it, that is the next one."""
         if isinstance(timestep, Tensor):
             # An element of `self.timesteps` is looked up by position, without synchronising the device.
-            if timestep.is_meta or torch.compiler.is_compiling():  # it has no value
-                return self._take(self._next, kind)
-            if timestep._base is self._planned and version(self._planned) == 0:
+            if timestep._base is self._planned and self._planned._version == 0:
                 return self._take(timestep.storage_offset(), kind)
+            if timestep.is_meta:  # it has no value
+                return self._take(self._next, kind)
         timestep = whole(timestep)
         i = self._next if self._called[self._next] == timestep + 1 else self._first.get(timestep + 1)
         return self._step_at(timestep, kind) if i is None else self._take(i, kind)
@@ -262,7 +256,7 @@ class Planned(StockConfig):
 
     def _adopt(self) -> None:
         """Use what was written into `alphas_cumprod` in place."""
-        if version(self._shown):
+        if self._shown._version:
             self._assign(self._shown)
 
 

@@ -9,7 +9,7 @@ from torch.utils._pytree import register_pytree_node
 
 from ..process import moves
 from ..process import predictions as p
-from .tensors import Coefficient, accumulate, at_least_float32, combine, learned_std, rescale, threshold, version
+from .tensors import Coefficient, accumulate, at_least_float32, combine, learned_log_variance, threshold
 
 
 class Step(NamedTuple):
@@ -113,15 +113,15 @@ class Evaluation(NamedTuple):
         else:  # w·clip(x̂0) = a·clip(x_t + b/a·output, ± limit·w/a)
             bound = abs(w / a) * self.limit
             clipped = torch.add(at_least_float32(self.sample), self.output, alpha=b / a).clamp_(-bound, bound)
-            mean = rescale(clipped, a, out, self.output)
+            mean = accumulate(clipped.mul_(a), out, self.output)
         return accumulate(mean, x, self.sample)
 
     def std(self) -> Coefficient:
         """Compute the standard deviation of x_s."""
         if self.variance is None:
             return self.step.noise
-        variance = self.variance.to(torch.promote_types(self.variance.dtype, torch.float32))
-        return learned_std(variance, (self.step.log_low, self.step.log_high)) * self.step.noise
+        log_variance = learned_log_variance(at_least_float32(self.variance), (self.step.log_low, self.step.log_high))
+        return torch.exp(0.5 * log_variance) * self.step.noise
 
 
 class GeneralizedDDIMSchedulerOutput(Mapping):
@@ -144,17 +144,20 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
 
     __eq__, __hash__ = object.__eq__, object.__hash__  # not those of a mapping
 
-    def __init__(self, prev_sample: Tensor, evaluation: Evaluation):
-        self.prev_sample, self._compiled = prev_sample, torch.compiler.is_compiling()
-        if not self._compiled and (evaluation.sample.is_inference() or evaluation.output.is_inference()):
-            # Changes in place are not counted.
-            evaluation = evaluation._replace(sample=evaluation.sample.clone(), output=evaluation.output.clone())
-        self._evaluation, self._versions = evaluation, _versions(evaluation)
+    def __init__(self, prev_sample: Tensor, evaluation: Evaluation, counted: bool = True):
+        sample, output = evaluation.sample, evaluation.output
+        self._versions = None  # numbers of changes in place
+        if counted and (sample.is_inference() or output.is_inference()):
+            evaluation = evaluation._replace(sample=sample.clone(), output=output.clone())
+        elif counted:
+            self._versions = sample._version, output._version
+        self.prev_sample, self._evaluation = prev_sample, evaluation
 
     def __getattr__(self, name: str) -> Tensor:
         if name not in self._KEYS:
             raise AttributeError(f"a step has no {name!r}: use one of {', '.join(self._KEYS)}")
-        if not self._compiled and _versions(self._evaluation) != self._versions:
+        sample, output = self._evaluation.sample, self._evaluation.output
+        if self._versions is not None and self._versions != (sample._version, output._version):
             raise RuntimeError(
                 f"{name} is computed when it is read, and sample or model_output was changed in place since the step: "
                 "read it before, or pass clones to step"
@@ -163,6 +166,9 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
         value = value if isinstance(value, Tensor) else torch.full((), value, dtype=like.dtype, device=like.device)
         self.__dict__[name] = value = value.to(like.dtype)
         return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_versions": None}  # copies have counts of their own
 
     def to_tuple(self) -> tuple[Tensor, ...]:
         """Compute all values, in the order of the keys."""
@@ -184,12 +190,6 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
 
     def __len__(self) -> int:
         return len(self._KEYS)
-
-
-def _versions(evaluation: Evaluation) -> tuple[int, ...]:
-    """Count the changes in place of the tensors that values are computed from."""
-    tensors = evaluation.sample, evaluation.output, evaluation.variance
-    return tuple(0 if each is None else version(each) for each in tensors)
 
 
 class StepTuple(tuple):

@@ -7,7 +7,6 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
 
-_ONE = torch.ones(1, dtype=torch.float32, device="cpu")
 HALF = (torch.float16, torch.bfloat16)  # types that round timesteps
 Coefficient = float | Tensor  # a number, or a tensor that broadcasts over (B, C, H, W)
 Randomness = Generator | list[Generator] | None  # for the batch, for each image, or the global one
@@ -23,14 +22,6 @@ def accumulate(x: Tensor, b: Coefficient, y: Tensor) -> Tensor:
     if isinstance(b, Tensor):
         return x.addcmul_(b, y.to(x.dtype))
     return x.add_(y, alpha=b) if b else x
-
-
-def rescale(x: Tensor, a: float, b: float, y: Tensor) -> Tensor:
-    """Compute a·x + b·y in place. The CPU has one kernel for it, as a·x + b·(y ⊗ 1)."""
-    if b and x.device.type == "cpu" and x.dtype == y.dtype and x.is_contiguous() and y.is_contiguous():
-        x.view(-1, 1).addr_(y.view(-1), _ONE if x.dtype == torch.float32 else x.new_ones(1), beta=a, alpha=b)
-        return x
-    return accumulate(x.mul_(a), b, y)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -50,35 +41,18 @@ def learned_log_variance(variance: Tensor, log_variance: tuple[Coefficient, Coef
     return low + (variance + 1) * (0.5 * (high - low))
 
 
-def learned_std(variance: Tensor, log_variance: tuple[Coefficient, Coefficient]) -> Tensor:
-    """Compute the standard deviation that belongs to `learned_log_variance`."""
-    return torch.exp(0.5 * learned_log_variance(variance, log_variance))
-
-
 def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
     """Clip each image to [−s, s] and divide it by s (Saharia et al. 2022, Section 2.3).
 
-    s is the `ratio` quantile of |x̂0| over the pixels of the image, (B, C, H, W), limited to [1, `max_value`].
+    s is the `ratio` quantile of |x̂0| over the pixels of the image, (B, C, H, W), linear between ranks and limited to
+    [1, `max_value`]. `torch.quantile` limits the number of pixels, and reads the host.
     """
-    s = _quantile(x0.abs().flatten(1), ratio).clamp(1, max_value)
-    s = s.view(-1, *[1] * (x0.ndim - 1))
-    return torch.clamp(x0, -s, s) / s
-
-
-def _quantile(rows: Tensor, ratio: float) -> Tensor:
-    """Compute a quantile of each row, (B, n), linear between ranks. `torch.quantile` limits n and reads the host."""
+    rows = x0.abs().flatten(1)
     rank = ratio * (rows.shape[1] - 1)
-    low = int(rank)
-    below = rows.kthvalue(low + 1, dim=1).values
-    if rank == low:
-        return below
-    above = rows.kthvalue(low + 2, dim=1).values
-    return torch.lerp(below, above, rank - low)
-
-
-def version(x: Tensor) -> int:
-    """Count the changes in place of a tensor. Without a count (inference mode, compiling) it is 0."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+    low, high = int(rank), min(int(rank) + 1, rows.shape[1] - 1)
+    below, above = (rows.kthvalue(each + 1, dim=1).values for each in (low, high))
+    s = torch.lerp(below, above, rank - low).clamp(1, max_value).view(-1, *[1] * (x0.ndim - 1))
+    return torch.clamp(x0, -s, s) / s
 
 
 def whole(timestep: Any) -> int:

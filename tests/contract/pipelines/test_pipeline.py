@@ -7,10 +7,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 
 import ddim_plugin
-from ddim_plugin import GeneralizedDDIMScheduler
+from ddim_plugin import GeneralizedDDIMScheduler, MultistepDDIMScheduler
 
 
 def generators(*seeds):
@@ -199,6 +200,53 @@ def test_callback_may_change_the_sample(make_pipe):
 
     call = {"num_inference_steps": 4, "callback_on_step_end_tensor_inputs": ["latents"], "output_type": "latent"}
     assert torch.equal(pipe(callback_on_step_end=callback, **call).images, zeros)
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_a_callback_may_end_the_steps(make_pipe, after):
+    """As in the pipelines of diffusers: `pipe._interrupt = True`."""
+    pipe, seen = make_pipe(), []
+
+    def callback(pipe, i, t, tensors):
+        seen.append(tensors["latents"])
+        pipe._interrupt = i == after
+        return {}
+
+    images = pipe(1, 5, generator=torch.Generator().manual_seed(0), callback_on_step_end=callback, output_type="latent")
+    assert len(seen) == after + 1
+    assert torch.equal(images.images, seen[-1])
+    whole = pipe(
+        1, 5, generator=torch.Generator().manual_seed(0), output_type="latent"
+    ).images  # the next call is whole
+    assert not torch.equal(whole, seen[-1])
+
+
+@pytest.mark.parametrize("scheduler", [GeneralizedDDIMScheduler(), MultistepDDIMScheduler(), DDIMScheduler()])
+@pytest.mark.parametrize("output_type", ["pil", "np"])
+def test_images_with_nan_are_an_error(make_pipe, make_unet, scheduler, output_type):
+    """Not a black picture: the network overflowed, or its weights are broken."""
+    unet = make_unet()
+    torch.nn.init.constant_(unet.conv_out.bias, float("nan"))
+    pipe = make_pipe(scheduler, unet)
+    with pytest.raises(ValueError, match="the network's output is not finite, nor are the images: in half precision"):
+        pipe(2, 3, output_type=output_type)
+    assert torch.isnan(pipe(2, 3, output_type="latent").images).all()  # numbers show it by themselves
+    if not isinstance(scheduler, DDIMScheduler):
+        with pytest.raises(ValueError, match="not finite"):
+            pipe.decode(torch.randn(1, 1, 8, 8), num_inference_steps=3, output_type=output_type)
+
+
+@pytest.mark.parametrize("config", [{"eta": 1.0}, {"variance_type": "fixed_large"}, {"eta": 0.4}])
+def test_the_calls_zero_is_a_zero(make_pipe, config):
+    """Through `step` a zero is "not said", in our call it is said."""
+    call = {"batch_size": 2, "num_inference_steps": 4, "output_type": "pt"}
+    quiet, plain = make_pipe(GeneralizedDDIMScheduler(**config)), make_pipe()
+    for steps in ({}, {"num_inference_steps": None, "timesteps": [900, 500, 100]}):
+        images = quiet(generator=generators(1, 2), eta=0.0, **call | steps).images
+        assert torch.equal(images, plain(generator=generators(1, 2), **call | steps).images)
+        assert not torch.equal(images, quiet(generator=generators(1, 2), **call | steps).images)
+    one = quiet(generator=[torch.Generator().manual_seed(3)], **call).images  # a list of one serves the batch
+    assert torch.equal(one, quiet(generator=torch.Generator().manual_seed(3), **call).images)
 
 
 def test_progress_bar(make_pipe, capfd):

@@ -56,6 +56,12 @@ def test_step_before_set_timesteps():
     out, x = tensors()
     with pytest.raises(ValueError, match="call set_timesteps before step"):
         GeneralizedDDIMScheduler().step(out, 10, x)
+    for change in ({}, {"num_train_timesteps": 500, "trained_betas": [0.02] * 500}):  # a plan for another T is none
+        scheduler = planned(10) if change else GeneralizedDDIMScheduler()
+        scheduler.register_to_config(**change)
+        scheduler.num_inference_steps = 10
+        with pytest.raises(ValueError, match="call set_timesteps before step"):
+            scheduler.step(out, 10, x)
 
 
 def test_a_time_outside_the_plan_moves_to_the_next_below():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddim_plugin.process import predictions as p
-from ddim_plugin.schedulers.tensors import combine, learned_std, threshold
+from ddim_plugin.schedulers.tensors import combine, learned_log_variance, threshold
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.995, 1.0])
@@ -27,8 +27,8 @@ def test_clipped_x0_and_recomputed_eps_agree_on_x():
 
 def test_learned_std_interpolates_logarithms():
     low, high = math.log(0.01), math.log(0.04)
-    ends = learned_std(torch.tensor([-1.0, 0.0, 1.0]), (low, high))
-    assert ends.tolist() == pytest.approx([0.1, math.sqrt(0.02), 0.2])
+    ends = learned_log_variance(torch.tensor([-1.0, 0.0, 1.0]), (low, high))
+    assert (0.5 * ends).exp().tolist() == pytest.approx([0.1, math.sqrt(0.02), 0.2])
 
 
 def test_combine_is_float32_at_least():
