@@ -122,6 +122,11 @@ def test_a_loop_ends_after_its_step_and_a_second_signal_before(number):
     assert (done.returncode, done.stdout) == (128 + number, f"{int(number)}\n")
 
 
+def test_the_line_is_below_a_progress_bar():
+    done = tried(signal.SIGINT, "from tqdm.auto import tqdm\nfor i in tqdm(range(9)): send()")
+    assert "tried.py: SIGINT: ending; what is complete is kept. Start it again" in done.stderr.split("\n")
+
+
 @BOTH
 def test_other_processes_of_a_script_end_in_silence(number):
     """At once, but after the step of a loop."""

@@ -134,16 +134,15 @@ def test_a_package_that_somebody_changed_is_kept(measured, tmp_path):
 
 def test_an_interruption_leaves_the_package_before_it(measured, tmp_path, monkeypatch):
     pack(measured, tmp_path / "out")
-    rename = Path.rename
+    replace = Path.replace
 
     def interrupted(path, target):
-        if path.parent.name.startswith(".out-"):
-            monkeypatch.setattr(Path, "rename", rename)
-            if path.name == "out":
-                raise KeyboardInterrupt
-        return rename(path, target)
+        if path.parent.name.startswith(".out-") and path.name == "out":
+            monkeypatch.setattr(Path, "replace", replace)
+            raise KeyboardInterrupt
+        return replace(path, target)
 
-    monkeypatch.setattr(Path, "rename", interrupted)
+    monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pack(measured, tmp_path / "out", "nll", overwrite=True)
     assert (tmp_path / "out" / "table2.png").is_file()

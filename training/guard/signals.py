@@ -146,9 +146,10 @@ def ending_after_a_step(plan: str) -> Iterator[Signals]:
 
 def say(text: str) -> None:
     """Print a line on stderr, below a progress bar. This does not go through buffers, which a signal may interrupt."""
-    line = f"{Path(sys.argv[0]).name}: {text}\n"
+    bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
+    line = ("\n" if len(bars) else "") + f"{Path(sys.argv[0]).name}: {text}\n"
     with suppress(OSError):
-        os.write(2, (("\n" if sys.stderr and sys.stderr.isatty() else "") + line).encode())
+        os.write(2, line.encode())
 
 
 def warn(text: str) -> None:
