@@ -21,7 +21,6 @@ MUCH_NOISE = 0.5  # least η for which "few_steps" becomes "few_steps_noise", an
 REACH = 1.5  # factor on (mean − last value) in a step with much noise: the mean of x̂0 lacks variance
 # Settings that are not copied from the config of another class: they were chosen for its sampler.
 OF_OTHERS = ("timestep_spacing", "eta", "clip_sample", "use_clipped_model_output", *SOLVER)
-EPS, X0 = ("epsilon", "bounded"), ("sample", "log_snr")  # the quantity, and the coordinate in which it is a polynomial
 # Largest Σ|weight| of a mean of 2 to 4 values: a step much longer than the one before would extrapolate too far.
 LARGEST = {False: (25, 250, 2500), True: (5, 17, 60)}  # of ε̂, of x̂0
 _mean_weights = lru_cache(maxsize=4096)(multistep.mean_weights)  # most plans repeat
@@ -227,7 +226,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             return np.ones(1)
         if of_x0 and known[-1] in (0, 1):  # log-SNR is infinite there
             known = known[:-1]
-        weights, mean = np.ones(1), partial(_mean_weights, *(X0 if of_x0 else EPS), t, s, eta=eta)
+        weights, mean = np.ones(1), partial(_mean_weights, of_x0, t, s, eta=eta)
         for order in range(len(known), 1, -1):
             longer = mean(tuple(known[:order]))
             if t > s or np.abs(longer).sum() <= LARGEST[of_x0][order - 2]:

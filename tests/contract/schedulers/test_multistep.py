@@ -41,8 +41,9 @@ def predicted(x, output, t, prediction_type):
 def moved(x, t, s, known, eta, factor):
     """DDIM from t to s with the mean of ε̂, or of x̂0 with noise, in place of its value, or so far towards it."""
     a, b = np.sqrt(ALPHA[t]), np.sqrt(1 - ALPHA[t])
-    held = ("sample", "log_snr") if eta else ("epsilon", "bounded")
-    weights = mean_weights(*held, ALPHA[t], ALPHA[s], [alpha for alpha, _ in known], eta)
+    weights = np.ones(1)
+    if len(known) > 1:
+        weights = mean_weights(eta > 0, ALPHA[t], ALPHA[s], [alpha for alpha, _ in known], eta)
     mean = sum(w * g for w, (_, g) in zip(weights.tolist(), known, strict=True))
     mean = known[0][1] + factor * (mean - known[0][1])
     x0, eps = (mean, (x - a * mean) / b) if eta else ((x - b * mean) / a, mean)

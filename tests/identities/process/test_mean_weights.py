@@ -5,20 +5,20 @@ import math
 
 import numpy as np
 import pytest
-from oracle import Gaussian, Mixture, alphas, linear_betas
+from oracle import Mixture
 from scipy.integrate import quad, solve_ivp
 
-from ddim_plugin.process.multistep import COORDINATES, QUANTITIES, mean_weights
+from ddim_plugin.process.multistep import mean_weights
 
-TABLE = alphas(linear_betas())
+
+COORDINATE = {False: lambda nsr: nsr / (1 + nsr), True: np.log}  # of ε̂, and of x̂0
 
 
 def alpha_of(nsr):
     return 1 / (1 + nsr**2)
 
 
-@pytest.mark.parametrize("coordinate", COORDINATES)
-@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("of_x0", [False, True])
 @pytest.mark.parametrize(
     ("nsr_t", "nsr_s", "known"),
     [
@@ -29,13 +29,13 @@ def alpha_of(nsr):
         (0.8, 0.3, (0.3, 0.8, 1.5)),  # a corrector
     ],
 )
-def test_the_mean_of_a_polynomial_is_exact(quantity, coordinate, nsr_t, nsr_s, known):
-    weights = mean_weights(quantity, coordinate, alpha_of(nsr_t), alpha_of(nsr_s), [alpha_of(n) for n in known])
+def test_the_mean_of_a_polynomial_is_exact(of_x0, nsr_t, nsr_s, known):
+    weights = mean_weights(of_x0, alpha_of(nsr_t), alpha_of(nsr_s), [alpha_of(n) for n in known])
     assert weights.sum() == pytest.approx(1, abs=1e-12)
-    u = COORDINATES[coordinate]
+    u = COORDINATE[of_x0]
 
     def over(g):  # dς, or d(1/ς), by the logarithm of ς
-        sign = 1 if quantity == "epsilon" else -1
+        sign = -1 if of_x0 else 1
         ends = math.log(nsr_t), math.log(nsr_s)
         return quad(lambda log: g(np.exp(log)) * math.exp(sign * log), *ends, epsabs=0, epsrel=1e-12)[0]
 
@@ -49,7 +49,7 @@ def test_the_mean_of_a_polynomial_is_exact(quantity, coordinate, nsr_t, nsr_s, k
 def test_the_mean_in_an_sde_is_that_of_many_small_moves(eta):
     """Of x̂0 in λ = ln(1/ς), weighted by what is left of it at the end, e^(−(1 + η²)·(λ_s − λ))."""
     known = (2.0, 5.0)
-    weights = mean_weights("sample", "log_snr", alpha_of(2.0), alpha_of(0.6), [alpha_of(n) for n in known], eta)
+    weights = mean_weights(True, alpha_of(2.0), alpha_of(0.6), [alpha_of(n) for n in known], eta)
     edges = np.linspace(-math.log(2.0), -math.log(0.6), 20_001)
     middle = (edges[1:] + edges[:-1]) / 2
     left = np.exp((1 + eta**2) * middle)
@@ -60,46 +60,38 @@ def test_the_mean_in_an_sde_is_that_of_many_small_moves(eta):
 
 def test_much_noise_leaves_the_last_value():
     """Without overflow, however much is forgotten."""
-    weights = mean_weights("sample", "log_snr", 0.9999, 0.99991, [0.9999, 0.9998], 20.0)
+    weights = mean_weights(True, 0.9999, 0.99991, [0.9999, 0.9998], 20.0)
     assert weights.sum() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("coordinate", COORDINATES)
-def test_down_to_the_data(coordinate):
-    """∫ of a polynomial in ς or ln ς to ς = 0; of x̂0 the value there."""
+def test_down_to_the_data():
+    """∫ of a polynomial in ς/(1 + ς) to ς = 0."""
     known = [alpha_of(0.1), alpha_of(0.4)]
-    weights = mean_weights("epsilon", coordinate, known[0], 1.0, known)
-    u = COORDINATES[coordinate]
+    weights = mean_weights(False, known[0], 1.0, known)
+    u = COORDINATE[False]
     mean = quad(lambda y: float(u(np.float64(0.1 * y**4))) * 4 * y**3, 0, 1, epsrel=1e-12)[0]
     assert weights @ [u(np.float64(0.1)), u(np.float64(0.4))] == pytest.approx(mean, rel=1e-7)
-    assert mean_weights("sample", coordinate, known[0], 1.0, known[:1]).tolist() == [1.0]
-    if coordinate == "log_snr":
-        with pytest.raises(ValueError, match="'log_snr' is infinite"):
-            mean_weights("sample", coordinate, known[0], 1.0, known)
-    else:
-        weights = mean_weights("sample", coordinate, known[0], 1.0, known)
-        assert weights @ [u(np.float64(0.1)), u(np.float64(0.4))] == pytest.approx(0, abs=1e-12)
 
 
-def test_from_zero_signal():
-    weights = mean_weights("sample", "bounded", 0.0, alpha_of(3.0), [0.0])
-    assert weights.tolist() == [1.0]
-    weights = mean_weights("sample", "bounded", alpha_of(3.0), alpha_of(1.0), [alpha_of(3.0), 0.0])
+def test_with_a_value_at_zero_signal():
+    weights = mean_weights(False, alpha_of(3.0), alpha_of(1.0), [alpha_of(3.0), 0.0])
     assert weights.sum() == pytest.approx(1)
+    u = COORDINATE[False]
+    mean = quad(u, 1.0, 3.0, epsrel=1e-12)[0] / 2
+    assert weights @ [u(3.0), 1.0] == pytest.approx(mean, rel=1e-9)
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (("v", "nsr", 0.5, 0.6, [0.5]), "unknown quantity 'v'"),
-        (("epsilon", "t", 0.5, 0.6, [0.5]), "unknown coordinate 't'"),
-        (("epsilon", "nsr", 0.5, 0.6, []), "at least one value"),
-        (("epsilon", "nsr", 0.5, 0.6, [0.5, 0.5]), "distinct"),
-        (("epsilon", "nsr", 0.5, 0.5, [0.5]), "to itself has no mean"),
-        (("epsilon", "nsr", 0.0, 0.5, [0.0]), "quantity 'sample'"),
-        (("sample", "nsr", 1.0, 0.5, [0.9]), "quantity 'epsilon'"),
-        (("sample", "nsr", 0.1, 0.5, [0.1, 0.0]), "'nsr' is infinite"),
-        (("epsilon", "nsr", 0.5, 0.6, [0.5], 1.0), "eta=1. ε̂ changes with every draw"),
+        ((False, 0.5, 0.6, []), "at least one value"),
+        ((False, 0.5, 0.6, [0.5, 0.5]), "distinct"),
+        ((True, 0.5, 0.5, [0.5]), "to itself has no mean"),
+        ((False, 0.0, 0.5, [0.0]), r"ε̂ has no mean at ᾱ = 0 .*: use that of x̂0"),
+        ((False, 0.5, 0.6, [0.5], 1.0), r"ε̂ has no mean .* with noise \(eta=1\)"),
+        ((True, 1.0, 0.5, [0.9]), "ln ς is infinite at the data .*: use the mean of ε̂"),
+        ((True, 0.5, 1.0, [0.5, 0.4]), "ln ς is infinite at the data"),
+        ((True, 0.1, 0.5, [0.1, 0.0]), "or other values of x̂0"),
     ],
 )
 def test_means_that_do_not_exist(given, said):
@@ -119,20 +111,8 @@ GRIDS = {
 }
 
 
-def paths(kind, x):
+def paths(x):
     """(ε̂(x, ς), the ODE's solution at ς through x at TOP)."""
-    if kind == "gaussian":
-        data = Gaussian(0.4, 0.3, None)
-
-        def eps(x, nsr):
-            data.alpha = [alpha_of(nsr)]
-            return data.eps(x, 0)
-
-        def solution(nsr):
-            data.alpha = [alpha_of(TOP), alpha_of(nsr)]
-            return data.solution(x, 0, 1)
-
-        return eps, solution
     data = Mixture((0.3, 0.7), (-0.9, 0.8), (0.1, 0.2), None)
 
     def eps(x, nsr):
@@ -147,22 +127,18 @@ def paths(kind, x):
     return eps, lambda nsr: path.sol(nsr) * math.sqrt(alpha_of(nsr))
 
 
-def solve(eps, solution, grid, order, quantity, coordinate):
+def solve(eps, solution, grid, order, of_x0):
     """The multistep method over the grid; what it needs of the past at its start is exact."""
     known, x = [], None
     for i, (n_t, n_s) in enumerate(itertools.pairwise(grid)):
         a_t, a_s = alpha_of(n_t), alpha_of(n_s)
         x = solution(n_t) if i < order else x
         e = eps(x, n_t)
-        g = e if quantity == "epsilon" else (x - math.sqrt(1 - a_t) * e) / math.sqrt(a_t)
+        g = (x - math.sqrt(1 - a_t) * e) / math.sqrt(a_t) if of_x0 else e
         known = [(a_t, g), *known][:order]
-        mean = sum(
-            w * g
-            for w, (_, g) in zip(
-                mean_weights(quantity, coordinate, a_t, a_s, [a for a, _ in known]), known, strict=True
-            )
-        )
-        if quantity == "sample":
+        weights = mean_weights(of_x0, a_t, a_s, [a for a, _ in known])
+        mean = sum(w * g for w, (_, g) in zip(weights, known, strict=True))
+        if of_x0:
             mean = (x - math.sqrt(a_t) * mean) / math.sqrt(1 - a_t)
         x = math.sqrt(a_s / a_t) * x + (math.sqrt(1 - a_s) - math.sqrt(a_s / a_t * (1 - a_t))) * mean
     return x
@@ -170,21 +146,11 @@ def solve(eps, solution, grid, order, quantity, coordinate):
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
-@pytest.mark.parametrize(
-    ("kind", "quantity", "coordinate"),
-    [
-        ("gaussian", "epsilon", "nsr"),  # elsewhere its error changes sign: it is too small
-        ("mixture", "epsilon", "nsr"),
-        ("mixture", "epsilon", "bounded"),
-        ("mixture", "sample", "log_snr"),
-    ],
-)
-def test_orders(kind, quantity, coordinate, order, grid):
+@pytest.mark.parametrize("of_x0", [False, True])
+def test_orders(of_x0, order, grid):
     x = np.linspace(-2.0, 2.0, 9) * math.sqrt(1 - alpha_of(TOP))
-    eps, solution = paths(kind, x)
+    eps, solution = paths(x)
     exact = solution(BOTTOM)
-    coarse, fine = (
-        np.abs(solve(eps, solution, GRIDS[grid](n), order, quantity, coordinate) - exact).max() for n in (200, 400)
-    )
+    coarse, fine = (np.abs(solve(eps, solution, GRIDS[grid](n), order, of_x0) - exact).max() for n in (200, 400))
     assert fine < 3e-3
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.35)
