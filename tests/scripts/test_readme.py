@@ -109,7 +109,12 @@ def test_the_examples_of_the_reference_run(make_unet):
 
 @pytest.mark.parametrize(("document", "path"), LINKS)
 def test_linked_files_exist(document, path):
-    assert (ROOT / document).parent.joinpath(path).exists()
+    path, _, heading = path.partition("#")
+    linked = (ROOT / document).parent / path if path else ROOT / document
+    assert linked.exists()
+    if heading:
+        headings = re.findall(r"^#+ (.*)$", linked.read_text(), re.MULTILINE)
+        assert heading in [re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings]
 
 
 @pytest.mark.parametrize("line", COMMANDS)
