@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from guard.writing import replace_folder
 from measure.parts import start_processes
 from pictures import Feed, Frame, Pictures, Reading, Share, as_dataset, find_frame, held_out, in_memory, open_pictures
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from trainer.settings import MACHINES, command, parse, record, write_json
 
-from ddim_plugin.hub.files import read_object, replace_folder, weights_digest
+from ddim_plugin.hub.files import read_object, weights_digest
 
 TRAINING, MODEL = "training.json", "config.json"
 
@@ -184,8 +185,7 @@ def train(model: Classifier, feed: Feed, config: ClassifierConfig) -> float:
 def shifted(batch: Tensor, shift: int, generator: np.random.Generator) -> Tensor:
     """Move a batch (B, C, H, W) by up to `shift` pixels in each direction, and fill with black."""
     down, right = generator.integers(0, 2 * shift + 1, 2)
-    height, width = batch.shape[2:]
-    return nn.functional.pad(batch, [shift] * 4)[:, :, down : down + height, right : right + width]
+    return nn.functional.pad(batch, [shift] * 4)[:, :, down : down + batch.shape[2], right : right + batch.shape[3]]
 
 
 @torch.no_grad()

@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from guard.writing import write_file
 from measure.grid.cells import Cell
 from measure.grid.figures import draw
 from measure.grid.run import Run, summary
 from measure.grid.settings import EvaluateConfig, settle
 from measure.grid.tables import table
 from trainer.settings import parse, write_json
-
-from ddim_plugin.hub.files import write_file
 
 
 @guard.output(alone=False)

@@ -28,14 +28,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from guard.writing import write_file
 from measure.comparison.bench import Bench, BenchSettings
 from measure.comparison.samplers import FAMILIES, Sampler, is_stock, samplers
 from measure.comparison.tables import entries, plot, relative_errors, table
 from measure.parts import DTYPES
 from tqdm.auto import tqdm
 from trainer.settings import command, parse, record, write_json
-
-from ddim_plugin.hub.files import write_file
 
 SCREENED = 2**24
 """Number of the first image of the screening, far from those that the best are measured on."""

@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from guard.writing import write_file
 from measure.bound import DECODERS, Errors, VariationalBound
 from measure.likelihood import Bench, entry, kept_errors, search, table
 from pictures import Reading, choose_split
 from trainer.settings import command, parse, record, write_json
 
-from ddim_plugin.hub.files import read_object, weights_digest, write_file
+from ddim_plugin.hub.files import read_object, weights_digest
 from ddim_plugin.process import spacings
 from ddim_plugin.process.moves import ETA_FREE, VARIANCES
 
 ESTIMATORS = ("second_moment", "error")
-FREE = ("output", "device", "batch_size", "save_model", "overwrite")
-"""Settings that may change when a run is resumed."""
+FREE = ("output", "device", "batch_size", "save_model", "overwrite")  # may change when a run is resumed
 
 
 @dataclass(frozen=True)

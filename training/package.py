@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from guard.writing import replace_folder, write_file
 from measure.extractors import slug
 from measure.records import COMMANDS, MEASURED, headline
 from trainer.settings import parse, write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline
 from ddim_plugin.hub.card import is_written_here
-from ddim_plugin.hub.files import read_object, replace_folder, weights_digest, write_file
+from ddim_plugin.hub.files import read_object, weights_digest
 from ddim_plugin.hub.model import CONFIGS, Model
 from ddim_plugin.hub.records import GRID, LOSS, README, RESULTS, TRAINING, listed_pictures, public, read_results
 

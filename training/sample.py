@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from guard.writing import write_file
 from measure.labels import check_label
 from pictures import Reading, load_images
 from torch import Generator
 from trainer.settings import parse, record, write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.hub.files import write_file
 from ddim_plugin.pipelines.images import grid
 
 WRITTEN = ("samples_by_steps.png", "samples_by_eta.png", "sample.json")

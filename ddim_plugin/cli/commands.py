@@ -29,7 +29,6 @@ from ..hub.push import explained, push_folder
 from ..pipelines.fit import fit_timesteps
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..pipelines.images import check_channels, grid, image_files, open_image
-from ..pipelines.saved import finish
 from ..schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, MultistepDDIMScheduler, keep_learned, sampler_class
 from ..version import __version__
 from .parser import FILES, LATENTS, MODEL
@@ -282,7 +281,6 @@ def _write(path: Path, content: Any, args: Namespace) -> None:
     """Write one file or folder."""
     if isinstance(content, GeneralizedDDIMPipeline):
         content.save_pretrained(path)
-        finish(path / "unet")
     elif isinstance(content, Tensor):
         kept = json.dumps({key: getattr(args, key) for key in KEPT})
         path.write_bytes(save({"latents": content.cpu().contiguous()}, {"ddim_plugin": kept}))

@@ -1,40 +1,11 @@
-"""Write files and folders completely, or not at all."""
+"""Move files into place, read JSON, and tell weights apart."""
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-
-
-def write_file(path: str | Path, content: str | bytes) -> None:
-    """Write a file, replacing one that exists only when the new one is complete."""
-    path = Path(path)
-    aside = path.with_name(f"{path.name}.part")
-    try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-@contextmanager
-def replace_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `path` at the end.
-
-    The folder that is at `path` is deleted only then. If an exception is raised, it stays as it is.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        new = Path(scratch) / path.name
-        new.mkdir()
-        yield new
-        put(new, path)
 
 
 def put(new: Path, path: Path) -> None:

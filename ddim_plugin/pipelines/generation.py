@@ -22,7 +22,6 @@ from .latents import Latents
 from .loop import AfterStep, Labels, Timesteps, check_count, check_output_type, finite_images
 
 CALLBACK_TENSORS = ("latents", "sample", "pred_original_sample", "pred_epsilon")
-STOCK_SCHEDULER = ["diffusers", "DDIMScheduler"]  # entry of `model_index.json` for a scheduler of this package
 StepEndCallback = Callable[["GeneralizedDDIMPipeline", int, Tensor, dict[str, Tensor | None]], dict[str, Any] | None]
 
 logger = logging.getLogger("ddim_plugin")
@@ -168,7 +167,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         pipeline, scheduler = (each[-1] if isinstance(each, list) else each for each in saved_as)
         index |= {"_class_name": cls.__name__, "_saved_as": (pipeline, scheduler)}
         if scheduler in CLASSES:  # version 0.1 named the class itself
-            index["scheduler"] = STOCK_SCHEDULER
+            index["scheduler"] = ["diffusers", "DDIMScheduler"]
         return index
 
     def save_pretrained(
@@ -184,8 +183,13 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained() got an unexpected keyword argument {min(kwargs)!r}: leave it out")
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
-        # Weights of an earlier save that diffusers leaves, and would load instead of these.
         folder, ending = Path(save_directory, "unet"), "" if variant is None else f".{variant}"
+        settings = json.loads((config := folder / "config.json").read_text(encoding="utf-8"))
+        settings.pop("_name_or_path", None)  # a place on this machine
+        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for file in folder.glob("*.safetensors"):  # safetensors does not follow the umask
+            file.chmod(config.stat().st_mode & 0o777)
+        # Weights of an earlier save that diffusers leaves, and would load instead of these.
         if not safe_serialization:
             (folder / f"diffusion_pytorch_model{ending}.safetensors").unlink(missing_ok=True)
         for kind in ("safetensors", "bin"):
@@ -200,8 +204,6 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         index.pop("_name_or_path", None)  # a place on this machine
         if type(self) is GeneralizedDDIMPipeline:
             index["_class_name"] = "DDIMPipeline"
-        if isinstance(self.scheduler, GeneralizedDDIMScheduler):
-            index["scheduler"] = STOCK_SCHEDULER
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 

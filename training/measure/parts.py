@@ -14,10 +14,9 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from guard import check_processes
+from guard.writing import write_file
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
-
-from ddim_plugin.hub.files import write_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types that a network can have, by the names used in settings."""

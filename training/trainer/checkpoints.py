@@ -13,9 +13,8 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from guard import warn
+from guard.writing import replace_folder
 from safetensors import SafetensorError
-
-from ddim_plugin.hub.files import replace_folder
 
 from .config import BOUND, FREE, TrainConfig
 from .output import share

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from guard import Signals, warn
+from guard.writing import write_file
 from PIL import Image
-
-from ddim_plugin.hub.files import write_file
 
 from .checkpoints import Checkpoints
 from .config import learning_rate

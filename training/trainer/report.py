@@ -16,12 +16,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from guard import warn
+from guard.writing import write_file
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddim_plugin import GeneralizedDDIMPipeline
-from ddim_plugin.hub.files import write_file
 from ddim_plugin.pipelines.images import grid
 
 SPIKE = 5.0

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from ddim_plugin.hub.files import write_file
+from guard.writing import write_file
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 from diffusers import UNet2DModel
+from guard.writing import replace_folder, write_file
 
-from ddim_plugin.hub.files import read_object, replace_folder, write_file
-from ddim_plugin.pipelines.saved import finish
+from ddim_plugin.hub.files import read_object
+from ddim_plugin.pipelines.generation import GeneralizedDDIMPipeline
+from ddim_plugin.schedulers import GeneralizedDDIMScheduler
 
 
 def test_a_folder_that_cannot_be_put_in_place_leaves_the_one_before_it(tmp_path, monkeypatch):
@@ -63,13 +65,13 @@ def test_a_saved_network_has_one_mode_and_no_path(make_unet, tmp_path, umask):
     """Whole or in shards, with all its variants."""
     make_unet().save_pretrained(tmp_path / "first")
     unet = UNet2DModel.from_pretrained(tmp_path / "first")
+    pipe = GeneralizedDDIMPipeline(unet, GeneralizedDDIMScheduler())
     before = os.umask(umask)
     try:
-        unet.save_pretrained(tmp_path / "unet", max_shard_size="50KB")
-        unet.save_pretrained(tmp_path / "unet", variant="fp16")
+        pipe.save_pretrained(tmp_path, max_shard_size="50KB")
+        pipe.save_pretrained(tmp_path, variant="fp16")
     finally:
         os.umask(before)
-    finish(tmp_path / "unet")
     files = [*(tmp_path / "unet").iterdir()]
     assert len([file for file in files if file.suffix == ".safetensors"]) > 2
     assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}

@@ -1,10 +1,12 @@
 """The package in a fresh process: what an import loads, and what is complete when it returns."""
 
+import ast
 import copy
 import pickle
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +99,9 @@ def test_schedulers_can_be_pickled_and_copied():
         assert type(again) is ddim_plugin.MultistepDDIMScheduler
         assert again.config.solver_order == 2
     assert b"ddim_plugin\n" in pickle.dumps(ddim_plugin.GeneralizedDDIMPipeline, protocol=0)
+
+
+def test_editors_know_the_public_names():
+    stub = ast.parse(Path(ddim_plugin.__file__).with_suffix(".pyi").read_text())
+    names = [each.asname for node in stub.body if isinstance(node, ast.ImportFrom) for each in node.names]
+    assert sorted(names) == sorted(ddim_plugin.__all__)

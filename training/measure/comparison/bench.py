@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from guard.writing import write_file
 from pictures import Frame, Reading, open_pictures
 from torch import Generator, Tensor
 
 from ddim_plugin import GeneralizedDDIMPipeline
-from ddim_plugin.hub.files import weights_digest, write_file
+from ddim_plugin.hub.files import weights_digest
 from ddim_plugin.pipelines.fit import TEACHER
 
 from ..extractors import open_extractor
