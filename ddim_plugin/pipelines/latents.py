@@ -5,6 +5,7 @@ from functools import partial
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,9 @@ from ..schedulers import InverseDDIMScheduler, InverseMultistepDDIMScheduler, Mu
 from ..schedulers.inverse import Upwards
 from .images import Images, read
 from .loop import Condition, Labels, Loop, Timesteps, batches, check_count, check_output_type, finite, finite_images
+
+Encoded = tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]
+"""Latents, and of each step and image, (steps, B): residual, evaluations, and whether it is at its floor."""
 
 TOLERANCE = 1e-5  # residual of a step, in units of the network's images, at which its refinement ends
 
@@ -72,13 +76,15 @@ class Latents(Loop):
         settings = inverse, steps, refinement_steps, tolerance
         parts = [ascend(x[rows], condition.rows(rows), *settings) for rows in batches(range(len(x)), batch_size)]
         self.maybe_free_model_hooks()
-        latents, reports = zip(*parts, strict=True)
+        latents, *records = zip(*parts, strict=True)
         z = finite(torch.cat(latents))
-        return (z, inversion.join(reports)) if return_report else z
+        ends = self.scheduler.timesteps[-steps:][:1] if multistep else inverse.timesteps[:steps]
+        records = [np.concatenate(each, axis=1) for each in records]
+        return (z, inversion.report(ends, *records, tolerance, z)) if return_report else z
 
     def _ascend(
         self, x: Tensor, condition: Condition, inverse: Upwards, steps: int, refinements: int, tolerance: float
-    ) -> tuple[Tensor, InversionReport]:
+    ) -> Encoded:
         """Encode images `x` over the first `steps` steps, one by one."""
         image = x
 
@@ -88,11 +94,12 @@ class Latents(Loop):
             sampled = self.scheduler.step(output, t, x).prev_sample
             return x_s[rows] - (sampled.clamp(-1, 1) if x_s is image else sampled), output  # images are clamped
 
-        reports, at_x = [], None  # the sampler's step from x, if known
+        shape, at_x = (steps, len(x)), None  # the sampler's step from x, if known
+        residuals, evaluations, at_floor = np.full(shape, np.nan), np.zeros(shape, np.int64), np.zeros(shape, bool)
         for i, t in enumerate(self.progress_bar(inverse.timesteps[:steps])):
             move = inverse.move(i)
             if move.alpha_bar_t == move.alpha_bar_s:  # the identity
-                reports.append(inversion.unsolved(len(x), 0, residual=0.0))
+                residuals[i] = 0.0
                 continue
             if at_x is None:
                 guess = inverse.step(self._predict(x, t, condition), t, x).prev_sample
@@ -100,20 +107,20 @@ class Latents(Loop):
                 signal, noise = math.sqrt(move.alpha_bar_t), math.sqrt(1 - move.alpha_bar_t)
                 guess = signal * at_x.pred_original_sample + noise * at_x.pred_epsilon
             if refinements == 0:
-                x = guess
-                reports.append(inversion.unsolved(len(x), condition.evaluations))
+                x, evaluations[i] = guess, condition.evaluations
                 continue
             down = self.scheduler.timesteps[-1 - i]
             step_size, unit = inversion.step_size(move.alpha_bar_t, move.alpha_bar_s), math.sqrt(move.alpha_bar_s)
             solution = inversion.solve(partial(residual, x, down), guess, step_size, tolerance * unit, refinements)
-            reports.append(solution.report(tolerance, unit, condition.evaluations, guessed=at_x is None))
+            residuals[i], at_floor[i] = solution.residual / unit, solution.at_floor
+            evaluations[i] = (solution.evaluations + (at_x is None)) * condition.evaluations
             x = solution.x
             at_x = self.scheduler.step(solution.output, down, x)
-        return x, inversion.report(inverse.timesteps[:steps].tolist(), reports, tolerance, x)
+        return x, residuals, evaluations, at_floor
 
     def _ascend_together(
         self, image: Tensor, condition: Condition, inverse: Upwards, steps: int, refinements: int, tolerance: float
-    ) -> tuple[Tensor, InversionReport]:
+    ) -> Encoded:
         """Encode images over the first `steps` steps, refined as one: move by decoding's error, and encode again."""
         up, down = inverse.timesteps[:steps], self.scheduler.timesteps[-steps:]
         cost, iterations = condition.evaluations * steps, max(1, refinements // 2)
@@ -130,11 +137,10 @@ class Latents(Loop):
 
         with self.progress_bar(total=iterations) as bar:
             if refinements == 0:
-                z, found = encoded(image, slice(None)), inversion.unsolved(len(image), cost)
-            else:
-                solution = inversion.solve(residual, image, 1.0, tolerance, iterations)
-                z, found = solution.output, solution.report(tolerance, 1.0, 2 * cost, guessed=False)
-        return z, inversion.report([int(down[0])], [found], tolerance, z)
+                one = (1, len(image))
+                return encoded(image, slice(None)), np.full(one, np.nan), np.full(one, cost), np.zeros(one, bool)
+            found = inversion.solve(residual, image, 1.0, tolerance, iterations)
+        return found.output, found.residual[None], 2 * cost * found.evaluations[None], found.at_floor[None]
 
     @torch.no_grad()
     def decode(

@@ -11,8 +11,8 @@ uses a prediction at x_s. It ends at the tolerance, or when it makes no more pro
 deviation of the latents, because latents that do not resemble noise are less useful.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,8 +32,7 @@ Residual = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Maps (x, rows) to (x_s − f(x), the network's output at x) for the images `rows`, indices into the batch."""
 
 
-@dataclass(frozen=True)
-class Solution:
+class Solution(NamedTuple):
     """Hold x_t of one step, the iterate with the smallest residual. Arrays are (B,)."""
 
     x: Tensor
@@ -41,12 +40,6 @@ class Solution:
     residual: NDArray[np.float64]  # root mean square of x_s − f(x_t)
     evaluations: NDArray[np.int64]
     at_floor: NDArray[np.bool_]  # the residual made no progress at the end
-    damped: NDArray[np.bool_]  # the residual grew, and the iteration restarted
-
-    def report(self, tolerance: float, unit: float, cost: int, guessed: bool) -> "MoveReport":
-        """Report this step, with the residual in multiples of `unit` and `cost` evaluations for each of its own."""
-        residual, evaluations = self.residual / unit, (self.evaluations + guessed) * cost
-        return MoveReport(residual, evaluations, residual <= tolerance, self.at_floor, self.damped)
 
 
 def step_size(alpha_bar_t: float, alpha_bar_s: float) -> float:
@@ -54,12 +47,9 @@ def step_size(alpha_bar_t: float, alpha_bar_s: float) -> float:
 
     For data of variance v, f′ = (√(ᾱ_s·ᾱ_t)·v + √((1 − ᾱ_s)(1 − ᾱ_t)))/(ᾱ_t·v + 1 − ᾱ_t).
     """
-
-    def slope(v: float) -> float:
-        signal, noise = np.sqrt(alpha_bar_s * alpha_bar_t), np.sqrt((1 - alpha_bar_s) * (1 - alpha_bar_t))
-        return float((signal * v + noise) / (alpha_bar_t * v + 1 - alpha_bar_t))
-
-    return 2 / (slope(0.0) + slope(VARIANCE))
+    signal, noise = np.sqrt(alpha_bar_s * alpha_bar_t), np.sqrt((1 - alpha_bar_s) * (1 - alpha_bar_t))
+    slopes = [(signal * v + noise) / (alpha_bar_t * v + 1 - alpha_bar_t) for v in (0.0, VARIANCE)]
+    return float(2 / sum(slopes))
 
 
 def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, evaluations: int) -> Solution:
@@ -75,7 +65,7 @@ def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, eval
     best, best_residual, best_output = guess.clone(), torch.zeros_like(guess), torch.empty(0)
     smallest, spent = np.full(B, np.inf), np.zeros(B, np.int64)
     falls: list[NDArray[np.float64]] = []  # the smallest residuals after each evaluation
-    damped, born, gamma = np.zeros(B, bool), np.zeros(B, np.int64), np.full(B, step)
+    born, gamma = np.zeros(B, np.int64), np.full(B, step)  # first evaluation of the history, and γ
     active, x = np.arange(B), guess
     history: list[tuple[Tensor, Tensor]] = []  # (x, residual) of the active images, the newest last
     for i in range(evaluations):
@@ -83,7 +73,7 @@ def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, eval
         r, output = residual(x, rows)
         if i == 0:
             best_output = output.clone()
-        size = root_mean_square(r)
+        size = r.to(precise(r)).flatten(1).pow(2).mean(1).sqrt().cpu().numpy().astype(np.float64)
         spent[active] += 1
         grown = ~(size <= GROWTH * smallest[active])  # NaN has grown
         better = size < smallest[active]
@@ -93,9 +83,8 @@ def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, eval
         kept = rows[keep]
         best[kept], best_residual[kept], best_output[kept] = x[keep], r[keep], output[keep]
 
-        lost = active[grown]
-        damped[lost], born[lost] = True, i
-        gamma[lost] /= 2
+        born[active[grown]] = i
+        gamma[active[grown]] /= 2
         back = torch.as_tensor(grown, device=guess.device).view(-1, *[1] * (x.ndim - 1))
         history.append((torch.where(back, best[rows], x), torch.where(back, best_residual[rows], r)))
         going = (smallest[active] > tolerance) & ~_settled(falls, spent, PATIENCE)[active]
@@ -109,7 +98,7 @@ def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, eval
         known = np.arange(first, i)[None, :] >= born[active][:, None]
         x = _next(history, gamma[active], known)
     settled = _settled(falls, spent, np.where(spent > PATIENCE, PATIENCE, SETTLED))
-    return Solution(best, best_output, smallest, spent, settled & ~(smallest <= tolerance), damped)
+    return Solution(best, best_output, smallest, spent, settled & ~(smallest <= tolerance))
 
 
 def _settled(
@@ -126,68 +115,37 @@ def _next(history: list[tuple[Tensor, Tensor]], gamma: NDArray[np.float64], know
 
     `known`, (B, len(history) − 1), marks the earlier iterates that each image uses.
     """
-    x, r = history[-1]
-    work = precise(x)
-    shape = (-1, *[1] * (x.ndim - 1))
+    *earlier, (x, r) = history
+    work, ones = precise(x), [1] * (x.ndim - 1)
     new, mean_r = x.to(work), r.to(work)
     if known.any():
-        counts = torch.as_tensor(known, device=x.device)
-        changes = torch.stack([(past - r).flatten(1) for _, past in history[:-1]], 1).to(work)
-        changes = torch.where(counts[..., None], changes, torch.zeros_like(changes))
+        used = torch.as_tensor(known, device=x.device).view(*known.shape, *ones)
+        pairs = zip(zip(*earlier, strict=True), (x, r), strict=True)
+        dx, dr = (torch.where(used, torch.stack(past, 1) - now[:, None], 0) for past, now in pairs)
+        changes = dr.flatten(2).to(work)
         gram, right = changes @ changes.mT, changes @ mean_r.flatten(1)[..., None]
-        weights = _weights(gram.cpu().double(), right.cpu().double(), torch.finfo(work).eps).to(work).to(x.device)
-        for j, (past_x, past_r) in enumerate(history[:-1]):
-            weight, counted = weights[:, j].view(shape), counts[:, j].view(shape)
-            new = new + torch.where(counted, weight * (past_x - x), torch.zeros_like(new))
-            mean_r = mean_r + torch.where(counted, weight * (past_r - r), torch.zeros_like(mean_r))
-    step = torch.as_tensor(gamma).to(work).to(x.device).view(shape)
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        ridge = torch.where(diagonal > 0, max(1e-10, 10 * torch.finfo(work).eps) * diagonal, 1)
+        gram = (gram + torch.diag_embed(ridge)).cpu().double()
+        weights = -torch.linalg.solve(gram, right.cpu().double()).to(work).to(x.device).view(used.shape)
+        for j in range(len(earlier)):
+            new, mean_r = new + weights[:, j] * dx[:, j], mean_r + weights[:, j] * dr[:, j]
+    step = torch.as_tensor(gamma).to(work).to(x.device).view(-1, *ones)
     return (new + step * mean_r).to(x.dtype)
 
 
-def _weights(gram: Tensor, right: Tensor, eps: float) -> Tensor:
-    """Solve −(G + ridge)⁻¹·right for each image, (B, m). `eps` is the relative error of G."""
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    ridge = torch.where(diagonal > 0, max(1e-10, 10 * eps) * diagonal, torch.ones_like(diagonal))
-    return -torch.linalg.solve(gram + torch.diag_embed(ridge), right)[..., 0]
-
-
-def root_mean_square(x: Tensor) -> NDArray[np.float64]:
-    """Compute √mean(x²) of each image, (B,)."""
-    return x.to(precise(x)).flatten(1).pow(2).mean(1).sqrt().cpu().numpy().astype(np.float64)
-
-
-class MoveReport(NamedTuple):
-    """Report one step of an encoding. `InversionReport` describes the fields."""
-
-    residual: NDArray[np.float64]
-    evaluations: NDArray[np.int64]
-    converged: NDArray[np.bool_]
-    at_floor: NDArray[np.bool_]
-    damped: NDArray[np.bool_]
-
-
-def unsolved(B: int, evaluations: int, residual: float = np.nan) -> MoveReport:
-    """Report a step that was not solved. Its residual is NaN if it was not measured, and 0 for the identity."""
-    no = np.zeros(B, bool)
-    return MoveReport(np.full(B, residual), np.full(B, evaluations), no | (residual == 0), no, no)
-
-
-def report(timesteps: list[int], moves: list[MoveReport], tolerance: float, latents: Tensor) -> "InversionReport":
-    """Combine the reports of the steps of an encoding."""
-    whole = MoveReport(*(np.stack(column) for column in zip(*moves, strict=True)))
-    rows = latents.cpu().double().flatten(1).numpy()
-    return InversionReport(np.array(timesteps), *whole, tolerance, rows.mean(1), rows.std(1))
-
-
-def join(reports: Sequence["InversionReport"]) -> "InversionReport":
-    """Combine the reports of batches with the same τ and tolerance."""
-    first = reports[0]
-    images = {
-        field.name: np.concatenate([getattr(each, field.name) for each in reports], axis=-1)
-        for field in fields(first)
-        if field.name not in ("timesteps", "tolerance")
-    }
-    return InversionReport(timesteps=first.timesteps, tolerance=first.tolerance, **images)
+def report(
+    timesteps: Tensor,
+    residual: NDArray[np.float64],
+    evaluations: NDArray[np.int64],
+    at_floor: NDArray[np.bool_],
+    tolerance: float,
+    latents: Tensor,
+) -> "InversionReport":
+    """Report an encoding from the records of its steps, (steps, B), and its latents."""
+    solved, rows = residual <= tolerance, latents.cpu().double().flatten(1).numpy()
+    times = timesteps.cpu().numpy()
+    return InversionReport(times, residual, evaluations, solved, at_floor, tolerance, rows.mean(1), rows.std(1))
 
 
 @dataclass(frozen=True)
@@ -201,7 +159,6 @@ class InversionReport:
         evaluations: network evaluations. A guided one counts twice.
         converged: whether the residual reached `tolerance`.
         at_floor: whether the residual stopped above `tolerance`, with less than 10 % progress in the last evaluations.
-        damped: whether the residual grew, and the iteration restarted.
         tolerance: the largest residual of a converged step.
         latent_mean, latent_std: mean and standard deviation of each latent, (B,). Those of noise are 0 and 1.
     """
@@ -211,7 +168,6 @@ class InversionReport:
     evaluations: NDArray[np.int64]
     converged: NDArray[np.bool_]
     at_floor: NDArray[np.bool_]
-    damped: NDArray[np.bool_]
     tolerance: float
     latent_mean: NDArray[np.float64]
     latent_std: NDArray[np.float64]
@@ -235,7 +191,7 @@ class InversionReport:
         """Format a table with a line for each step, with the largest residual and evaluations of any image."""
         lines = ["timestep  residual  evaluations"]
         for i, t in enumerate(self.timesteps):
-            notes = {"not converged": ~self.converged[i], "at its floor": self.at_floor[i], "damped": self.damped[i]}
+            notes = {"not converged": ~self.converged[i], "at its floor": self.at_floor[i]}
             marks = [f"{note} ({flags.sum()} of {len(flags)})" for note, flags in notes.items() if flags.any()]
             is_naive, residual = np.isnan(self.residual[i]).any(), f"{self.residual[i].max():8.1e}"
             residual, marks = ("       –", []) if is_naive else (residual, marks)

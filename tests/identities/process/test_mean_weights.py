@@ -10,7 +10,6 @@ from scipy.integrate import quad, solve_ivp
 
 from ddim_plugin.process.multistep import mean_weights
 
-
 COORDINATE = {False: lambda nsr: nsr / (1 + nsr), True: np.log}  # of ε̂, and of x̂0
 
 

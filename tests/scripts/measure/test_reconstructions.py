@@ -56,7 +56,6 @@ def test_a_row_has_the_errors_of_each_image(refinement):
         evaluations=np.array([[2, 3], [2, 2]]),
         converged=flags,
         at_floor=flags,
-        damped=~flags,
         tolerance=1e-5,
         latent_mean=np.zeros(2),
         latent_std=np.ones(2),
