@@ -1,6 +1,7 @@
 """Fit τ for few steps to a model, on its own trajectories."""
 
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from ..schedulers import MultistepDDIMScheduler
 from .generation import GeneralizedDDIMPipeline
 from .loop import Condition, batches, check_count, finite
 
+Times = tuple[int, ...]  # τ, increasing
 POWERS = (0.75, 1.0, 1.5, 2.0, 3.0)  # exponents of the power laws that the search tries first
 TEACHER = {"solver_order": 3, "lower_order_final": False}  # settings of the solver that computes the solutions
 
@@ -69,7 +71,6 @@ def fit_timesteps(
     pipe.scheduler = scheduler
     try:
         pipe._check_deterministic()
-        pipe._check_channels()
         if pipe.image_size is None:
             raise ValueError("the network's config has no sample_size: set it there")
         if class_labels is None:
@@ -78,15 +79,12 @@ def fit_timesteps(
         shape = (pipe.unet.config.in_channels, *pipe.image_size)
         generators = [Generator().manual_seed(seed + i) for i in range(num_images)]
         noise = torch.stack([torch.randn(shape, generator=each) for each in generators]).to(condition.device)
-        found = _Fitter(pipe, noise, condition, batch_size).fit(sorted(set(steps)), teacher_steps)
+        found = _search(pipe, noise, condition, batch_size, sorted(set(steps)), teacher_steps)
     except BaseException:
         pipe.scheduler = before
         raise
-    known = dict(scheduler.config.fitted_timesteps or {})
-    for S, fitted in found.items():
-        known.pop(str(S), None)
-        if fitted.error < fitted.default_error:
-            known[str(S)] = fitted.timesteps
+    known = {S: times for S, times in (scheduler.config.fitted_timesteps or {}).items() if int(S) not in found}
+    known |= {str(S): fitted.timesteps for S, fitted in found.items() if fitted.error < fitted.default_error}
     pipe.scheduler = MultistepDDIMScheduler.from_config(scheduler.config, fitted_timesteps=known or None)
     return found
 
@@ -116,67 +114,54 @@ def _labels(classes: int | None, num: int, guidance_scale: float, null_class_lab
     return [spread[i % len(spread)] for i in range(num)]
 
 
-class _Fitter:
-    """A model, draws of x_T, and the solutions from them."""
+def _search(
+    pipe: GeneralizedDDIMPipeline,
+    noise: Tensor,
+    condition: Condition,
+    batch_size: int,
+    steps: list[int],
+    teacher_steps: int,
+) -> dict[int, Fitted]:
+    """Fit τ for each S to solutions from `noise`, draws of x_T."""
+    scheduler, half = pipe.scheduler, len(noise) // 2
+    alpha_bar, T = scheduler.alpha_bar, scheduler.config.num_train_timesteps
 
-    def __init__(self, pipe: GeneralizedDDIMPipeline, noise: Tensor, condition: Condition, batch_size: int):
-        self.pipe, self.noise, self.condition, self.batch_size = pipe, noise, condition, batch_size
-        self.scheduler, self.half = pipe.scheduler, len(noise) // 2
-        self.alpha_bar, self.T = self.scheduler.alpha_bar, self.scheduler.config.num_train_timesteps
-        self.solutions = torch.empty(0)
-        self.errors: dict[tuple[tuple[int, ...], range], float] = {}
-
-    def fit(self, steps: list[int], teacher_steps: int) -> dict[int, Fitted]:
-        """Fit τ for each S."""
-        self._solve(min(teacher_steps, self.T))
-        seen, held, found = range(self.half), range(self.half, len(self.noise)), {}
-        for S in tqdm(steps, desc="fitting τ"):
-            default = spacings.tau("few_steps", S, self.T, alpha_bar=self.alpha_bar).tolist()
-            known = [default]
-            if S in self.scheduler._fitted:
-                known.append(self.scheduler._fitted[S].tolist())
-            powers = [spacings.few_steps(S, self.alpha_bar, p).tolist() for p in POWERS]
-            starts = sorted(known + powers, key=lambda tau: self._error(tau, seen))[:2]
-            moved = [descend(start, self.T, lambda tau: self._error(tau, seen)) for start in starts]
-            tau = min(moved, key=lambda pair: pair[1])[0]
-            errors = [(self._error(each, held), each) for each in (*known, tau)]
-            error, tau = min(errors, key=lambda pair: pair[0])
-            found[S] = Fitted([t - 1 for t in reversed(tau)], error, errors[0][0])
-        return found
-
-    def _solve(self, S: int) -> None:
-        """Solve the ODE in S steps."""
-        scheduler = MultistepDDIMScheduler.from_config(self.scheduler.config, **TEACHER)
-        tau, rows = spacings.linear(S, self.T).tolist(), batches(range(len(self.noise)), self.batch_size)
-        self.solutions = finite(torch.cat([self._sample(scheduler, tau, each) for each in rows])).clamp(-1, 1)
-
-    def _error(self, tau: list[int], images: range) -> float:
-        """Return the mean distance of these images to their solutions. Each τ is sampled once."""
-        key = tuple(tau), images
-        if key not in self.errors:
-            errors = []
-            for rows in batches(images, self.batch_size):
-                sampled = self._sample(self.scheduler, tau, rows).clamp(-1, 1)
-                errors.append((sampled - self.solutions[rows]).flatten(1).square().mean(1).sqrt())
-            self.errors[key] = float(torch.cat(errors).mean())
-        return self.errors[key]
-
-    def _sample(self, scheduler: MultistepDDIMScheduler, tau: list[int], rows: slice) -> Tensor:
-        """Sample x_0 along τ, increasing times."""
+    def sample(scheduler: MultistepDDIMScheduler, tau: Sequence[int], images: range) -> Tensor:
         scheduler._fitted[len(tau)] = np.array(tau)  # a spacing's own plan: the loop begins with x_T
-        scheduler.set_timesteps(len(tau), device=self.noise.device, eta=0.0)
-        x, condition = self.noise[rows].to(self.condition.state_dtype), self.condition.rows(rows)
-        return self.pipe._run(scheduler, x, scheduler.timesteps, condition)
+        scheduler.set_timesteps(len(tau), device=noise.device, eta=0.0)
+        x = noise.to(condition.state_dtype)
+        rows = batches(images, batch_size)
+        return torch.cat([pipe._run(scheduler, x[i], scheduler.timesteps, condition.rows(i)) for i in rows])
+
+    @cache
+    def error(images: range, tau: Times) -> float:
+        """Compute the mean distance of these images to their solutions."""
+        sampled = sample(scheduler, tau, images).clamp(-1, 1)
+        return float((sampled - solutions[images.start : images.stop]).flatten(1).square().mean(1).sqrt().mean())
+
+    teacher = MultistepDDIMScheduler.from_config(scheduler.config, **TEACHER)
+    tau = spacings.linear(min(teacher_steps, T), T)
+    solutions, found = finite(sample(teacher, tau, range(len(noise)))).clamp(-1, 1), {}
+    seen, held = partial(error, range(half)), partial(error, range(half, len(noise)))
+    for S in tqdm(steps, desc="fitting τ"):
+        known = [spacings.few_steps(S, alpha_bar), *(times for n, times in scheduler._fitted.items() if n == S)]
+        powers = [spacings.few_steps(S, alpha_bar, power) for power in POWERS]
+        known, powers = ([tuple(times.tolist()) for times in each] for each in (known, powers))
+        starts = sorted(known + powers, key=seen)[:2]
+        tau, _ = min((descend(start, T, seen) for start in starts), key=lambda pair: pair[1])
+        tau = min([*known, tau], key=held)
+        found[S] = Fitted([t - 1 for t in reversed(tau)], held(tau), held(known[0]))
+    return found
 
 
-def descend(tau: Sequence[int], T: int, cost: Callable[[list[int]], float], rounds: int = 4) -> tuple[list[int], float]:
+def descend(tau: Times, T: int, cost: Callable[[Times], float], rounds: int = 4) -> tuple[Times, float]:
     """Move the times of τ one by one to a lower `cost`, by a third of a gap and then less, and return both."""
-    best, tau = cost(list(tau)), list(tau)
+    best = cost(tau)
     step = max(1, (tau[-1] - tau[0]) // (3 * max(1, len(tau) - 1)))
     for _ in range(rounds):
         for i in reversed(range(len(tau))):
             for change in (-step, step):
-                moved = [*tau[:i], tau[i] + change, *tau[i + 1 :]]
+                moved = (*tau[:i], tau[i] + change, *tau[i + 1 :])
                 if not 1 <= moved[i] <= T or any(low >= high for low, high in pairwise(moved)):
                     continue
                 found = cost(moved)

@@ -247,7 +247,7 @@ def test_the_descent_goes_down_and_stays_in_order():
         assert all(low < high for low, high in itertools.pairwise([0, *tau, 1001]))
         return float(np.square(np.array(tau) - goal).sum())
 
-    tau, reached = descend([100, 400, 700, 1000], 1000, cost, rounds=8)
+    tau, reached = descend((100, 400, 700, 1000), 1000, cost, rounds=8)
     assert reached == cost(tau) == min(map(cost, list(seen)))
     assert np.abs(np.array(tau) - goal).max() <= 10
-    assert descend([1], 1, lambda tau: 0.0) == ([1], 0.0)
+    assert descend((1,), 1, lambda tau: 0.0) == ((1,), 0.0)
