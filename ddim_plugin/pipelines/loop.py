@@ -16,17 +16,15 @@ from ..schedulers import GeneralizedDDIMScheduler, sampler_class
 from ..schedulers.inverse import Upwards
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-to_images = VaeImageProcessor().postprocess  # (x_0, output type) ↦ images
 Timesteps = Sequence[int] | Tensor | None
 Labels = int | Sequence[int] | Tensor | None
 AfterStep = Callable[[int, Tensor, Tensor, Any], Tensor | None]  # (number, timestep, x_t, output of `step`) ↦ a new x_s
 
 
 class Condition(NamedTuple):
-    """Labels (B,) and those of "no class" for guidance (Ho & Salimans 2022), its scale, and where the network runs."""
+    """Labels and the scale of guidance (Ho & Salimans 2022), and where the network runs."""
 
-    labels: Tensor | None
-    null_labels: Tensor | None
+    labels: Tensor | None  # (1, B), or (2, B) with those of "no class" for guidance
     scale: float
     device: torch.device
     dtype: torch.dtype  # of the network
@@ -39,19 +37,17 @@ class Condition(NamedTuple):
     @property
     def evaluations(self) -> int:
         """Network evaluations for one prediction: guidance takes two."""
-        return 1 if self.null_labels is None else 2
+        return 1 if self.labels is None else len(self.labels)
 
     def rows(self, rows: Tensor | slice) -> "Condition":
         """Return the condition of some of the images."""
-        labels, null_labels = (None if each is None else each[rows] for each in self[:2])
-        return self._replace(labels=labels, null_labels=null_labels)
+        return self if self.labels is None else self._replace(labels=self.labels[:, rows])
 
     def predict(self, unet: UNet2DModel, x: Tensor, t: Tensor) -> Tensor:
         """Return the network's output, guided if guidance is on. Learned variances are not guided."""
-        x = x.to(self.dtype)
-        if self.null_labels is None:
-            return unet(x, t, class_labels=self.labels).sample
-        labels = torch.cat([self.labels, self.null_labels])
+        x, labels = x.to(self.dtype), None if self.labels is None else self.labels.flatten(0, 1)
+        if self.evaluations == 1:
+            return unet(x, t, class_labels=labels).sample
         output, null = unet(torch.cat([x, x]), t, class_labels=labels).sample.chunk(2)
         channels = x.shape[1]
         guided = torch.lerp(null[:, :channels], output[:, :channels], self.scale)
@@ -90,27 +86,25 @@ class Loop:
         if self.unet.class_embedding is None:
             if class_labels is not None or guidance_scale != 1 or null_class_label is not None:
                 raise ValueError("this network is unconditional: leave out class labels and guidance_scale")
-            return Condition(None, None, guidance_scale, device, dtype)
+            return Condition(None, guidance_scale, device, dtype)
         if class_labels is None:
             raise ValueError(f"this network is class-conditional: pass class_labels (0..{(classes or 0) - 1})")
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, not {guidance_scale!r}")
-        labels, null_labels = torch.as_tensor(class_labels), None
+        labels = torch.as_tensor(class_labels)
         labels = labels.expand(batch_size) if labels.ndim == 0 else labels
         if len(labels) != batch_size:
             raise ValueError(f"{len(labels)} class_labels for a batch of {batch_size}: give one, or one for each")
+        rows = [labels]
         if guidance_scale != 1:
             if null_class_label is None and classes is None:
                 raise ValueError("the network's config has no num_class_embeds: pass null_class_label")
-            null_labels = torch.full_like(labels, classes - 1 if null_class_label is None else null_class_label)
-        for values in (labels, null_labels):
-            if classes is None or values is None:
-                continue
+            rows.append(torch.full_like(labels, classes - 1 if null_class_label is None else null_class_label))
+        for values in rows if classes else ():
             whole = not values.is_floating_point() and values.dtype != torch.bool and values.ndim == 1
             if not whole or not ((values >= 0) & (values < classes)).all():
                 raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {values.tolist()}")
-        labels, null_labels = (None if each is None else each.to(device) for each in (labels, null_labels))
-        return Condition(labels, null_labels, guidance_scale, device, dtype)
+        return Condition(torch.stack(rows).to(device), guidance_scale, device, dtype)
 
     def _check_channels(self) -> None:
         """Raise ValueError if the network's channels do not fit the variance type of our scheduler."""
@@ -195,7 +189,8 @@ def finite(x: Tensor) -> Tensor:
 
 def finite_images(x: Tensor, output_type: str) -> Any:
     """Convert x_0 to images of an output type. Raises ValueError for "pil" and "np" if a number is not finite."""
-    return to_images(finite(x) if output_type in ("pil", "np") else x, output_type)
+    x = finite(x) if output_type in ("pil", "np") else x
+    return VaeImageProcessor().postprocess(x, output_type)
 
 
 def check_output_type(output_type: str) -> None:

@@ -150,31 +150,27 @@ def check_offset(steps_offset: int) -> int:
     return int(steps_offset)
 
 
-def explicit(times: Iterable[int], T: int, *, lowest: int = 1, descending: bool = False) -> Times:
-    """Check an explicit τ, and convert it to increasing times in 1..T.
+def explicit(timesteps: Iterable[int], T: int) -> Times:
+    """Check explicit network timesteps, and convert them to increasing times in 1..T.
 
-    `lowest` is the caller's number for time 1 (0 for network timesteps), and `descending` the caller's order.
-
-    Raises ValueError for the first value that is not an integer, out of range, repeated or out of order.
+    Raises ValueError for the first that is not an integer, outside 0..T−1, repeated or not below the one before.
     """
-    if not isinstance(times, Iterable):
-        raise ValueError(f"timesteps must be a list of integers, not {times!r}")
-    values = list(times)
-    highest = lowest + T - 1
+    if not isinstance(timesteps, Iterable):
+        raise ValueError(f"timesteps must be a list of integers, not {timesteps!r}")
+    values = list(timesteps)
     if not values:
         raise ValueError("an empty list of timesteps: give at least one time")
     for value in values:
         if not is_integer(value):
             raise ValueError(f"timesteps must be integers, not {value!r}")
-        if not lowest <= value <= highest:
-            raise ValueError(f"timestep {value} is outside {lowest}..{highest}")
+        if not 0 <= value < T:
+            raise ValueError(f"timestep {value} is outside 0..{T - 1}")
     for first, second in pairwise(values):
         if first == second:
             raise ValueError(f"timestep {first} is repeated: the times must be distinct")
-        if (first < second) == descending:
-            order = "descending" if descending else "increasing"
-            raise ValueError(f"timesteps must be in {order} order, but {first} precedes {second}")
-    return np.array(sorted(values), dtype=np.int64) - lowest + 1
+        if first < second:
+            raise ValueError(f"timesteps must be in descending order, but {first} precedes {second}")
+    return np.array(values[::-1], dtype=np.int64) + 1
 
 
 def is_integer(value: object) -> bool:

@@ -290,7 +290,7 @@ def _check_fitted(timesteps: dict[str, list[int]] | None, T: int) -> dict[int, s
     for S, times in timesteps.items():
         if not (spacings.is_integer(S) or (isinstance(S, str) and S.isdecimal())):
             raise ValueError(f"fitted_timesteps has the key {S!r}, which is no step count: use integers as keys")
-        found[int(S)] = spacings.explicit(times, T, lowest=0, descending=True)
+        found[int(S)] = spacings.explicit(times, T)
         if len(found[int(S)]) != int(S):
             raise ValueError(f"fitted_timesteps has {len(times)} timesteps for {S} steps: give as many as steps")
     return found

@@ -49,7 +49,7 @@ class Planned(StockConfig):
                 self._tau = self._spaced(num_inference_steps)
             else:
                 values = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else timesteps
-                self._tau = spacings.explicit(values, self.config.num_train_timesteps, lowest=0, descending=True)
+                self._tau = spacings.explicit(values, self.config.num_train_timesteps)
             self._pairs = self._make_pairs(self._tau)
             self._called = self._evaluated_at(self._pairs)  # times at which the network is evaluated
             self._first = {t: i for i, t in reversed(list(enumerate(self._called)))}

@@ -164,13 +164,13 @@ def test_labels_and_guidance():
     original = pipe._predict
     pipe._predict = lambda x, t, condition: calls.append(condition) or original(x, t, condition)
     fit_timesteps(pipe, [3], **FEW | {"teacher_steps": 10})
-    assert calls[0].labels.tolist() == [i % 3 for i in range(16)]
+    assert calls[0].labels[0].tolist() == [i % 3 for i in range(16)]
     assert _labels(1000, 4, 1.0, None) == [0, 250, 500, 750]
     assert _labels(3, 4, 2.0, 0) == [1, 2, 1, 2]
     calls.clear()
     fit_timesteps(pipe, [3], **FEW | {"teacher_steps": 10}, guidance_scale=2.0)
-    assert calls[0].labels.tolist() == [i % 2 for i in range(16)]
-    assert set(calls[0].null_labels.tolist()) == {2}
+    assert calls[0].labels[0].tolist() == [i % 2 for i in range(16)]
+    assert set(calls[0].labels[1].tolist()) == {2}
 
 
 def test_small_T():

@@ -125,11 +125,12 @@ def test_unknown_spacing_lists_the_known():
     ("times", "message"),
     [
         ([], "empty"),
-        ([1, 5, 5], "timestep 5 is repeated"),
-        ([1, 7, 5], "increasing order, but 7 precedes 5"),
-        ([0, 3], r"timestep 0 is outside 1\.\.10"),
-        ([3, 11], r"timestep 11 is outside 1\.\.10"),
-        ([1, 2.5], "must be integers, not 2.5"),
+        ([5, 5, 1], "timestep 5 is repeated"),
+        ([7, 1, 5], "descending order, but 1 precedes 5"),
+        ([3, -1], r"timestep -1 is outside 0\.\.9"),
+        ([10, 3], r"timestep 10 is outside 0\.\.9"),
+        (5, "must be a list of integers, not 5"),
+        ([2.5, 1], "must be integers, not 2.5"),
         ([True, 2], "must be integers, not True"),
     ],
 )
