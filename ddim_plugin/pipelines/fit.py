@@ -61,9 +61,8 @@ def fit_timesteps(
             without the label of "no class" if guidance is on.
         guidance_scale, null_class_label: as in the pipeline's call.
 
-    Raises:
-        ValueError: before the network is called, for numbers out of range, or a scheduler that adds noise; afterwards,
-            for images that are not finite.
+    Raises ValueError, before the network is called, for numbers out of range, or a scheduler that adds noise;
+    afterwards, for images that are not finite.
     """
     scheduler = MultistepDDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="few_steps")
     _check_numbers(scheduler.config.num_train_timesteps, steps, num_images, teacher_steps, batch_size)

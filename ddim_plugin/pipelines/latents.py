@@ -9,17 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..process import inversion
 from ..process.gaussian import slerp
-from ..process.inversion import InversionReport
+from ..process.inversion import InversionReport, solve, step_size
 from ..schedulers import InverseDDIMScheduler, InverseMultistepDDIMScheduler, MultistepDDIMScheduler
 from ..schedulers.inverse import Upwards
 from .images import Images, read
 from .loop import Condition, Labels, Loop, Timesteps, batches, check_count, check_output_type, finite, finite_images
 
-Encoded = tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]
-"""Latents, and of each step and image, (steps, B): residual, evaluations, and whether it is at its floor."""
-
+Encoded = tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]  # latents; residuals, evaluations and floors, (steps, B)
 TOLERANCE = 1e-5  # residual of a step, in units of the network's images, at which its refinement ends
 
 
@@ -78,9 +75,13 @@ class Latents(Loop):
         self.maybe_free_model_hooks()
         latents, *records = zip(*parts, strict=True)
         z = finite(torch.cat(latents))
-        ends = self.scheduler.timesteps[-steps:][:1] if multistep else inverse.timesteps[:steps]
-        records = [np.concatenate(each, axis=1) for each in records]
-        return (z, inversion.report(ends, *records, tolerance, z)) if return_report else z
+        if not return_report:
+            return z
+        tops = (self.scheduler.timesteps[-steps:][:1] if multistep else inverse.timesteps[:steps]).cpu().numpy()
+        residual, evaluations, at_floor = (np.concatenate(each, axis=1) for each in records)
+        rows = z.cpu().double().flatten(1).numpy()
+        known = tops, residual, evaluations, residual <= tolerance, at_floor
+        return z, InversionReport(*known, tolerance, rows.mean(1), rows.std(1))
 
     def _ascend(
         self, x: Tensor, condition: Condition, inverse: Upwards, steps: int, refinements: int, tolerance: float
@@ -110,8 +111,8 @@ class Latents(Loop):
                 x, evaluations[i] = guess, condition.evaluations
                 continue
             down = self.scheduler.timesteps[-1 - i]
-            step_size, unit = inversion.step_size(move.alpha_bar_t, move.alpha_bar_s), math.sqrt(move.alpha_bar_s)
-            solution = inversion.solve(partial(residual, x, down), guess, step_size, tolerance * unit, refinements)
+            gamma, unit = step_size(move.alpha_bar_t, move.alpha_bar_s), math.sqrt(move.alpha_bar_s)
+            solution = solve(partial(residual, x, down), guess, gamma, tolerance * unit, refinements)
             residuals[i], at_floor[i] = solution.residual / unit, solution.at_floor
             evaluations[i] = (solution.evaluations + (at_x is None)) * condition.evaluations
             x = solution.x
@@ -139,7 +140,7 @@ class Latents(Loop):
             if refinements == 0:
                 one = (1, len(image))
                 return encoded(image, slice(None)), np.full(one, np.nan), np.full(one, cost), np.zeros(one, bool)
-            found = inversion.solve(residual, image, 1.0, tolerance, iterations)
+            found = solve(residual, image, 1.0, tolerance, iterations)
         return found.output, found.residual[None], 2 * cost * found.evaluations[None], found.at_floor[None]
 
     @torch.no_grad()

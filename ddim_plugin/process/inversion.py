@@ -71,8 +71,7 @@ def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, eval
     for i in range(evaluations):
         rows = torch.as_tensor(active, device=guess.device)
         r, output = residual(x, rows)
-        if i == 0:
-            best_output = output.clone()
+        best_output = best_output if i else output.clone()
         size = r.to(precise(r)).flatten(1).pow(2).mean(1).sqrt().cpu().numpy().astype(np.float64)
         spent[active] += 1
         grown = ~(size <= GROWTH * smallest[active])  # NaN has grown
@@ -132,20 +131,6 @@ def _next(history: list[tuple[Tensor, Tensor]], gamma: NDArray[np.float64], know
             new, mean_r = new + weights[:, j] * dx[:, j], mean_r + weights[:, j] * dr[:, j]
     step = torch.as_tensor(gamma).to(work).to(x.device).view(-1, *ones)
     return (new + step * mean_r).to(x.dtype)
-
-
-def report(
-    timesteps: Tensor,
-    residual: NDArray[np.float64],
-    evaluations: NDArray[np.int64],
-    at_floor: NDArray[np.bool_],
-    tolerance: float,
-    latents: Tensor,
-) -> "InversionReport":
-    """Report an encoding from the records of its steps, (steps, B), and its latents."""
-    solved, rows = residual <= tolerance, latents.cpu().double().flatten(1).numpy()
-    times = timesteps.cpu().numpy()
-    return InversionReport(times, residual, evaluations, solved, at_floor, tolerance, rows.mean(1), rows.std(1))
 
 
 @dataclass(frozen=True)

@@ -145,6 +145,19 @@ def test_class_labels(make_pipe):
     assert not torch.allclose(mixed[1], one[1], atol=1e-3)
 
 
+def test_labels_of_a_custom_embedding_are_vectors(make_pipe):
+    """(B, D), guided and in batches, each image as if it were alone."""
+    pipe = make_pipe(class_embed_type="identity")
+    labels = torch.randn(3, pipe.unet.time_embedding.linear_2.out_features)
+    z = torch.randn(3, 1, 8, 8)
+    for guidance in ({}, {"guidance_scale": 2.0, "null_class_label": 0}):
+        alone = [
+            pipe.decode(z[i : i + 1], 3, class_labels=labels[i : i + 1], output_type="pt", **guidance) for i in (0, 2)
+        ]
+        found = pipe.decode(z, 3, class_labels=labels, batch_size=2, output_type="pt", **guidance)
+        assert torch.allclose(found[[0, 2]], torch.cat(alone), atol=1e-5)
+
+
 def test_guidance_mixes_class_and_null(make_pipe):
     pipe = make_pipe(num_class_embeds=4)
     x_T = torch.randn(2, 1, 8, 8)
