@@ -70,8 +70,9 @@ def sample(args: Namespace) -> dict[str, Any]:
     z, options, changes = None, CALL, {"eta": args.eta, "variance_type": args.variance, "clip_sample": args.clip}
     if args.latents:
         if given := _given(args, "num", "eta", "variance", "clip"):
-            name = next(iter(given))
-            raise ValueError(f"--{name} has no effect on --latents, which determine the images: leave it out")
+            raise ValueError(
+                f"--{next(iter(given))} has no effect on --latents, which determine the images: leave it out"
+            )
         z, options, changes = _load_latents(args), CODING, DETERMINISTIC
     args.num = len(z) if z is not None else 16 if args.num is None else args.num
     settings = _keywords(args, args.num, *options) | {"output_type": "np"}
@@ -91,7 +92,7 @@ def sample(args: Namespace) -> dict[str, Any]:
     if args.format:
         return {FILES[args.format][0]: batches(), "sample.json": {"images": args.num}}
     drawn = _noise(pipe, range(args.seed, args.seed + args.num))[1] if z is None else z
-    picture = _grid(np.concatenate([*batches()]), args.columns)
+    picture = grid(np.split(np.concatenate([*batches()]), range(args.columns, args.num, args.columns)))
     return {"samples.png": picture, LATENTS: drawn, "sample.json": {"images": args.num}}
 
 
@@ -134,7 +135,8 @@ def interpolate(args: Namespace) -> dict[str, Any]:
     settings["class_labels"] = args.class_label and args.class_label[0]
     draw, ends = (pipe.interpolate, z) if len(z) == 2 else (pipe.interpolate_grid, [z])
     images = draw(*ends, args.points, **settings)
-    return {"interpolation.png": _grid(images, args.points), LATENTS: z, "interpolate.json": record}
+    picture = grid(np.split(images, range(args.points, len(images), args.points)))
+    return {"interpolation.png": picture, LATENTS: z, "interpolate.json": record}
 
 
 def fit(args: Namespace) -> dict[str, Any]:
@@ -271,10 +273,6 @@ def _keywords(args: Namespace, num: int, *names: str) -> dict[str, Any]:
     if labels and len(labels) not in (1, num):
         raise ValueError(f"{len(labels)} class labels for {num} images: give one, or one for each")
     return {"class_labels": labels and labels * (num // len(labels)), **_given(args, *names)}
-
-
-def _grid(images: np.ndarray, columns: int) -> Image.Image:
-    return grid([images[start : start + columns] for start in range(0, len(images), columns)])
 
 
 def _write(path: Path, content: Any, args: Namespace) -> None:

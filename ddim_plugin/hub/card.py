@@ -70,8 +70,6 @@ def card(
         ]
         or None,
     ).to_yaml()
-    size = unet.get("sample_size") or "?"
-    size = "×".join(map(str, size if isinstance(size, list | tuple) else (size, size)))
     text = TEMPLATE.render(locals(), code=code().name, settings=settings, cell=cell)
     return f"{text}\n{MARK} {__version__} from the records and configs of this repo ({_digest(text)}).*\n"
 

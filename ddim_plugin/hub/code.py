@@ -7,14 +7,15 @@ names it defines. Two modules may therefore define the same name.
 import ast
 import re
 import textwrap
+from collections import namedtuple
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 from ..version import __version__
 
 ENTRY = "pipelines.generation"  # the file contains this module and all modules of the package that it imports
+Code = namedtuple("Code", "name text")  # the name of the code file is without .py
 STALE = re.compile(r"(scheduler/)?ddim_plugin_\d+_\d+\w*\.py")  # names of the code files of any version
 
 HEADER = f'''"""ddim-plugin {__version__} in one file: Denoising Diffusion Implicit Models for Hugging Face diffusers.
@@ -30,13 +31,6 @@ EXPORTS = """    for module in [each for each in globals().values() if isinstanc
             if isinstance(each, type) and each.__module__ == __name__:
                 globals()[name], each.__qualname__ = each, name
 """
-
-
-class Code(NamedTuple):
-    """The name of the code file, without .py, and its text."""
-
-    name: str
-    text: str
 
 
 @cache
@@ -60,24 +54,21 @@ def join(entry: str, read: Callable[[str], str | None]) -> str:
         lines = text.splitlines()
         for node in reversed(ast.parse(text).body):
             if isinstance(node, ast.ImportFrom) and node.level:
-                lines[node.lineno - 1 : node.end_lineno] = [assignment(module, node)]
+                base = ".".join([*module.split(".")[: -node.level], *filter(None, [node.module])])
+                names, values = [], []
+                for each in node.names:
+                    inner = f"{base}.{each.name}".removeprefix(".")
+                    source = next(name for name in (inner, base, f"{base}.__init__") if read(name) is not None)
+                    if _flat(source) not in bodies:
+                        add(source)
+                    names.append(each.asname or each.name)
+                    values.append(_flat(source) if source == inner else f"{_flat(source)}.{each.name}")
+                lines[node.lineno - 1 : node.end_lineno] = [f"{', '.join(names)} = {', '.join(values)}"]
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 lines[node.lineno - 1 : node.end_lineno] = []
                 start = f"from {node.module} import" if isinstance(node, ast.ImportFrom) else "import"
                 libraries.setdefault(start, set()).update(map(ast.unparse, node.names))
         bodies[_flat(module)] = textwrap.indent("\n".join(lines), "    ")
-
-    def assignment(module: str, node: ast.ImportFrom) -> str:
-        base = ".".join([*module.split(".")[: -node.level], *filter(None, [node.module])])
-        names, values = [], []
-        for each in node.names:
-            inner = f"{base}.{each.name}".removeprefix(".")
-            source = next(name for name in (inner, base, f"{base}.__init__") if read(name) is not None)
-            if _flat(source) not in bodies:
-                add(source)
-            names.append(each.asname or each.name)
-            values.append(_flat(source) if source == inner else f"{_flat(source)}.{each.name}")
-        return f"{', '.join(names)} = {', '.join(values)}"
 
     add(entry)
     functions = [

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from filecmp import cmpfiles
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from .files import read_object, weights_digest
 from .records import GRID, README, RESULTS, TRAINING, public, read_records
 
 INDEX, UNET, SCHEDULER = CONFIGS = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
-STEPS = 20  # s for the images of a card
 WEIGHTS = re.compile(
     r"(unet/)?diffusion_pytorch_model((\.(?P<variant>[^/]+?))?(-\d{5}-of-\d{5})?\.(safetensors|bin)"
     r"|\.(safetensors|bin)\.index(\.(?P<parts>[^/]+))?\.json)"
@@ -50,7 +50,15 @@ class Model:
                 raise ValueError(f"folder {path} was not found: check the path")
         self.records = read_records(source)
         self.has_records = bool(self.records.files or self.records.pictures)
-        _check_index(folder)
+        if not (folder / INDEX).is_file():
+            raise OSError(f"{folder} has no {INDEX}: pass the folder of a saved pipeline")
+        if not is_ours(index := read_object(folder / INDEX)):
+            kind = index.get("_class_name")
+            raise ValueError(f"{folder} is a {kind}: load it with GeneralizedDDIMPipeline.from_pretrained, push that")
+        for name, entry in GeneralizedDDIMPipeline.load_config(folder).items():
+            if isinstance(entry, list) and (name not in ("unet", "scheduler") or entry[0] != "diffusers"):
+                named = f"{INDEX} names {entry[-1]} of {entry[0]} for {name}"
+                raise ValueError(f"{folder}: {named}: only a unet and a scheduler of diffusers are pushed")
         weights = _weights(folder)
         variants = sorted({variant_of(name) for name in weights if not name.endswith(".json")})
         if not variants:
@@ -84,7 +92,7 @@ class Model:
             scheduler = sampler_class(scheduler).from_config(scheduler.config)
         pipe = GeneralizedDDIMPipeline(unet, scheduler).to("cuda" if torch.cuda.is_available() else "cpu")
         pipe.set_progress_bar_config(disable=True)
-        steps = min(STEPS, scheduler.config.num_train_timesteps)
+        steps = min(20, scheduler.config.num_train_timesteps)
         classes = len(self.records.files.get(TRAINING, {}).get("classes", ())) or unet.config.num_class_embeds
         labels = [i % classes for i in range(number)] if classes else None
         generators = [torch.Generator().manual_seed(i) for i in range(number)]
@@ -96,20 +104,6 @@ class Model:
         self.records.captions[GRID] = f"{type(scheduler).__name__}, S = {steps}{eta}, seeds 0 to {number - 1}."
 
 
-def _check_index(folder: Path) -> None:
-    """Raise ValueError for a folder of another pipeline, or with classes that others do not have."""
-    if not (folder / INDEX).is_file():
-        raise OSError(f"{folder} has no {INDEX}: pass the folder of a saved pipeline")
-    index = read_object(folder / INDEX)
-    if not is_ours(index):
-        kind = index.get("_class_name")
-        raise ValueError(f"{folder} is a {kind}: load it with GeneralizedDDIMPipeline.from_pretrained, push that")
-    for name, entry in GeneralizedDDIMPipeline.load_config(folder).items():
-        if isinstance(entry, list) and (name not in ("unet", "scheduler") or entry[0] != "diffusers"):
-            entry = f"{entry[-1]} of {entry[0]} for {name}"
-            raise ValueError(f"{folder}: {INDEX} names {entry}: only a unet and a scheduler of diffusers are pushed")
-
-
 def _weights(folder: Path) -> dict[str, Path]:
     """Return the files of the network's weights as safetensors, with their index."""
     names = {f"unet/{path.name}": path for path in sorted((folder / "unet").glob("diffusion_pytorch_model*"))}
@@ -119,8 +113,7 @@ def _weights(folder: Path) -> dict[str, Path]:
 def same_weights(folder: str | Path, other: str | Path, variant: str | None) -> bool:
     """Test whether another folder has the same weights of a variant."""
     names = [name for name in _weights(Path(folder)) if variant_of(name) == (variant or "")]
-    pairs = [(Path(folder, name), Path(other, name)) for name in names]
-    return all(theirs.is_file() and theirs.read_bytes() == ours.read_bytes() for ours, theirs in pairs)
+    return cmpfiles(folder, other, names, shallow=False)[0] == names
 
 
 def _json(content: dict[str, Any], record: Path | None = None) -> bytes:

@@ -5,7 +5,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ..schedulers import GeneralizedDDIMSchedulerOutput
 from ..schedulers.config import CLASSES
 from .card import check_license, is_written_here, license_of
 from .code import STALE
+from .files import read_object
 from .model import INDEX, UNET, Model, is_ours, same_weights, variant_of
 from .records import CONVERSION, GRID, LOSS, PICTURE, README, RESULTS, TRAINING
 
@@ -67,7 +68,9 @@ def push_folder(
         if revision is not None and not revision.startswith("refs/") and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         repo = _Repo(api, repo_id, revision, model)
-        if repo.needs_card(card, samples):
+        wanted = card or samples or model.has_records or (repo.card_is_ours and not repo.is_same)
+        is_theirs = README in model.files or (repo.card and not repo.card_is_ours)  # cards that somebody wrote are kept
+        if wanted and card is not False and not is_theirs:
             if samples:
                 model.draw(samples)
             before = license_of(repo.card) if repo.card_is_ours and repo.is_same else None
@@ -91,32 +94,27 @@ class _Repo:
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
         self.commit, self.model = info.sha, model
         self.files = {each.rfilename: each for each in info.siblings or ()}
-        texts = dict.fromkeys((README, INDEX, RESULTS, UNET), "")
-        for name in texts.keys() & self.files.keys():
-            path = api.hf_hub_download(repo_id, name, revision=info.sha)
-            texts[name] = Path(path).read_text(encoding="utf-8", errors="replace")
-        self.card, self.card_is_ours = texts[README], is_written_here(texts[README])
-        self.is_ours = is_ours(_object(texts[INDEX]))
-        listed = _object(texts[RESULTS]).get("pictures") or ()
+        self.card, objects = "", {INDEX: {}, RESULTS: {}, UNET: {}}
+        for name in self.files.keys() & {README, *objects}:
+            path = Path(api.hf_hub_download(repo_id, name, revision=info.sha))
+            if name == README:
+                self.card = path.read_text(encoding="utf-8", errors="replace")
+            else:
+                with suppress(ValueError):  # anything but an object is as none
+                    objects[name] = read_object(path)
+        self.card_is_ours, self.is_ours = is_written_here(self.card), is_ours(objects[INDEX])
+        listed = objects[RESULTS].get("pictures") or ()
         self.pictures = {name for name in listed if isinstance(name, str) and PICTURE.fullmatch(name)}
-        self.is_same = self._has_weights(_object(texts[UNET]))
-
-    def _has_weights(self, config: dict[str, Any]) -> bool:
-        """Test whether it has these weights, or the same config if it has none of their variants."""
-        weights = {name: path for name, path in self.model.files.items() if name.endswith(".safetensors")}
+        weights = {name: path for name, path in model.files.items() if name.endswith(".safetensors")}
         pushed = {variant_of(name) for name in weights}
         if any(variant_of(name) in pushed for name in self.files):
             there = {name: each.lfs["sha256"] for name, each in self.files.items() if each.lfs is not None}
-            return all(there.get(name) == sha256(path.read_bytes()).hexdigest() for name, path in weights.items())
-        configs = (config, _object(self.model.files[UNET]))
-        there, here = ({key: value for key, value in each.items() if not key.startswith("_")} for each in configs)
-        return there == here
-
-    def needs_card(self, card: bool | None, samples: int | None) -> bool:
-        """Test whether to write a card. Cards that somebody wrote are kept."""
-        if README in self.model.files or card is False or (self.card and not self.card_is_ours):
-            return False
-        return bool(card or samples or self.model.has_records or (self.card_is_ours and not self.is_same))
+            here = {name: sha256(path.read_bytes()).hexdigest() for name, path in weights.items()}
+            self.is_same = here.items() <= there.items()
+        else:  # it has none of these variants: the config tells
+            configs = (objects[UNET], json.loads(model.files[UNET]))
+            there, here = ({key: value for key, value in each.items() if not key.startswith("_")} for each in configs)
+            self.is_same = there == here
 
     def stale(self) -> set[str]:
         """Return the files to delete: older code files, and the weights, records and card of another model.
@@ -181,15 +179,6 @@ def open_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
     return repo_id
 
 
-def _object(text: str | bytes) -> dict[str, Any]:
-    """Return a JSON object in a repository; an empty one for anything else."""
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 @contextmanager
 def explained(repo_id: str, token: Any = None, revision: str | None = None) -> Iterator[None]:
     """Raise failures of the Hub's client as an OSError with the remedy, which never shows the token."""
@@ -204,7 +193,7 @@ def explained(repo_id: str, token: Any = None, revision: str | None = None) -> I
             chain.append(cause)
         statuses = [getattr(getattr(each, "response", None), "status_code", "") for each in chain]
         kinds = [f"{type(each).__name__} {status}" for each, status in zip(chain, statuses, strict=True)]
-        remedies = {
+        for pattern, remedy in {
             "HFValidation": f"{repo_id!r} is no id of a repository: it must be like user/model",
             "RevisionNotFound": f"{repo_id} has no revision {revision!r} on {where}: use an existing branch",
             "Repository|Gated": f"{repo_id} was not found on {where}, or it is private: log in, or check the id",
@@ -215,8 +204,7 @@ def explained(repo_id: str, token: Any = None, revision: str | None = None) -> I
             r".* \d": f"{where} answered with status {max(statuses, key=str)} for {repo_id}: try again later",
             "LocalToken": f"{where} requires a token for {repo_id}: log in with `hf auth login`, or set HF_TOKEN",
             ".*(Connect|Timeout|Protocol|Offline|Pipe)": f"{where} cannot be reached: check the connection",
-        }
-        remedy = next((remedies[each] for each in remedies if any(re.match(each, kind) for kind in kinds)), None)
-        if remedy is None:
-            raise
-        raise OSError(remedy) from error
+        }.items():
+            if any(re.match(pattern, kind) for kind in kinds):
+                raise OSError(remedy) from error
+        raise

@@ -36,7 +36,12 @@ class Records:
 
 def read_records(folder: Path) -> Records:
     """Read the records in a folder. Raises ValueError for records that are not as the scripts write them."""
-    found = {name: read_record(folder / name) for name in TYPES if (folder / name).is_file()}
+    found = {name: read_object(folder / name) for name in TYPES if (folder / name).is_file()}
+    for name, content in found.items():
+        for key, kind in TYPES[name].items():
+            if not isinstance(content.get(key, kind()), kind):
+                value = f"{key}={content[key]!r}, which is no {kind.__name__}"
+                raise ValueError(f"{folder / name} has {value}: remove or correct it")
     made, results = found.pop(SAMPLE, {}).get("settings", {}), found.get(RESULTS, {})
     listed = listed_pictures(results.get("pictures", {}), folder / RESULTS)
     pictures = {name: folder / name for name in (GRID, LOSS, *listed) if (folder / name).is_file()}
@@ -53,15 +58,6 @@ def read_records(folder: Path) -> Records:
         captions={name: text for name, text in captions.items() if name in pictures},
         digest=results.get("model", {}).get("sha256"),
     )
-
-
-def read_record(file: Path) -> dict[str, Any]:
-    """Read a record. Raises ValueError, naming the file, for one that no script of this package wrote."""
-    content = read_object(file)
-    for key, kind in TYPES[file.name].items():
-        if not isinstance(content.get(key, kind()), kind):
-            raise ValueError(f"{file} has {key}={content[key]!r}, which is no {kind.__name__}: remove or correct it")
-    return content
 
 
 def read_results(file: str | Path) -> list[dict[str, Any]]:
