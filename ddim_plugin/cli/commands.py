@@ -69,10 +69,8 @@ def sample(args: Namespace) -> dict[str, Any]:
     """Sample images from noise, or decode --latents."""
     z, options, changes = None, CALL, {"eta": args.eta, "variance_type": args.variance, "clip_sample": args.clip}
     if args.latents:
-        if given := _given(args, "num", "eta", "variance", "clip"):
-            raise ValueError(
-                f"--{next(iter(given))} has no effect on --latents, which determine the images: leave it out"
-            )
+        for name in _given(args, "num", "eta", "variance", "clip"):
+            raise ValueError(f"--{name} has no effect on --latents, which determine the images: leave it out")
         z, options, changes = _load_latents(args), CODING, DETERMINISTIC
     args.num = len(z) if z is not None else 16 if args.num is None else args.num
     settings = _keywords(args, args.num, *options) | {"output_type": "np"}

@@ -46,7 +46,7 @@ def join(entry: str, read: Callable[[str], str | None]) -> str:
     other at the top. diffusers runs the file at each load: the calls are made once, so that the classes of earlier
     pipelines stay valid.
     """
-    bodies: dict[str, str] = {}
+    functions: dict[str, str] = {}
     libraries: dict[str, set[str]] = {}  # names that are imported from each, for all functions
 
     def add(module: str) -> None:
@@ -59,7 +59,7 @@ def join(entry: str, read: Callable[[str], str | None]) -> str:
                 for each in node.names:
                     inner = f"{base}.{each.name}".removeprefix(".")
                     source = next(name for name in (inner, base, f"{base}.__init__") if read(name) is not None)
-                    if _flat(source) not in bodies:
+                    if _flat(source) not in functions:
                         add(source)
                     names.append(each.asname or each.name)
                     values.append(_flat(source) if source == inner else f"{_flat(source)}.{each.name}")
@@ -68,15 +68,13 @@ def join(entry: str, read: Callable[[str], str | None]) -> str:
                 lines[node.lineno - 1 : node.end_lineno] = []
                 start = f"from {node.module} import" if isinstance(node, ast.ImportFrom) else "import"
                 libraries.setdefault(start, set()).update(map(ast.unparse, node.names))
-        bodies[_flat(module)] = textwrap.indent("\n".join(lines), "    ")
+        body = textwrap.indent("\n".join(lines), "    ")
+        functions[_flat(module)] = f"\n\ndef _{_flat(module)}():\n{body}\n    return SimpleNamespace(**locals())\n"
 
     add(entry)
-    functions = [
-        f"\n\ndef _{name}():\n{body}\n    return SimpleNamespace(**locals())\n" for name, body in bodies.items()
-    ]
-    calls = [f"    {name} = _{name}()\n" for name in bodies]
+    calls = [f"    {name} = _{name}()\n" for name in functions]
     imports = [f"{start} {', '.join(sorted(names))}\n" for start, names in sorted(libraries.items())]
-    return "".join([*imports, *functions, f'\n\nif "{_flat(entry)}" not in globals():\n', *calls])
+    return "".join([*imports, *functions.values(), f'\n\nif "{_flat(entry)}" not in globals():\n', *calls])
 
 
 def _read(module: str) -> str | None:

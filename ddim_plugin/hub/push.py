@@ -94,14 +94,12 @@ class _Repo:
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
         self.commit, self.model = info.sha, model
         self.files = {each.rfilename: each for each in info.siblings or ()}
-        self.card, objects = "", {INDEX: {}, RESULTS: {}, UNET: {}}
-        for name in self.files.keys() & {README, *objects}:
-            path = Path(api.hf_hub_download(repo_id, name, revision=info.sha))
-            if name == README:
-                self.card = path.read_text(encoding="utf-8", errors="replace")
-            else:
-                with suppress(ValueError):  # anything but an object is as none
-                    objects[name] = read_object(path)
+        objects, names = {INDEX: {}, RESULTS: {}, UNET: {}}, self.files.keys() & {README, INDEX, RESULTS, UNET}
+        paths = {name: Path(api.hf_hub_download(repo_id, name, revision=info.sha)) for name in names}
+        self.card = paths[README].read_text(encoding="utf-8", errors="replace") if README in paths else ""
+        for name in objects.keys() & names:
+            with suppress(ValueError):  # anything but an object is as none
+                objects[name] = read_object(paths[name])
         self.card_is_ours, self.is_ours = is_written_here(self.card), is_ours(objects[INDEX])
         listed = objects[RESULTS].get("pictures") or ()
         self.pictures = {name for name in listed if isinstance(name, str) and PICTURE.fullmatch(name)}
