@@ -25,7 +25,7 @@ from ddim_plugin.process.predictions import prediction
 
 from .bound import Array, Errors, Generators, Network, VariationalBound, best_paths, bound_costs, bound_of, draw
 from .labels import check_label
-from .ode import ode_bits
+from .ode import finite, ode_bits
 
 
 @torch.no_grad()
@@ -92,10 +92,10 @@ class Bench:
         return np.unique(spacings.tau(spacing, S, self.T, alpha_bar=self.alpha_bar))
 
     def network(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the output at the paper's time t, (B,), whole or real."""
+        """Return the output at the paper's time t, (B,), whole or real. Raises ValueError if it is not finite."""
         label = self.class_label
         labels = None if label is None else torch.full((len(x),), label, device=x.device)
-        return self.pipe.unet(x, (t.to(x.device) - 1).clamp(min=0), class_labels=labels).sample
+        return finite(self.pipe.unet(x, (t.to(x.device) - 1).clamp(min=0), class_labels=labels).sample)
 
     def batches(self, images: Tensor, name: str) -> Iterable[tuple[Tensor, list[Generator]]]:
         """Yield bytes in batches, (B, C, H, W), and a generator for each image, with a progress bar."""
@@ -173,7 +173,8 @@ class Bench:
 
 
 def summary(bits: Tensor) -> dict[str, Any]:
-    """Return mean and standard error over the images."""
+    """Return mean and standard error over the images. Raises ValueError if one is not finite."""
+    finite(bits, "the likelihood is")
     error = float(bits.std() / len(bits) ** 0.5) if len(bits) > 1 else None
     return {"bits": float(bits.mean()), "standard_error": error, "images": len(bits)}
 

@@ -50,7 +50,7 @@ def ode_log_density(
 
     Raises:
         ImportError: if SciPy is missing.
-        ValueError: if the solver fails.
+        ValueError: if the network's output or its gradient is not finite, or the solver fails.
     """
     try:
         from scipy.integrate import solve_ivp
@@ -67,7 +67,9 @@ def ode_log_density(
     def field(theta: float, state: Array) -> Array:
         x = torch.as_tensor(state[: B * d]).to(x0).view_as(x0)
         v, trace = _velocity(network, x, theta, angles, prediction_type, probes)
-        return np.concatenate([v.double().cpu().numpy().ravel(), trace.double().cpu().numpy()])
+        return np.concatenate(
+            [v.double().cpu().numpy().ravel(), finite(trace, "the network's gradient is").double().cpu().numpy()]
+        )
 
     state = np.concatenate([x0.double().cpu().numpy().ravel(), np.zeros(B)])
     solved = solve_ivp(field, (0.0, end), state, rtol=tolerance, atol=tolerance)
@@ -87,7 +89,7 @@ def _velocity(
     t = torch.full((len(x),), time_of(theta, angles), dtype=x.dtype, device=x.device)
     with torch.enable_grad():
         x = x.requires_grad_()
-        output = network(x, t).to(x.dtype)[:, : x.shape[1]]
+        output = finite(network(x, t)).to(x.dtype)[:, : x.shape[1]]
         if prediction_type == "v_prediction":
             v = output
         elif prediction_type == "epsilon":
@@ -104,6 +106,13 @@ def _velocity(
                 (gradient,) = torch.autograd.grad(flat[:, k].sum(), x, retain_graph=k + 1 < flat.shape[1])
                 trace = trace + gradient.flatten(1)[:, k]
     return v.detach(), trace.detach()
+
+
+def finite(values: Tensor, name: str = "the network's output is") -> Tensor:
+    """Return the values. Raises ValueError if one is not finite, with which a solver would never end."""
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{name} not finite: measure other weights, such as those of an earlier checkpoint")
+    return values
 
 
 def time_of(theta: float, angles: Array) -> float:

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from measure.likelihood import summary
+from measure.ode import ode_log_density
 from nll import NLLConfig, main
 from trainer.settings import build
 
@@ -12,6 +14,7 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.hub.records import read_results
 
 T = 30
+NOT_FINITE = "the network's output is not finite: measure other weights"
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +151,43 @@ def test_bad_input(model, tmp_path, settings, said):
     with pytest.raises((ValueError, OSError), match=said):
         run(settings.pop("model", model), tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def broken(make_unet, tmp_path_factory):
+    """A model after a training that diverged."""
+    folder, unet = tmp_path_factory.mktemp("broken") / "model", make_unet()
+    torch.nn.init.constant_(unet.conv_out.weight, float("nan"))
+    scheduler = GeneralizedDDIMScheduler(num_train_timesteps=T, beta_start=0.003, beta_end=0.4)
+    GeneralizedDDIMPipeline(unet, scheduler).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"variances": ["fixed_small"], "steps": [3]},
+        {"draws": 1, "variances": ["fixed_large"]},
+        {"variances": ["optimal"]},  # measures E‖ε̂‖² first
+        {"variances": [], "ode": True},
+        {"variances": [], "ode": True, "exact_trace": True, "ode_images": 1},
+    ],
+)
+def test_a_network_that_is_not_finite(broken, tmp_path, settings):
+    with pytest.raises(ValueError, match=NOT_FINITE):
+        run(broken, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_ode_that_is_not_finite():
+    """Also if only its gradient is not."""
+    alpha_bar, x0 = np.linspace(1, 0.01, 5), torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match=NOT_FINITE):
+        ode_log_density(lambda x, t: x / 0, x0, alpha_bar)
+    with pytest.raises(ValueError, match="the network's gradient is not finite"):
+        ode_log_density(lambda x, t: (x - x.detach()).abs().sqrt(), x0, alpha_bar)
+
+
+def test_a_likelihood_that_is_not_finite():
+    with pytest.raises(ValueError, match="the likelihood is not finite"):
+        summary(torch.tensor([1.0, float("inf")]))
