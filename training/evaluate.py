@@ -28,7 +28,7 @@ from measure.grid.tables import table
 from trainer.settings import parse, write_json
 
 
-@guard.output(alone=False)
+@guard.output(alone=False, results="evaluate")
 def main(config: EvaluateConfig) -> dict[str, Any]:
     """Measure all cells. Each finished cell updates results.json, and the last one makes tables and figures."""
     run = Run(settle(config))

@@ -64,7 +64,7 @@ def check(config: FewStepsConfig) -> None:
         raise ValueError(f"margin must be 1 at least, not {config.margin}: it multiplies the best")
 
 
-@guard.output(alone=True)
+@guard.output(alone=True, results="few_steps")
 def main(config: FewStepsConfig) -> dict[str, Any]:
     """Write few_steps.json, few_steps.md, few_steps.png and results.json. Returns the content of the first."""
     check(config)

@@ -100,7 +100,7 @@ def check(config: NLLConfig) -> None:
         spacings.check_spacing(config.spacing)
 
 
-@guard.output(alone=True)
+@guard.output(alone=True, results="nll")
 def main(config: NLLConfig) -> dict[str, Any]:
     """Write nll.json and results.json after each measurement, and nll.md. Returns the content of nll.json."""
     check(config)

@@ -88,7 +88,7 @@ def check(config: ReconstructConfig) -> None:
         raise ValueError(f"{Path(config.output) / there[0]} exists: choose another output, or pass --overwrite")
 
 
-@guard.output(alone=True)
+@guard.output(alone=True, results="reconstruct")
 def main(config: ReconstructConfig) -> dict[str, Any]:
     """Write `reconstruct.json`, `results.json` and `table2.md` after each measurement, then the pictures."""
     check(config)

@@ -9,7 +9,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .names import named
+from .keeping import check_data, check_results
+from .names import check_device, check_folder, named
 from .processes import check_processes, is_first
 from .signals import warn
 
@@ -24,15 +25,17 @@ LOCK = ".lock"
 Main = TypeVar("Main", bound=Callable[..., Any])
 
 
-def output(alone: bool, whole: bool = False) -> Callable[[Main], Main]:
+def output(alone: bool, whole: bool = False, results: str | None = None) -> Callable[[Main], Main]:
     """Decorate a `main(config)`: the first process owns the folder `config.output` while it runs.
 
     Args:
         alone: whether the script works in one process. If so, several that were launched together are refused.
         whole: whether it replaces the whole folder, see `owned`.
+        results: name of the script, if it writes `results.json`.
 
-    The function raises ValueError if another process owns the folder, or if `config.model` or `config.init_from` is no
-    name of a model, before anything is read or written.
+    The function raises ValueError, before anything is read or written, if `config.output` can be no folder, if another
+    process owns it, if there is no `config.device`, if the data and the folder lie in one another, if the folder
+    has the `results.json` of another script, or if `config.model` or `config.init_from` is no name of a model.
     """
 
     def decorate(main: Main) -> Main:
@@ -40,8 +43,13 @@ def output(alone: bool, whole: bool = False) -> Callable[[Main], Main]:
         def guarded(config: Any) -> Any:
             if alone:
                 check_processes()
+            check_folder(config.output)
+            check_device(getattr(config, "device", None))
+            check_data(config)
             models = filter(None, (getattr(config, each, None) for each in ("model", "init_from")))
             with named(*models), owned(config.output, whole) if is_first() else nullcontext():
+                if results is not None:
+                    check_results(config, results)
                 return main(config)
 
         return guarded  # type: ignore[return-value]
@@ -67,7 +75,7 @@ def owned(folder: str | Path, whole: bool = False) -> Iterator[None]:
     created = [each for each in lock.parents if not each.exists()]
     handle = None
     try:
-        while handle is None and (lock.parent.is_dir() or not lock.parent.exists()):  # a file is for `main` to refuse
+        while handle is None:
             lock.parent.mkdir(parents=True, exist_ok=True)
             handle = _take(lock, folder)
         yield
