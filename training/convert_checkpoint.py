@@ -60,8 +60,6 @@ def check(config: ConvertConfig) -> None:
     output = Path(config.output)
     if Path(config.checkpoint).resolve().is_relative_to(output.resolve()):
         raise ValueError(f"the checkpoint {config.checkpoint} lies in the output {config.output}: keep them apart")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"the output {config.output} is a file: choose a folder")
     there = {part.name for part in output.iterdir()} - {PART, guard.LOCK} if output.exists() else set()
     if there and RECORD not in there:
         raise ValueError(f"the output {config.output} holds something else than a conversion: choose another folder")

@@ -84,9 +84,9 @@ def test_what_is_there_is_kept(extractor, make_unet, tmp_path):
     (tmp_path / "file").write_text("kept")
     GeneralizedDDIMPipeline(make_unet(), MultistepDDIMScheduler()).save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "training.json").write_text("{}")
-    for name in ("file", "model"):
+    for name, said in (("file", "is a file: choose a folder"), ("model", "no classifier that was made here")):
         settings = SMALL | {"output": str(tmp_path / name), "overwrite": True}
-        with pytest.raises(ValueError, match="no classifier that was made here"):
+        with pytest.raises(ValueError, match=said):
             classifier.main(build(classifier.ClassifierConfig, settings))
     settings = SMALL | {"output": str(tmp_path / "again"), "steps": 2}
     before = classifier.main(build(classifier.ClassifierConfig, settings))

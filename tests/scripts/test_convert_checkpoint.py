@@ -516,8 +516,8 @@ def test_an_output_that_exists(small_file, tmp_path):
     assert GeneralizedDDIMPipeline.from_pretrained(output).unet.config.dropout == 0.5
     assert (output / "README.md").exists()
     assert not (output / "unet" / "stale.bin").exists()
-    for taken in (tmp_path, small_file):
-        with pytest.raises(ValueError, match="keep them apart"):
+    for taken, said in ((tmp_path, "keep them apart"), (small_file, "is a file: choose a folder")):
+        with pytest.raises(ValueError, match=said):
             convert(small_file, taken, overwrite=True)
     other = tmp_path / "thesis"
     other.mkdir()

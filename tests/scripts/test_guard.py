@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import classifier
 import evaluate
+import few_steps
 import guard
 import nll
 import pytest
@@ -160,6 +162,26 @@ def test_stderr_on_a_disk_that_is_full():
 # ---- output folders ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("", "the output '' names no folder"),
+        (" ", "the output ' ' names no folder"),
+        ("file", "the output file is a file: choose a folder"),
+        ("file/a/b", r"the output file/a/b would be in .*/file, which is a file: choose a folder"),
+    ],
+)
+def test_an_output_that_can_be_no_folder(output, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("kept")
+    for script, config, values in CONFIGS:
+        with pytest.raises(ValueError, match=message):
+            main(script, config, values, output, overwrite=True)
+    with pytest.raises(ValueError, match=message):
+        classifier.main(classifier.ClassifierConfig("digits", output, overwrite=True))
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_folder_has_one_owner(tmp_path, whole):
     folder = tmp_path / "a" / "b"
@@ -207,6 +229,24 @@ def main(script, config, values, output, **changes):
 def test_no_script_writes_into_the_folder_of_a_live_run(script, config, values, tmp_path):
     with guard.owned(tmp_path), pytest.raises(ValueError, match="is in use by process"):
         main(script, config, values, tmp_path, overwrite=True)
+
+
+DEVICES = [each for each in CONFIGS if each[0] is not train]
+DEVICES += [(classifier, "ClassifierConfig", {"data": "digits"})]
+DEVICES += [(few_steps, "FewStepsConfig", {"model": "user/model", "reference": "digits", "extractor": "a"})]
+
+
+@pytest.mark.parametrize("device", ["nonsense", "", "cuda:99", "meta"])
+def test_every_script_checks_its_device(device, tmp_path):
+    for script, config, values in DEVICES:
+        with pytest.raises(ValueError, match=f"the device '{device}' is not available: .*. Pass --device cpu, or "):
+            main(script, config, values, tmp_path / "out", device=device)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_alone_works_on_its_device():
+    start = "import measure.parts; print(measure.parts.start_processes(sys.argv[1]).device)"
+    assert python(start, "cpu:0").stdout == "cpu:0\n"
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ Notes = dict[str, Any]
 
 
 def start_processes(device: str | None) -> PartialState:
-    """Start Accelerate and return the state of its processes.
+    """Start Accelerate and return the state of its processes. One that is alone works on `device`.
 
     The others may wait up to two days for the main process, which computes metrics on its own.
 
@@ -37,6 +37,8 @@ def start_processes(device: str | None) -> PartialState:
     Accelerator(cpu=device == "cpu", kwargs_handlers=[patience])
     state = PartialState()
     check_processes(state.num_processes)
+    if device is not None and state.num_processes == 1:
+        state.device = torch.device(device)  # Accelerate knows no other than the first of its kind
     return state
 
 
