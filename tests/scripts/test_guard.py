@@ -149,6 +149,43 @@ def test_an_error_is_a_line(error):
     assert (done.returncode, done.stderr) == (1, "tried.py: a b\n")
 
 
+FAILING = """
+import guard, numpy, resource
+from guard.writing import write_file
+from safetensors.numpy import load_file, save_file
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+path = sys.argv[1]
+open(path + "c", "w").close()
+for work in (
+    lambda: write_file(path + "b.json", b"0" * 5000),
+    lambda: write_file(path + "no/b.json", b""),
+    lambda: save_file({"a": numpy.zeros(5000)}, path + "b.safetensors"),
+    lambda: load_file(path + "c"),
+):
+    try:
+        with guard.program(): work()
+    except SystemExit as end: print(end)
+"""
+
+
+def test_a_disk_that_fails_is_a_line(tmp_path):
+    done = python(FAILING, f"{tmp_path}/")
+    weights = "cannot read or write a file of weights: Error while"
+    assert done.stderr == ""
+    for line, begin in zip(
+        done.stdout.splitlines(),
+        (
+            f"[Errno 27] File too large: '{tmp_path}/b.json'",
+            f"[Errno 2] No such file or directory: '{tmp_path}/no/b.json.part'",
+            f"{weights} serializing: I/O error: File too large",
+            f"{weights} deserializing",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(f"tried.py: {begin}")
+    assert [each.name for each in tmp_path.iterdir()] == ["c"]
+
+
 def test_a_mistake_of_ours_keeps_its_traceback():
     assert "Traceback" in tried(signal.SIGTERM, "{}['a']").stderr
 

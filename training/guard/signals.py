@@ -121,9 +121,10 @@ def program(hint: str = "") -> Iterator[None]:
     except Exception as error:
         if SIGNALS.count:  # what it broke may raise anything, such as a lost connection
             sys.exit(128 + SIGNALS.received)
-        if not isinstance(error, (ValueError, OSError, FloatingPointError, ImportError)):
+        known = isinstance(error, (ValueError, OSError, FloatingPointError, ImportError))
+        if not known and type(error).__name__ != "SafetensorError":  # by its name, as its library may not be imported
             raise
-        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}")
+        sys.exit(f"{Path(sys.argv[0]).name}: {' '.join(_line(error).split())}")
 
 
 @contextmanager
@@ -156,6 +157,14 @@ def warn(text: str) -> None:
     """Print a warning on stderr, if that works: it may be a file on the disk that failed."""
     with suppress(OSError, ValueError):
         print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _line(error: Exception) -> str:
+    """Describe an error, and the file of one of the system. Errors of safetensors are about a file or the disk."""
+    if type(error).__name__ == "SafetensorError":
+        return f"cannot read or write a file of weights: {error}"
+    file = getattr(error, "filename", None)
+    return f"{error}: {file!r}" if file is not None and str(file) not in str(error) else str(error)
 
 
 def _is_writing(frame: FrameType | None) -> bool:

@@ -15,6 +15,9 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     try:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
         aside.replace(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a disk that fills up while writing names no file
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
