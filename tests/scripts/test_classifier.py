@@ -93,6 +93,8 @@ def test_what_is_there_is_kept(extractor, make_unet, tmp_path):
     after = classifier.main(build(classifier.ClassifierConfig, settings | {"overwrite": True, "seed": 1}))
     assert after["sha256"] == json.loads((tmp_path / "again" / "training.json").read_text())["sha256"]
     assert after["sha256"] != before["sha256"]
+    mode = (tmp_path / "file").stat().st_mode  # of a new file, whatever the mask
+    assert {each.stat().st_mode for each in (tmp_path / "again").iterdir()} == {mode}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "file", "model"]
 
 

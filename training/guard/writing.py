@@ -1,5 +1,6 @@
 """Write files and folders completely, or not at all. It imports the package, and so torch."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,4 +35,13 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         new = Path(scratch) / path.name
         new.mkdir()
         yield new
+        share(new)
         put(new, path)
+
+
+def share(folder: Path) -> None:
+    """Give files that safetensors wrote, as readable by their owner only, the mode of other new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o666 & ~mask)

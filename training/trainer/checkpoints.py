@@ -13,11 +13,10 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from guard import warn
-from guard.writing import replace_folder
+from guard.writing import replace_folder, share
 from safetensors import SafetensorError
 
 from .config import BOUND, FREE, TrainConfig
-from .output import share
 from .run import Run, read_state
 
 MANIFEST = "manifest.json"

@@ -1,6 +1,5 @@
 """The output folder of a run: what it may touch, room on the disk, the finished pipeline, the push."""
 
-import os
 import shutil
 import signal
 import sys
@@ -13,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from guard import LOCK
+from guard.writing import share
 from huggingface_hub import HfApi
 from pictures import origin
 from safetensors import SafetensorError
@@ -129,14 +129,6 @@ def replace_pipeline(output: Path) -> Iterator[Path]:
         raise OSError(str(error)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def share(folder: Path) -> None:
-    """Give files that safetensors wrote, as readable by their owner only, the mode of other new files."""
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in folder.rglob("*.safetensors"):
-        file.chmod(0o666 & ~mask)
 
 
 def save(
