@@ -41,6 +41,10 @@ FAILURES = (
 """Exceptions with which diffusers' schedulers fail at settings that they do not support."""
 
 
+ENTRY, MEASURES = {"key", "settings", "family", "sampler", "noisy", "nfe", "images"}, {"rms", "frechet", "unfit"}
+"""What each entry of a journal has, and of what it has one or more."""
+
+
 @dataclass(frozen=True)
 class BenchSettings(Reading):
     """A model, what it is measured with, and the images."""
@@ -73,14 +77,16 @@ class Journal:
         self.file, self.settings = file, settings
         self.known: dict[str, dict[str, Any]] = {}
         self.alike: dict[str, dict[str, Any]] = {}
-        *lines, torn = (file.read_text() if file.exists() else "").split("\n")
+        *lines, torn = (file.read_text(errors="replace") if file.exists() else "").split("\n")
         if torn:  # by a kill
             write_file(file, "".join(line + "\n" for line in lines))
         for line in lines:
             try:
                 entry = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"cannot read {file}: {error}; remove the file, or pass --overwrite") from error
+            if not (isinstance(entry, dict) and entry.keys() >= ENTRY and entry.keys() & MEASURES):
+                raise ValueError(f"{file} has the line {line[:40]!r}, no measurement: remove it, or pass --overwrite")
             if entry["settings"] == settings:
                 self.known[entry["key"]] = entry
                 self.alike[entry.get("alike", "")] = entry
@@ -169,14 +175,26 @@ class Bench:
 
     @cached_property
     def solution(self) -> Tensor:
-        """The converged solution of the ODE for the first images; a file keeps it, with its error."""
+        """The converged solution of the ODE for the first images; a file keeps it, with its error.
+
+        Raises ValueError if the file cannot be read, or the model has no solution.
+        """
         file, near = self.output / "solution.pt", self.config.near
         if file.exists():
-            kept = torch.load(file)
-            if kept["settings"] == self.settings and len(kept["images"]) >= near:
-                return kept["images"][:near].to(self.device)
+            try:
+                kept = torch.load(file, map_location="cpu", weights_only=True)
+                images, known = kept["images"], kept["settings"] == self.settings
+                enough = images.shape[1:] == self.shape and len(images) >= near
+            except Exception as error:  # torch raises many kinds
+                problem = f"{type(error).__name__}: {error}"[:200]
+                raise ValueError(f"cannot read {file} ({problem}): remove it, or pass --overwrite") from error
+            if known and enough:
+                return images[:near].to(self.device)
         teacher = Sampler("ours", "MultistepDDIMScheduler", {"timestep_spacing": "linear"} | TEACHER)
-        rough, fine = (torch.cat(list(self.make(self.unet, teacher, S, range(near)))) for S in (250, 500))
+        try:
+            rough, fine = (torch.cat(list(self.make(self.unet, teacher, S, range(near)))) for S in (250, 500))
+        except Unfit as reason:
+            raise ValueError(f"{self.config.model} has no solution to compare with, but {reason}") from reason
         kept = {"settings": self.settings, "images": fine.cpu(), "converged_to": rms(rough, fine)}
         torch.save(kept, file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)

@@ -1,5 +1,6 @@
 """The comparison at few steps: real runs on the digits, and bad input."""
 
+import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -163,3 +164,43 @@ def test_bad_settings_lose_nothing(compared, settings, said, monkeypatch):
     with pytest.raises(ValueError, match=said):
         few_steps.main(replace(config, **settings))
     assert (Path(config.output) / "measured.jsonl").read_bytes() == before
+
+
+def test_a_network_that_is_not_finite(compared, make_unet, tmp_path):
+    config, _ = compared
+    unet = make_unet()
+    torch.nn.init.constant_(unet.conv_out.weight, float("nan"))
+    GeneralizedDDIMPipeline(unet, MultistepDDIMScheduler()).save_pretrained(tmp_path / "model")
+    settings = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out"), "near": 1}
+    with pytest.raises(ValueError, match="model has no solution to compare with, but images that are not finite"):
+        few_steps.main(replace(config, **settings))
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.fixture
+def damaged(compared, tmp_path, monkeypatch):
+    """The settings of a finished run in a folder of its own, which samples nothing again."""
+    config, _ = compared
+    shutil.copytree(config.output, tmp_path / "out")
+    monkeypatch.setattr(Bench, "sample", None)
+    return replace(config, output=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("content", ["", "truncated", "text", {}, [1], {"settings": {}, "images": 1}])
+def test_a_damaged_solution(damaged, content):
+    file = Path(damaged.output) / "solution.pt"
+    whole = file.read_bytes()
+    if isinstance(content, str):
+        file.write_bytes({"": b"", "truncated": whole[: len(whole) // 2], "text": b"no tensors"}[content])
+    else:
+        torch.save(content, file)
+    with pytest.raises(ValueError, match=r"cannot read .*solution.pt .*: remove it, or pass --overwrite"):
+        few_steps.main(damaged)
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", "1", "null", '{"key": "a", "settings": {}}', "not JSON", "\xff"])
+def test_a_damaged_journal(damaged, line):
+    file = Path(damaged.output) / "measured.jsonl"
+    file.write_bytes(line.encode("latin-1") + b"\n" + file.read_bytes())
+    with pytest.raises(ValueError, match=r"measured.jsonl.*remove .*, or pass --overwrite"):
+        few_steps.main(damaged)
