@@ -15,7 +15,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from guard import check_processes
 from guard.writing import write_file
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -69,6 +69,16 @@ def save_arrays(file: Path, arrays: Arrays, notes: Notes | None = None) -> None:
     write_file(file, save({key: np.ascontiguousarray(array) for key, array in arrays.items()}, metadata))
 
 
+def read_arrays(file: Path) -> tuple[Arrays, Notes]:
+    """Read what `save_arrays` saved. Raises ValueError if the file is damaged."""
+    try:
+        with safe_open(file, "np") as opened:
+            notes = {key: json.loads(value) for key, value in (opened.metadata() or {}).items()}
+        return load_file(file), notes
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"cannot read {file} ({error}): remove it, and start the same command again") from error
+
+
 @dataclass(frozen=True)
 class Parts:
     """The numbers 0..count − 1 in parts of `size`, with one file in `folder` for each part."""
@@ -102,8 +112,5 @@ class Parts:
 
     def read(self) -> tuple[Arrays, list[Notes]]:
         """Return the arrays of all parts, joined in order, and the notes of each part."""
-        notes = []
-        for file in self.files:
-            with safe_open(file, "np") as opened:
-                notes.append({key: json.loads(value) for key, value in (opened.metadata() or {}).items()})
-        return join(map(load_file, self.files)), notes
+        arrays, notes = zip(*map(read_arrays, self.files), strict=True)
+        return join(arrays), list(notes)

@@ -16,7 +16,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from pictures import Frame, Pictures, as_dataset, origin
 from pictures.folders import walk
-from safetensors.numpy import load_file
 from trainer.settings import write_json
 
 from ddim_plugin.hub.files import read_object
@@ -24,7 +23,7 @@ from ddim_plugin.pipelines.images import MODES
 
 from .extractors import Extractor
 from .metrics import Features, Gaussian, Statistics, fit, gaussian
-from .parts import Arrays, Notes, Parts, cut, digest, save_arrays
+from .parts import Arrays, Notes, Parts, cut, digest, read_arrays, save_arrays
 
 CHUNK = 1000
 """Pictures in a saved part of a reference, and under one checksum."""
@@ -112,7 +111,7 @@ def statistics(
         _extract(reference, extractor, file, batch_size, whole)
     if not state.is_main_process:
         return Statistics(None, None)
-    arrays = load_file(file)
+    arrays = read_arrays(file)[0]
     if not whole:
         return Statistics(Gaussian(**arrays) if fitted else None, None)
     return Statistics(gaussian(arrays["features"]) if fitted else None, Features(arrays["features"]))
@@ -127,7 +126,7 @@ def _extract(reference: Reference, extractor: Extractor, file: Path, batch_size:
         return {"features": np.concatenate(seen)}, {}
 
     def blocks() -> Iterator[np.ndarray]:
-        return (load_file(part)["features"] for part in parts.files)
+        return (read_arrays(part)[0]["features"] for part in parts.files)
 
     parts = Parts(file.with_suffix(""), reference.pictures.count, CHUNK)
     parts.make(compute, f"{reference.pictures.split} pictures of {reference.pictures.name}")

@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load_file
-
 from ddim_plugin.pipelines.images import grid
 
+from ..parts import read_arrays
 from .cells import Cell
 from .tables import Entry, grid_cells, panels
 
@@ -30,7 +29,7 @@ def draw(result: dict[str, Any], pictures: dict[Cell, Path], output: Path) -> di
     among = grid_cells(result)
     for S in sorted({cell.steps for cell in pictures}):
         chosen = [cell for cell in pictures if cell.steps == S]
-        arrays = [load_file(pictures[cell])["pictures"] for cell in chosen]
+        arrays = [read_arrays(pictures[cell])[0]["pictures"] for cell in chosen]
         rows = [array.transpose(0, 2, 3, 1) / 255 for array in arrays]
         labels = [" ".join(line_name(cell, among, plain=True)) for cell in chosen]
         grid(rows, labels, f"S = {S}, the same x_T in each column").save(output / f"samples-S{S:04d}.png")

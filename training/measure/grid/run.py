@@ -20,7 +20,7 @@ from ddim_plugin.schedulers import KEY
 
 from ..extractors import INCEPTION, Extractor, extract, open_extractor
 from ..metrics import METRICS, Features, Statistics, check_count, gaussian
-from ..parts import Arrays, Notes, Parts, digest, join, save_arrays, start_processes
+from ..parts import Arrays, Notes, Parts, digest, join, read_arrays, save_arrays, start_processes
 from ..references import Reference, open_reference, statistics
 from .cells import Cell, cells, find_scheduler
 from .model import Model, Sampling, synchronize
@@ -151,8 +151,23 @@ class Run:
         return Parts(self.output / "parts" / self.keys[cell], self.config.images, self.config.part)
 
     def todo(self) -> dict[str, Cell]:
-        """Return the cells that are not finished by key. Of cells with the same key it is the last."""
-        return {key: cell for cell, key in self.keys.items() if not self.file(cell).exists()}
+        """Return the cells that are not finished by key. Of cells with the same key it is the last.
+
+        Raises ValueError for damaged files of the others.
+        """
+        return {key: cell for cell, key in self.keys.items() if not self.is_finished(cell)}
+
+    def is_finished(self, cell: Cell) -> bool:
+        """Test whether both files of a cell exist. Raises ValueError if one is damaged."""
+        file = self.file(cell)
+        pictures = file.with_suffix(".safetensors")
+        if not (file.exists() and pictures.exists()):
+            return False
+        try:
+            list(read_object(file)["results"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is damaged ({error}): remove it, and start the same command again") from error
+        return "pictures" in read_arrays(pictures)[0]
 
     def finished(self, cell: Cell) -> dict[str, Any]:
         """Read the results of a cell, with its own settings and the names of the references.

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from measure.grid import run, tables
+from measure.parts import Parts, save_arrays
 from measuring import python, values
 from PIL import Image
 
@@ -97,6 +98,34 @@ def test_at_all_steps_the_spacings_are_one(measure, drawn, make_unet, tmp_path):
     drawn.clear()
     assert measure(steps=(3, 6), **grid)["results"] == result["results"]
     assert drawn == []
+
+
+def test_damaged_files_of_a_cell(measure, drawn, tmp_path):
+    """Each is a line that names the file before anything is drawn, and removing it measures that cell again."""
+    settings = {"steps": (2,), "variances": ("0",)}
+    whole, cells = measure(**settings), tmp_path / "out" / "cells"
+    for kind, damage in (("safetensors", 40), ("safetensors", 0), ("json", 40), ("json", 0), ("json", b"{}")):
+        [file] = cells.glob(f"*.{kind}")
+        file.write_bytes(file.read_bytes()[:damage] if isinstance(damage, int) else damage)
+        drawn.clear()
+        with pytest.raises(ValueError, match=rf"{file.name}.*: remove it, and start the same command again"):
+            measure(**settings)
+        file.unlink()
+        assert drawn == []
+        assert values(measure(**settings)) == values(whole)
+        assert len(drawn) == 40
+
+
+def test_a_damaged_part_of_a_cell(tmp_path):
+    parts = Parts(tmp_path, 4, 2)
+    for file in parts.files:
+        save_arrays(file, {"a": np.zeros(2)}, {"seconds": 1})
+    arrays, notes = parts.read()
+    assert (arrays["a"].shape, notes) == ((4,), [{"seconds": 1}] * 2)
+    for content in (b"", file.read_bytes()[:-1]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"cannot read {file} .*: remove it, and start the same command again"):
+            parts.read()
 
 
 KILLER = """
