@@ -13,11 +13,11 @@ def count_classes(model: str, unet: Any, given: int | None = None) -> int | None
     """Return the number of classes of a network, or None for an unconditional one.
 
     Training for guidance adds an embedding after the last class, which means "no class" and is not counted. The number
-    is `given`, or that of the names in the model's `training.json`; without this file all embeddings are classes.
+    is that of the names in the model's `training.json`; without this file it is `given`, or that of all embeddings.
 
     Raises:
         ValueError: if the network takes labels, and its config does not say how many there are; or if `given` is not
-            possible.
+            possible, or differs from the number in `training.json`.
     """
     if getattr(unet, "class_embedding", None) is None:
         if given is not None:
@@ -28,7 +28,10 @@ def count_classes(model: str, unet: Any, given: int | None = None) -> int | None
         raise ValueError(f"{model} takes class labels, but its config does not say how many there are")
     if given is not None and not 0 < given <= embeddings:
         raise ValueError(f"classes must be in 1..{embeddings}, the embeddings of {model}, not {given}")
-    return given or min(len(_trained(model)) or embeddings, embeddings)
+    known = min(len(_trained(model)), embeddings)
+    if known and given not in (None, known):
+        raise ValueError(f"{model} has {known} classes by its {TRAINING}, not {given}: leave out classes={given}")
+    return known or given or embeddings
 
 
 def check_label(model: str, unet: Any, class_label: int | None) -> None:

@@ -47,6 +47,19 @@ def test_classes_are_counted_without_the_null_label(guided, make_unet, tmp_path)
         count_classes("nowhere", make_unet(class_embed_type="timestep"))
 
 
+@pytest.mark.parametrize("given", [3, 1])
+def test_a_number_of_classes_that_differs_from_the_record(guided, measure, make_unet, tmp_path, given):
+    """With 3 the label that means "no class" would be drawn."""
+    said = f"has 2 classes by its training.json, not {given}: leave out classes={given}"
+    assert count_classes(str(guided), make_unet(num_class_embeds=3), 2) == 2
+    with pytest.raises(ValueError, match=said):
+        measure(model=str(guided), images=20, steps=(2,), variances=("0",), classes=given)
+    settings = {"model": str(guided), "reference": "digits", "extractor": "my/classifier", "classes": given}
+    with pytest.raises(ValueError, match=said):
+        few_steps.main(build(few_steps.FewStepsConfig, settings | {"output": str(tmp_path / "out")}))
+    assert not (tmp_path / "out").exists()
+
+
 def test_evaluate_draws_no_null_label(guided, measure, labels):
     result = measure(model=str(guided), images=20, steps=(2,), variances=("0",))
     assert result["made"]["classes"] == 2
