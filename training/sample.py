@@ -10,14 +10,14 @@ if __name__ == "__main__":
 
 import io
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from guard.writing import write_file
 from measure.labels import check_label
-from pictures import Reading, load_images
+from pictures import Reading, choose_split, load_images
 from torch import Generator
 from trainer.settings import parse, record, write_json
 
@@ -64,6 +64,8 @@ def check(config: SampleConfig) -> None:
 def main(config: SampleConfig) -> dict[str, Any]:
     """Write `samples_by_steps.png`, `samples_by_eta.png` and `sample.json`; return the content of the latter."""
     check(config)
+    if config.data is not None:
+        config = replace(config, split=choose_split(config.data, config.split, config.data_config))
     start = time.perf_counter()
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = GeneralizedDDIMPipeline.from_pretrained(config.model).to(device)

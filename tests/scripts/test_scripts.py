@@ -159,7 +159,12 @@ def test_a_row_of_real_pictures(trained, tmp_path):
             build(sample.SampleConfig, settings | {"output": str(tmp_path), "data": data, "overwrite": bool(data)})
         )
         heights.append(Image.open(tmp_path / "samples_by_steps.png").height)
+        kept = json.loads((tmp_path / "sample.json").read_text())["config"]
+        assert (kept["data"], kept["split"]) == (data, data and "test")  # the one that was drawn
     assert heights[1] > heights[0] + 60
+    again = {"output": str(tmp_path / "val"), "data": "digits", "split": "val"}
+    with pytest.raises(ValueError, match="digits has no split 'val'"):
+        sample.main(build(sample.SampleConfig, settings | again))
 
 
 @pytest.mark.parametrize("name", sample.WRITTEN)
