@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from guard.names import check_address
 
 from ddim_plugin.hub.files import read_object
 
@@ -92,6 +93,8 @@ def is_saved(folder: Path) -> bool:
 def row_files(name: str) -> list[Path]:
     """List the files of rows that a path or a pattern names; none if it is the id of a data set on the Hub."""
     path = Path(name)
+    if not path.exists():
+        check_address(name, "user/data")
     files = [path] if path.is_file() else [Path(file) for file in sorted(glob.glob(name))]
     suffixes = {file.suffix.lower() for file in files}
     if len(suffixes) > 1 or not suffixes <= FORMATS.keys():
