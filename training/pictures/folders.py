@@ -33,6 +33,9 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 SYSTEM = ("@eaDir", "$RECYCLE.BIN", "lost+found")
 """Folders of storage systems, which may hold previews or deleted pictures."""
 
+INTEGER, FRACTION = re.compile("0|-?[1-9][0-9]{0,17}"), re.compile("-?[0-9]*[.]?[0-9]+(e[-+]?[0-9]+)?")
+"""Text that is read as a number in metadata.csv: integers of 64 bits, and fractions if a column has any."""
+
 SHARD = re.compile(r"(?P<split>\w+)-\d{5}-of-\d{5}\b.*")
 """Names of shards as the Hub writes them."""
 
@@ -208,13 +211,31 @@ def classes(folder: Folder, files: Sequence[Path]) -> list[str]:
 def columns(folder: Folder, files: list[Path], labelled: bool) -> dict[str, list[Any]]:
     """Return the columns of the pictures of a split: image, and the label or the columns of metadata files."""
     if folder.listed is None:
-        found: dict[str, list[Any]] = {"image": [str(folder.path / file) for file in files]}
+        found: dict[str, list[Any]] = {"image": _paths(folder, files)}
         return found | ({"label": classes(folder, files)} if labelled else {})
     chosen = set(files)
     rows = [(file, values) for file, values in folder.listed if file in chosen]
-    found = {"image": [str(folder.path / file) for file, _ in rows]}
+    found = {"image": _paths(folder, [file for file, _ in rows])}
     names = dict.fromkeys(name for _, values in folder.listed for name in values if name != "image") if labelled else ()
-    return found | {name: [values.get(name) for _, values in rows] for name in names}
+    return found | {name: _column([values.get(name) for _, values in rows]) for name in names}
+
+
+def _column(values: list[Any]) -> list[Any]:
+    """Return a column as text if it holds integers of more than 64 bits, which Arrow does not have."""
+    if any(isinstance(value, int) and not -(2**63) <= value < 2**63 for value in values):
+        return [None if value is None else str(value) for value in values]
+    return values
+
+
+def _paths(folder: Folder, files: list[Path]) -> list[str]:
+    """Return the paths of files. Raises ValueError for one that is not UTF-8, as Arrow holds no such text."""
+    found = [str(folder.path / file) for file in files]
+    for path in found:
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the path {path!r} is not UTF-8: rename it") from error
+    return found
 
 
 def _listed(path: Path, files: list[Path], metadata: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
@@ -222,9 +243,9 @@ def _listed(path: Path, files: list[Path], metadata: list[Path]) -> list[tuple[P
     twice = [at for at, count in Counter(file.parent for file in metadata).items() if count > 1]
     if twice:
         raise ValueError(f"{path / twice[0]} has several metadata files: keep one of them")
-    known, found = set(files), []
-    for file in metadata:
-        for row in _read(path / file):
+    known, found, tables = set(files), [], {file: _read(path / file) for file in metadata}
+    for file, table in tables.items():
+        for row in table:
             key = "file_name" if "file_name" in row else next((name for name in row if name.endswith("_file_name")), "")
             if not isinstance(row.get(key), str):
                 raise ValueError(f"{path / file} must name a picture as file_name in each row: one has {row}")
@@ -232,6 +253,7 @@ def _listed(path: Path, files: list[Path], metadata: list[Path]) -> list[tuple[P
             if target not in known:
                 raise ValueError(f"{path / file} lists {target}, which {path} does not hold, or which is hidden")
             found.append((target, row))
+    _as_numbers([row for file, table in tables.items() if file.suffix == ".csv" for row in table])
     return found
 
 
@@ -239,14 +261,40 @@ def _read(file: Path) -> list[dict[str, Any]]:
     """Read the rows of a metadata file; missing values are None, and values that are no scalars become text."""
     try:
         if file.suffix == ".jsonl":
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = enumerate(file.read_text(encoding="utf-8").split("\n"), 1)  # strings may hold other ends of lines
+            rows = [_object(line, number) for number, line in lines if line.strip()]
         else:
-            csv = {"keep_default_na": False, "na_values": [""]}  # so that "None" and "NA" are names
+            csv = {"dtype": str, "keep_default_na": False, "na_values": [""]}  # so that "None", "NA" and "01" are names
             table = pandas.read_csv(file, **csv) if file.suffix == ".csv" else pandas.read_parquet(file)
             rows = table.to_dict("records")
     except Exception as error:  # pandas and Arrow raise many kinds
         raise ValueError(f"cannot read {file}: {error}") from error
     return [{str(key): _scalar(value) for key, value in row.items()} for row in rows]
+
+
+def _object(line: str, number: int) -> dict[str, Any]:
+    """Read a row of JSON. Raises ValueError, with its number, if it is no object."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"row {number} is no JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f'row {number} is {line.strip()[:40]}, no object such as {{"file_name": "0.png", "label": 1}}')
+    return row
+
+
+def _as_numbers(rows: list[dict[str, Any]]) -> None:
+    """Make numbers of the columns of text that hold nothing else: integers written in one way, or fractions.
+
+    Others stay text, so that 01 and 1 are two classes, and classes with numbers for names have the order of these.
+    """
+    for name in {name for row in rows for name in row}:
+        texts = [row[name].strip() for row in rows if isinstance(row.get(name), str)]
+        whole = all(map(INTEGER.fullmatch, texts))
+        if whole or (all(map(FRACTION.fullmatch, texts)) and any("." in text for text in texts)):
+            for row in rows:
+                if row.get(name) is not None:
+                    row[name] = (int if whole else float)(row[name])
 
 
 def _scalar(value: Any) -> Any:

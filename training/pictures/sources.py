@@ -275,6 +275,7 @@ def _labels(rows: Any, name: str, named: str | None) -> tuple[np.ndarray, tuple[
     """Read labels 0..K − 1 and the names of the K classes."""
     column = _label_column(rows.features, name, named)
     values = np.asarray(rows[column])
+    values = values.astype(str) if values.dtype == bool else values  # True and False are names
     names = getattr(rows.features[column], "names", None)
     if values.ndim != 1 or values.dtype.kind not in "iuUSO" or any(value is None for value in values):
         raise ValueError(f"the column {column!r} of {name} holds no labels: they are integers or names, one an image")

@@ -180,7 +180,10 @@ def test_metadata_has_the_labels(tmp_path, kind, place):
         (['{"file_name": "b.png", "label": 1}'], "lists b.png, which .* does not hold"),
         (['{"file_name": "../a.png", "label": 1}'], r"lists \.\./a.png, which .* does not hold"),
         (['{"name": "a.png"}'], "must name a picture as file_name in each row"),
-        (['{"file_name": "a.png", "label"'], "cannot read .*metadata.jsonl"),
+        (['{"file_name": "a.png", "label"'], "cannot read .*metadata.jsonl: row 1 is no JSON"),
+        (["", '["a.png", 1]'], r'cannot read .*metadata.jsonl: row 2 is \["a.png", 1\], no object such as'),
+        (["3"], "row 1 is 3, no object such as"),
+        (['{"file_name": "a.png"}', "null"], "row 2 is null, no object such as"),
         (['{"file_name": "a.png", "label": null}'], "the column 'label' of .* holds no labels"),
         (['{"file_name": "a.png", "text": "x"}'], "has no column of labels.* its columns are image, text; name one"),
     ],
@@ -190,6 +193,82 @@ def test_metadata_that_is_wrong(tmp_path, lines, said):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=said):
         open_pictures(name, labelled=True)
+
+
+CSV = [
+    (("01", "1", "00"), ("00", "01", "1")),
+    (("007", "7", "007"), ("007", "7")),
+    (("10", "9", " 2"), ("2", "9", "10")),  # in the order of the numbers
+    (("10", "9", "x"), ("10", "9", "x")),
+    (("1e5", "100000", "2"), ("100000", "1e5", "2")),
+    (("True", "False", "True"), ("False", "True")),
+    (("1" + "0" * 24, "2", "3"), ("1" + "0" * 24, "2", "3")),
+]
+
+
+@pytest.mark.parametrize(("labels", "classes"), CSV)
+def test_labels_of_a_table_are_kept_as_they_are(tmp_path, labels, classes):
+    rows = [f"{i}.png,{label}" for i, label in enumerate(labels)]
+    for apart in (False, True):  # in one file, or in one for each picture
+        folder = tmp_path / str(apart)
+        name = paint(folder, *(f"{i}/{i}.png" if apart else f"{i}.png" for i in range(3)))
+        for place, lines in [(str(i), rows[i : i + 1]) for i in range(3)] if apart else [("", rows)]:
+            (folder / place / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+        found = open_pictures(name, labelled=True)
+        assert found.classes == classes
+        assert [classes[i] for i in found.labels] == [label.strip() for label in labels]
+
+
+def test_fractions_are_no_labels(tmp_path):
+    name = paint(tmp_path, "a.png", "b.png")
+    for one, other in (("1.0", "2"), ("0.25", "1e-05"), ("-.5", "1")):
+        (tmp_path / "metadata.csv").write_text(f"file_name,label\na.png,{one}\nb.png,{other}\n")
+        with pytest.raises(ValueError, match="the column 'label' of .* holds no labels"):
+            open_pictures(name, labelled=True)
+
+
+def test_labels_of_objects(tmp_path):
+    """Truth, integers of any length, and text with other ends of lines than one by one."""
+    name = paint(tmp_path, "a.png", "b.png")
+    for one, other, classes in (
+        ("true", "false", ("False", "True")),
+        ("1" + "0" * 24, "2", ("1" + "0" * 24, "2")),
+        (str(2**63), "-1", ("-1", str(2**63))),
+        ('"x\u2028y"', '"\x85"', ("x\u2028y", "\x85")),
+        ('"01"', '"1"', ("01", "1")),
+    ):
+        lines = (f'{{"file_name": "a.png", "label": {one}}}', f'{{"file_name": "b.png", "label": {other}}}\r')
+        (tmp_path / "metadata.jsonl").write_bytes("\n".join((*lines, "", "")).encode())
+        found = open_pictures(name, labelled=True)
+        assert set(found.classes) == set(classes)
+        assert len(set(found.labels.tolist())) == 2
+
+
+def test_a_path_that_is_no_text(tmp_path):
+    paint(tmp_path / "set", "a/0.png")
+    (tmp_path / "set" / "a" / "0.png").rename(tmp_path / "set" / "a" / "\udcff.png")
+    with pytest.raises(ValueError, match=r"the path '.*/set/a/\\udcff.png' is not UTF-8: rename it"):
+        open_pictures(str(tmp_path / "set"))
+    (tmp_path / "set" / "metadata.jsonl").write_text('{"file_name": "a/\\udcff.png", "label": 1}')
+    with pytest.raises(ValueError, match="is not UTF-8: rename it"):
+        open_pictures(str(tmp_path / "set"), labelled=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("https://huggingface.co/datasets/user/data", "pass its id, user/data, or a folder"),
+        ("hf://datasets/user/data/a.parquet", "pass its id, user/data, or a folder"),
+        ("https://example.com/data.parquet", "pass an id such as user/data, or a folder"),
+        ("https://example.com/data?part=*", "pass an id such as user/data, or a folder"),
+        ("s3://bucket/data", "pass an id such as user/data, or a folder"),
+    ],
+)
+def test_an_address_is_no_data_set(name, said):
+    for opened in (open_pictures, open_stream):
+        for split in ("train", None):
+            with pytest.raises(ValueError, match=f"is an address: {said}"):
+                opened(name, split)
 
 
 def test_labels_of_two_types_do_not_matter_without_labels(tmp_path):
