@@ -16,7 +16,7 @@ from trainer.settings import build
 
 from ddim_plugin import GeneralizedDDIMPipeline
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 WRITTEN = {
     "evaluate": {"status": "running", "references": [], "results": [{"metric": "fd_a"}]},
     "nll": {"model": {}, "results": [{"metric": "bits_per_dim"}]},

@@ -71,13 +71,14 @@ def test_scripts_call_a_split_by_one_name(places, measure, tmp_path):
         (("val",), "validation", ["validation"]),
     ):
         name = paint(tmp_path / "-".join(("set", *splits)), splits)
-        given = small | {"model": places["model"], "data": name, "output": str(tmp_path / "other")}
+        given = small | {"model": places["model"], "data": name, "output": str(tmp_path / "nll")}
         nll.main(build(nll.NLLConfig, given | one))
-        record = json.loads((tmp_path / "other" / "nll.json").read_text())
+        record = json.loads((tmp_path / "nll" / "nll.json").read_text())
         assert record["config"]["split"] == used
-        entries = json.loads((tmp_path / "other" / "results.json").read_text())["results"]
+        entries = json.loads((tmp_path / "nll" / "results.json").read_text())["results"]
         assert entries[0]["dataset"]["split"] == used
         assert f"--split {used}" in record["command"]
+        given["output"] = str(tmp_path / "reconstruct")
         result = reconstruct.main(build(reconstruct.ReconstructConfig, given | ode))
         assert result["config"]["split"] == used
         result = measure("out", reference=name, steps=(2,), variances=("0",), overwrite=True)
@@ -86,7 +87,7 @@ def test_scripts_call_a_split_by_one_name(places, measure, tmp_path):
     for config, settings in ((nll, one), (reconstruct, ode)):
         kind = nll.NLLConfig if config is nll else reconstruct.ReconstructConfig
         with pytest.raises(ValueError, match="has no split 'nonsense': it has validation"):
-            config.main(build(kind, given | settings | {"split": "nonsense"}))
+            config.main(build(kind, given | settings | {"split": "nonsense", "output": str(tmp_path / "nothing")}))
     with pytest.raises(ValueError, match="has no split 'nonsense': it has validation"):
         measure("nothing", reference=name, splits=("nonsense",))
 
