@@ -140,8 +140,6 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
                 raise ValueError(f"{type(self.scheduler).__name__} does not support {name}: leave it out")
         return {key: value for key, value in given.items() if value is not None and key in accepted}
 
-    # ---- saving and loading --------------------------------------------------------------------------------------
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
         """Load a pipeline as `DiffusionPipeline.from_pretrained` does.

@@ -169,15 +169,17 @@ def restored(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 def restore_scheduler(pipe: Any) -> Any:
-    """Replace a pipeline's stock scheduler by the one of this package that it was saved with, and return it.
+    """Replace a pipeline's stock schedulers by those of this package that it was saved with, and return it.
 
     `pipe` is any pipeline of diffusers. Raises ValueError if the config of its scheduler has no settings of ours.
     """
-    scheduler = restored(pipe.scheduler)
-    if scheduler is pipe.scheduler and not isinstance(scheduler, StockConfig):
+    for name, part in pipe.components.items():
+        if isinstance(part, SchedulerMixin):
+            setattr(pipe, name, restored(part))
+    scheduler = pipe.scheduler
+    if not isinstance(scheduler, StockConfig):
         raise ValueError(
             f"the config of this {type(scheduler).__name__} has no {KEY!r} entry: create a scheduler with "
             "GeneralizedDDIMScheduler.from_config(pipe.scheduler.config)"
         )
-    pipe.scheduler = scheduler
     return pipe

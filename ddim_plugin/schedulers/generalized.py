@@ -1,6 +1,7 @@
 """The generalized process (Song, Meng, Ermon 2021) as a scheduler of diffusers."""
 
 import warnings
+from contextlib import suppress
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -134,16 +135,16 @@ class GeneralizedDDIMScheduler(Planned):
         if derived or self._derived_betas:
             self._derived_betas = derived
             super().register_to_config(trained_betas=betas.tolist() if derived else None)
-        self._assign(alpha_bar[1:])
+        self._show(alpha_bar[1:])
         self._replan()
+        with suppress(ValueError):  # a step that does not exist is refused when it is made
+            self._plan(self._kind(None)) if self._planned is not None else None
 
     def _check_noise(self, variance_type: str, eta: float) -> None:
         """Raise ValueError for noise that does not exist, or not in this class."""
         moves.effective_eta(variance_type, None, eta)
         if variance_type in moves.ETA_FREE and eta not in (0, 1):
             raise ValueError(f"variance_type={variance_type!r} requires eta=1 (or 0, the default), not eta={eta!r}")
-
-    # ---- stepping ----------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """Return `sample` unchanged: the network's input is x_t."""
@@ -187,10 +188,13 @@ class GeneralizedDDIMScheduler(Planned):
         kind = self._kind(eta or None)
         step = self._find(timestep, kind, sample)
         variance = variance if kind[0] == "learned_range" else None
+        z = None
+        if kind != ("fixed_small", 0.0) and (isinstance(step.noise, Tensor) or step.noise > 0):
+            z = draw(sample, generator, variance_noise, torch.promote_types(sample.dtype, torch.float32))
         evaluation = self._evaluate(kind, step, sample, output, variance, use_clipped_model_output)
         x = evaluation.mean()
-        if kind != ("fixed_small", 0.0) and (isinstance(step.noise, Tensor) or step.noise > 0):
-            x = accumulate(x, evaluation.std(), draw(sample, generator, variance_noise, x.dtype))
+        if z is not None:
+            x = accumulate(x, evaluation.std(), z)
         x = x if x.dtype == sample.dtype else x.to(sample.dtype)
         if compiling and not return_dict:
             return x, evaluation.pred_original_sample().to(sample.dtype)

@@ -18,7 +18,7 @@ from .planned import Kind
 from .step import Evaluation, Step
 
 MUCH_NOISE = 0.5  # least η for which "few_steps" becomes "few_steps_noise", and a step extrapolates further
-REACH = 1.5  # factor on (mean − last value) in a step with much noise: the mean of x̂0 lacks variance
+REACH = 1.5  # factor on (mean − last value) in even steps with much noise: the mean of x̂0 lacks variance
 # Settings that are not copied from the config of another class: they were chosen for its sampler.
 OF_OTHERS = ("timestep_spacing", "eta", "clip_sample", "use_clipped_model_output", *SOLVER)
 # Largest Σ|weight| of a mean of 2 to 4 values: a step much longer than the one before would extrapolate too far.
@@ -103,8 +103,6 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         settings, own = ({k: v for k, v in each.items() if k not in dropped} for each in (settings, own))
         return settings, own
 
-    # ---- planning ----------------------------------------------------------------------------------------------
-
     @property
     def _much_noise(self) -> bool:
         """Whether the plan is for much noise: "few_steps" becomes "few_steps_noise", and steps extrapolate further."""
@@ -123,9 +121,11 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         self._forget()
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
-        if self._from_noise and self._place is None:  # the loop begins with this x_t, not with x_T
-            self._from_noise = False
-            self._replan()
+        if self._from_noise and self._place is None and self._planned is not None:
+            known = not isinstance(timesteps, Tensor) or timesteps.device.type == "cpu"
+            if not known or bool((torch.as_tensor(timesteps) == self._called[0] - 1).all()):
+                self._from_noise = False  # the loop begins with this x_t, not with x_T
+                self._replan()
         return super().add_noise(original_samples, noise, timesteps)
 
     def _make_plan(self, pairs: list[tuple[int, int]], kind: Kind) -> list[Step]:
@@ -143,8 +143,6 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         if eta is None and self._eta is None and self.config.variance_type == "learned_range":
             eta = self.config.eta  # a learned variance describes the network: the process is deterministic by default
         return super()._kind(eta)
-
-    # ---- stepping ----------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
         self._history: list[tuple[int, Tensor]] = []  # times and values of ε̂ or x̂0, the newest first
@@ -229,10 +227,10 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         weights, mean = np.ones(1), partial(_mean_weights, of_x0, t, s, eta=eta)
         for order in range(len(known), 1, -1):
             longer = mean(tuple(known[:order]))
-            if t > s or np.abs(longer).sum() <= LARGEST[of_x0][order - 2]:
+            if np.abs(longer).sum() <= LARGEST[of_x0][order - 2]:
                 weights = longer
                 break
-        if of_x0 and self._much_noise:
+        if of_x0 and self._much_noise and pair[0] - pair[1] + 1 >= 0.9 * (times[1:] or pair)[0] - 0.9 * pair[0]:
             weights = REACH * weights
             weights[0] += 1 - REACH
         return weights

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..process import betas, moves, spacings
 from .config import StockConfig
 from .step import Step
-from .tensors import combine, integers, whole
+from .tensors import HALF, combine, integers, whole
 
 Kind = tuple[str, float]  # variance type and η of a step
 
@@ -44,7 +44,7 @@ class Planned(StockConfig):
         self._adopt()
         before = dict(self.__dict__)
         try:
-            self._eta, self._from_noise, self._place = eta, timesteps is None, None
+            self._eta, self._from_noise = eta, timesteps is None
             if timesteps is None:
                 self._tau = self._spaced(num_inference_steps)
             else:
@@ -67,7 +67,7 @@ class Planned(StockConfig):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin a loop at this position of the plan, as image-to-image pipelines do."""
-        self._next = begin_index
+        self._next, self._place = begin_index, None
 
     def _replan(self) -> None:
         """Drop the steps that were computed."""
@@ -112,21 +112,23 @@ class Planned(StockConfig):
         eta = self._eta if eta is None else eta
         return moves.effective_eta(self.config.variance_type, eta, self.config.eta)
 
-    # ---- lookup ------------------------------------------------------------------------------------------------
-
     def _find(self, timestep: int | Tensor, kind: Kind, sample: Tensor) -> Step:
         """Find the step for `timestep`. The host reads no element of `self.timesteps`, and no (B,) on a device."""
         self._place = None
-        timestep = torch.as_tensor(timestep) if isinstance(timestep, np.ndarray) else timestep
-        dtype, device = torch.promote_types(sample.dtype, torch.float32), sample.device
+        timestep = torch.as_tensor(timestep, device="cpu") if isinstance(timestep, np.ndarray) else timestep
+        dtype, device, known = torch.promote_types(sample.dtype, torch.float32), sample.device, self._planned
         if not isinstance(timestep, Tensor) or timestep.numel() == 1:
-            if not isinstance(timestep, Tensor) or not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() or not (self._any_order or isinstance(timestep, Tensor)):
                 return self._find_one(timestep, kind)
             if not self._any_order:
                 return self._take(self._next, kind)
-            here = (self._planned.to(device) == timestep.to(device)).to(dtype)  # its value is not known yet
+            # One graph for all timesteps: the value is not known yet. A time outside the plan gives NaN.
+            if not isinstance(timestep, Tensor):
+                timestep = torch.full((), timestep, dtype=torch.int64, device=device)
+            here = known.to(device) == timestep.to(device)
             plan = torch.tensor([tuple(step) for step in self._plan(kind)], dtype=dtype, device=device)
-            return Step(*(here @ plan / here.sum()).view(-1, *[1] * sample.ndim).unbind())
+            row = torch.where(here.any(), plan[here.long().argmax()[None]][0], torch.nan)
+            return Step(*row.view(-1, *[1] * sample.ndim).unbind())
         times = integers(timestep)
         if times.shape != sample.shape[: times.ndim]:
             raise ValueError(
@@ -143,12 +145,13 @@ class Planned(StockConfig):
         """Find the step at one timestep for all samples. If the plan repeats it, that is the next one."""
         if isinstance(timestep, Tensor):
             # An element of `self.timesteps` is looked up by position, without synchronising the device.
-            if timestep._base is self._planned and self._planned._version == 0:
+            if timestep._base is self._planned and not _edits(self._planned):
                 return self._take(timestep.storage_offset(), kind)
             if timestep.is_meta:  # it has no value
                 return self._take(self._next, kind)
         timestep = whole(timestep)
-        i = self._next if self._called[self._next] == timestep + 1 else self._first.get(timestep + 1)
+        follows = self._called[self._next : self._next + 1] == [timestep + 1]
+        i = self._next if follows else self._first.get(timestep + 1)
         return self._step_at(timestep, kind) if i is None else self._take(i, kind)
 
     def _take(self, i: int, kind: Kind) -> Step:
@@ -198,7 +201,9 @@ class Planned(StockConfig):
 
     def _marginals(self, x: Tensor, noise: Tensor, timesteps: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
         """Expand x_0 over timesteps and noises, and look up √ᾱ_t and √(1 − ᾱ_t), which broadcast over it."""
-        self._adopt()
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self._adopt()
         if not x.is_floating_point():
             raise ValueError(f"samples must be floating point, not {x.dtype}")
         times = integers(timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps, device="cpu"))
@@ -210,7 +215,7 @@ class Planned(StockConfig):
             given = f"{times.numel()} timesteps for samples {tuple(x.shape)} and noise {tuple(noise.shape)}"
             raise ValueError(f"{given}: give one timestep, or one for each sample") from error
         T = self.config.num_train_timesteps
-        if times.device.type == "cpu" and not 0 <= int(times.min()) <= int(times.max()) < T:
+        if times.device.type == "cpu" and not compiling and not 0 <= int(times.min()) <= int(times.max()) < T:
             raise ValueError(f"timesteps must lie in 0..{T - 1}, not {times.tolist()}")
         key = ("marginals", torch.promote_types(x.dtype, torch.float32), x.device)
         if key not in self._tables:
@@ -222,9 +227,7 @@ class Planned(StockConfig):
     def _get_variance(self, timestep: int | Tensor, prev_timestep: int | Tensor) -> Tensor:
         """Compute β̃ between two network timesteps, as pipelines ask for it. −1 is the data."""
         t, s = whole(timestep) + 1, whole(prev_timestep) + 1
-        return torch.tensor(float(moves.beta_tilde(self._alpha_bar[t], self._alpha_bar[max(s, 0)])))
-
-    # ---- tables that pipelines read and users change ---------------------------------------------------------------
+        return torch.tensor(float(moves.beta_tilde(self._alpha_bar[t], self._alpha_bar[max(s, 0)])), device="cpu")
 
     alphas_cumprod = property(lambda self: self._shown, lambda self, value: self._assign(value))
     alphas = property(lambda self: 1 - self.betas, lambda self, value: self._assign(np.cumprod(_numbers(value))))
@@ -246,20 +249,28 @@ class Planned(StockConfig):
 
     def _assign(self, value: Any) -> None:
         """Use these ᾱ_1..ᾱ_T from now on, and record their β in the config."""
-        alpha_bar = _numbers(value)
-        if not np.array_equal(alpha_bar.astype(np.float32), self._alpha_bar[1:].astype(np.float32)):
+        alpha_bar, dtype = _numbers(value), value.dtype if getattr(value, "dtype", None) in HALF else torch.float32
+        known = torch.tensor(self._alpha_bar[1:], device="cpu").to(dtype)
+        if not np.array_equal(_numbers(known), _numbers(torch.tensor(alpha_bar, device="cpu").to(dtype))):
             known = {"trained_betas": betas.from_alpha_bars(alpha_bar).tolist(), "rescale_betas_zero_snr": False}
             self.register_to_config(**known)
+        self._show(value)
+
+    def _show(self, value: Any) -> None:
         with torch.inference_mode(False):  # counts changes in place
             shown = value.detach().float() if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
             self._shown = shown.to(torch.float32, copy=True)
 
     def _adopt(self) -> None:
         """Use what was written into `alphas_cumprod` in place."""
-        if self._shown._version:
+        if _edits(self._shown):
             self._assign(self._shown)
 
 
+def _edits(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
 def _numbers(value: Any) -> np.ndarray:
-    value = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+    value = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else value
     return np.asarray(value, dtype=np.float64)

@@ -148,7 +148,8 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
         sample, output = evaluation.sample, evaluation.output
         self._versions = None  # numbers of changes in place
         if counted and (sample.is_inference() or output.is_inference()):
-            evaluation = evaluation._replace(sample=sample.clone(), output=output.clone())
+            variance = None if evaluation.variance is None else evaluation.variance.clone()
+            evaluation = evaluation._replace(sample=sample.clone(), output=output.clone(), variance=variance)
         elif counted:
             self._versions = sample._version, output._version
         self.prev_sample, self._evaluation = prev_sample, evaluation

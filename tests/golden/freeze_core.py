@@ -27,7 +27,9 @@ T = 1000
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 FIXED_SPACINGS = ("linear", "quadratic", "leading", "trailing", "linspace")
 SPACINGS = (*FIXED_SPACINGS, "few_steps", "few_steps_noise", "paper_linear", "paper_quadratic")
-FROM_TIME_1 = ("leading", "linspace", "paper_linear")  # with noise and a solver, 0.1 extrapolated too far to time 1
+FROM_TIME_1 = ("leading", "linspace", "paper_linear", "paper_quadratic")
+"""Spacings whose solver extrapolated too far in 0.1: near the data with noise, and upwards from a very short step."""
+
 CONSTRAINTS: dict[str, dict[str, Any]] = {
     "free": {},
     "clip": {"clip_sample": True, "clip_sample_range": 0.8},
@@ -143,7 +145,7 @@ def multistep() -> list[Case]:
     for order, prediction, eta in product((None, 1, 2, 3, 4), PREDICTIONS, (0.0, 0.3, 1.0)):
         cases.append(Case(cls, {"solver_order": order, "prediction_type": prediction, "eta": eta}, steps(7)))
     for spacing, S, eta in product(SPACINGS, (1, 2, 5, 10, 50), (0.0, 1.0)):
-        if not (eta and S >= 5 and spacing in FROM_TIME_1):
+        if not (eta and S >= 5 and spacing in (*FROM_TIME_1, "quadratic")):
             cases.append(Case(cls, {"timestep_spacing": spacing, "eta": eta}, steps(S)))
     cases += [Case(cls, {"prediction_type": each}, steps(T)) for each in PREDICTIONS]
     for prediction, kind, constraint in product(PREDICTIONS, NOISES, CONSTRAINTS):
@@ -179,7 +181,8 @@ def inverse_multistep() -> list[Case]:
     for order, prediction, S in product((None, 1, 2, 3, 4), PREDICTIONS, (2, 7)):
         cases.append(Case(cls, {"solver_order": order, "prediction_type": prediction}, steps(S)))
     for spacing, S in product(SPACINGS, (1, 2, 5, 50)):
-        cases.append(Case(cls, {"timestep_spacing": spacing}, steps(S)))
+        if not (S in (2, 5) and spacing in FROM_TIME_1):
+            cases.append(Case(cls, {"timestep_spacing": spacing}, steps(S)))
     cases += [Case(cls, {"lower_order_final": True, "prediction_type": each}, steps(6)) for each in PREDICTIONS]
     cases += [Case(cls, {"fitted_timesteps": FITTED}, steps(S)) for S in (3, 4, 5)]
     for prediction in PREDICTIONS:

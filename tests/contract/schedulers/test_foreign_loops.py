@@ -1,5 +1,7 @@
 """What loops that are not ours do with a scheduler: buffers, turns, patches, transforms, times of every type."""
 
+import copy
+import pickle
 import threading
 
 import numpy as np
@@ -43,6 +45,25 @@ def test_noise_near_the_data_is_not_extrapolated(spacing, alpha_to_one):
     scheduler = MultistepDDIMScheduler(**SD, eta=1.0, timestep_spacing=spacing, set_alpha_to_one=alpha_to_one)
     scheduler.set_timesteps(10)
     assert deviation(scheduler) == pytest.approx(0.44, abs=0.025)
+
+
+@pytest.mark.parametrize("spacing", ["quadratic", "paper_quadratic"])
+@pytest.mark.parametrize("S", [5, 7, 10, 20, 50])
+def test_noise_on_steps_that_grow_short(spacing, S):
+    scheduler = MultistepDDIMScheduler(**SD, eta=1.0, timestep_spacing=spacing)
+    scheduler.set_timesteps(S)
+    assert 0.4 < deviation(scheduler) < 0.77
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+@pytest.mark.parametrize("times", [[999, 998, 20, 19, 18], [999, 700, 400, 399, 2, 1]])
+def test_a_long_step_upwards(times, order):
+    scheduler = InverseMultistepDDIMScheduler(**SD, solver_order=order)
+    scheduler.set_timesteps(timesteps=times)
+    x = 0.5 * torch.randn(2000, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for t in scheduler.timesteps:
+        x = scheduler.step(of_gaussian(scheduler, t, x), t, x).prev_sample
+    assert float(x.std()) < 2.1
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -288,6 +309,14 @@ def test_loops_that_take_turns(eta):
         scheduler.step(outputs[0], int(scheduler.timesteps[0]), x, variance_noise=x)
 
 
+def test_a_step_that_failed_may_be_made_again():
+    scheduler, x = planned(4, MultistepDDIMScheduler, eta=1.0), torch.randn(3, 1, 2, 2)
+    for bad in ({"generator": [torch.Generator()] * 2}, {"variance_noise": x[:1]}):
+        with pytest.raises(ValueError, match="generators for a batch|variance_noise has shape"):
+            scheduler.step(x, scheduler.timesteps[0], x, **bad)
+    assert scheduler.step(x, scheduler.timesteps[0], x).prev_sample.isfinite().all()
+
+
 def test_threads_that_share_a_scheduler_are_told():
     scheduler = planned(4, MultistepDDIMScheduler)
     x, *outputs = draws(4)
@@ -403,10 +432,11 @@ def test_tables_that_are_replaced_take_effect(cls, how):
     assert torch.allclose(again.alphas_cumprod, alphas_cumprod.float(), atol=1e-6)
 
 
-def test_tables_that_are_moved_stay_exact():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_tables_that_are_moved_stay_exact(dtype):
     scheduler = GeneralizedDDIMScheduler()
     before = scheduler.alpha_bar
-    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to("cpu", copy=True)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.to("cpu", dtype, copy=True)
     assert np.array_equal(scheduler.alpha_bar, before)
     assert scheduler.config.trained_betas is None
 
@@ -485,6 +515,45 @@ def test_a_map_over_a_batch_of_samples():
     found = torch.vmap(lambda o, s: scheduler.step(o[None], t, s[None], return_dict=False))(out, x)
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one[:, 0], other)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_copies_in_inference_mode(cls):
+    """As the panorama pipeline copies the state of its scheduler."""
+    scheduler = planned(5, cls)
+    out, x = tensors()
+    expected = planned(5, cls).step(out, scheduler.timesteps[0], x).prev_sample
+    with torch.inference_mode():
+        for other in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
+            assert torch.equal(other.step(out, other.timesteps[0], x).prev_sample, expected)
+            assert other.add_noise(x, out, 5).isfinite().all()
+        learned = planned(5, variance_type="learned_range")
+        output = torch.cat([out, out], dim=1)
+        result = learned.step(output, 599, x, variance_noise=x)
+        std = learned.step(output.clone(), 599, x.clone(), variance_noise=x).std
+        output.fill_(0)
+        assert torch.equal(result.std, std)
+
+
+@pytest.mark.parametrize("by_number", [True, False])
+@pytest.mark.parametrize("cls", [GeneralizedDDIMScheduler, InverseDDIMScheduler])
+def test_one_graph_serves_all_timesteps(cls, by_number):
+    torch._dynamo.reset()
+    scheduler, known = planned(20, cls), planned(20, cls)
+    compiled = torch.compile(scheduler.step, fullgraph=True, backend="eager")
+    out, x = tensors()
+    for t in known.timesteps:
+        expected = known.step(out, t, x).prev_sample
+        with torch.autocast("cpu", torch.bfloat16):
+            found = compiled(out, int(t) if by_number else t, x, return_dict=False)[0]
+        assert torch.allclose(found, expected, atol=1e-6)
+    scheduler.register_to_config(prediction_type="v_prediction")
+    known.register_to_config(prediction_type="v_prediction")
+    t = known.timesteps[3]
+    found = compiled(out, int(t) if by_number else t, x, return_dict=False)[0]
+    assert torch.allclose(found, known.step(out, t, x).prev_sample, atol=1e-6)
+    noisy = torch.compile(scheduler.add_noise, backend="eager")(x, out, torch.tensor([999, 3, 500]))
+    assert torch.equal(noisy, known.add_noise(x, out, torch.tensor([999, 3, 500])))
 
 
 @pytest.mark.parametrize("by_number", [True, False])
