@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(args)
     except BaseException as error:
         if not stopped:
-            if not isinstance(error, ValueError | OSError):
+            if not isinstance(error, ValueError | OSError) and type(error).__name__ != "SafetensorError":  # a full disk
                 raise
             print(f"{name}: {' '.join(str(error).splitlines())}", file=sys.stderr)
             return 1

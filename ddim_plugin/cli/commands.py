@@ -59,6 +59,7 @@ def run(args: Namespace) -> None:
         measured = {"seconds": time.perf_counter() - start, "cpus": os.cpu_count(), "version": __version__}
         made[record] |= {"command": command, "settings": vars(args), **measured}
         Path(scratch, record).write_text(json.dumps(made[record], indent=2) + "\n")
+        _check(args, [*files, record])  # another command may have written there in the meantime
         Path(args.output).mkdir(parents=True, exist_ok=True)
         for file in (*files, record):
             put(Path(scratch, file), Path(args.output, file))

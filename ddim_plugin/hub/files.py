@@ -11,12 +11,12 @@ import torch
 def put(new: Path, path: Path) -> None:
     """Move a complete file or folder to `path`. What is there is moved beside `new`, and back if that fails."""
     old = new.with_name(f"{new.name}.old")
-    if path.is_dir():
-        path.rename(old)
     try:
+        if path.is_dir():
+            path.rename(old)
         new.replace(path)
     except BaseException:
-        if old.exists():
+        if old.exists() and not path.exists():
             old.rename(path)
         raise
 

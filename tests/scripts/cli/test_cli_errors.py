@@ -5,6 +5,7 @@ import pytest
 import torch
 from cli_runs import latents, run
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
@@ -99,3 +100,31 @@ def test_a_missing_model_is_one_line(tmp_path, monkeypatch, capsys, name):
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"ddim-plugin sample: there is no folder {name}, and https://")
     assert said.endswith(" cannot be reached: check the connection")
+
+
+@pytest.mark.parametrize("files", [("samples.png",), ("samples.png", "sample.json"), ("latents.safetensors",)])
+def test_another_command_wrote_there_in_the_meantime(model, tmp_path, monkeypatch, capsys, files):
+    """Both began with an empty folder: the later one loses its work, not the other's."""
+    steps = GeneralizedDDIMScheduler.step
+
+    def step(self, *args, **kwargs):
+        for file in files:
+            (tmp_path / file).write_text("of the other")
+        return steps(self, *args, **kwargs)
+
+    monkeypatch.setattr(GeneralizedDDIMScheduler, "step", step)
+    run("sample", model, "--num", 1, "--steps", 2, "--output", tmp_path, ok=False)
+    assert f"{files[0]} exists: choose another --output" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(files, "of the other")
+
+
+def test_a_full_disk_is_one_line(model, tmp_path, monkeypatch, capsys):
+    """safetensors has an error of its own for it."""
+
+    def save(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(cli.commands, "save", save)
+    run("sample", model, "--num", 1, "--steps", 2, "--output", tmp_path / "out", ok=False)
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
