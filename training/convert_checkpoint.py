@@ -110,9 +110,13 @@ def convert_run(config: ConvertConfig, folder: Path) -> Converted:
         raise ValueError(f"{folder} is no checkpoint: {problem}. Pass such as OUTPUT/checkpoints/step-00005000")
     state, kind = read_state(folder), "ema" if config.weights == "auto" else config.weights
     settings, weights = read_network(folder, kind)
-    unet = UNet2DModel(**settings)
-    unet.load_state_dict(weights)
-    scheduler = GeneralizedDDIMScheduler(**state.get("scheduler", state["config"]["scheduler"]))
+    try:
+        unet = UNet2DModel(**settings)
+        unet.load_state_dict(weights)
+        scheduler = GeneralizedDDIMScheduler(**state["scheduler"])
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder / 'run.json'} does not describe the network and scheduler ({reason})") from error
     source = {"file": folder.name, "step": state["step"], "training": state["config"]}
     return unet.eval(), scheduler, {"source": source, "weights": kind, "tensors": len(weights)}
 

@@ -25,6 +25,13 @@ from .objective import ImportanceTimes, Objective, draw_times
 from .report import Clock
 from .settings import write_json
 
+ENTRIES = dict.fromkeys(("step", "processes", "skipped", "format", "seen"), int)
+ENTRIES |= dict.fromkeys(("data", "config", "scheduler", "unet"), dict)
+"""Types of the entries of `run.json`."""
+
+EARLIER = {"format": 0, "seen": 0, "scheduler": {}, "unet": {}}
+"""Entries that version 0.1 did not write. It kept settings of both parts in `config`."""
+
 FORMAT = 1
 """Number of the format of checkpoints, to raise if older code cannot read them. Those of version 0.1 have none."""
 
@@ -212,17 +219,31 @@ class Run:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read `run.json` of a checkpoint. Raises ValueError if it is of a newer version, or lacks entries."""
-    state = read_object(folder / "run.json")
+    """Read `run.json` of a checkpoint. Raises ValueError if it is of a newer version, or an entry lacks or is wrong."""
+    state, file = read_object(folder / "run.json"), folder / "run.json"
     number = state.get("format", 0)
-    if not isinstance(number, int) or number > FORMAT:
+    if type(number) is int and number > FORMAT:
         raise ValueError(
             f"{folder} has format {number}, and this version reads formats up to {FORMAT}: upgrade ddim-plugin, or "
             "start a new run"
         )
-    if missing := [key for key in ("step", "processes", "data", "skipped", "config") if key not in state]:
-        raise ValueError(f"{folder / 'run.json'} has no {', '.join(missing)}: pass another checkpoint")
-    return {"seen": state["step"] * state["config"].get("batch_size", 0)} | state
+    if missing := [key for key in ENTRIES if key not in EARLIER | state]:
+        raise ValueError(f"{file} has no {', '.join(missing)}: pass another checkpoint")
+    for key, kind in ENTRIES.items():
+        _check(file, key, (EARLIER | state)[key], kind)
+    given = {"batch_size": 0, "unet": {}} | state["config"]
+    _check(file, "batch_size in its config", given["batch_size"], int)
+    _check(file, "unet in its config", given["unet"] or {}, dict)
+    state = {"seen": state["step"] * given["batch_size"], "scheduler": given.get("scheduler")} | state
+    _check(file, "scheduler", state["scheduler"], dict)
+    return state
+
+
+def _check(file: Path, key: str, value: Any, kind: type) -> None:
+    """Check an entry of `run.json`. Raises ValueError if it is of another type, or a negative number."""
+    if type(value) is not kind or (kind is int and value < (key == "processes")):
+        what = "an object" if kind is dict else "a whole number"
+        raise ValueError(f"{file} has {value!r} for {key}, and needs {what}: pass another checkpoint")
 
 
 def read_network(folder: Path, kind: str = "ema") -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -238,7 +259,8 @@ def read_network(folder: Path, kind: str = "ema") -> tuple[dict[str, Any], dict[
     settings = state.get("unet")
     if settings is None:  # version 0.1 kept no more than [unet], and had resolution in the settings of the run
         (out_channels, *_), (_, channels, *_) = weights["conv_out.weight"].shape, weights["conv_in.weight"].shape
-        settings = {"in_channels": channels, "out_channels": out_channels, "sample_size": state["config"]["resolution"]}
+        _check(folder / "run.json", "resolution in its config", size := state["config"].get("resolution"), int)
+        settings = {"in_channels": channels, "out_channels": out_channels, "sample_size": size}
         if "class_embedding.weight" in weights:
             settings["num_class_embeds"] = len(weights["class_embedding.weight"])
         table = state["config"].get("unet") or {}

@@ -58,6 +58,33 @@ def test_a_checkpoint_of_version_0_1(run, tmp_path):
         assert (tmp_path / "old" / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
 
 
+def test_a_checkpoint_whose_entries_are_odd(run, tmp_path):
+    folder = shutil.copytree(run[1], tmp_path / "step-00000002")
+    state = json.loads((folder / "run.json").read_text())
+    old = {key: value for key, value in state.items() if key not in ("unet", "scheduler")}
+    needs = r"run.json has {} for {}, and needs an? .*: pass another checkpoint"
+    for content, message in (
+        (state | {"config": []}, needs.format(r"\[\]", "config")),
+        (old | {"config": {}}, needs.format("None", "scheduler")),
+        (old | {"config": {"scheduler": {}}}, needs.format("None", "resolution in its config")),
+        (old | {"config": old["config"] | {"resolution": "8"}}, needs.format("'8'", "resolution in its config")),
+        (old | {"config": old["config"] | {"unet": 3}}, needs.format("3", "unet in its config")),
+        (state | {"step": "4"}, needs.format("'4'", "step")),
+        (state | {"seen": None}, needs.format("None", "seen")),
+        (state | {"format": -1}, needs.format("-1", "format")),
+        (state | {"format": "1"}, needs.format("'1'", "format")),
+        (state | {"unet": state["unet"] | {"in_channels": "x"}}, "run.json does not describe the network"),
+        (state | {"unet": state["unet"] | {"sample_sizes": 8}}, "run.json does not describe the network"),
+        (state | {"scheduler": {"beta_end": "x"}}, "run.json does not describe the network and scheduler"),
+    ):
+        (folder / "run.json").write_text(json.dumps(content))
+        (folder / "manifest.json").unlink()
+        seal(folder, 2)
+        with pytest.raises(ValueError, match=message):
+            convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_no_checkpoint_of_a_run(run, tmp_path):
     spoiled = shutil.copytree(run[1], tmp_path / "spoiled")
     (spoiled / "ema.safetensors").write_bytes(b"")
