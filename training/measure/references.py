@@ -68,10 +68,10 @@ def open_reference(pictures: Pictures, frame: Frame, cache: Path, reading: dict[
     stamp = digest([stamps(name), split, *reading.values(), frame.channels, frame.size, CHUNK])
     kept = cache / f"contents-{stamp[:32]}.json"
     state, files = PartialState(), origin(name) == "files"
-    cached = files and kept.exists()
+    cached = read_object(kept).get("sha256") if files and kept.exists() else None
     state.wait_for_everyone()  # all have looked before anyone writes
-    if cached:
-        return Reference(pictures, frame, workers, read_object(kept)["sha256"], config)
+    if cached is not None:
+        return Reference(pictures, frame, workers, cached, config)
     mine = []
     for k, numbers in list(enumerate(cut(pictures.count, CHUNK)))[state.process_index :: state.num_processes]:
         mine.append((k, hashlib.sha256(read(pictures, frame, numbers, workers).tobytes()).hexdigest()))

@@ -128,6 +128,22 @@ def test_a_cut_record_is_named(measure, places, tmp_path):
         Journal(tmp_path / "measured.jsonl", {})
 
 
+def test_damaged_files_of_a_cache(measure, tmp_path):
+    cache, settings = tmp_path / "cache", {"steps": (2,), "variances": ("0",), "splits": ("test",)}
+    whole = measure("whole", cache=str(cache), **settings)
+    for file in cache.glob("contents-*.json"):
+        file.write_text("{}")  # the pictures are read again
+    [file] = cache.glob("*.safetensors")
+    content = file.read_bytes()
+    for damaged in (b"", content[:-8]):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"cannot read {file} .*: remove it, and start the same command again"):
+            measure(cache=str(cache), **settings)
+    file.unlink()
+    assert measure(cache=str(cache), **settings)["results"][0]["value"] == whole["results"][0]["value"]
+    assert file.read_bytes() == content
+
+
 def test_references_that_are_empty_or_too_small(measure, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="there is no image in .*empty"):
