@@ -194,7 +194,7 @@ class Bench:
         try:
             rough, fine = (torch.cat(list(self.make(self.unet, teacher, S, range(near)))) for S in (250, 500))
         except Unfit as reason:
-            raise ValueError(f"{self.config.model} has no solution to compare with, but {reason}") from reason
+            raise ValueError(f"cannot solve the ODE of {self.config.model} ({reason}): check its weights") from reason
         kept = {"settings": self.settings, "images": fine.cpu(), "converged_to": rms(rough, fine)}
         torch.save(kept, file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
