@@ -172,7 +172,9 @@ def test_a_network_that_is_not_finite(compared, make_unet, tmp_path):
     torch.nn.init.constant_(unet.conv_out.weight, float("nan"))
     GeneralizedDDIMPipeline(unet, MultistepDDIMScheduler()).save_pretrained(tmp_path / "model")
     settings = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out"), "near": 1}
-    with pytest.raises(ValueError, match=r"cannot solve the ODE of .*model \(images that are not finite\): check its weights"):
+    with pytest.raises(
+        ValueError, match=r"cannot solve the ODE of .*model \(images that are not finite\): check its weights"
+    ):
         few_steps.main(replace(config, **settings))
     assert not (tmp_path / "out" / "results.json").exists()
 
