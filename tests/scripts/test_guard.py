@@ -216,6 +216,8 @@ def test_an_output_that_can_be_no_folder(output, message, tmp_path, monkeypatch)
             main(script, config, values, output, overwrite=True)
     with pytest.raises(ValueError, match=message):
         classifier.main(classifier.ClassifierConfig("digits", output, overwrite=True))
+    with pytest.raises(ValueError, match=message):
+        nll.main(nll.NLLConfig("user/model", "out", save_model=output))
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 

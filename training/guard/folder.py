@@ -43,7 +43,8 @@ def output(alone: bool, whole: bool = False, results: str | None = None) -> Call
         def guarded(config: Any) -> Any:
             if alone:
                 check_processes()
-            check_folder(config.output)
+            for each in ("output", "save_model"):
+                check_folder(getattr(config, each, None))
             check_device(getattr(config, "device", None))
             check_data(config)
             models = filter(None, (getattr(config, each, None) for each in ("model", "init_from")))

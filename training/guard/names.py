@@ -38,8 +38,10 @@ def check_model(name: str) -> None:
         raise ValueError(f"there is no folder {name}: pass the folder of a saved pipeline, or an id on the Hub")
 
 
-def check_folder(name: str) -> None:
-    """Check that a folder can be at a path. Raises ValueError for an empty path, a file, or a path through a file."""
+def check_folder(name: str | None) -> None:
+    """Check that a folder can be at a path, if one is named. Raises ValueError if it is empty or a file."""
+    if name is None:
+        return
     if not name.strip():
         raise ValueError(f"the output {name!r} names no folder: choose one, or pass . for the current folder")
     path = Path(name).absolute()
