@@ -17,7 +17,8 @@ def write_file(path: str | Path, content: str | bytes) -> None:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
         aside.replace(path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a disk that fills up while writing names no file
+        if error.errno:
+            error.filename = error.filename or str(path)  # a disk that fills up while writing names no file
         raise
     finally:
         aside.unlink(missing_ok=True)
