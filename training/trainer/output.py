@@ -14,7 +14,6 @@ from accelerate.utils import broadcast_object_list
 from guard import LOCK
 from guard.writing import share
 from huggingface_hub import HfApi
-from pictures import origin
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -44,11 +43,6 @@ RAW = "diffusion_pytorch_model.non_ema.safetensors"
 def check_output(config: TrainConfig) -> None:
     """Raise ValueError if the output folder holds something that the run must not touch."""
     output = Path(config.output).resolve()
-    for name in filter(None, (config.data, config.eval_data)):
-        data = Path(name).resolve()
-        apart = not (output.is_relative_to(data) or data.is_relative_to(output))
-        if origin(name) == "files" and data.exists() and not apart:
-            raise ValueError(f"the output {config.output} and the data {name} lie in one another: keep them apart")
     if not output.exists() or (output.is_dir() and {part.name for part in output.iterdir()} <= {LOCK}):
         return
     if not (output / RECORD).is_file():
