@@ -89,6 +89,9 @@ class GeneralizedDDIMScheduler(Planned):
             super().register_to_config(**kwargs)
             if hasattr(self, "_alpha_bar"):
                 self._build()
+                if self._planned is not None:
+                    with suppress(ValueError):  # a step that does not exist is refused when it is made
+                        self._plan(self._kind(None))
         except BaseException:
             self.__dict__ = before
             raise
@@ -136,9 +139,8 @@ class GeneralizedDDIMScheduler(Planned):
             self._derived_betas = derived
             super().register_to_config(trained_betas=betas.tolist() if derived else None)
         self._show(alpha_bar[1:])
+        self._tables: dict[Any, Tensor] = {}  # on a device, by key
         self._replan()
-        with suppress(ValueError):  # a step that does not exist is refused when it is made
-            self._plan(self._kind(None)) if self._planned is not None else None
 
     def _check_noise(self, variance_type: str, eta: float) -> None:
         """Raise ValueError for noise that does not exist, or not in this class."""

@@ -151,7 +151,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     def _replan(self) -> None:
         super()._replan()
-        self._weighted: dict[tuple[Kind, int, tuple[int, ...]], tuple[Step, list[float]]] = {}
+        self._weighted: dict[tuple[Kind, int, tuple[int, ...]], tuple[Any, ...]] = {}
 
     def _plan(self, kind: Kind) -> list[Step]:
         """Return the steps, and compute the weights of a loop through all of them."""

@@ -73,7 +73,7 @@ class Planned(StockConfig):
         """Drop the steps that were computed."""
         self._plans: dict[Kind, list[Step]] = {}
         self._off_plan: dict[tuple[int, Kind], Step] = {}  # steps from times outside the plan
-        self._tables: dict[Any, Tensor] = {}
+        self._tables = {key: table for key, table in self._tables.items() if key[0] == "marginals"}
 
     @property
     def alpha_bar(self) -> np.ndarray:

@@ -484,8 +484,21 @@ def test_a_solver_that_is_registered_later():
     scheduler.register_to_config(solver_order=1)
     x, *outputs = draws(7)
     expected = run(planned(7, MultistepDDIMScheduler, solver_order=1), outputs, x)
+    assert torch.equal(run(scheduler, outputs, x), expected)  # also on the plan that was made before
     scheduler.set_timesteps(7)
     assert torch.equal(run(scheduler, outputs, x), expected)
+
+
+def test_a_new_plan_keeps_the_tables_of_the_marginals():
+    scheduler, x = planned(7, MultistepDDIMScheduler), torch.ones(1, 1, 2, 2)
+    noisy = scheduler.add_noise(x, x, 500)
+    kept = dict(scheduler._tables)
+    scheduler.set_timesteps(5)
+    scheduler.add_noise(x, x, int(scheduler.timesteps[0]))
+    assert kept
+    assert all(scheduler._tables[key] is table for key, table in kept.items())
+    scheduler.register_to_config(beta_end=0.03)
+    assert not torch.equal(scheduler.add_noise(x, x, 500), noisy)
 
 
 # ---- transforms ----------------------------------------------------------------------------------------------------
