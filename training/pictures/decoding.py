@@ -56,11 +56,11 @@ def is_gray(mode: str) -> bool:
 
 def read_mode(value: Any, name: str) -> str:
     """Return the mode of the picture in a row. Reads its header only, if it is a file or bytes."""
-    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
-    if data is None and (path is None or "://" in path):
+    source = _source(value)
+    if source is None:
         return decode(value, name).mode
     try:
-        with Image.open(path if data is None else io.BytesIO(data)) as opened:
+        with Image.open(source) as opened:
             return opened.mode
     except Exception as error:
         raise _unreadable(value, name, error) from error
@@ -78,19 +78,28 @@ def decode(value: Any, name: str, background: str | None = None, bit_depth: int 
         raise _unreadable(value, name, error) from error
     if not isinstance(image, Image.Image):
         raise ValueError(f"cannot read {name}: its row holds no image, but {type(image).__name__}")
-    title = _title(value, name)
+    title = name_of(value, name)
     if image.mode in ("RGB", "RGBA", "LA") and image.format in (None, "PNG", "TIFF"):
         _check_deep_colour(value, image, title, bit_depth)
     return flatten(to_8_bits(image, title, bit_depth), title, background)
 
 
-def _title(value: Any, name: str) -> str:
+def _source(value: Any) -> str | io.BytesIO | None:
+    """Return the file or the bytes of the picture in a row, which Pillow can open; None if it is elsewhere."""
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (None, None)
+    if data is not None:
+        return io.BytesIO(data)
+    return None if path is None or "://" in path else path
+
+
+def name_of(value: Any, name: str) -> str:
+    """Return the name of the picture in a row, with its path if the row has it."""
     path = value.get("path") if isinstance(value, dict) else None
     return f"{name} ({path})" if path else name
 
 
 def _unreadable(value: Any, name: str, error: Exception) -> ValueError:
-    return ValueError(f"cannot read {_title(value, name)}: {error or type(error).__name__}")
+    return ValueError(f"cannot read {name_of(value, name)}: {error or type(error).__name__}")
 
 
 def to_8_bits(image: Image.Image, name: str, bit_depth: int | None = None) -> Image.Image:
@@ -120,10 +129,10 @@ def _check_deep_colour(value: Any, image: Image.Image, title: str, bit_depth: in
     highest = max(high for _, high in image.getextrema()[: 1 if image.mode == "LA" else 3])
     if bit_depth == 16 or (bit_depth is None and highest >= DARK * 256):
         return
-    data, path = value.get("bytes"), value.get("path")
-    if data is None and "://" in path:
+    source = _source(value)
+    if source is None:
         return
-    with Image.open(path if data is None else io.BytesIO(data)) as opened:
+    with Image.open(source) as opened:
         deep = any(";16" in str(tile[3]) for tile in opened.tile)
     if deep:
         raise ValueError(

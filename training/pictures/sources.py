@@ -2,7 +2,6 @@
 
 import glob
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
+from guard import is_first
 from PIL import Image
 from torch import Tensor
 
-from .decoding import check_reading, decode, is_gray, read_mode
+from .decoding import check_reading, decode, is_gray, name_of, read_mode
 from .files import address, choose_split, is_loaded, is_saved, loaded, row_files
 from .folders import FORMATS, columns, scan, splits
 
@@ -140,8 +140,7 @@ def open_pictures(
         return raw[int(i)][column], f"image {i} of {name}"
 
     def where(i: int) -> str:
-        found, title = value(i)
-        return f"{title} ({found['path']})" if found and found.get("path") else title
+        return name_of(*value(i))
 
     def picture(i: int) -> Image.Image:
         return decode(*value(i), background, bit_depth)
@@ -239,7 +238,7 @@ def _load_files(name: str, files: list[Path], split: str, streaming: bool) -> An
 @lru_cache(1000)
 def say_once(text: str) -> None:
     """Print a note to stderr, once and by the first process."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(f"note: {text}", file=sys.stderr)
 
 
