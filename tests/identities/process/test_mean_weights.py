@@ -29,7 +29,7 @@ def alpha_of(nsr):
     ],
 )
 def test_the_mean_of_a_polynomial_is_exact(of_x0, nsr_t, nsr_s, known):
-    weights = mean_weights(of_x0, alpha_of(nsr_t), alpha_of(nsr_s), [alpha_of(n) for n in known])
+    weights = mean_weights(of_x0, nsr_t, nsr_s, known)
     assert weights.sum() == pytest.approx(1, abs=1e-12)
     u = COORDINATE[of_x0]
 
@@ -48,7 +48,7 @@ def test_the_mean_of_a_polynomial_is_exact(of_x0, nsr_t, nsr_s, known):
 def test_the_mean_in_an_sde_is_that_of_many_small_moves(eta):
     """Of x̂0 in λ = ln(1/ς), weighted by what is left of it at the end, e^(−(1 + η²)·(λ_s − λ))."""
     known = (2.0, 5.0)
-    weights = mean_weights(True, alpha_of(2.0), alpha_of(0.6), [alpha_of(n) for n in known], eta)
+    weights = mean_weights(True, 2.0, 0.6, known, eta)
     edges = np.linspace(-math.log(2.0), -math.log(0.6), 20_001)
     middle = (edges[1:] + edges[:-1]) / 2
     left = np.exp((1 + eta**2) * middle)
@@ -59,21 +59,28 @@ def test_the_mean_in_an_sde_is_that_of_many_small_moves(eta):
 
 def test_much_noise_leaves_the_last_value():
     """Without overflow, however much is forgotten."""
-    weights = mean_weights(True, 0.9999, 0.99991, [0.9999, 0.9998], 20.0)
+    weights = mean_weights(True, 0.01, 0.0095, [0.01, 0.014], 20.0)
     assert weights.sum() == pytest.approx(1)
 
 
 def test_down_to_the_data():
     """∫ of a polynomial in ς/(1 + ς) to ς = 0."""
-    known = [alpha_of(0.1), alpha_of(0.4)]
-    weights = mean_weights(False, known[0], 1.0, known)
+    weights = mean_weights(False, 0.1, 0.0, [0.1, 0.4])
     u = COORDINATE[False]
     mean = quad(lambda y: float(u(np.float64(0.1 * y**4))) * 4 * y**3, 0, 1, epsrel=1e-12)[0]
     assert weights @ [u(np.float64(0.1)), u(np.float64(0.4))] == pytest.approx(mean, rel=1e-7)
 
 
+def test_from_pure_noise():
+    """Of x̂0, over d(1/ς) from 1/ς = 0: the polynomial in ln ς has a mean there."""
+    weights = mean_weights(True, np.inf, 0.5, [2.0, 5.0])
+    mean = quad(lambda y: -np.log(y), 0, 2.0, epsrel=1e-12)[0] / 2
+    assert weights @ np.log([2.0, 5.0]) == pytest.approx(mean, rel=1e-7)
+    assert weights.sum() == pytest.approx(1)
+
+
 def test_with_a_value_at_zero_signal():
-    weights = mean_weights(False, alpha_of(3.0), alpha_of(1.0), [alpha_of(3.0), 0.0])
+    weights = mean_weights(False, 3.0, 1.0, [3.0, np.inf])
     assert weights.sum() == pytest.approx(1)
     u = COORDINATE[False]
     mean = quad(u, 1.0, 3.0, epsrel=1e-12)[0] / 2
@@ -83,14 +90,14 @@ def test_with_a_value_at_zero_signal():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ((False, 0.5, 0.6, []), "at least one value"),
-        ((False, 0.5, 0.6, [0.5, 0.5]), "distinct"),
-        ((True, 0.5, 0.5, [0.5]), "to itself has no mean"),
-        ((False, 0.0, 0.5, [0.0]), r"ε̂ has no mean at ᾱ = 0 .*: use that of x̂0"),
-        ((False, 0.5, 0.6, [0.5], 1.0), r"ε̂ has no mean .* with noise \(eta=1\)"),
-        ((True, 1.0, 0.5, [0.9]), "ln ς is infinite at the data .*: use the mean of ε̂"),
-        ((True, 0.5, 1.0, [0.5, 0.4]), "ln ς is infinite at the data"),
-        ((True, 0.1, 0.5, [0.1, 0.0]), "or other values of x̂0"),
+        ((False, 0.9, 0.6, []), "at least one value"),
+        ((False, 0.9, 0.6, [0.9, 0.9]), "distinct ς"),
+        ((True, 0.9, 0.9, [0.9]), "from ς = 0.9 to itself has no mean"),
+        ((False, np.inf, 0.9, [np.inf]), "ε̂ has no mean at pure noise.*: use that of x̂0"),
+        ((False, 0.9, 0.6, [0.9], 1.0), r"ε̂ has no mean .*with noise \(eta=1\)"),
+        ((True, 0.0, 0.9, [0.3]), "ln ς is infinite at the data.*: use the mean of ε̂"),
+        ((True, 0.9, 0.0, [0.9, 1.2]), "ln ς is infinite at the data"),
+        ((True, 3.0, 0.9, [3.0, np.inf]), "or other values of x̂0"),
     ],
 )
 def test_means_that_do_not_exist(given, said):
@@ -110,46 +117,54 @@ GRIDS = {
 }
 
 
-def paths(x):
+def level(path, nsr):
+    """(a, b) with b/a = ς on three paths."""
+    signal = {"paper": math.sqrt(alpha_of(nsr)), "flow": 1 / (1 + nsr), "exploding": 1.0}[path]
+    return signal, nsr * signal
+
+
+def solutions(x, path):
     """(ε̂(x, ς), the ODE's solution at ς through x at TOP)."""
     data = Mixture((0.3, 0.7), (-0.9, 0.8), (0.1, 0.2), None)
 
     def eps(x, nsr):
-        return data.eps_at(x, alpha_of(nsr))
+        return data.eps_at(x * math.sqrt(alpha_of(nsr)) / level(path, nsr)[0], alpha_of(nsr))
 
     def slope(nsr, x_bar):
-        return eps(x_bar * math.sqrt(alpha_of(nsr)), nsr)
+        return eps(x_bar * level(path, nsr)[0], nsr)
 
-    path = solve_ivp(
-        slope, (TOP, BOTTOM), x / math.sqrt(alpha_of(TOP)), method="DOP853", rtol=1e-12, atol=1e-12, dense_output=True
-    )
-    return eps, lambda nsr: path.sol(nsr) * math.sqrt(alpha_of(nsr))
+    ends = (TOP, BOTTOM)
+    solved = solve_ivp(slope, ends, x / level(path, TOP)[0], method="DOP853", rtol=1e-12, atol=1e-12, dense_output=True)
+    return eps, lambda nsr: solved.sol(nsr) * level(path, nsr)[0]
 
 
-def solve(eps, solution, grid, order, of_x0):
+def solve(eps, solution, grid, order, of_x0, path):
     """The multistep method over the grid; what it needs of the past at its start is exact."""
     known, x = [], None
     for i, (n_t, n_s) in enumerate(itertools.pairwise(grid)):
-        a_t, a_s = alpha_of(n_t), alpha_of(n_s)
+        (a, b), (c, d) = level(path, n_t), level(path, n_s)
         x = solution(n_t) if i < order else x
         e = eps(x, n_t)
-        g = (x - math.sqrt(1 - a_t) * e) / math.sqrt(a_t) if of_x0 else e
-        known = [(a_t, g), *known][:order]
-        weights = mean_weights(of_x0, a_t, a_s, [a for a, _ in known])
+        g = (x - b * e) / a if of_x0 else e
+        known = [(n_t, g), *known][:order]
+        weights = mean_weights(of_x0, n_t, n_s, [n for n, _ in known])
         mean = sum(w * g for w, (_, g) in zip(weights, known, strict=True))
         if of_x0:
-            mean = (x - math.sqrt(a_t) * mean) / math.sqrt(1 - a_t)
-        x = math.sqrt(a_s / a_t) * x + (math.sqrt(1 - a_s) - math.sqrt(a_s / a_t * (1 - a_t))) * mean
+            mean = (x - a * mean) / b
+        x = c * (x - b * mean) / a + d * mean
     return x
 
 
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    ("path", "grid"), [*(("paper", grid) for grid in GRIDS), ("flow", "uneven"), ("exploding", "log")]
+)
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 @pytest.mark.parametrize("of_x0", [False, True])
-def test_orders(of_x0, order, grid):
-    x = np.linspace(-2.0, 2.0, 9) * math.sqrt(1 - alpha_of(TOP))
-    eps, solution = paths(x)
+def test_orders(of_x0, order, path, grid):
+    """On smooth data the error falls as S^−order, on every path and grid."""
+    x = np.linspace(-2.0, 2.0, 9) * level(path, TOP)[1]
+    eps, solution = solutions(x, path)
     exact = solution(BOTTOM)
-    coarse, fine = (np.abs(solve(eps, solution, GRIDS[grid](n), order, of_x0) - exact).max() for n in (200, 400))
+    coarse, fine = (np.abs(solve(eps, solution, GRIDS[grid](n), order, of_x0, path) - exact).max() for n in (200, 400))
     assert fine < 3e-3
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.35)
