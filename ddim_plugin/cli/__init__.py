@@ -10,8 +10,7 @@ from typing import Any
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status. Bad input ends with one line on stderr and status 1.
 
-    SIGINT and SIGTERM end with one line too, at once, and with status 130 or 143. Heavy libraries are imported after
-    the arguments were parsed.
+    SIGINT and SIGTERM end with one line too, at once, and with status 130 or 143.
     """
     name, run, stopped = "ddim-plugin", None, []
 

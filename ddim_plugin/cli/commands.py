@@ -40,10 +40,7 @@ KEPT = ("steps", "timesteps", "spacing", "multistep", "strength", "class_label",
 
 
 def run(args: Namespace) -> None:
-    """Run a command, and print the paths of the files it wrote.
-
-    All files are written into a folder beside their places, and moved when they are complete.
-    """
+    """Run a command, move its files into place when all are complete, and print their paths."""
     command, start = vars(args).pop("command"), time.perf_counter()  # all others are settings
     if command == "push":
         commit = push_folder(**vars(args))
@@ -85,12 +82,12 @@ def sample(args: Namespace) -> dict[str, Any]:
             if z is not None:
                 yield pipe.decode(z[rows], args.steps, **settings)
             else:
-                generators, noise = _noise(pipe, range(args.seed + start, args.seed + rows.stop))
+                generators, noise = pipe._noise(range(args.seed + start, args.seed + rows.stop))
                 yield pipe(None, args.steps, latents=noise, generator=generators, **settings).images
 
     if args.format:
         return {FILES[args.format][0]: batches(), "sample.json": {"images": args.num}}
-    drawn = _noise(pipe, range(args.seed, args.seed + args.num))[1] if z is None else z
+    drawn = pipe._noise(range(args.seed, args.seed + args.num))[1] if z is None else z
     picture = grid(np.split(np.concatenate([*batches()]), range(args.columns, args.num, args.columns)))
     return {"samples.png": picture, LATENTS: drawn, "sample.json": {"images": args.num}}
 
@@ -129,7 +126,7 @@ def interpolate(args: Namespace) -> dict[str, Any]:
         pipe, _, z, record = _encode(args, ends)
     else:
         pipe, record = _load(args, DETERMINISTIC), {}
-        z = ends if args.latents else _noise(pipe, ends)[1]
+        z = ends if args.latents else pipe._noise(ends)[1]
     settings = {"num_inference_steps": args.steps, "output_type": "np", **_given(args, *CODING)}
     settings["class_labels"] = args.class_label and args.class_label[0]
     draw, ends = (pipe.interpolate, z) if len(z) == 2 else (pipe.interpolate_grid, [z])
@@ -250,15 +247,6 @@ def _load_latents(args: Namespace) -> Tensor:
         kept |= {"steps": None, "timesteps": None}
     vars(args).update({key: kept.get(key) for key in KEPT} | _given(args, *KEPT))
     return z
-
-
-def _noise(pipe: GeneralizedDDIMPipeline, seeds: Sequence[int]) -> tuple[list[torch.Generator], Tensor]:
-    """Draw x_T of images, (B, C, H, W), each with the generator of its seed."""
-    if pipe.image_size is None:
-        raise ValueError("the network's config has no sample_size: pass --latents of the wanted size")
-    shape = pipe.unet.config.in_channels, *pipe.image_size
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return generators, torch.stack([torch.randn(shape, generator=each) for each in generators])
 
 
 def _given(args: Namespace, *names: str) -> dict[str, Any]:

@@ -40,9 +40,8 @@ def card(
 ) -> str:
     """Write the card of a model, as Markdown with its metadata in front.
 
-    `unet` and `scheduler` are the configs, with the name of the class under "_class_name". `parameters` is the number
-    of those of the network. The snippets load `variant`, if there are no plain weights, from the branch `revision`.
-    Raises ValueError for a licence that is not an id.
+    `unet` and `scheduler` are the configs, with the name of the class under "_class_name". The snippets load `variant`,
+    if there are no plain weights, from the branch `revision`.
     """
     check_license(license)
     title, training, figures = repo_id.split("/")[-1], records.files.get(TRAINING, {}), _figures(records.results)

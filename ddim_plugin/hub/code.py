@@ -1,7 +1,6 @@
-"""Build the code file of a repository, for users without this package.
+"""Build the code file of a repository, which diffusers runs for `custom_pipeline="ddim_plugin_…"`.
 
-diffusers runs it for `custom_pipeline="ddim_plugin_…"`. Each module of the package becomes a function that returns the
-names it defines. Two modules may therefore define the same name.
+Each module of the package becomes a function that returns its names, so that two modules may define the same name.
 """
 
 import ast
@@ -42,9 +41,8 @@ def code() -> Code:
 def join(entry: str, read: Callable[[str], str | None]) -> str:
     """Write a module and those it imports as functions, and the calls of these, dependencies first.
 
-    `read` returns the source of a module by its dotted name, and None if there is no such module. Modules import each
-    other at the top. diffusers runs the file at each load: the calls are made once, so that the classes of earlier
-    pipelines stay valid.
+    `read` returns the source of a module by its dotted name, or None. Modules import each other at the top. The calls
+    are made once, although diffusers runs the file at each load, so that the classes of earlier pipelines stay valid.
     """
     functions: dict[str, str] = {}
     libraries: dict[str, set[str]] = {}  # names that are imported from each, for all functions

@@ -38,10 +38,7 @@ def is_ours(index: dict[str, Any]) -> bool:
 
 
 class Model:
-    """Collect the files to push of a folder, and the data for its card.
-
-    Raises ValueError or OSError if the folder does not load, or its records are not valid or of other weights.
-    """
+    """Collect the files to push of a folder that loads, and the data for its card, with records of these weights."""
 
     def __init__(self, folder: str | Path, records: str | Path | None = None):
         folder, source = Path(folder), Path(records or folder)

@@ -45,18 +45,16 @@ def push_folder(
     A README.md that somebody wrote is the card: the one in the folder, or else the one in the repository. If the
     repository has a model of this package with other weights, its weights and records are deleted.
 
-    Args:
+    Args, the others as for the `push_to_hub` of diffusers:
         folder: the folder of a pipeline. The weights of all variants are pushed.
         repo_id, revision: the repository and its branch (main by default). They are created if they do not exist.
-        commit_message, private, token, create_pr: as for the `push_to_hub` of diffusers.
         license: the Hub's id of the licence of the weights.
         records: folder with records and pictures, as `model_cards/README.md` describes; `folder` by default.
         card: whether to write a card. By default if there are records or samples, or an earlier card to update.
         samples: number of images to generate for the card; none by default.
 
-    Returns the commit, or the last one if nothing has changed. Raises ValueError for an invalid folder, record or
-    setting, before anything is sent, and for `private=True` if the repository is public. Raises OSError if the Hub
-    cannot be reached or refuses: the branch is not changed then.
+    Returns the commit, or the last one if nothing has changed. Raises ValueError for invalid input before anything is
+    sent, and OSError if the Hub cannot be reached or refuses. The branch is not changed then.
     """
     check_license(license)
     if samples is not None and (not is_integer(samples) or samples < 0):
@@ -115,10 +113,7 @@ class _Repo:
             self.is_same = there == here
 
     def stale(self) -> set[str]:
-        """Return the files to delete: older code files, and the weights, records and card of another model.
-
-        Pictures that a kept card shows are kept with it.
-        """
+        """Return the files to delete: older code files, and those of another model, except pictures of a kept card."""
         found = {name for name in self.files if STALE.fullmatch(name)}
         if not self.is_same:
             found |= {name for name in self.files if variant_of(name) is not None}
@@ -141,12 +136,8 @@ def push_to_hub(
 ) -> CommitInfo:
     """Push weights, configs and code file in one commit, with card, pictures and results if there are any.
 
-    Args:
-        safe_serialization: must be True, pickles are not pushed.
-        variant: name of the weights, such as "fp16" for a network in half precision.
-        records: folder with records and pictures. By default the one that this pipeline was loaded from, if its weights
-            are still those.
-        settings: as for `push_folder`.
+    Arguments are those of `push_folder`, `variant` names the weights, and pickles are not pushed. By default records
+    are taken from the folder that this pipeline was loaded from, if its weights are still those.
     """
     if not safe_serialization:
         raise ValueError("pickles are not pushed: leave out safe_serialization=False")
@@ -166,10 +157,7 @@ for each in (GeneralizedDDIMPipeline, GeneralizedDDIMSchedulerOutput, *CLASSES.v
 
 
 def open_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
-    """Create a repository if it does not exist, and return its full id.
-
-    Raises OSError if the Hub cannot be reached or refuses, ValueError if `private` is True and the repository public.
-    """
+    """Create a repository if it does not exist, and return its full id. Raises ValueError if it is not `private`."""
     with explained(repo_id, api.token):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo_id).private:

@@ -1,7 +1,4 @@
-"""Records of a model: what the scripts that trained and measured it wrote beside it.
-
-`model_cards/README.md` describes `results.json`. `training.json` and `conversion.json` are what the scripts wrote.
-"""
+"""Records that scripts wrote beside the model that they trained or measured (`model_cards/README.md`)."""
 
 import re
 from dataclasses import dataclass

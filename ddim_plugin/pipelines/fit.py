@@ -1,13 +1,14 @@
 """Fit τ for few steps to a model, on its own trajectories."""
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..process import spacings
@@ -21,15 +22,11 @@ TEACHER = {"solver_order": 3, "lower_order_final": False}  # settings of the sol
 
 
 class Fitted(NamedTuple):
-    """Network timesteps for S steps, descending, and their error on images that they were not fitted to.
-
-    `error` is the mean over the images of the root mean square distance to the converged solution, in units of the
-    network's images (−1..1), and `default_error` that of the spacing "few_steps".
-    """
+    """Network timesteps for S steps, descending, and their error on images that they were not fitted to."""
 
     timesteps: list[int]
-    error: float
-    default_error: float
+    error: float  # mean over the images of the root mean square distance to the solution, for images in −1..1
+    default_error: float  # that of the spacing "few_steps"
 
 
 @torch.no_grad()
@@ -56,32 +53,22 @@ def fit_timesteps(
         steps: the S to fit, each from 1 to T/2.
         num_images: number of images; x_T of image i is drawn from `seed` + i.
         teacher_steps: S of the solutions, or T if that is less.
-        batch_size: images at a time.
         class_labels: for a class-conditional network, one for each image. By default they are spread over all classes,
             without the label of "no class" if guidance is on.
-        guidance_scale, null_class_label: as in the pipeline's call.
+        batch_size, guidance_scale, null_class_label: as for `encode` and the pipeline's call.
 
-    Raises ValueError, before the network is called, for numbers out of range, or a scheduler that adds noise;
-    afterwards, for images that are not finite.
+    Raises ValueError for numbers out of range, a scheduler that adds noise, and images that are not finite.
     """
     scheduler = MultistepDDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="few_steps")
     _check_numbers(scheduler.config.num_train_timesteps, steps, num_images, teacher_steps, batch_size)
-    before = pipe.scheduler
-    pipe.scheduler = scheduler
-    try:
-        pipe._check_deterministic()
-        if pipe.image_size is None:
-            raise ValueError("the network's config has no sample_size: set it there")
-        if class_labels is None:
-            class_labels = _labels(pipe.unet.config.num_class_embeds, num_images, guidance_scale, null_class_label)
-        condition = pipe._condition(class_labels, guidance_scale, null_class_label, num_images)
-        shape = (pipe.unet.config.in_channels, *pipe.image_size)
-        generators = [Generator().manual_seed(seed + i) for i in range(num_images)]
-        noise = torch.stack([torch.randn(shape, generator=each) for each in generators]).to(condition.device)
-        found = _search(pipe, noise, condition, batch_size, sorted(set(steps)), teacher_steps)
-    except BaseException:
-        pipe.scheduler = before
-        raise
+    fitting = copy(pipe)
+    fitting.scheduler = scheduler
+    fitting._check_deterministic()
+    if class_labels is None:
+        class_labels = _labels(pipe.unet.config.num_class_embeds, num_images, guidance_scale, null_class_label)
+    condition = fitting._condition(class_labels, guidance_scale, null_class_label, num_images)
+    noise = fitting._noise(range(seed, seed + num_images))[1].to(condition.device)
+    found = _search(fitting, noise, condition, batch_size, sorted(set(steps)), teacher_steps)
     known = {S: times for S, times in (scheduler.config.fitted_timesteps or {}).items() if int(S) not in found}
     known |= {str(S): fitted.timesteps for S, fitted in found.items() if fitted.error < fitted.default_error}
     pipe.scheduler = MultistepDDIMScheduler.from_config(scheduler.config, fitted_timesteps=known or None)

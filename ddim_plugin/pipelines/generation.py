@@ -13,7 +13,6 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from ..schedulers import KEY, GeneralizedDDIMScheduler, Randomness, check_generators, restored
@@ -28,9 +27,8 @@ logger = logging.getLogger("ddim_plugin")
 
 
 class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
-    """Unconditional and class-conditional images with the generalized process, or any scheduler of diffusers.
+    """Generate unconditional and class-conditional images with the generalized process, or any scheduler of diffusers.
 
-    The call generates images from noise. In the deterministic process (η = 0), x_T is a latent code of the image:
     `encode`, `decode`, `reconstruct`, `interpolate` and `interpolate_grid` need a scheduler of this package.
 
     Args:
@@ -93,16 +91,14 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         check_count("batch_size", 1 if batch_size is None else batch_size, 1)
         if latents is not None:
             self._check_latents(latents, batch_size)
-        elif self.image_size is None:
-            raise ValueError("the network's config has no sample_size: pass latents of the wanted size")
-        B = batch_size or (1 if latents is None else len(latents))
+        shape = self._shape(batch_size or 1) if latents is None else latents.shape
+        B = shape[0]
         check_generators(generator, B)
         condition = self._condition(class_labels, guidance_scale, null_class_label, B)
         self._set_timesteps(self.scheduler, num_inference_steps, timesteps, condition.device, eta)
         step_kwargs = self._step_kwargs(eta, generator=generator, use_clipped_model_output=use_clipped_model_output)
 
         if latents is None:
-            shape = (B, self.unet.config.in_channels, *self.image_size)
             latents = randn_tensor(shape, generator, condition.device, condition.state_dtype)
         x = latents.to(condition.device, condition.state_dtype) * self.scheduler.init_noise_sigma
         steps = self.progress_bar(self.scheduler.timesteps)
@@ -142,19 +138,16 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
-        """Load a pipeline as `DiffusionPipeline.from_pretrained` does.
+        """Load a pipeline as `DiffusionPipeline.from_pretrained` does, with weights that must be complete.
 
-        The scheduler of a `DDPMPipeline`, `DDIMPipeline` or `PNDMPipeline` becomes a `GeneralizedDDIMScheduler` with
-        its settings, which is logged. Raises ValueError if weights are missing, or if that is not possible.
+        The scheduler of a stock pipeline becomes a `GeneralizedDDIMScheduler` with its settings, which is logged.
         """
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         pipe.scheduler = kwargs.get("scheduler") or pipe.scheduler  # one that is passed stays as it is
         if "scheduler" not in kwargs and not isinstance(pipe.scheduler, GeneralizedDDIMScheduler):
-            place = {key: kwargs.get(key) for key in ("cache_dir", "revision")}
-            file = Path(pretrained_model_name_or_path, cls.config_name)
-            if not file.is_file():  # it is in the cache by now
-                file = hf_hub_download(pretrained_model_name_or_path, cls.config_name, local_files_only=True, **place)
-            pipe.scheduler = _opened(pipe.scheduler, *cls._dict_from_json_file(file)["_saved_as"])
+            place = {key: kwargs.get(key) for key in ("cache_dir", "revision")}  # it is in the cache by now
+            index = cls.load_config(pretrained_model_name_or_path, local_files_only=True, **place)
+            pipe.scheduler = _opened(pipe.scheduler, *index["_saved_as"])
         return pipe
 
     @classmethod

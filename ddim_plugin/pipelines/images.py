@@ -13,16 +13,14 @@ from torch import Tensor
 Images = Any  # a PIL image, an array (H, W), (H, W, C) or (B, H, W, C), a tensor (C, H, W) or (B, C, H, W), or a list
 Size = tuple[int, int] | None  # (H, W), or None for any
 MODES = {1: "L", 3: "RGB"}  # of PIL images, by the number of channels
-ALPHA = ("RGBA", "LA", "PA")  # modes with an alpha channel
 DEEP = ("I", "F")  # beginnings of modes of more than 8 bits
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # of the names of image files
 
 
 def read(images: Images, channels: int, size: Size) -> Tensor:
-    """Convert images to (B, C, H, W) in −1..1, in float32, or float64 if they are.
+    """Convert images, bytes or in [0, 1], to (B, C, H, W) in −1..1, in float32, or float64 if they are.
 
-    Images are bytes (uint8), or floating-point numbers in [0, 1]. Raises ValueError naming the first image of another
-    shape, mode, type or range.
+    Raises ValueError naming the first image of another shape, mode, type or range.
     """
     many = images if isinstance(images, list | tuple) else [images]
     if not many:
@@ -96,8 +94,7 @@ def open_image(file: str | Path, channels: int, size: Size, resize: bool = False
 def fit(image: Image.Image, channels: int, size: Size, resize: bool, name: str, hint: str = "") -> Image.Image:
     """Convert a PIL image to the mode of a network, and to its size (H, W), if given.
 
-    `resize` crops and resizes (Lanczos) an image of another size, which is otherwise refused with `hint`. Raises
-    ValueError with `name`, also for more than 8 bits and for transparency.
+    `resize` crops and resizes an image of another size. Raises ValueError with `name`, and `hint` for another size.
     """
     mode = check_channels(channels)
     if image.mode.startswith(DEEP):
@@ -115,15 +112,14 @@ def fit(image: Image.Image, channels: int, size: Size, resize: bool, name: str, 
 
 def is_transparent(image: Image.Image) -> bool:
     """Test whether any pixel of an image is transparent."""
-    if image.mode not in ALPHA and "transparency" not in image.info:
-        return False
-    return image.convert("RGBA").getextrema()[3][0] < 255
+    return image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
 
 
 def without_alpha(image: Image.Image) -> Image.Image:
     """Drop an alpha channel, whose pixels must all be opaque."""
-    opaque = image.mode not in ALPHA and "transparency" not in image.info
-    return image if opaque else image.convert("RGBA").convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    if not image.has_transparency_data:
+        return image
+    return image.convert("RGBA").convert("L" if image.mode in ("1", "L", "LA") else "RGB")
 
 
 def check_channels(channels: int) -> str:
@@ -134,10 +130,7 @@ def check_channels(channels: int) -> str:
 
 
 def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), title: str = "", cell: int = 64) -> Image.Image:
-    """Draw rows of pictures (N, H, W, C) in [0, 1], each with its label on the left.
-
-    Pictures are enlarged by a whole factor to about `cell` pixels. Labels are in ASCII; Pillow's font has no Greek.
-    """
+    """Draw rows of pictures (N, H, W, C) in [0, 1], each with its label, in ASCII, on the left."""
     labels = labels or [""] * len(rows)
     check_channels(rows[0].shape[-1])
     scale = max(1, round(cell / rows[0].shape[1]))

@@ -42,8 +42,7 @@ class Latents(Loop):
 
         The naive inverse (`refinement_steps=0`) evaluates the network at the lower end of each step, so that decoding
         returns the image only as S grows (Table 2). With `refinement_steps` each step is solved for its upper end, and
-        decoding at the same S returns the image. With a `MultistepDDIMScheduler` steps depend on each other and are
-        refined together, and the report has one row for the whole path. Images do not depend on each other.
+        decoding at the same S returns the image. A `MultistepDDIMScheduler` refines all steps together.
 
         Args, the others as in the call:
             images: PIL images, arrays (B, H, W, C), tensors (B, C, H, W), one of them or a list; bytes, or in [0, 1].
@@ -51,12 +50,11 @@ class Latents(Loop):
             refinement_steps: network evaluations to refine each step with, at most; the first step needs one more. A
                 multistep path takes two for each of its steps at a time, and the first two only measure its error.
             tolerance: root mean square of (x_s − f(x_t))/√ᾱ_s at which a step is solved, for images in −1..1.
-            batch_size: images to encode together; all by default.
-            return_report: also return an `InversionReport`.
+            batch_size: images to encode together; all by default. Images do not depend on each other.
+            return_report: also return an `InversionReport`, which has one row for a whole multistep path.
 
-        Returns latents (B, C, H, W), in float32 at least; with `return_report` a tuple of them and the report. Raises
-        ValueError, before the network is called, for arguments that do not fit, and for a scheduler that adds noise or
-        constrains x̂0, whose steps have no inverse; afterwards, for latents that are not finite.
+        Returns latents (B, C, H, W), in float32 at least. Raises ValueError for arguments that do not fit, for a
+        scheduler whose steps have no inverse, and for latents that are not finite.
         """
         check_count("refinement_steps", refinement_steps, 0)
         if not isinstance(tolerance, Real) or not 0 <= tolerance < math.inf:
@@ -158,12 +156,8 @@ class Latents(Loop):
     ) -> Any:
         """Decode latents to images: the call with `latents` and η = 0, bit for bit.
 
-        Args:
-            latents: x_T, or x_t from `encode` with the same `strength`, (B, C, H, W).
-            others: as in `encode` and in the call.
-
-        Returns a list of PIL images, an array or a tensor. Raises ValueError for arguments that do not fit, and for a
-        scheduler that adds noise.
+        `latents` are x_T, or x_t from `encode` with the same `strength`, (B, C, H, W). Other arguments are those of
+        `encode` and the call. Raises ValueError for arguments that do not fit, and for a scheduler that adds noise.
         """
         check_output_type(output_type)
         self._check_deterministic()
@@ -201,10 +195,8 @@ class Latents(Loop):
     def interpolate(self, z0: Tensor, z1: Tensor, num: int = 11, **decoding: Any) -> Any:
         """Decode the spherical interpolation of two latents (Section 5.3, Appendix D.5, Fig. 6).
 
-        Args:
-            z0, z1: the ends, (C, H, W), or (B, C, H, W) for B paths.
-            num: number of images on a path with its ends, at least 2. B·num images are returned, path by path.
-            decoding: keywords of `decode`. `class_labels` are one for all, or one for each path.
+        The ends are (C, H, W), or (B, C, H, W) for B paths of `num` images, which are returned path by path.
+        `decoding` are keywords of `decode`, with `class_labels` for all or for each path.
         """
         z0, z1 = (z[None] if isinstance(z, Tensor) and z.ndim == 3 else z for z in (z0, z1))
         for z in (z0, z1):
@@ -220,10 +212,8 @@ class Latents(Loop):
     def interpolate_grid(self, corners: Tensor, num: int | tuple[int, int] = 11, **decoding: Any) -> Any:
         """Decode the grid between four latents, the slerp of two slerps (Appendix D.5, Fig. 6).
 
-        Args:
-            corners: top left, top right, bottom left and bottom right, (4, C, H, W).
-            num: number of rows and of columns, or (rows, columns), at least 2. The images are in reading order.
-            decoding: keywords of `decode`. `class_labels` is one for all.
+        `corners` are top left, top right, bottom left and bottom right, (4, C, H, W). `num` is the number of rows and
+        of columns, or (rows, columns), at least 2. `decoding` are keywords of `decode`, with one label for all.
         """
         rows, columns = num if isinstance(num, tuple) and len(num) == 2 else (num, num)
         self._check_latents(corners)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import SchedulerMixin, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ..process.moves import adds_noise
 from ..process.spacings import is_integer
@@ -62,6 +62,17 @@ class Loop:
         """(H, W) of the network's images, or None if its config has no `sample_size`."""
         size = self.unet.config.sample_size
         return (size, size) if isinstance(size, int) else size and tuple(size)
+
+    def _noise(self, seeds: Iterable[int]) -> tuple[list[Generator], Tensor]:
+        """Draw x_T of images, (B, C, H, W), each with the generator of its seed."""
+        generators = [Generator().manual_seed(seed) for seed in seeds]
+        return generators, torch.cat([torch.randn(self._shape(1), generator=each) for each in generators])
+
+    def _shape(self, batch_size: int) -> tuple[int, ...]:
+        """Return the shape of new latents, or raise ValueError if the network's config has no `sample_size`."""
+        if self.image_size is None:
+            raise ValueError("the network's config has no sample_size: pass latents of the wanted size, or set it")
+        return batch_size, self.unet.config.in_channels, *self.image_size
 
     def _check_latents(self, latents: Tensor, batch_size: int | None = None) -> None:
         """Raise ValueError unless `latents` are some for this network."""
@@ -140,17 +151,14 @@ class Loop:
         self, scheduler: SchedulerMixin, S: int | None, timesteps: Timesteps, device: torch.device, eta: float | None
     ) -> None:
         """Plan the scheduler's timesteps: 50 by default, or T if that is less."""
-        accepted = inspect.signature(scheduler.set_timesteps).parameters
-        noise = {"eta": eta} if "eta" in accepted else {}
+        accepted, plan = inspect.signature(scheduler.set_timesteps).parameters, {"timesteps": timesteps}
         if timesteps is None:
-            S = min(50, scheduler.config.num_train_timesteps) if S is None else S
-            scheduler.set_timesteps(S, device=device, **noise)
-            return
-        if S is not None and len(timesteps) != S:
+            plan = {"num_inference_steps": min(50, scheduler.config.num_train_timesteps) if S is None else S}
+        elif S is not None and len(timesteps) != S:
             raise ValueError(f"num_inference_steps={S} and {len(timesteps)} timesteps disagree: pass one of them")
-        if "timesteps" not in accepted:
+        elif "timesteps" not in accepted:
             raise ValueError(f"{type(scheduler).__name__} does not accept custom timesteps: pass num_inference_steps")
-        scheduler.set_timesteps(timesteps=timesteps, device=device, **noise)
+        scheduler.set_timesteps(device=device, **plan, **({"eta": eta} if "eta" in accepted else {}))
 
     def _run(
         self,
@@ -189,8 +197,7 @@ def finite(x: Tensor) -> Tensor:
 
 def finite_images(x: Tensor, output_type: str) -> Any:
     """Convert x_0 to images of an output type. Raises ValueError for "pil" and "np" if a number is not finite."""
-    x = finite(x) if output_type in ("pil", "np") else x
-    return VaeImageProcessor().postprocess(x, output_type)
+    return VaeImageProcessor().postprocess(finite(x) if output_type in ("pil", "np") else x, output_type)
 
 
 def check_output_type(output_type: str) -> None:
