@@ -25,7 +25,7 @@ class Fitted(NamedTuple):
     """Network timesteps for S steps, descending, and their error on images that they were not fitted to."""
 
     timesteps: list[int]
-    error: float  # mean over the images of the root mean square distance to the solution, for images in −1..1
+    error: float  # mean over the images of the root mean square distance to the solution
     default_error: float  # that of the spacing "few_steps"
 
 
@@ -115,19 +115,19 @@ def _search(
     def sample(scheduler: MultistepDDIMScheduler, tau: Sequence[int], images: range) -> Tensor:
         scheduler._fitted[len(tau)] = np.array(tau)  # a spacing's own plan: the loop begins with x_T
         scheduler.set_timesteps(len(tau), device=noise.device, eta=0.0)
-        x = noise.to(condition.state_dtype)
+        x = noise.to(condition.state_dtype) * scheduler.init_noise_sigma
         rows = batches(images, batch_size)
         return torch.cat([pipe._run(scheduler, x[i], scheduler.timesteps, condition.rows(i)) for i in rows])
 
     @cache
     def error(images: range, tau: Times) -> float:
         """Compute the mean distance of these images to their solutions."""
-        sampled = sample(scheduler, tau, images).clamp(-1, 1)
+        sampled = sample(scheduler, tau, images).clamp(*pipe._image_range)
         return float((sampled - solutions[images.start : images.stop]).flatten(1).square().mean(1).sqrt().mean())
 
     teacher = MultistepDDIMScheduler.from_config(scheduler.config, **TEACHER)
     tau = spacings.linear(min(teacher_steps, T), T)
-    solutions, found = finite(sample(teacher, tau, range(len(noise)))).clamp(-1, 1), {}
+    solutions, found = finite(sample(teacher, tau, range(len(noise)))).clamp(*pipe._image_range), {}
     seen, held = partial(error, range(half)), partial(error, range(half, len(noise)))
     for S in tqdm(steps, desc="fitting τ"):
         known = [spacings.few_steps(S, alpha_bar), *(times for n, times in scheduler._fitted.items() if n == S)]

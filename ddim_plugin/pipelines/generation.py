@@ -16,11 +16,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..schedulers import KEY, GeneralizedDDIMScheduler, Randomness, check_generators, restored
-from ..schedulers.config import CLASSES
+from ..schedulers.config import CLASSES, FLOW, VE, VP, path_of
 from .latents import Latents
-from .loop import AfterStep, Labels, Timesteps, check_count, check_output_type, finite_images
+from .loop import AfterStep, Labels, Timesteps, check_count, check_output_type
 
 CALLBACK_TENSORS = ("latents", "sample", "pred_original_sample", "pred_epsilon")
+# Stock pipelines by the scheduler that they are saved with, and predictions that these sample with. `DDIMPipeline` would
+# replace a scheduler for flow matching by its own, and `DDPMPipeline` does not.
+STOCK = {VP: ("DDIMPipeline", ("epsilon", "sample", "v_prediction")), FLOW: ("DDPMPipeline", ("flow_prediction",))}
+STOCK |= {VE: ("ScoreSdeVePipeline", ("score",))}
 StepEndCallback = Callable[["GeneralizedDDIMPipeline", int, Tensor, dict[str, Tensor | None]], dict[str, Any] | None]
 
 logger = logging.getLogger("ddim_plugin")
@@ -33,8 +37,8 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
 
     Args:
         unet: the network; its config gives the shape of an image, and the number of classes if it is conditional.
-        scheduler: a `GeneralizedDDIMScheduler`, or any scheduler of diffusers for ε, x0 or v prediction. A stock one
-            that was saved from a scheduler of this package is restored to that.
+        scheduler: a `GeneralizedDDIMScheduler`, or any scheduler of diffusers whose `step` fits the network. A stock
+            one that was saved from a scheduler of this package is restored to that.
     """
 
     model_cpu_offload_seq = "unet"
@@ -71,10 +75,11 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         Args:
             batch_size: number of images B; 1 by default, or as many as `latents`.
             num_inference_steps: S, the number of steps; 50 by default, or T if that is less.
-            timesteps: network timesteps, distinct and descending, instead of `num_inference_steps`.
+            timesteps: network timesteps, distinct and descending, instead of `num_inference_steps`: 0..T−1, 1000·σ for
+                flow matching, or σ.
             eta: η of Eq. 16. None is the scheduler's. Schedulers whose `step` has no η refuse a non-zero one.
             generator: one for the batch, or a list with one for each image, which then depends on no other image.
-            latents: x_T, (B, C, H, W), instead of fresh noise.
+            latents: x_T in units of its noise, (B, C, H, W), instead of fresh noise.
             class_labels: for a class-conditional network: one label for all, or one for each image.
             guidance_scale: w of classifier-free guidance, ε̂ = ε̂(null) + w·(ε̂(class) − ε̂(null)); two evaluations if ≠ 1.
             null_class_label: the label that means "no class"; the network's last by default.
@@ -100,10 +105,11 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
 
         if latents is None:
             latents = randn_tensor(shape, generator, condition.device, condition.state_dtype)
-        x = latents.to(condition.device, condition.state_dtype) * self.scheduler.init_noise_sigma
+        scale = getattr(self.scheduler, "init_noise_sigma", 1.0)  # stock schedulers of flow matching have none
+        x = latents.to(condition.device, condition.state_dtype) * scale
         steps = self.progress_bar(self.scheduler.timesteps)
         x = self._run(self.scheduler, x, steps, condition, after_step, **step_kwargs)
-        images = finite_images(x, output_type)
+        images = self._images(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -142,11 +148,16 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
 
         The scheduler of a stock pipeline becomes a `GeneralizedDDIMScheduler` with its settings, which is logged.
         """
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        place = {"local_files_only": True, **{key: kwargs.get(key) for key in ("cache_dir", "revision")}}
+        try:
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except NotImplementedError:  # a β schedule that no stock scheduler has; its file is in the cache by now
+            config = GeneralizedDDIMScheduler.load_config(pretrained_model_name_or_path, subfolder="scheduler", **place)
+            kwargs["scheduler"] = CLASSES[config[KEY]["class"]].from_config(config)
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         pipe.scheduler = kwargs.get("scheduler") or pipe.scheduler  # one that is passed stays as it is
         if "scheduler" not in kwargs and not isinstance(pipe.scheduler, GeneralizedDDIMScheduler):
-            place = {key: kwargs.get(key) for key in ("cache_dir", "revision")}  # it is in the cache by now
-            index = cls.load_config(pretrained_model_name_or_path, local_files_only=True, **place)
+            index = cls.load_config(pretrained_model_name_or_path, **place)
             pipe.scheduler = _opened(pipe.scheduler, *index["_saved_as"])
         return pipe
 
@@ -194,8 +205,15 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         index = json.loads(super().to_json_string()) | {KEY: type(self).__name__}
         index.pop("_name_or_path", None)  # a place on this machine
         if type(self) is GeneralizedDDIMPipeline:
-            index["_class_name"] = "DDIMPipeline"
+            index["_class_name"] = stock_pipeline(index["scheduler"][1], self.scheduler.config) or index["_class_name"]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def stock_pipeline(scheduler: str, config: dict[str, Any]) -> str | None:
+    """Name the stock pipeline that samples with a stock scheduler and its config, or return None if there is none."""
+    pipeline, predictions = STOCK[scheduler if scheduler in STOCK else path_of(config)]
+    known = config.get("prediction_type", predictions[0]) in predictions and config.get("beta_schedule") != "sqrt"
+    return pipeline if known else None
 
 
 def _opened(scheduler: SchedulerMixin, saved_by: str, saved_as: str) -> SchedulerMixin:

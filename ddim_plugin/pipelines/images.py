@@ -17,8 +17,8 @@ DEEP = ("I", "F")  # beginnings of modes of more than 8 bits
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # of the names of image files
 
 
-def read(images: Images, channels: int, size: Size) -> Tensor:
-    """Convert images, bytes or in [0, 1], to (B, C, H, W) in −1..1, in float32, or float64 if they are.
+def read(images: Images, channels: int, size: Size, low: float = -1.0, high: float = 1.0) -> Tensor:
+    """Convert images, bytes or in [0, 1], to (B, C, H, W) from `low` to `high`, in float32, or float64 if they are.
 
     Raises ValueError naming the first image of another shape, mode, type or range.
     """
@@ -32,7 +32,7 @@ def read(images: Images, channels: int, size: Size) -> Tensor:
             other = f"{H}×{W} as the {'network' if size else 'first'} is"
             sizes = f"{x.shape[2]}×{x.shape[3]} (height × width), not {other}"
             raise ValueError(f"image {i} is {sizes}: crop or resize it, e.g. image.resize({(W, H)})")
-    return torch.cat(batch) * 2 - 1
+    return torch.cat(batch) * (high - low) + low
 
 
 def _read(image: Any, channels: int, name: str) -> Tensor:

@@ -14,7 +14,7 @@ from ..process.inversion import InversionReport, solve, step_size
 from ..schedulers import InverseDDIMScheduler, InverseMultistepDDIMScheduler, MultistepDDIMScheduler
 from ..schedulers.inverse import Upwards
 from .images import Images, read
-from .loop import Condition, Labels, Loop, Timesteps, batches, check_count, check_output_type, finite, finite_images
+from .loop import Condition, Labels, Loop, Timesteps, batches, check_count, check_output_type, finite
 
 Encoded = tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]  # latents; residuals, evaluations and floors, (steps, B)
 TOLERANCE = 1e-5  # residual of a step, in units of the network's images, at which its refinement ends
@@ -46,10 +46,11 @@ class Latents(Loop):
 
         Args, the others as in the call:
             images: PIL images, arrays (B, H, W, C), tensors (B, C, H, W), one of them or a list; bytes, or in [0, 1].
-            strength: part of the S steps to make, ⌊strength·S⌋ from the image. Less than 1 gives x_t of that t.
+            strength: part of the S steps to make, ⌊strength·S⌋ from the image. Less than 1 gives x_t of that t,
+                and 1 gives x_T/b_T, which resembles noise of deviation 1.
             refinement_steps: network evaluations to refine each step with, at most; the first step needs one more. A
                 multistep path takes two for each of its steps at a time, and the first two only measure its error.
-            tolerance: root mean square of (x_s − f(x_t))/√ᾱ_s at which a step is solved, for images in −1..1.
+            tolerance: root mean square of (x_s − f(x_t))/a_s at which a step is solved.
             batch_size: images to encode together; all by default. Images do not depend on each other.
             return_report: also return an `InversionReport`, which has one row for a whole multistep path.
 
@@ -60,9 +61,9 @@ class Latents(Loop):
         if not isinstance(tolerance, Real) or not 0 <= tolerance < math.inf:
             raise ValueError(f"tolerance must be a non-negative number, not {tolerance!r}")
         self._check_deterministic(invertible=True)
-        x = read(images, self.unet.config.in_channels, self.image_size)
+        x = read(images, self.unet.config.in_channels, self.image_size, *self._image_range)
         labels = class_labels, guidance_scale, null_class_label
-        x, condition, steps = self._prepare(x, num_inference_steps, timesteps, strength, *labels)
+        x, condition, steps, unit = self._prepare(x, num_inference_steps, timesteps, strength, *labels)
         multistep = isinstance(self.scheduler, MultistepDDIMScheduler)
         upwards = InverseMultistepDDIMScheduler if multistep else InverseDDIMScheduler
         ascend = self._ascend_together if multistep else self._ascend
@@ -72,7 +73,7 @@ class Latents(Loop):
         parts = [ascend(x[rows], condition.rows(rows), *settings) for rows in batches(range(len(x)), batch_size)]
         self.maybe_free_model_hooks()
         latents, *records = zip(*parts, strict=True)
-        z = finite(torch.cat(latents))
+        z = finite(torch.cat(latents)) / unit
         if not return_report:
             return z
         tops = (self.scheduler.timesteps[-steps:][:1] if multistep else inverse.timesteps[:steps]).cpu().numpy()
@@ -91,25 +92,27 @@ class Latents(Loop):
             """Return x_s − f(x) and the output at x, with f the step at `t`."""
             output = self._predict(x, t, condition.rows(rows))
             sampled = self.scheduler.step(output, t, x).prev_sample
-            return x_s[rows] - (sampled.clamp(-1, 1) if x_s is image else sampled), output  # images are clamped
+            return x_s[rows] - (
+                sampled.clamp(*self._image_range) if x_s is image else sampled
+            ), output  # images are clamped
 
         shape, at_x = (steps, len(x)), None  # the sampler's step from x, if known
         residuals, evaluations, at_floor = np.full(shape, np.nan), np.zeros(shape, np.int64), np.zeros(shape, bool)
         for i, t in enumerate(self.progress_bar(inverse.timesteps[:steps])):
             move = inverse.move(i)
-            if move.alpha_bar_t == move.alpha_bar_s:  # the identity
+            if move.start == move.end:  # the identity
                 residuals[i] = 0.0
                 continue
             if at_x is None:
                 guess = inverse.step(self._predict(x, t, condition), t, x).prev_sample
             else:
-                signal, noise = math.sqrt(move.alpha_bar_t), math.sqrt(1 - move.alpha_bar_t)
+                signal, noise = move.start
                 guess = signal * at_x.pred_original_sample + noise * at_x.pred_epsilon
             if refinements == 0:
                 x, evaluations[i] = guess, condition.evaluations
                 continue
             down = self.scheduler.timesteps[-1 - i]
-            gamma, unit = step_size(move.alpha_bar_t, move.alpha_bar_s), math.sqrt(move.alpha_bar_s)
+            gamma, unit = step_size(move.start, move.end), move.end.signal
             solution = solve(partial(residual, x, down), guess, gamma, tolerance * unit, refinements)
             residuals[i], at_floor[i] = solution.residual / unit, solution.at_floor
             evaluations[i] = (solution.evaluations + (at_x is None)) * condition.evaluations
@@ -132,7 +135,7 @@ class Latents(Loop):
         def residual(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
             z = encoded(x, rows)
             decoded = self._run(self.scheduler, z, down, condition.rows(rows))
-            return image[rows] - decoded.clamp(-1, 1), z
+            return image[rows] - decoded.clamp(*self._image_range), z
 
         with self.progress_bar(total=iterations) as bar:
             if refinements == 0:
@@ -163,12 +166,12 @@ class Latents(Loop):
         self._check_deterministic()
         self._check_latents(latents)
         labels = class_labels, guidance_scale, null_class_label
-        x, condition, steps = self._prepare(latents, num_inference_steps, timesteps, strength, *labels)
+        x, condition, steps, unit = self._prepare(latents, num_inference_steps, timesteps, strength, *labels)
         last, run = self.scheduler.timesteps[-steps:], partial(self._run, self.scheduler)
         rows = batches(range(len(x)), batch_size)
-        parts = [run(x[each], self.progress_bar(last), condition.rows(each)) for each in rows]
+        parts = [run(x[each] * unit, self.progress_bar(last), condition.rows(each)) for each in rows]
         self.maybe_free_model_hooks()
-        return finite_images(torch.cat(parts), output_type)
+        return self._images(torch.cat(parts), output_type)
 
     def reconstruct(
         self,
@@ -224,8 +227,8 @@ class Latents(Loop):
 
     def _prepare(
         self, x: Tensor, S: int | None, timesteps: Timesteps, strength: float, *labels: Any
-    ) -> tuple[Tensor, Condition, int]:
-        """Plan the steps. Return x for the loop, its condition and ⌊strength·S⌋."""
+    ) -> tuple[Tensor, Condition, int, float]:
+        """Plan the steps. Return x on the device, its condition, ⌊strength·S⌋, and the unit of latents of all steps."""
         condition = self._condition(*labels, len(x))
         self._set_timesteps(self.scheduler, S, timesteps, condition.device, 0.0)
         S = self.scheduler.num_inference_steps
@@ -234,7 +237,8 @@ class Latents(Loop):
         steps = int(strength * S + 1e-9)
         if steps == 0:
             raise ValueError(f"strength={strength:g} of {S} steps is less than one step: use at least {1 / S:.3g}")
-        return x.to(condition.device, condition.state_dtype), condition, steps
+        unit = self.scheduler.init_noise_sigma if steps == S else 1.0
+        return x.to(condition.device, condition.state_dtype), condition, steps, unit
 
 
 def _path(z0: Tensor, z1: Tensor, num: int) -> Tensor:

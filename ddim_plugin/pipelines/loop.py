@@ -16,7 +16,7 @@ from ..schedulers import GeneralizedDDIMScheduler, sampler_class
 from ..schedulers.inverse import Upwards
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-Timesteps = Sequence[int] | Tensor | None
+Timesteps = Sequence[float] | Tensor | None
 Labels = int | Sequence[int] | Tensor | None
 AfterStep = Callable[[int, Tensor, Tensor, Any], Tensor | None]  # (number, timestep, x_t, output of `step`) ↦ a new x_s
 
@@ -63,8 +63,13 @@ class Loop:
         size = self.unet.config.sample_size
         return (size, size) if isinstance(size, int) else size and tuple(size)
 
+    @property
+    def _image_range(self) -> tuple[float, float]:
+        """Black and white in x_0."""
+        return getattr(self.scheduler, "image_range", (-1.0, 1.0))
+
     def _noise(self, seeds: Iterable[int]) -> tuple[list[Generator], Tensor]:
-        """Draw x_T of images, (B, C, H, W), each with the generator of its seed."""
+        """Draw latents, (B, C, H, W), each with the generator of its seed."""
         generators = [Generator().manual_seed(seed) for seed in seeds]
         return generators, torch.cat([torch.randn(self._shape(1), generator=each) for each in generators])
 
@@ -138,6 +143,8 @@ class Loop:
             noise = f"eta={config.eta:g}, variance_type={config.variance_type!r}"
             problem = f"latents need the deterministic process: with noise ({noise}) x_T does not determine the image"
             change = ", eta=0.0, variance_type='fixed_small'"
+        elif config.corrector_steps:
+            problem, change = "latents need the deterministic process, without a corrector", ", corrector_steps=0"
         elif invertible and (config.clip_sample or config.thresholding):
             key = "thresholding" if config.thresholding else "clip_sample"
             problem = f"the scheduler constrains x̂0 ({key}=True), and such a step has no inverse"
@@ -171,14 +178,21 @@ class Loop:
     ) -> Tensor:
         """Return x after the scheduler's steps at `timesteps`."""
         self._interrupt = False
+        scale = getattr(scheduler, "scale_model_input", lambda x, t: x)  # stock schedulers of flow matching have none
         for i, t in enumerate(timesteps):
-            output = self._predict(scheduler.scale_model_input(x, t), t, condition)
+            output = self._predict(scale(x, t), t, condition)
             step = scheduler.step(output, t, x, **step_kwargs)
             changed = None if after_step is None else after_step(i, t, x, step)
             x = step.prev_sample if changed is None else changed
             if self._interrupt:
                 break
         return x
+
+    def _images(self, x: Tensor, output_type: str) -> Any:
+        """Convert x_0 to images of an output type. Raises ValueError for "pil" and "np" if a number is not finite."""
+        x = finite(x) if output_type in ("pil", "np") else x
+        x = 2 * x - 1 if self._image_range == (0, 1) and output_type != "latent" else x
+        return VaeImageProcessor().postprocess(x, output_type)
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Return the network's output in the form that the scheduler accepts."""
@@ -193,11 +207,6 @@ def finite(x: Tensor) -> Tensor:
     if not bool(torch.isfinite(x).all()):
         raise ValueError("the network's output is not finite, nor are the images: in half precision, use float32")
     return x
-
-
-def finite_images(x: Tensor, output_type: str) -> Any:
-    """Convert x_0 to images of an output type. Raises ValueError for "pil" and "np" if a number is not finite."""
-    return VaeImageProcessor().postprocess(finite(x) if output_type in ("pil", "np") else x, output_type)
 
 
 def check_output_type(output_type: str) -> None:
