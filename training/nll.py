@@ -132,15 +132,15 @@ def main(config: NLLConfig) -> dict[str, Any]:
         made = result["cells"][key]
         print(f"{key:42s} {made['bits']:.4f} ± {made['standard_error'] or math.nan:.4f} bits/dim")
 
-    def bound(key: str, variance: str, path: np.ndarray, **known: Any) -> None:
+    def bound(key: str, variance: str, times: np.ndarray, **known: Any) -> None:
         settings = (variance, eta[variance], eps, config.clip, decoder)
-        measured = VariationalBound(bench.alpha_bar, path, bench.prediction_type, *settings)
+        measured = VariationalBound(bench.path, times, bench.prediction_type, *settings)
         cell(key, partial(bench.bound, images, measured, config.draws), variance=variance, **known)
 
     eta = {each: 1.0 if each in ETA_FREE else config.eta for each in config.variances}
     found = {}
     if config.searched:
-        given = (bench.alpha_bar, errors._replace(eps_mean_square=eps))
+        given = (bench.path, errors._replace(eps_mean_square=eps))
         found = {each: search(*given, each, eta[each], along) for each in config.variances if each != "learned_range"}
     for S, times in along.items():
         for variance in config.variances:
@@ -192,7 +192,7 @@ def tables(bench: Bench, config: NLLConfig, output: Path) -> tuple[np.ndarray | 
     keys = ("model", "fit_images", "fit_data", "fit_split", "class_label", "seed", *config.reading)
     settings = {key: getattr(config, key) for key in keys} | {"data": config.fit_data or config.data}
     errors = kept_errors(output / "errors.json", settings, measure, config.overwrite)
-    return errors.eps_mean_square if config.estimator == "second_moment" else errors.explained(bench.alpha_bar), errors
+    return errors.eps_mean_square if config.estimator == "second_moment" else errors.explained(bench.path), errors
 
 
 if __name__ == "__main__":

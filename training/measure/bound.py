@@ -4,7 +4,8 @@ For σ > 0 and any τ the process has the bound (Section 4.2 and Appendix C.1, f
 
     −log p(x_0) ≤ KL(q(x_{τ_S}|x_0) ‖ N(0, I)) + Σ_i E KL(q_σ(x_s|x_t, x_0) ‖ p(x_s|x_t)) − E log p(x_0|x_{τ_1}),
 
-with the pairs (t, s) of τ and a decoder of 256 bins. At σ = 0 the bound is infinite: see `likelihood` for the ODE.
+with the pairs (t, s) of τ and a decoder of 256 bins. At σ = 0 the bound is infinite: see `likelihood` for the ODE. The
+process is that of any Gaussian path which ends near N(0, I).
 Networks are functions (x_t, t) ↦ output of the paper's time t = 1..T.
 """
 
@@ -19,11 +20,12 @@ from pictures.bits import BITS, discretized_log_likelihood, kl
 from torch import Generator, Tensor
 
 from ddim_plugin.process import moves
+from ddim_plugin.process.paths import Level, Path
 from ddim_plugin.process.predictions import check_prediction, prediction
 from ddim_plugin.schedulers.tensors import learned_log_variance, split_variance
 
 DECODERS = ("next", "beta")
-"""Variance of p(x_0|x_{τ_1}), where σ(η) is 0: of the move before (Ho's code; if any), or β = 1 − ᾱ_{τ_1}."""
+"""Variance of p(x_0|x_{τ_1}), where σ(η) is 0: of the move before (Ho's code; if any), or β = b_{τ_1}²."""
 
 Array = NDArray[np.float64]
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -47,7 +49,7 @@ class VariationalBound:
     """Estimate the bound of a sampler's process along τ.
 
     Args:
-        alpha_bar: ᾱ, float64 of shape (T + 1,), ᾱ_0 = 1.
+        path: the levels at the times 0..T, with b_0 = 0.
         tau: times in 1..T, increasing; all of them by default.
         prediction_type: what the network predicts.
         variance_type: kind of noise, one of the scheduler's.
@@ -62,7 +64,7 @@ class VariationalBound:
 
     def __init__(
         self,
-        alpha_bar: Array,
+        path: Path,
         tau: Sequence[int] | NDArray[np.int64] | None = None,
         prediction_type: str = "epsilon",
         variance_type: str = "fixed_small",
@@ -73,11 +75,14 @@ class VariationalBound:
         density: bool = False,
     ):
         check_prediction(prediction_type)
-        if alpha_bar[0] != 1:
-            raise ValueError(f"the bound requires ᾱ_0 = 1, not {alpha_bar[0]:g}: save the model with set_alpha_to_one")
-        times = np.arange(1, len(alpha_bar)) if tau is None else np.asarray(tau)
-        if len(times) == 0 or (np.diff(times, prepend=0) <= 0).any() or times[-1] >= len(alpha_bar):
-            raise ValueError(f"tau must be increasing times in 1..{len(alpha_bar) - 1}, not {times.tolist()}")
+        first, last = path.level(0), path.level(path.T)
+        if first.noise != 0:
+            raise ValueError(f"the bound requires ᾱ_0 = 1, not {1 - first.noise**2:g}: use set_alpha_to_one")
+        if last.noise > 1 + 1e-9:
+            raise ValueError(f"the bound has the prior N(0, I), and this path ends with the noise {last.noise:.4g}")
+        times = np.arange(1, path.T + 1) if tau is None else np.asarray(tau)
+        if len(times) == 0 or (np.diff(times, prepend=0) <= 0).any() or times[-1] > path.T:
+            raise ValueError(f"tau must be increasing times in 1..{path.T}, not {times.tolist()}")
         if isinstance(decoder, str) and decoder not in DECODERS:
             raise ValueError(f"unknown decoder {decoder!r}: use one of {', '.join(DECODERS)}, or variances")
         if clip is not None and not clip > 0:
@@ -87,9 +92,9 @@ class VariationalBound:
             raise ValueError("the bound of a process without noise (eta = 0) is infinite: use the ODE's likelihood")
         self.clip, self.density, self.learned = clip, density, self.variance_type == "learned_range"
         self.pairs = moves.downwards(times)
-        self.top = float(alpha_bar[times[-1]])
-        rows = self._moves(alpha_bar, prediction_type, eps_mean_square)
-        rows[-1, 7:] = _decoder(rows, alpha_bar, int(times[0]), decoder, self.learned)
+        self.top = path.level(int(times[-1]))
+        rows = self._moves(path, prediction_type, eps_mean_square)
+        rows[-1, 7:] = _decoder(rows, int(times[0]), decoder, self.learned)
         self._rows = torch.from_numpy(rows)
 
     def __len__(self) -> int:
@@ -119,27 +124,27 @@ class VariationalBound:
             total += self._term(network, x0, i, generator).cpu()
         return self._prior(x0).cpu() + total * (len(self) / draws)
 
-    def _moves(self, alpha_bar: Array, prediction_type: str, eps_mean_square: Array | None) -> Array:
+    def _moves(self, path: Path, prediction_type: str, eps_mean_square: Array | None) -> Array:
         """Return a row for each move, (S, 9), without the variances of the move to the data.
 
-        It holds t, √ᾱ_t, √(1 − ᾱ_t), x̂0's coefficients of (x_t, output), c, ln σ², and the sampler's range of ln σ².
+        It holds t, a_t, b_t, x̂0's coefficients of (x_t, output), c, ln σ², and the sampler's range of ln σ².
         """
         t, s = np.array(self.pairs).T
-        a_t, a_s = alpha_bar[t], alpha_bar[s]
-        for pair, largest in zip(self.pairs, map(moves.max_eta, a_t, a_s), strict=True):
+        levels = [(path.level(int(one)), path.level(int(other))) for one, other in self.pairs]
+        for pair, largest in zip(self.pairs, (moves.max_eta(*each) for each in levels), strict=True):
             if self.eta > largest * (1 + 1e-12):
                 raise ValueError(f"eta={self.eta:g} is too large for the move {pair}: use at most {largest:.6g}")
         rows = np.full((len(t), 9), np.nan)
-        rows[:, :3] = np.stack([t, np.sqrt(a_t), np.sqrt(1 - a_t)], 1)
-        rows[:, 3:5] = [prediction(prediction_type, float(a))[:2] for a in a_t]
+        rows[:, 0], rows[:, 1:3] = t, [start for start, _ in levels]
+        rows[:, 3:5] = [prediction(prediction_type, start)[:2] for start, _ in levels]
         rows[-1, 5] = 1.0
-        t, a_t, a_s = t[:-1], a_t[:-1], a_s[:-1]
-        rows[:-1, 5] = moves.x0_weight(a_t, a_s, self.eta)
-        rows[:-1, 6] = np.log(moves.sigma(a_t, a_s, self.eta) ** 2)
+        start, end = at(path, t[:-1]), at(path, s[:-1])
+        rows[:-1, 5] = moves.x0_weight(start, end, self.eta)
+        rows[:-1, 6] = np.log(moves.sigma(start, end, self.eta) ** 2)
         if self.learned:
-            variances = moves.beta_tilde(a_t, a_s), moves.beta(a_t, a_s)
+            variances = moves.beta_tilde(start, end), moves.beta(start, end)
         else:
-            variances = (_variance(a_t, a_s, t, self.variance_type, self.eta, eps_mean_square),) * 2
+            variances = (_variance(start, end, t[:-1], self.variance_type, self.eta, eps_mean_square),) * 2
         rows[:-1, 7:] = np.log(np.stack(variances, 1))
         return rows
 
@@ -176,24 +181,29 @@ class VariationalBound:
         return prior_nats(self.top, x0.double().square().flatten(1).mean(1)) * BITS
 
 
-def _variance(a_t: Any, a_s: Any, t: Any, variance_type: str, eta: float, eps_mean_square: Array | None) -> Any:
+def at(path: Path, times: Any) -> Level:
+    """Return the levels at whole times, as arrays."""
+    return Level(np.asarray(path.levels.signal)[times], np.asarray(path.levels.noise)[times])
+
+
+def _variance(t: Level, s: Level, times: Any, variance_type: str, eta: float, eps_mean_square: Array | None) -> Any:
     """Return the variance of p(x_s|x_t), s > 0, of a kind that the network does not choose."""
     if variance_type == "fixed_small":
-        return moves.sigma(a_t, a_s, eta) ** 2
+        return moves.sigma(t, s, eta) ** 2
     if variance_type == "fixed_large":
-        return moves.beta(a_t, a_s)
+        return moves.beta(t, s)
     if variance_type != "optimal":
         raise ValueError(f"the bound of {variance_type!r} follows from no table: use VariationalBound")
     if eps_mean_square is None:
         raise ValueError("variance_type='optimal' needs eps_mean_square: E‖ε̂‖²/d for each time")
-    if np.any(np.equal(a_t, 0)):
-        raise ValueError("variance_type='optimal' is undefined where ᾱ is 0: use times τ below the top")
-    return moves.optimal_variance(a_t, a_s, eta, eps_mean_square[t])
+    if np.any(np.equal(t.signal, 0)):
+        raise ValueError("variance_type='optimal' is undefined at pure noise, a = 0: use times τ below the top")
+    return moves.optimal_variance(t, s, eta, eps_mean_square[times])
 
 
-def _decoder(rows: Array, alpha_bar: Array, t: int, decoder: str | Array, learned: bool) -> tuple[float, float]:
-    """Return the range of ln of the decoder's variance at time t."""
-    beta = math.log(1 - float(alpha_bar[t]))
+def _decoder(rows: Array, t: int, decoder: str | Array, learned: bool) -> tuple[float, float]:
+    """Return the range of ln of the decoder's variance at time t, the last of the rows."""
+    beta = 2 * math.log(rows[-1, 2])
     if not isinstance(decoder, str):
         return (math.log(float(decoder[t])),) * 2
     if decoder == "beta" or len(rows) == 1:
@@ -237,18 +247,19 @@ class Errors(NamedTuple):
         """Return the best variance for each t, (T + 1,)."""
         return np.take_along_axis(self.variances, self.decoders.argmin(axis=1)[:, None], 1)[:, 0]
 
-    def explained(self, alpha_bar: Array) -> Array:
+    def explained(self, path: Path) -> Array:
         """Return 1 − E‖ε − ε̂‖²/d for every time, which equals `eps_mean_square` if ε̂ is the conditional mean.
 
         Used in its place, it gives the variance that minimises the bound of this network on these data.
         """
-        explained = np.ones_like(alpha_bar)
-        explained[1:] = 1 - alpha_bar[1:] / (1 - alpha_bar[1:]) * self.x0[1:]
+        signal, noise = (np.asarray(each) for each in path.levels)
+        explained = np.ones(path.T + 1)
+        explained[1:] = 1 - (signal[1:] / noise[1:]) ** 2 * self.x0[1:]
         return np.clip(explained, 0.0, 1.0)
 
 
 def transition_nats(
-    alpha_bar: Array,
+    path: Path,
     t: Any,
     s: Any,
     error: Any,
@@ -261,32 +272,32 @@ def transition_nats(
     `error` is E‖x_0 − x̂0(x_t, t)‖²/d. It depends on t alone, so one table of T errors gives the bound of every τ and
     every fixed variance. The result is NaN if η is too large for a move.
     """
-    a_t, a_s = alpha_bar[t], alpha_bar[s]
-    q, c = moves.sigma(a_t, a_s, eta) ** 2, moves.x0_weight(a_t, a_s, eta)
-    variance = _variance(a_t, a_s, t, variance_type, eta, eps_mean_square)
+    start, end = at(path, t), at(path, s)
+    q, c = moves.sigma(start, end, eta) ** 2, moves.x0_weight(start, end, eta)
+    variance = _variance(start, end, t, variance_type, eta, eps_mean_square)
     return 0.5 * (np.log(variance / q) + (q + c**2 * error) / variance - 1)
 
 
-def prior_nats(alpha_bar_top: Any, x0_mean_square: Any) -> Any:
-    """Return KL(q(x_t|x_0) ‖ N(0, I))/d in nats, for data with E‖x_0‖²/d = `x0_mean_square`."""
-    return 0.5 * (alpha_bar_top * (x0_mean_square - 1) - np.log(1 - alpha_bar_top))
+def prior_nats(top: Level, x0_mean_square: Any) -> Any:
+    """Return KL(q(x_t|x_0) ‖ N(0, I))/d in nats at a level, for data with E‖x_0‖²/d = `x0_mean_square`."""
+    return 0.5 * (top.signal**2 * x0_mean_square + top.noise**2 - 1) - np.log(top.noise)
 
 
-def objective_weights(alpha_bar: Array, tau: Sequence[int], eta: float, deviation: Array) -> Array:
+def objective_weights(path: Path, tau: Sequence[int], eta: float, deviation: Array) -> Array:
     """Return γ_t for t = 0..T with J_{σ,τ} = Σ_t γ_t·E‖ε − ε̂‖² + C, in nats (Appendix C.1, Theorem 1).
 
-    Factors that Theorem 1 drops are kept. On a move t → s of τ, γ_t = c²·(1 − ᾱ_t)/(2σ²·ᾱ_t). At τ_1 and at times
-    outside τ the objective has a density of x_0 with deviation `deviation[t]`, and γ_t = (1 − ᾱ_t)/(2·deviation²·ᾱ_t).
+    Factors that Theorem 1 drops are kept. On a move t → s of τ, γ_t = c²·ς_t²/(2σ²) with ς² = 1/ᾱ − 1. At τ_1 and at
+    times outside τ the objective has a density of x_0 with deviation `deviation[t]`, and γ_t = ς_t²/(2·deviation²).
     J multiplies several densities of x_0, so it does not bound the sampler's likelihood; `VariationalBound` does.
     """
-    a = np.asarray(alpha_bar)
-    gamma = np.zeros_like(a)
-    gamma[1:] = (1 - a[1:]) / (2 * np.asarray(deviation)[1:] ** 2 * a[1:])
+    ratio, gamma = np.asarray(path.levels.ratio), np.zeros(path.T + 1)
+    gamma[1:] = ratio[1:] ** 2 / (2 * np.asarray(deviation)[1:] ** 2)
     for t, s in moves.downwards(np.asarray(tau))[:-1]:
-        sigma, c = moves.sigma(a[t], a[s], eta), moves.x0_weight(a[t], a[s], eta)
+        start, end = path.level(t), path.level(s)
+        sigma, c = moves.sigma(start, end, eta), moves.x0_weight(start, end, eta)
         if not sigma > 0:
             raise ValueError(f"J is infinite at eta={eta!r}: use a positive η")
-        gamma[t] = c**2 * (1 - a[t]) / (2 * sigma**2 * a[t])
+        gamma[t] = c**2 * ratio[t] ** 2 / (2 * sigma**2)
     return gamma
 
 
@@ -325,20 +336,20 @@ def best_paths(costs: Array, start: Array, largest: int) -> list[Found]:
 
 
 def bound_costs(
-    alpha_bar: Array, errors: Errors, variance_type: str = "fixed_small", eta: float = 1.0
+    path: Path, errors: Errors, variance_type: str = "fixed_small", eta: float = 1.0
 ) -> tuple[Array, Array]:
     """Return the costs of all moves, (T + 1, T + 1), and of all starts, (T + 1,), in bits per dimension.
 
     Their sum over a path is the variational bound of the sampler along it, with the best decoder in `errors`.
     """
-    T = len(alpha_bar) - 1
+    T = path.T
     t, s = np.arange(1, T + 1)[:, None], np.arange(T + 1)[None, :]
     costs = np.full((T + 1, T + 1), np.inf)
     with np.errstate(divide="ignore", invalid="ignore"):
-        nats = transition_nats(alpha_bar, t, s, errors.x0[1:, None], variance_type, eta, errors.eps_mean_square)
+        nats = transition_nats(path, t, s, errors.x0[1:, None], variance_type, eta, errors.eps_mean_square)
         costs[1:] = np.where((s < t) & (s > 0), nats, np.inf)
         costs[1:, 0] = errors.decoder[1:]
-        start = prior_nats(np.asarray(alpha_bar), errors.x0_mean_square)
+        start = prior_nats(at(path, slice(None)), errors.x0_mean_square)
     return costs * BITS, start * BITS
 
 

@@ -5,7 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
+from pathlib import Path as Folder
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.hub.files import read_object
 from ddim_plugin.hub.records import TRAINING
 from ddim_plugin.process import spacings
+from ddim_plugin.process.paths import Path
 from ddim_plugin.process.predictions import prediction
 
 from .bound import Array, Errors, Generators, Network, VariationalBound, best_paths, bound_costs, bound_of, draw
@@ -32,7 +33,7 @@ from .ode import finite, ode_bits
 def measure_errors(
     network: Network,
     x0: Tensor,
-    alpha_bar: Array,
+    path: Path,
     prediction_type: str,
     generator: Generators,
     progress: Callable[[range], Iterable[int]] = iter,
@@ -41,15 +42,15 @@ def measure_errors(
 
     `x0` are 8-bit images in −1..1, of the data or the model's own; `progress` may wrap the times in a progress bar.
     """
-    T = len(alpha_bar) - 1
+    T = path.T
     errors, squares = np.zeros(T + 1), np.ones(T + 1)
-    variances = np.geomspace(BIN**2 / 10, np.maximum(1 - alpha_bar, BIN**2), 12, axis=1)
+    variances = np.geomspace(BIN**2 / 10, np.maximum(np.asarray(path.levels.noise) ** 2, BIN**2), 12, axis=1)
     decoders = np.zeros_like(variances)
     for t in progress(range(1, T + 1)):
-        a_t = float(alpha_bar[t])
-        predicted = prediction(prediction_type, a_t)
+        level = path.level(t)
+        predicted = prediction(prediction_type, level)
         noise = draw(generator, len(x0), lambda size, one: torch.randn(*size, *x0.shape[1:], generator=one)).to(x0)
-        x = math.sqrt(a_t) * x0 + math.sqrt(1 - a_t) * noise
+        x = level.signal * x0 + level.noise * noise
         output = network(x, torch.full((len(x0),), t, device=x0.device))[:, : x0.shape[1]].to(x0.dtype)
         guess = predicted.x0_x * x + predicted.x0_out * output
         errors[t] = float((x0 - guess).double().square().mean())
@@ -71,7 +72,7 @@ class Bench:
         device: name of a device; an accelerator by default, if there is one.
 
     Raises:
-        ValueError: if the label does not fit the network.
+        ValueError: if the label does not fit the network, or the path does not end near N(0, I).
     """
 
     def __init__(self, model: str, class_label: int | None, batch_size: int, seed: int, device: str | None):
@@ -83,19 +84,25 @@ class Bench:
         self.model, unet = model, self.pipe.unet
         check_label(model, unet, class_label)
         self.learned = unet.config.out_channels == 2 * unet.config.in_channels
-        self.alpha_bar = self.pipe.scheduler.alpha_bar
-        self.T = len(self.alpha_bar) - 1
+        self.path = self.pipe.scheduler.path
+        self.T, top = self.path.T, self.path.level(self.path.T)
+        if top.noise > 1 + 1e-9:
+            raise ValueError(
+                f"{model} ends at x_0 + {top.noise:.4g}·ε, and likelihoods are measured on paths that end near N(0, I): "
+                "measure a model of the paper's process or of flow matching"
+            )
         self.prediction_type = self.pipe.scheduler.config.prediction_type
 
     def times(self, spacing: str, S: int) -> NDArray[np.int64]:
         """Return the distinct times of a spacing: a repeated time is no move."""
-        return np.unique(spacings.tau(spacing, S, self.T, alpha_bar=self.alpha_bar))
+        return np.unique(spacings.tau(spacing, S, self.T, alpha_bar=self.pipe.scheduler.alpha_bar))
 
     def network(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the output at the paper's time t, (B,), whole or real. Raises ValueError if it is not finite."""
+        """Return the output at the time t, (B,), whole or real. Raises ValueError if it is not finite."""
         label = self.class_label
         labels = None if label is None else torch.full((len(x),), label, device=x.device)
-        return finite(self.pipe.unet(x, (t.to(x.device) - 1).clamp(min=0), class_labels=labels).sample)
+        timesteps: Any = self.path.timestep(t.to(x.device))  # type: ignore[arg-type]
+        return finite(self.pipe.unet(x, timesteps.clamp(min=0), class_labels=labels).sample)
 
     def batches(self, images: Tensor, name: str) -> Iterable[tuple[Tensor, list[Generator]]]:
         """Yield bytes in batches, (B, C, H, W), and a generator for each image, with a progress bar."""
@@ -128,7 +135,7 @@ class Bench:
     def ode(self, images: Tensor, exact_trace: bool, tolerance: float) -> dict[str, Any]:
         """Measure the likelihood of the ODE over the images: mean, standard error, evaluations."""
         found = [
-            ode_bits(self.network, part, self.alpha_bar, self.prediction_type, generators, exact_trace, tolerance)
+            ode_bits(self.network, part, self.path, self.prediction_type, generators, exact_trace, tolerance)
             for part, generators in self.batches(images, "ODE")
         ]
         nfe = sum(each.evaluations for each in found) / len(found)
@@ -140,7 +147,7 @@ class Bench:
         found, counts = [], []
         for part, generators in self.batches(images, "images"):
             x0 = to_model(part)
-            found.append(measure_errors(self.network, x0, self.alpha_bar, self.prediction_type, generators, progress))
+            found.append(measure_errors(self.network, x0, self.path, self.prediction_type, generators, progress))
             counts.append(len(part))
         return Errors(*(np.average(each, axis=0, weights=counts) for each in zip(*found, strict=True)))
 
@@ -167,8 +174,8 @@ class Bench:
         table = {"eps_mean_square": eps_mean_square[1:].tolist()}
         self.pipe.scheduler = GeneralizedDDIMScheduler.from_config(before.config, **table)
         self.pipe.save_pretrained(folder)
-        if (Path(self.model) / TRAINING).is_file():  # it holds the names of the classes
-            shutil.copyfile(Path(self.model) / TRAINING, Path(folder) / TRAINING)
+        if (Folder(self.model) / TRAINING).is_file():  # it holds the names of the classes
+            shutil.copyfile(Folder(self.model) / TRAINING, Folder(folder) / TRAINING)
         self.pipe.scheduler = before
 
 
@@ -179,7 +186,7 @@ def summary(bits: Tensor) -> dict[str, Any]:
     return {"bits": float(bits.mean()), "standard_error": error, "images": len(bits)}
 
 
-def kept_errors(file: Path, settings: dict[str, Any], measure: Callable[[], Errors], overwrite: bool) -> Errors:
+def kept_errors(file: Folder, settings: dict[str, Any], measure: Callable[[], Errors], overwrite: bool) -> Errors:
     """Read the errors that `file` keeps, or measure them and write it if its settings differ."""
     known = read_object(file) if file.is_file() and not overwrite else {}
     if known.get("settings") == settings:
@@ -201,13 +208,12 @@ class Searched(NamedTuple):
 
 
 def search(
-    alpha_bar: Array, errors: Errors, variance: str, eta: float, along: dict[int, NDArray[np.int64]]
+    path: Path, errors: Errors, variance: str, eta: float, along: dict[int, NDArray[np.int64]]
 ) -> dict[int, Searched]:
     """Find the τ with the smallest bound for each S of `along`, a τ by its S, with fewer steps than T."""
-    costs = bound_costs(alpha_bar, errors, variance, eta)
-    paths = best_paths(*costs, max(along))
-    T = len(alpha_bar) - 1
-    return {S: Searched(*paths[S - 1], bound_of(times, *costs)) for S, times in along.items() if S < T}
+    costs = bound_costs(path, errors, variance, eta)
+    found = best_paths(*costs, max(along))
+    return {S: Searched(*found[S - 1], bound_of(times, *costs)) for S, times in along.items() if S < path.T}
 
 
 def entry(cell: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
@@ -242,4 +248,4 @@ def table(result: dict[str, Any]) -> str:
         known = [cell["S"] or "", cell["variance"], f"{cell['eta']:g}", cell["tau"] or "", f"{cell['bits']:.4f}{error}"]
         lines.append("| " + " | ".join(map(str, [*known, *parts, cell["images"], f"{cell['nfe']:.0f}"])) + " |")
     config = result["config"]
-    return f"Bits per dimension of {Path(config['data']).name}, {config['split']}.\n\n" + "\n".join(lines) + "\n"
+    return f"Bits per dimension of {Folder(config['data']).name}, {config['split']}.\n\n" + "\n".join(lines) + "\n"

@@ -1,6 +1,6 @@
-"""The likelihood of the ODE of Eq. 14, in bits per dimension.
+"""The likelihood of the ODE of Eq. 14, in bits per dimension, on any Gaussian path that ends near N(0, I).
 
-Networks are functions (x_t, t) ↦ output of the paper's time t, here a real number in 0..T.
+Networks are functions (x_t, t) ↦ output of the time t, here a real number in 0..T.
 """
 
 import math
@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from pictures.bits import BITS
 from torch import Tensor
+
+from ddim_plugin.process.paths import FlowMatching, Level, Path
+from ddim_plugin.process.predictions import prediction
 
 from .bound import Array, Generators, Network, draw
 
@@ -25,7 +28,7 @@ class ODELikelihood(NamedTuple):
 def ode_log_density(
     network: Network,
     x0: Tensor,
-    alpha_bar: Array,
+    path: Path,
     prediction_type: str = "epsilon",
     generator: Generators | None = None,
     tolerance: float = 1e-5,
@@ -33,20 +36,21 @@ def ode_log_density(
 ) -> tuple[Tensor, Tensor, int]:
     """Integrate the ODE of Eq. 14 from the data to time `top`.
 
-    With the angle θ, ᾱ = cos²θ, the ODE reads dx/dθ = v̂ (x = cos θ·x0 + sin θ·ε), and log p(x_0) = log N(x_θ; 0, I) +
-    ∫ tr ∂v̂/∂x dθ (Song et al. 2021, Eq. 39). SciPy's RK45 chooses the steps for the whole batch.
+    With the angle θ, tan θ = b/a, the ODE of y = x/√(a² + b²) reads dy/dθ = v̂ (y = cos θ·x0 + sin θ·ε), and log p(x_0) =
+    log N(y_θ; 0, I) + ∫ tr ∂v̂/∂y dθ (Song et al. 2021, Eq. 39). In the paper y = x and ᾱ = cos²θ. SciPy's RK45 chooses
+    the steps for the whole batch.
 
     Args:
         network: (x_t, t) ↦ output, t (B,) real in 0..T: the solver evaluates it between the trained times.
         x0: data, (B, C, H, W).
-        alpha_bar: ᾱ, (T + 1,); between its entries t is linear in the logarithm of ᾱ/(1 − ᾱ).
+        path: the levels at the times 0..T. Between them t is linear in ln(b/a), and in flow matching exact.
         generator: of Hutchinson's probes, ±1; a list with one for each image makes them independent of the batch. None
             takes the exact trace, which costs a backward pass for each dimension.
         tolerance: of the solver, absolute and relative.
         top: the paper's time to end at; T by default.
 
     Returns:
-        log p(x_0), (B,), in nats; the latents; the network evaluations of the batch.
+        log p(x_0), (B,), in nats; the latents y; the network evaluations of the batch.
 
     Raises:
         ImportError: if SciPy is missing.
@@ -56,7 +60,7 @@ def ode_log_density(
         from scipy.integrate import solve_ivp
     except ImportError as error:
         raise ImportError("the ODE's likelihood needs SciPy's solver: pip install scipy") from error
-    angles = np.arccos(np.sqrt(alpha_bar))
+    angles = angles_of(path)
     end = float(angles[-1] if top is None else np.interp(top, np.arange(len(angles)), angles))
     B, d = len(x0), x0[0].numel()
     probes = None
@@ -66,7 +70,7 @@ def ode_log_density(
 
     def field(theta: float, state: Array) -> Array:
         x = torch.as_tensor(state[: B * d]).to(x0).view_as(x0)
-        v, trace = _velocity(network, x, theta, angles, prediction_type, probes)
+        v, trace = _velocity(network, x, theta, path, angles, prediction_type, probes)
         return np.concatenate(
             [v.double().cpu().numpy().ravel(), finite(trace, "the network's gradient is").double().cpu().numpy()]
         )
@@ -82,28 +86,28 @@ def ode_log_density(
 
 
 def _velocity(
-    network: Network, x: Tensor, theta: float, angles: Array, prediction_type: str, probes: Tensor | None
+    network: Network, y: Tensor, theta: float, path: Path, angles: Array, prediction_type: str, probes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return v̂ at the angle θ, and tr ∂v̂/∂x of each image: exact, or estimated from probes."""
-    cos, sin = math.cos(theta), math.sin(theta)
-    t = torch.full((len(x),), time_of(theta, angles), dtype=x.dtype, device=x.device)
+    """Return v̂ at the angle θ, and tr ∂v̂/∂y of each image: exact, or estimated from probes."""
+    level = Level(math.cos(theta), max(math.sin(theta), 1e-6))  # x̂0 at θ = 0 equals the image, and determines no noise
+    time = time_of(theta, angles, isinstance(path, FlowMatching))
+    scale = 1 / (level.signal + level.noise) if isinstance(path, FlowMatching) else _scale(path, time)
+    t = torch.full((len(y),), time, dtype=y.dtype, device=y.device)
+    predicted = prediction(prediction_type, Level(scale * level.signal, scale * level.noise))
+    of_x = scale * (level.signal * predicted.eps_x - level.noise * predicted.x0_x)
+    of_output = level.signal * predicted.eps_out - level.noise * predicted.x0_out
     with torch.enable_grad():
-        x = x.requires_grad_()
-        output = finite(network(x, t)).to(x.dtype)[:, : x.shape[1]]
-        if prediction_type == "v_prediction":
-            v = output
-        elif prediction_type == "epsilon":
-            v = (output - sin * x) / cos
-        else:  # x0: at θ = 0 it equals the image, and v̂ is the noise, which it does not determine
-            v = (cos * x - output) / max(sin, 1e-6)
+        y = y.requires_grad_()
+        output = finite(network(scale * y, t)).to(y.dtype)[:, : y.shape[1]]
+        v = of_x * y + of_output * output
         if probes is not None:
-            (gradient,) = torch.autograd.grad((v * probes).sum(), x)
+            (gradient,) = torch.autograd.grad((v * probes).sum(), y)
             trace = (gradient * probes).flatten(1).sum(1)
         else:
-            trace = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+            trace = torch.zeros(len(y), dtype=y.dtype, device=y.device)
             flat = v.flatten(1)
             for k in range(flat.shape[1]):
-                (gradient,) = torch.autograd.grad(flat[:, k].sum(), x, retain_graph=k + 1 < flat.shape[1])
+                (gradient,) = torch.autograd.grad(flat[:, k].sum(), y, retain_graph=k + 1 < flat.shape[1])
                 trace = trace + gradient.flatten(1)[:, k]
     return v.detach(), trace.detach()
 
@@ -115,11 +119,25 @@ def finite(values: Tensor, name: str = "the network's output is") -> Tensor:
     return values
 
 
-def time_of(theta: float, angles: Array) -> float:
-    """Return the paper's time t, real, of an angle θ.
+def angles_of(path: Path) -> Array:
+    """Return the angles θ of the levels, tan θ = b/a, (T + 1,)."""
+    return np.arctan2(*(np.asarray(each) for each in reversed(path.levels)))
 
-    It is linear in ln tan θ between the entries of `angles`, and below the first in θ, from 0 to 1.
+
+def _scale(path: Path, time: float) -> float:
+    """Return √(a² + b²) at a real time, linear in its logarithm between the levels."""
+    lengths = np.hypot(*(np.asarray(each) for each in path.levels))
+    return float(np.exp(np.interp(time, np.arange(len(lengths)), np.log(lengths))))
+
+
+def time_of(theta: float, angles: Array, of_flow: bool = False) -> float:
+    """Return the time t, real, of an angle θ.
+
+    It is linear in ln tan θ between the entries of `angles`, and below the first in θ, from 0 to 1. `of_flow` returns
+    T·σ of flow matching, with σ/(1 − σ) = tan θ.
     """
+    if of_flow:
+        return (len(angles) - 1) * math.sin(theta) / (math.sin(theta) + math.cos(theta))
     if theta <= angles[1]:
         return float(theta / angles[1])
     with np.errstate(divide="ignore"):
@@ -130,7 +148,7 @@ def time_of(theta: float, angles: Array) -> float:
 def ode_bits(
     network: Network,
     images: Tensor,
-    alpha_bar: Array,
+    path: Path,
     prediction_type: str = "epsilon",
     generator: Generators | None = None,
     exact_trace: bool = False,
@@ -148,5 +166,5 @@ def ode_bits(
     u = draw(generator, len(images), lambda size, one: torch.rand(*size, *images.shape[1:], generator=one))
     x0 = 2 * (images.float() + u.to(images.device)) / 256 - 1
     probes = None if exact_trace else generator
-    log_density, latents, evaluations = ode_log_density(network, x0, alpha_bar, prediction_type, probes, tolerance)
+    log_density, latents, evaluations = ode_log_density(network, x0, path, prediction_type, probes, tolerance)
     return ODELikelihood(7 - log_density * BITS / images[0].numel(), latents, evaluations)

@@ -1,7 +1,8 @@
 """The losses of training: L_γ of Theorem 1, its variational bound, and weights that later papers introduced.
 
-The network sees x_t = √ᾱ_t·x_0 + √(1 − ᾱ_t)·ε (Eq. 4) at a time t in 1..T and predicts ε, x0 or v. Every loss is a
-function of the error of that prediction (and of the learned variance), image by image, in float32.
+The network sees x_t = a_t·x_0 + b_t·ε, a level of any Gaussian path, at a time t in 1..T. It predicts ε, x0, v, the
+velocity or the score. On the paper's path a = √ᾱ and b = √(1 − ᾱ) (Eq. 4). Every loss is a function of the error of that
+prediction (and of the learned variance), image by image, in float32.
 """
 
 from typing import NamedTuple
@@ -13,14 +14,19 @@ from pictures.bits import BITS, discretized_log_likelihood, kl
 from torch import Tensor
 
 from ddim_plugin.process import moves
-from ddim_plugin.process.predictions import check_prediction
+from ddim_plugin.process.paths import Level, Path
+from ddim_plugin.process.predictions import check_prediction, prediction
 from ddim_plugin.schedulers.tensors import learned_log_variance, split_variance
 
 LOSSES = ("simple", "theorem1", "min_snr", "soft_min_snr", "bound", "hybrid")
 """See `Objective`."""
 
-TIMES = ("antithetic", "uniform", "importance")
-"""Ways to draw times: in pairs t and T + 1 − t (the authors' code), independently, or by their share of the loss."""
+OF_PROCESS = ("theorem1", "bound", "hybrid")
+"""Losses that belong to the process q_σ, and to uniform times."""
+
+TIMES = ("antithetic", "uniform", "importance", "logit_normal")
+"""Ways to draw times: in pairs t and T + 1 − t (the authors' code), independently, by their share of the loss, or with
+a normal logit of t/T (Esser et al. 2024)."""
 
 
 class Noised(NamedTuple):
@@ -35,11 +41,12 @@ class Noised(NamedTuple):
 class Objective:
     """Computes the loss of each image of a batch.
 
-    - "simple": mean squared error of the prediction; with ε, L_γ at γ = 1 (Eq. 5).
-    - "theorem1": ε's squared error times γ_t = c_t²·(1 − ᾱ_t)/(2σ_t²·ᾱ_t), s = t − 1, σ_t = σ(η),
-      c_t = √ᾱ_s − √(1 − ᾱ_s − σ_t²)·√ᾱ_t/√(1 − ᾱ_t): the γ for which L_γ equals J_σ up to a constant (Theorem 1),
-      in nats per dimension.
-    - "min_snr": x̂0's squared error times min(SNR, γ) (Hang et al. 2023), SNR = ᾱ_t/(1 − ᾱ_t).
+    - "simple": mean squared error of the prediction; with ε, L_γ at γ = 1 (Eq. 5). The error of a score is multiplied by
+      b_t, so that the loss is E‖b_t·output + ε‖² (Song et al. 2021).
+    - "theorem1": ε's squared error times γ_t = c_t²·b_t²/(2σ_t²·a_t²), s = t − 1, σ_t = σ(η),
+      c_t = a_s − √(b_s² − σ_t²)·a_t/b_t: the γ for which L_γ equals J_σ up to a constant (Theorem 1), in nats per
+      dimension.
+    - "min_snr": x̂0's squared error times min(SNR, γ) (Hang et al. 2023), SNR = a_t²/b_t².
     - "soft_min_snr": x̂0's squared error times 1/(1/SNR + 1/γ) (Crowson et al. 2024).
     - "bound": an unbiased estimate of the variational bound in bits per dimension: T times one KL, or at t = 1 the
       decoder's −log p(x_0|x_1) over 256 bins, and the prior's KL.
@@ -50,8 +57,8 @@ class Objective:
     the process has variance β, and "learned_range" lies between β̃ and β for each pixel.
 
     Args:
-        alpha_bar: ᾱ, float64 of shape (T + 1,), ᾱ_0 = 1.
-        prediction_type: "epsilon", "sample" (x0) or "v_prediction".
+        path: the levels at the times 0..T.
+        prediction_type: "epsilon", "sample" (x0), "v_prediction", "flow_prediction" or "score".
         loss: one of `LOSSES`.
         variance_type: "fixed_small", "fixed_large" or "learned_range"; the network then has 2C channels.
         eta: η of the process that "theorem1", "bound" and "hybrid" refer to.
@@ -64,7 +71,7 @@ class Objective:
 
     def __init__(
         self,
-        alpha_bar: NDArray[np.float64],
+        path: Path,
         prediction_type: str = "epsilon",
         loss: str = "simple",
         variance_type: str = "fixed_small",
@@ -78,29 +85,40 @@ class Objective:
             raise ValueError(f"unknown loss {loss!r}: use one of {', '.join(LOSSES)}")
         if not snr_gamma > 0 or not bound_weight > 0:
             raise ValueError(f"snr_gamma and bound_weight must be positive, not {snr_gamma!r} and {bound_weight!r}")
-        self.T, self.loss, self.prediction_type = len(alpha_bar) - 1, loss, prediction_type
+        self.T, self.loss, self.prediction_type = path.T, loss, prediction_type
         self.learned, self.bound_weight = variance_type == "learned_range", bound_weight
-        terminal = alpha_bar[-1] == 0
-        if terminal and prediction_type == "epsilon":
-            raise ValueError('ε does not determine x0 at zero terminal SNR: use prediction_type = "v_prediction"')
-        if terminal and loss in ("theorem1", "min_snr", "soft_min_snr"):
-            raise ValueError(f"{loss!r} gives time T the weight 0 or ∞ at zero terminal SNR: use loss 'simple'")
+        terminal = path.levels.signal[-1] == 0
+        if terminal and prediction_type in ("epsilon", "score"):
+            name, other = ("ε", "v_prediction") if prediction_type == "epsilon" else ("the score", "flow_prediction")
+            raise ValueError(f'{name} does not determine x0 at zero terminal SNR: use prediction_type = "{other}"')
+        if terminal and loss in ("min_snr", "soft_min_snr"):
+            raise ValueError(
+                f"{loss!r} gives time T the weight 0 at zero terminal SNR, as flow matching has: use loss 'simple'"
+            )
         if self.learned != (loss == "hybrid") and not (self.learned and loss == "bound"):
             raise ValueError(
                 f"loss {loss!r} does not fit variance_type {variance_type!r}: a learned variance needs 'hybrid' "
                 "(or 'bound'), and 'hybrid' needs variance_type 'learned_range'"
             )
         with np.errstate(divide="ignore", invalid="ignore"):
-            columns = _weights(alpha_bar, prediction_type, loss, snr_gamma)
-            if loss in ("theorem1", "bound", "hybrid"):
-                columns |= _bound_table(alpha_bar, prediction_type, variance_type, eta)
+            columns = _weights(path, prediction_type, loss, snr_gamma)
+            if loss in OF_PROCESS:
+                columns |= _bound_table(path, prediction_type, variance_type, eta)
+        if loss in ("bound", "hybrid") and path.levels.noise[-1] > 1 + 1e-9:
+            raise ValueError(f"{loss!r} has the prior N(0, 1), and this path ends at b = {path.levels.noise[-1]:.4g}")
         if loss == "theorem1":
             columns["weight"] = columns["mean_error"] ** 2 / (2 * np.exp(columns["log_variance_q"]))
         self._names = {name: i for i, name in enumerate(columns)}
         self._table = torch.tensor(np.stack(list(columns.values()), axis=1), dtype=torch.float32, device=device)
+        timesteps = [0.0, *(float(path.timestep(t)) for t in range(1, self.T + 1))]
+        self._timesteps = torch.tensor(timesteps, dtype=torch.float32, device=device)
+
+    def timesteps(self, t: Tensor) -> Tensor:
+        """Return the timesteps at which the network is evaluated at times `t` in 1..T, float32 (B,)."""
+        return self._timesteps[t]
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Noised:
-        """Make x_t from images `x0` in −1..1 and normal `noise`, both (B, C, H, W), at times `t` in 1..T, (B,)."""
+        """Make x_t from images `x0` and normal `noise`, both (B, C, H, W), at times `t` in 1..T, (B,)."""
         signal, scale = self._at(t, "signal", "scale")
         return Noised(x0, noise, torch.addcmul(scale * noise, signal, x0), t)
 
@@ -130,7 +148,11 @@ class Objective:
             return batch.noise
         if self.prediction_type == "sample":
             return batch.x0
+        if self.prediction_type == "flow_prediction":
+            return batch.noise - batch.x0
         signal, scale = self._at(batch.t, "signal", "scale")
+        if self.prediction_type == "score":
+            return -batch.noise / scale
         return signal * batch.noise - scale * batch.x0
 
     def _bound(self, error: Tensor, variance: Tensor | None, batch: Noised) -> Tensor:
@@ -157,29 +179,26 @@ class Objective:
         return [self._table[t, self._names[name]] for name in names]
 
 
-def _weights(alpha_bar: NDArray[np.float64], prediction_type: str, loss: str, gamma: float) -> dict[str, NDArray]:
-    """Return √ᾱ, √(1 − ᾱ) and the weight of the squared error for every t; row 0 is never read."""
-    snr = alpha_bar / (1 - alpha_bar)
-    weight = np.ones_like(alpha_bar)
+def _weights(path: Path, prediction_type: str, loss: str, gamma: float) -> dict[str, NDArray]:
+    """Return a_t, b_t and the weight of the squared error for every t; row 0 is never read."""
+    signal, noise = path.levels
+    weight = noise**2 if prediction_type == "score" else np.ones_like(noise)
     if loss in ("min_snr", "soft_min_snr"):
+        snr = (signal / noise) ** 2
         of_x0 = np.minimum(snr, gamma) if loss == "min_snr" else 1 / (1 / snr + 1 / gamma)
-        weight = of_x0 * _x0_error(alpha_bar, prediction_type) ** 2
-    return {"signal": np.sqrt(alpha_bar), "scale": np.sqrt(1 - alpha_bar), "weight": weight}
+        weight = of_x0 * np.append(np.nan, _x0_error(path, prediction_type)) ** 2
+    return {"signal": signal, "scale": noise, "weight": weight}
 
 
-def _x0_error(alpha_bar: NDArray[np.float64], prediction_type: str) -> NDArray[np.float64]:
-    """Return k with x_0 − x̂0 = k·(target − output)."""
-    if prediction_type == "epsilon":
-        return -np.sqrt(1 - alpha_bar) / np.sqrt(alpha_bar)
-    return np.ones_like(alpha_bar) if prediction_type == "sample" else -np.sqrt(1 - alpha_bar)
+def _x0_error(path: Path, prediction_type: str) -> NDArray[np.float64]:
+    """Return k with x_0 − x̂0 = k·(target − output), for t = 1..T."""
+    return np.array([prediction(prediction_type, path.level(t)).x0_out for t in range(1, path.T + 1)])
 
 
-def _bound_table(
-    alpha_bar: NDArray[np.float64], prediction_type: str, variance_type: str, eta: float
-) -> dict[str, NDArray]:
+def _bound_table(path: Path, prediction_type: str, variance_type: str, eta: float) -> dict[str, NDArray]:
     """Return the factor from the prediction's error to the mean's, and the log variances of q and p, for every t."""
-    T = len(alpha_bar) - 1
-    if T < 2 or alpha_bar[0] != 1:
+    signal, noise = (np.asarray(each) for each in path.levels)
+    if path.T < 2 or noise[0] != 0:
         raise ValueError("the variational bound needs num_train_timesteps of at least 2, and set_alpha_to_one")
     if variance_type not in ("fixed_small", "fixed_large", "learned_range"):
         raise ValueError(f"the bound of variance_type {variance_type!r} cannot be trained: use fixed_small")
@@ -187,16 +206,16 @@ def _bound_table(
         raise ValueError(f"variance_type {variance_type!r} requires eta = 1, not {eta!r}")
     if not eta > 0:
         raise ValueError(f"the variational bound is infinite at eta={eta!r}: use eta in (0, 1]")
-    a_t, a_s = alpha_bar[1:], alpha_bar[:-1]
-    weight = moves.x0_weight(a_t, a_s, eta)
+    t, s = Level(signal[1:], noise[1:]), Level(signal[:-1], noise[:-1])
+    weight = moves.x0_weight(t, s, eta)
     if np.isnan(weight).any():
-        raise ValueError(f"eta={eta!r} is too large: σ² would exceed 1 − ᾱ_s; 1 always exists")
-    small, large = np.asarray(moves.beta_tilde(a_t, a_s)) * eta**2, np.asarray(moves.beta(a_t, a_s))
+        raise ValueError(f"eta={eta!r} is too large: σ² would exceed the variance of the noise at s; 1 always exists")
+    small, large = np.asarray(moves.beta_tilde(t, s)) * eta**2, np.asarray(moves.beta(t, s))
     small[0] = small[1]  # σ_1 would be 0; Ho's code takes the next one for both kinds
     if variance_type == "fixed_large":
         large[0] = small[0]
     columns = {
-        "mean_error": weight * _x0_error(a_t, prediction_type),
+        "mean_error": weight * _x0_error(path, prediction_type),
         "log_variance_q": np.log(small),
         "log_variance_low": np.log(large if variance_type == "fixed_large" else small),
         "log_variance_high": np.log(large),
@@ -204,12 +223,24 @@ def _bound_table(
     return {name: np.concatenate([[np.nan], column]) for name, column in columns.items()}
 
 
-def draw_times(kind: str, count: int, T: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Draw `count` times in 1..T: "uniform", or "antithetic" (each t with T + 1 − t, in the two halves)."""
-    if kind == "uniform":
-        return rng.integers(1, T + 1, count)
-    half = rng.integers(1, T + 1, (count + 1) // 2)
-    return np.concatenate([half, T + 1 - half])[:count]
+def draw_times(kind: str, count: int, T: int, rng: np.random.Generator, shift: float = 1.0) -> NDArray[np.int64]:
+    """Draw `count` times in 1..T: "uniform", "antithetic" (each t with T + 1 − t, in the two halves), "logit_normal".
+
+    `shift` moves σ = t/T to shift·σ/(1 + (shift − 1)·σ) (Esser et al. 2024, Eq. 23).
+    """
+    if kind == "logit_normal":
+        part = 1 / (1 + np.exp(-rng.standard_normal(count)))
+    else:
+        if kind == "uniform":
+            t = rng.integers(1, T + 1, count)
+        else:
+            half = rng.integers(1, T + 1, (count + 1) // 2)
+            t = np.concatenate([half, T + 1 - half])[:count]
+        if shift == 1:
+            return t
+        part = (t - rng.random(count)) / T  # so that every time can be drawn
+    part = shift * part / (1 + (shift - 1) * part)
+    return np.minimum((T * part).astype(np.int64), T - 1) + 1
 
 
 class ImportanceTimes:

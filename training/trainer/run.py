@@ -44,8 +44,8 @@ class Run:
     """Everything that a training run consists of.
 
     `network` is what Accelerate made of `unet`; `average` holds the moving average of its weights. `classes` are the
-    names of the labels, `eval_set` the held-out pictures, uint8 (N, C, H, W), and their labels (N,). `seen` counts the
-    pictures of all steps, those of earlier epochs again.
+    names of the labels, `eval_set` the held-out pictures, uint8 (N, C, H, W), and their labels (N,). `shift` is that of
+    the drawn times. `seen` counts the pictures of all steps, those of earlier epochs again.
     """
 
     config: TrainConfig
@@ -62,6 +62,7 @@ class Run:
     classes: tuple[str, ...]
     eval_set: tuple[Tensor, Tensor | None] | None
     dtype: torch.dtype
+    shift: float = 1.0
     seen: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
@@ -89,7 +90,7 @@ class Run:
                 labels = torch.where(without, len(self.classes), labels)
             noise = noise or self._noise((share.size * share.parts, *images.shape[1:]), step).chunk(share.parts)
             t = torch.from_numpy(share.of(times, part)).to(images.device, non_blocking=True)
-            batch = self.objective.noised(to_model(images), noise[part], t)
+            batch = self.objective.noised(self._to_model(images), noise[part], t)
             with accelerator.accumulate(self.network):
                 losses = self.objective(self._predict(self.network, batch.x, t, labels), batch)
                 if weights is not None:
@@ -111,7 +112,10 @@ class Run:
     def _draw_times(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
         if self.importance is not None:
             return self.importance.draw(self.config.batch_size, rng)
-        return draw_times(self.config.times, self.config.batch_size, self.objective.T, rng), None
+        return draw_times(self.config.times, self.config.batch_size, self.objective.T, rng, self.shift), None
+
+    def _to_model(self, images: Tensor) -> Tensor:
+        return to_model(images, self.scheduler.image_range)
 
     def _noise(self, shape: tuple[int, ...], step: int) -> Tensor:
         seed = np.random.SeedSequence([self.config.seed, 3, step, self.share.rank]).generate_state(1, np.uint64)
@@ -123,7 +127,8 @@ class Run:
         x = x.to(self.dtype)
         if self.config.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        return network(x, t - 1, class_labels=labels).sample  # under autocast, which Accelerate has added to `network`
+        t = self.objective.timesteps(t)
+        return network(x, t, class_labels=labels).sample  # under autocast, which Accelerate has added to `network`
 
     def _was_skipped(self, step: int) -> bool:
         """Whether fp16's scaler saw an overflow, skipped the step and lowered its scale."""
@@ -164,10 +169,10 @@ class Run:
         total = torch.zeros((), device=device)
         for rows in torch.arange(self.share.rank, count, self.share.processes).split(self.share.size):
             t = times[rows].to(device)
-            batch = self.objective.noised(to_model(images[rows].to(device)), noise[rows].to(device), t)
+            batch = self.objective.noised(self._to_model(images[rows].to(device)), noise[rows].to(device), t)
             given = None if labels is None else labels[rows].to(device)
             with self.accelerator.autocast():
-                output = unet(batch.x, t - 1, class_labels=given).sample
+                output = unet(batch.x, self.objective.timesteps(t), class_labels=given).sample
             total += self.objective(output, batch).sum()
         return float(self.accelerator.reduce(total, "sum")) / count
 

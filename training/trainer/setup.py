@@ -13,9 +13,10 @@ from guard import check_processes
 from pictures import Feed, Frame, Pictures, Share, find_frame, held_out, in_memory, open_pictures, open_stream
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.process.paths import FlowMatching, VarianceExploding
 
 from .config import TrainConfig, check
-from .objective import ImportanceTimes, Objective
+from .objective import OF_PROCESS, ImportanceTimes, Objective
 from .output import check_output, check_space
 from .run import Run, make_average, read_network
 
@@ -28,8 +29,9 @@ def build_run(config: TrainConfig) -> Run:
     parts, processes = config.gradient_accumulation_steps, accelerator.num_processes
     share = Share(config.batch_size // processes // parts, parts, accelerator.process_index, processes)
     scheduler = GeneralizedDDIMScheduler(**config.scheduler)
+    shift = time_shift(config, scheduler)
     objective = Objective(
-        scheduler.alpha_bar,
+        scheduler.path,
         scheduler.config.prediction_type,
         config.loss,
         scheduler.config.variance_type,
@@ -48,7 +50,8 @@ def build_run(config: TrainConfig) -> Run:
     classes = pictures.classes if config.class_conditional else ()
 
     set_seed(config.seed)  # the same weights on every process
-    unet = make_unet(config, frame, scheduler.config.variance_type == "learned_range", len(classes))
+    exploding = isinstance(scheduler.path, VarianceExploding)
+    unet = make_unet(config, frame, scheduler.config.variance_type == "learned_range", len(classes), exploding)
     if config.init_from is not None:
         with accelerator.main_process_first():
             take_weights(unet, config.init_from)
@@ -95,7 +98,24 @@ def build_run(config: TrainConfig) -> Run:
         classes=classes,
         eval_set=eval_set,
         dtype=next(network.parameters()).dtype,
+        shift=shift,
     )
+
+
+def time_shift(config: TrainConfig, scheduler: GeneralizedDDIMScheduler) -> float:
+    """Return the shift of the drawn times, 1 for none. Raises ValueError if it, or the times, contradict the loss."""
+    flow, shift = isinstance(scheduler.path, FlowMatching), 1.0
+    if flow:
+        if scheduler.config.use_dynamic_shifting:
+            raise ValueError("use_dynamic_shifting depends on the size of a picture, and training has one: use shift")
+        shift = float(max(scheduler.config.shift, scheduler.config.flow_shift))
+    if config.times == "logit_normal" and not flow:
+        raise ValueError('times "logit_normal" are those of flow matching: use antithetic, uniform or importance')
+    if config.times == "importance" and shift != 1:
+        raise ValueError(f"times 'importance' are drawn by the loss, so shift={shift:g} has no effect: leave it out")
+    if config.loss in OF_PROCESS and (config.times == "logit_normal" or shift != 1):
+        raise ValueError(f"loss {config.loss!r} needs times without preference: use times 'uniform' and shift 1")
+    return shift
 
 
 # ---- the machine ---------------------------------------------------------------------------------------------------
@@ -158,12 +178,13 @@ def keep_memory() -> None:
 # ---- the network and its pictures ----------------------------------------------------------------------------------
 
 
-def make_unet(config: TrainConfig, frame: Frame, learned: bool, classes: int) -> UNet2DModel:
+def make_unet(config: TrainConfig, frame: Frame, learned: bool, classes: int, exploding: bool = False) -> UNet2DModel:
     """Build the network of [unet] for pictures of a frame, with random weights.
 
     Args:
         learned: whether it predicts the variance too, with twice the channels.
         classes: number of classes, or 0. With label_dropout one more embedding means "no class".
+        exploding: whether its timestep is σ of the variance-exploding path.
 
     Raises:
         ValueError: if [unet] contradicts the pictures, or cannot halve them.
@@ -173,6 +194,11 @@ def make_unet(config: TrainConfig, frame: Frame, learned: bool, classes: int) ->
     needed = {"sample_size": size, "in_channels": frame.channels, "out_channels": frame.channels * (1 + learned)}
     needed |= {"num_class_embeds": embeds} if embeds else {}
     unet = UNet2DModel(**needed | {key: None if value == "none" else value for key, value in config.unet.items()})
+    if unet.config.time_embedding_type == "fourier" and not exploding:
+        raise ValueError(
+            "time_embedding_type='fourier' divides the output by the timestep, so it needs the levels of variance "
+            "exploding: set sigma_min and sigma_max in [scheduler], or use 'positional'"
+        )
     check_fit(unet, frame.size, frame.channels, learned, embeds)
     return unet
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from gaussian_data import ALPHA, MEAN, TRUE, VARIANCE, data, exact_network, table
+from gaussian_data import ALPHA, FLOW, MEAN, PATH, TRUE, VARIANCE, data, exact_network, table
 from measure.bound import (
     BITS,
     Errors,
@@ -24,24 +24,25 @@ from torch import Generator
 from trainer.objective import Objective
 
 from ddim_plugin.process.moves import beta_tilde, sigma, x0_weight
+from ddim_plugin.process.paths import variance_preserving
 from ddim_plugin.process.spacings import linear, quadratic
 
 
-def exact_errors(alpha_bar):
+def exact_errors(path):
     """E(x_0 − x̂0)² and E ε̂² of the exact network, for every time."""
-    a = np.asarray(alpha_bar)
-    marginal = a * VARIANCE + 1 - a
-    error = VARIANCE * (1 - a) / marginal
+    signal, noise = path.levels
+    marginal = signal**2 * VARIANCE + noise**2
+    error = VARIANCE * noise**2 / marginal
     with np.errstate(divide="ignore"):
         density = 0.5 * (np.log(2 * np.pi * error) + 1)
-    return Errors(error, (1 - a) / marginal, error[:, None], density[:, None], MEAN**2 + VARIANCE)
+    return Errors(error, noise**2 / marginal, error[:, None], density[:, None], MEAN**2 + VARIANCE)
 
 
-def exact_bound(alpha_bar, tau, variance_type, eta):
+def exact_bound(path, tau, variance_type, eta):
     """The expectation of the bound over the data, in bits, with the best Gaussian decoder as a density."""
-    errors, t, s = exact_errors(alpha_bar), tau[1:], tau[:-1]
-    nats = transition_nats(alpha_bar, t, s, errors.x0[t], variance_type, eta, errors.eps_mean_square).sum()
-    return (prior_nats(alpha_bar[tau[-1]], errors.x0_mean_square) + nats + errors.decoder[tau[0]]) * BITS
+    errors, t, s = exact_errors(path), tau[1:], tau[:-1]
+    nats = transition_nats(path, t, s, errors.x0[t], variance_type, eta, errors.eps_mean_square).sum()
+    return (prior_nats(path.level(tau[-1]), errors.x0_mean_square) + nats + errors.decoder[tau[0]]) * BITS
 
 
 # ---- the bound -----------------------------------------------------------------------------------------------------
@@ -53,11 +54,11 @@ def test_the_bound_meets_the_truth_where_it_should():
     for T in (100, 1000, 10_000, 100_000):
         log_snr = np.linspace(14, -14, T)
         alpha_bar = np.concatenate([[1.0], 1 / (1 + np.exp(-log_snr))])
-        gaps.append(exact_bound(alpha_bar, np.arange(1, T + 1), "fixed_small", 1.0) - TRUE)
+        gaps.append(exact_bound(variance_preserving(alpha_bar), np.arange(1, T + 1), "fixed_small", 1.0) - TRUE)
     assert all(first > 9 * second > 0 for first, second in itertools.pairwise(gaps))  # it falls as 1/T
     assert gaps[-1] < 5e-3
     for S in (1, 3, 10, 100, 1000):
-        gap = exact_bound(ALPHA, linear(S, 1000), "optimal", 1.0) - TRUE
+        gap = exact_bound(PATH, linear(S, 1000), "optimal", 1.0) - TRUE
         assert 0 <= gap < 2e-5  # the prior's: ᾱ_T is not 0
 
 
@@ -67,15 +68,15 @@ def test_the_bound_lies_above_the_truth(variance_type, eta):
     if variance_type == "fixed_large" and eta != 1:
         pytest.skip("stands at η = 1")
     for tau in (linear(1, 1000), linear(7, 1000), quadratic(10, 1000), linear(100, 1000), np.array([3, 50, 600])):
-        assert exact_bound(ALPHA, tau, variance_type, eta) > TRUE - 1e-9
+        assert exact_bound(PATH, tau, variance_type, eta) > TRUE - 1e-9
 
 
 def test_the_optimal_variance_never_worsens_the_bound():
     for eta, S, spacing in itertools.product((0.2, 0.5, 1.0), (2, 5, 10, 50, 1000), (linear, quadratic)):
         tau = spacing(S, 1000)
-        best = exact_bound(ALPHA, tau, "optimal", eta)
-        assert best <= exact_bound(ALPHA, tau, "fixed_small", eta) + 1e-12
-        assert eta < 1 or best <= exact_bound(ALPHA, tau, "fixed_large", eta) + 1e-12
+        best = exact_bound(PATH, tau, "optimal", eta)
+        assert best <= exact_bound(PATH, tau, "fixed_small", eta) + 1e-12
+        assert eta < 1 or best <= exact_bound(PATH, tau, "fixed_large", eta) + 1e-12
 
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "optimal"])
@@ -83,24 +84,24 @@ def test_terms_have_the_expected_means(variance_type):
     """What is drawn from the network agrees with the closed form, within its standard error."""
     tau = quadratic(6, 1000)
     bound = VariationalBound(
-        ALPHA,
+        PATH,
         tau,
         variance_type=variance_type,
-        eps_mean_square=exact_errors(ALPHA).eps_mean_square,
-        decoder=exact_errors(ALPHA).decoder_variance,
+        eps_mean_square=exact_errors(PATH).eps_mean_square,
+        decoder=exact_errors(PATH).decoder_variance,
         density=True,
     )
-    terms = bound.exact(exact_network(ALPHA), data(60_000), Generator().manual_seed(1))
+    terms = bound.exact(exact_network(PATH), data(60_000), Generator().manual_seed(1))
     assert terms.transitions.shape == (60_000, 5)
-    expected = exact_bound(ALPHA, tau, variance_type, 1.0)
+    expected = exact_bound(PATH, tau, variance_type, 1.0)
     error = float(terms.total.std() / math.sqrt(60_000))
     assert error < 0.03
     assert abs(float(terms.total.mean()) - expected) < 4 * error
 
 
 def test_the_estimate_is_unbiased():
-    bound = VariationalBound(ALPHA, linear(5, 1000), density=True)
-    x0, network = data(40_000), exact_network(ALPHA)
+    bound = VariationalBound(PATH, linear(5, 1000), density=True)
+    x0, network = data(40_000), exact_network(PATH)
     exact = bound.exact(network, x0, Generator().manual_seed(2)).total
     for draws in (1, 3):
         drawn = bound.sampled(network, x0, Generator().manual_seed(3), draws)
@@ -109,8 +110,8 @@ def test_the_estimate_is_unbiased():
 
 
 def test_images_do_not_depend_on_the_batch():
-    bound = VariationalBound(ALPHA, linear(5, 1000), density=True)
-    x0, network = data(6), exact_network(ALPHA)
+    bound = VariationalBound(PATH, linear(5, 1000), density=True)
+    x0, network = data(6), exact_network(PATH)
 
     def seeds():
         return [Generator().manual_seed(i) for i in range(6)]
@@ -129,9 +130,9 @@ def test_images_do_not_depend_on_the_batch():
 def test_hos_conventions_are_those_of_the_loss(variance_type, loss, prediction_type, network):
     """The terms of the full chain are those that training minimises (`Objective`), bytes and decoder included."""
     T = 40
-    alpha_bar, x0 = table(T), (torch.randint(0, 256, (4, 1, 3, 3)).float() / 127.5 - 1)
-    objective = Objective(alpha_bar, prediction_type, loss, variance_type)
-    bound = VariationalBound(alpha_bar, None, prediction_type, variance_type)
+    path, x0 = variance_preserving(table(T)), (torch.randint(0, 256, (4, 1, 3, 3)).float() / 127.5 - 1)
+    objective = Objective(path, prediction_type, loss, variance_type)
+    bound = VariationalBound(path, None, prediction_type, variance_type)
     learned = variance_type == "learned_range"
 
     def call(x, t):
@@ -149,9 +150,9 @@ def test_hos_conventions_are_those_of_the_loss(variance_type, loss, prediction_t
 
 def test_clipping_can_only_bring_x0_nearer():
     x0 = (torch.randint(0, 2, (64, 1, 2, 2)) * 2 - 1).double()
-    free = VariationalBound(ALPHA, linear(10, 1000), density=True)
-    clipped = VariationalBound(ALPHA, linear(10, 1000), clip=1.0, density=True)
-    network = exact_network(ALPHA)
+    free = VariationalBound(PATH, linear(10, 1000), density=True)
+    clipped = VariationalBound(PATH, linear(10, 1000), clip=1.0, density=True)
+    network = exact_network(PATH)
     one = free.exact(network, x0, Generator().manual_seed(0))
     other = clipped.exact(network, x0, Generator().manual_seed(0))
     assert bool((other.transitions <= one.transitions + 1e-12).all())
@@ -176,22 +177,22 @@ def test_bins_sum_to_one():
         ({"decoder": "best"}, "unknown decoder 'best'"),
         ({"variance_type": "optimal"}, "needs eps_mean_square"),
         ({"clip": 0}, "clip must be positive"),
-        ({"prediction_type": "score"}, "unknown prediction_type"),
+        ({"prediction_type": "noise"}, "unknown prediction_type"),
         ({"eta": 5.0}, "too large"),
     ],
 )
 def test_bounds_that_do_not_exist(settings, said):
     with pytest.raises(ValueError, match=said):
-        VariationalBound(ALPHA, **settings)
+        VariationalBound(PATH, **settings)
 
 
 def test_errors_are_measured():
-    found = measure_errors(exact_network(ALPHA), data(4000), ALPHA, "epsilon", Generator().manual_seed(0))
-    expected = exact_errors(ALPHA)
+    found = measure_errors(exact_network(PATH), data(4000), PATH, "epsilon", Generator().manual_seed(0))
+    expected = exact_errors(PATH)
     assert np.allclose(found.x0[1:], expected.x0[1:], rtol=0.15)
     assert np.allclose(found.eps_mean_square[1:], expected.eps_mean_square[1:], rtol=0.1)
     assert found.x0_mean_square == pytest.approx(expected.x0_mean_square, rel=0.05)
-    assert np.allclose(expected.explained(ALPHA)[1:], expected.eps_mean_square[1:], rtol=1e-9)
+    assert np.allclose(expected.explained(PATH)[1:], expected.eps_mean_square[1:], rtol=1e-9)
 
 
 def test_the_decoder_that_is_found_best_is_near_the_error():
@@ -203,7 +204,7 @@ def test_the_decoder_that_is_found_best_is_near_the_error():
         ratio = torch.as_tensor(a)[t].view(-1, 1, 1, 1).to(x)
         return (1 - ratio).sqrt() * x / (ratio * 0.01 + 1 - ratio)
 
-    found = measure_errors(network, x0, a, "epsilon", Generator().manual_seed(1))
+    found = measure_errors(network, x0, variance_preserving(a), "epsilon", Generator().manual_seed(1))
     ratio = found.decoder_variance[50:] / found.x0[50:]
     assert ((ratio > 0.4) & (ratio < 2.5)).all()
     density = 0.5 * (np.log(2 * np.pi * found.x0[50:]) + 1) - math.log(2 / 255)
@@ -218,12 +219,13 @@ def test_j_and_its_gamma_form_differ_by_a_constant():
     T, eta, tau = 30, 0.5, [4, 11, 30]
     a, rng = table(T), np.random.default_rng(0)
     deviation = np.sqrt(1 - a)
-    gamma = objective_weights(a, tau, eta, deviation)
+    path = variance_preserving(a)
+    gamma = objective_weights(path, tau, eta, deviation)
 
     def j(eps_error):
         total, x0_error = 0.0, (1 - a) / a * eps_error
         for t, s in ((30, 11), (11, 4)):
-            sig, c = sigma(a[t], a[s], eta), x0_weight(a[t], a[s], eta)
+            sig, c = sigma(path.level(t), path.level(s), eta), x0_weight(path.level(t), path.level(s), eta)
             total += c**2 * x0_error[t] / (2 * sig**2)  # KL of two Gaussians of one variance
         for t in set(range(1, T + 1)) - {11, 30}:
             density = 0.5 * (np.log(2 * np.pi * deviation[t] ** 2) + x0_error[t] / deviation[t] ** 2)
@@ -233,7 +235,7 @@ def test_j_and_its_gamma_form_differ_by_a_constant():
     first, second = rng.uniform(0, 1, T + 1), rng.uniform(0, 1, T + 1)
     assert np.isclose(j(first) - j(second), (gamma * first)[1:].sum() - (gamma * second)[1:].sum(), rtol=1e-12)
     with pytest.raises(ValueError, match="infinite"):
-        objective_weights(a, tau, 0.0, deviation)
+        objective_weights(path, tau, 0.0, deviation)
 
 
 # ---- τ -------------------------------------------------------------------------------------------------------------
@@ -241,7 +243,7 @@ def test_j_and_its_gamma_form_differ_by_a_constant():
 
 def test_the_search_finds_what_trying_all_finds():
     T = 9
-    a = table(T)
+    a = variance_preserving(table(T))
     costs, start = bound_costs(a, exact_errors(a))
     for S in range(1, T + 1):
         tried = [bound_of(np.array(tau), costs, start) for tau in itertools.combinations(range(1, T + 1), S)]
@@ -253,8 +255,8 @@ def test_the_search_finds_what_trying_all_finds():
 
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "optimal"])
 def test_the_searched_tau_is_never_worse(variance_type):
-    errors = exact_errors(ALPHA)
-    costs, start = bound_costs(ALPHA, errors, variance_type)
+    errors = exact_errors(PATH)
+    costs, start = bound_costs(PATH, errors, variance_type)
     for found in best_paths(costs, start, 25):
         S = len(found.tau)
         assert (np.diff(found.tau) > 0).all()
@@ -263,8 +265,9 @@ def test_the_searched_tau_is_never_worse(variance_type):
 
 
 def test_searches_that_cannot_be():
+    path = variance_preserving(table(9))
     with pytest.raises(ValueError, match="has 1..9 moves, not 10"):
-        best_paths(*bound_costs(table(9), exact_errors(table(9))), 10)
+        best_paths(*bound_costs(path, exact_errors(path)), 10)
     blocked = np.full((5, 5), np.inf)
     with pytest.raises(ValueError, match="no path of 1 moves"):
         best_paths(blocked, np.zeros(5), 2)
@@ -272,6 +275,6 @@ def test_searches_that_cannot_be():
 
 def test_beta_tilde_is_what_the_bound_has_of_it():
     """σ² of q in `transition_nats` at η = 1 is β̃: without an error the KL to itself is 0."""
-    assert transition_nats(ALPHA, 700, 300, 0.0) == pytest.approx(0.0, abs=1e-15)
-    assert transition_nats(ALPHA, 700, 300, 0.0, "fixed_large") > 0
-    assert beta_tilde(ALPHA[700], ALPHA[300]) == pytest.approx(sigma(ALPHA[700], ALPHA[300], 1.0) ** 2)
+    assert transition_nats(PATH, 700, 300, 0.0) == pytest.approx(0.0, abs=1e-15)
+    assert transition_nats(PATH, 700, 300, 0.0, "fixed_large") > 0
+    assert beta_tilde(PATH.level(700), PATH.level(300)) == pytest.approx(sigma(PATH.level(700), PATH.level(300), 1.0) ** 2)

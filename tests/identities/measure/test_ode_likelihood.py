@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from gaussian_data import ALPHA, MEAN, VARIANCE, data, exact_network
+from gaussian_data import ALPHA, MEAN, PATH, VARIANCE, data, exact_network
 from measure.bound import BITS
 from measure.ode import ode_bits, ode_log_density, time_of
 from torch import Generator
@@ -15,7 +15,7 @@ from torch import Generator
 @pytest.mark.parametrize("hutchinson", [False, True])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_the_likelihood_of_the_ode_is_the_datas(hutchinson, prediction_type):
-    x0, eps = data(8), exact_network(ALPHA)
+    x0, eps = data(8), exact_network(PATH)
     angles = np.arccos(np.sqrt(ALPHA))
 
     def network(x, t):
@@ -29,7 +29,7 @@ def test_the_likelihood_of_the_ode_is_the_datas(hutchinson, prediction_type):
         return (noise - math.sin(low) * x) / math.cos(low)
 
     probes = Generator().manual_seed(0) if hutchinson else None
-    found, latents, evaluations = ode_log_density(network, x0, ALPHA, prediction_type, probes, tolerance=1e-6)
+    found, latents, evaluations = ode_log_density(network, x0, PATH, prediction_type, probes, tolerance=1e-6)
     a = ALPHA[-1]
     slope = math.sqrt(
         (a * VARIANCE + 1 - a) / VARIANCE
@@ -51,14 +51,14 @@ def test_bits_of_bytes():
     entropy = float(-(mass * mass.log2()).sum())
     images = torch.multinomial(mass, 4000 * 4, replacement=True, generator=Generator().manual_seed(0))
     images = images.view(4000, 1, 2, 2).to(torch.uint8)
-    found = ode_bits(exact_network(ALPHA), images, ALPHA, generator=Generator().manual_seed(1))
+    found = ode_bits(exact_network(PATH), images, PATH, generator=Generator().manual_seed(1))
     error = float(found.bits.std()) / math.sqrt(4000)
     outside = -math.log2(float(torch.special.ndtr(torch.tensor((1 - MEAN) / math.sqrt(VARIANCE)))))  # mass beyond white
     assert abs(float(found.bits.mean()) - entropy - outside) < 4 * error + 0.01
     with pytest.raises(ValueError, match="uint8"):
-        ode_bits(exact_network(ALPHA), images.float(), ALPHA, generator=Generator())
+        ode_bits(exact_network(PATH), images.float(), PATH, generator=Generator())
     with pytest.raises(ValueError, match="pass a generator"):
-        ode_bits(exact_network(ALPHA), images, ALPHA)
+        ode_bits(exact_network(PATH), images, PATH)
 
 
 def test_times_between_the_trained_ones():

@@ -12,9 +12,11 @@ from torch.distributions import Normal, kl_divergence
 from trainer.objective import ImportanceTimes, Objective, draw_times
 
 from ddim_plugin import GeneralizedDDIMScheduler
+from ddim_plugin.process.paths import variance_preserving
 
 T = 50
 ALPHA = np.concatenate([[1.0], np.cumprod(1 - np.linspace(1e-3, 0.2, T))])
+PATH = variance_preserving(ALPHA)
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 
 
@@ -49,7 +51,7 @@ def gamma(t, eta):
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_theorem_1(eta):
     x0, noise, t = images()
-    objective = Objective(ALPHA, loss="theorem1", eta=eta)
+    objective = Objective(PATH, loss="theorem1", eta=eta)
     output = noise + 0.1 * torch.sin(noise)
     losses = objective(output, objective.noised(x0, noise, t))
     expected = [
@@ -65,7 +67,7 @@ def test_a_loss_of_the_image_is_one_for_all_predictions(loss, seed):
     wrong = 0.05 * torch.cos(7 * x0.double() + noise.double())
     made = []
     for kind in ("epsilon", "sample", "v_prediction"):
-        objective = Objective(ALPHA, kind, loss)
+        objective = Objective(PATH, kind, loss)
         made.append(objective(output_for(kind, x0, noise, t, wrong), objective.noised(x0, noise, t)))
     assert torch.allclose(made[0], made[1], rtol=2e-3, atol=1e-5)
     assert torch.allclose(made[0], made[2], rtol=2e-3, atol=1e-5)
@@ -76,7 +78,7 @@ def test_snr_weights():
     wrong = torch.full(x0.shape, 0.1, dtype=torch.float64)
     snr = ALPHA[t] / (1 - ALPHA[t])
     for loss, weight in (("min_snr", np.minimum(snr, 5)), ("soft_min_snr", snr * 5 / (snr + 5))):
-        objective = Objective(ALPHA, "sample", loss)
+        objective = Objective(PATH, "sample", loss)
         losses = objective(output_for("sample", x0, noise, t, wrong), objective.noised(x0, noise, t))
         assert losses.tolist() == pytest.approx((0.01 * weight).tolist(), rel=1e-4)
 
@@ -84,7 +86,7 @@ def test_snr_weights():
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
 def test_simple_is_the_error_of_the_prediction(kind):
     x0, noise, t = images()
-    objective = Objective(ALPHA, kind)
+    objective = Objective(PATH, kind)
     target = output_for(kind, x0, noise, t, 0.0)
     losses = objective(target + 0.2, objective.noised(x0, noise, t))
     assert losses.tolist() == pytest.approx([0.04] * len(t), rel=1e-3)
@@ -99,7 +101,7 @@ def test_the_bound_is_that_of_the_scheduler(variance_type):
     scheduler = GeneralizedDDIMScheduler(T, trained_betas=betas, variance_type=variance_type, eta=1.0)
     scheduler.set_timesteps(T)
     learned = variance_type == "learned_range"
-    objective = Objective(scheduler.alpha_bar, loss="bound", variance_type=variance_type)
+    objective = Objective(scheduler.path, loss="bound", variance_type=variance_type)
     batch = objective.noised(x0, noise, t)
     output = noise + 0.3 * torch.sin(3 * noise)
     if learned:
@@ -133,9 +135,9 @@ def test_the_bound_is_that_of_the_scheduler(variance_type):
 
 def test_hybrid_moves_the_mean_by_the_simple_loss_alone():
     x0, noise, t = images()
-    hybrid = Objective(ALPHA, loss="hybrid", variance_type="learned_range", bound_weight=0.5)
-    bound = Objective(ALPHA, loss="bound", variance_type="learned_range")
-    simple = Objective(ALPHA)
+    hybrid = Objective(PATH, loss="hybrid", variance_type="learned_range", bound_weight=0.5)
+    bound = Objective(PATH, loss="bound", variance_type="learned_range")
+    simple = Objective(PATH)
     gradients, values = [], []
     for objective in (hybrid, bound, simple):
         output = torch.cat([noise * 0.9, torch.sin(noise)], 1).requires_grad_()
@@ -151,10 +153,10 @@ def test_hybrid_moves_the_mean_by_the_simple_loss_alone():
 
 
 def test_zero_terminal_snr():
-    alpha_bar = GeneralizedDDIMScheduler(T, rescale_betas_zero_snr=True, prediction_type="v_prediction").alpha_bar
+    path = GeneralizedDDIMScheduler(T, rescale_betas_zero_snr=True, prediction_type="v_prediction").path
     x0, noise, t = images()
     for loss in ("simple", "bound"):
-        objective = Objective(alpha_bar, "v_prediction", loss)
+        objective = Objective(path, "v_prediction", loss)
         batch = objective.noised(x0, noise, t)
         assert torch.equal(batch.x[-1], noise[-1])
         assert objective(noise * 0.9, batch).isfinite().all()
@@ -172,14 +174,14 @@ def test_zero_terminal_snr():
         ({"loss": "bound", "eta": 0.5, "variance_type": "fixed_large"}, "requires eta = 1"),
         ({"loss": "bound", "variance_type": "optimal"}, "cannot be trained"),
         ({"loss": "min_snr", "snr_gamma": 0.0}, "must be positive"),
-        ({"alpha_bar": np.append(ALPHA[:-1], 0.0)}, "ε does not determine x0 at zero terminal SNR"),
-        ({"alpha_bar": np.append(ALPHA[:-1], 0.0), "prediction_type": "sample", "loss": "min_snr"}, "weight 0 or ∞"),
-        ({"alpha_bar": ALPHA[:2], "loss": "bound"}, "at least 2"),
+        ({"path": variance_preserving(np.append(ALPHA[:-1], 0.0))}, "ε does not determine x0 at zero terminal SNR"),
+        ({"path": variance_preserving(np.append(ALPHA[:-1], 0.0)), "prediction_type": "sample", "loss": "min_snr"}, "weight 0 at zero"),
+        ({"path": variance_preserving(ALPHA[:2]), "loss": "bound"}, "at least 2"),
     ],
 )
 def test_objectives_that_do_not_exist(settings, message):
     with pytest.raises(ValueError, match=message):
-        Objective(**{"alpha_bar": ALPHA} | settings)
+        Objective(**{"path": PATH} | settings)
 
 
 @given(st.floats(-2, 2), st.floats(-6, 1), st.floats(-2, 2), st.floats(-6, 1))
