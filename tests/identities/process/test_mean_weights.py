@@ -118,8 +118,12 @@ GRIDS = {
 
 
 def level(path, nsr):
-    """(a, b) with b/a = ς on three paths."""
-    signal = {"paper": math.sqrt(alpha_of(nsr)), "flow": 1 / (1 + nsr), "exploding": 1.0}[path]
+    """(a, b) with b/a = ς: on the three paths, or on a random one with a smooth, falling a and a rising b."""
+    if isinstance(path, int):
+        one, other = np.random.default_rng(path).uniform(0, 1, 2)
+        signal = math.exp(-one * nsr / (1 + nsr)) * (1 + nsr**2) ** (-other / 2)
+    else:
+        signal = {"paper": math.sqrt(alpha_of(nsr)), "flow": 1 / (1 + nsr), "exploding": 1.0}[path]
     return signal, nsr * signal
 
 
@@ -156,7 +160,8 @@ def solve(eps, solution, grid, order, of_x0, path):
 
 
 @pytest.mark.parametrize(
-    ("path", "grid"), [*(("paper", grid) for grid in GRIDS), ("flow", "uneven"), ("exploding", "log")]
+    ("path", "grid"),
+    [*(("paper", grid) for grid in GRIDS), ("flow", "uneven"), ("exploding", "log"), (1, "uneven"), (2, "uniform")],
 )
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 @pytest.mark.parametrize("of_x0", [False, True])
