@@ -35,6 +35,7 @@ from .parser import FILES, LATENTS, MODEL
 
 GUIDANCE = ("guidance_scale", "null_class_label")
 CALL = ("timesteps", *GUIDANCE)  # options that are keywords of the pipeline's call
+WITHOUT_NOISE = DETERMINISTIC | {"corrector_steps": 0}
 CODING = (*CALL, "strength", "batch_size")  # those of encode and decode
 KEPT = ("steps", "timesteps", "spacing", "multistep", "strength", "class_label", *GUIDANCE)  # saved with latents
 
@@ -69,7 +70,7 @@ def sample(args: Namespace) -> dict[str, Any]:
     if args.latents:
         for name in _given(args, "num", "eta", "variance", "clip"):
             raise ValueError(f"--{name} has no effect on --latents, which determine the images: leave it out")
-        z, options, changes = _load_latents(args), CODING, DETERMINISTIC
+        z, options, changes = _load_latents(args), CODING, WITHOUT_NOISE
     args.num = len(z) if z is not None else 16 if args.num is None else args.num
     settings = _keywords(args, args.num, *options) | {"output_type": "np"}
     labels = settings.pop("class_labels")
@@ -125,7 +126,7 @@ def interpolate(args: Namespace) -> dict[str, Any]:
     if args.images:
         pipe, _, z, record = _encode(args, ends)
     else:
-        pipe, record = _load(args, DETERMINISTIC), {}
+        pipe, record = _load(args, WITHOUT_NOISE), {}
         z = ends if args.latents else pipe._noise(ends)[1]
     settings = {"num_inference_steps": args.steps, "output_type": "np", **_given(args, *CODING)}
     settings["class_labels"] = args.class_label and args.class_label[0]
@@ -226,7 +227,7 @@ def _load(args: Namespace, changes: dict[str, Any]) -> GeneralizedDDIMPipeline:
 def _encode(args: Namespace, files: list[str]) -> tuple[GeneralizedDDIMPipeline, list[Image.Image], Tensor, dict]:
     """Return the model, the images, their latents, and the record with the report, which is printed."""
     settings = _keywords(args, len(files), "tolerance", *CODING)
-    pipe = _load(args, DETERMINISTIC)
+    pipe = _load(args, WITHOUT_NOISE)
     shape = pipe.unet.config.in_channels, pipe.image_size
     images = [open_image(file, *shape, args.resize, hint=" (--resize)") for file in files]
     z, report = pipe.encode(images, args.steps, refinement_steps=args.refine, return_report=True, **settings)

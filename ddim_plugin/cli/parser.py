@@ -20,6 +20,11 @@ FILES = {  # what each command, and each --format of samples, writes into --outp
 }
 
 
+def number(text: str) -> float:
+    """Convert a timestep, an integer for a table of levels."""
+    return int(text) if text.isdecimal() else float(text)
+
+
 def parse(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the arguments of a command."""
     model, timesteps, latents, images, refine, seed, columns = (ArgumentParser(add_help=False) for _ in range(7))
@@ -36,7 +41,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 
     steps = timesteps.add_mutually_exclusive_group()
     steps.add_argument("--steps", type=int, help="number of steps S (default: 50)")
-    steps.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="the timesteps themselves, descending")
+    steps.add_argument("--timesteps", type=number, nargs="+", metavar="T", help="the timesteps themselves, descending")
     timesteps.add_argument("--spacing", choices=NAMES, help="spacing of the timesteps (default: the model's)")
     timesteps.add_argument("--multistep", action=BooleanOptionalAction, help="the scheduler (default: the model's)")
     timesteps.add_argument("--strength", type=float, help="share of the steps to make, in (0, 1] (default: 1)")

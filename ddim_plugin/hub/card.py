@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import StrictUndefined, Template
 
 from ..schedulers import KEY
-from ..schedulers.config import CLASSES
+from ..schedulers.config import CLASSES, OF_PATH, path_of
 from ..version import __version__
 from .code import code
 from .records import TRAINING, Records
@@ -37,11 +37,12 @@ def card(
     license: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
+    pipeline: str | None = "DDIMPipeline",
 ) -> str:
     """Write the card of a model, as Markdown with its metadata in front.
 
     `unet` and `scheduler` are the configs, with the name of the class under "_class_name". The snippets load `variant`,
-    if there are no plain weights, from the branch `revision`.
+    if there are no plain weights, from the branch `revision`. `pipeline` is the stock one that samples with the model.
     """
     check_license(license)
     title, training, figures = repo_id.split("/")[-1], records.files.get(TRAINING, {}), _figures(records.results)
@@ -111,9 +112,10 @@ def cell(value: Any) -> str:
 def settings(config: dict[str, Any]) -> dict[str, Any]:
     """Select the settings in a config that are not the defaults of their class, and those in `SYMBOLS`."""
     parameters = inspect.signature(CLASSES.get(name := config["_class_name"]) or getattr(diffusers, name)).parameters
-    derived = (config.get(KEY) or {}).keys() & {"trained_betas"}  # from the schedule
-    changed = {key for key, each in parameters.items() if config.get(key, each.default) != each.default} - derived
-    return {SYMBOLS.get(key, key): config[key] for key in config if key in SYMBOLS or key in changed}
+    hidden = (config.get(KEY) or {}).keys() & {"trained_betas"}  # from the schedule
+    hidden |= {key for path, keys in OF_PATH.items() if path != path_of(config) for key in keys}
+    shown = {key for key, each in parameters.items() if config.get(key, each.default) != each.default} | SYMBOLS.keys()
+    return {SYMBOLS.get(key, key): config[key] for key in config if key in shown - hidden}
 
 
 def _figures(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[tuple, str]]]:

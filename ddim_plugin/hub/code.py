@@ -25,10 +25,10 @@ Each function is a module of the package. License: Apache-2.0.
 from types import SimpleNamespace
 '''
 
-EXPORTS = """    for module in [each for each in globals().values() if isinstance(each, SimpleNamespace)]:
-        for name, each in vars(module).items():
-            if isinstance(each, type) and each.__module__ == __name__:
-                globals()[name], each.__qualname__ = each, name
+EXPORTS = """    for place, module in [*globals().items()]:
+        for name, each in vars(module).items() if isinstance(module, SimpleNamespace) else ():
+            if isinstance(each, type) and each.__module__ == __name__:  # a library may have the name too
+                each.__qualname__ = name if globals().setdefault(name, each) is each else f"{place}.{name}"
 """
 
 

@@ -80,7 +80,9 @@ class Model:
         """Write the card."""
         unet, scheduler = self.pipe.unet, self.pipe.scheduler
         configs = (dict(unet.config), dict(scheduler.config) | {"_class_name": type(scheduler).__name__})
-        return card(repo_id, *configs, unet.num_parameters(), self.records, license, self.variant, revision)
+        stock = json.loads(self.files[INDEX])["_class_name"]
+        details = license, self.variant, revision, None if stock == GeneralizedDDIMPipeline.__name__ else stock
+        return card(repo_id, *configs, unet.num_parameters(), self.records, *details)
 
     def draw(self, number: int) -> None:
         """Add a grid of images, image i from seed i. With a class-conditional network, i counts through the classes."""

@@ -21,8 +21,8 @@ from .latents import Latents
 from .loop import AfterStep, Labels, Timesteps, check_count, check_output_type
 
 CALLBACK_TENSORS = ("latents", "sample", "pred_original_sample", "pred_epsilon")
-# Stock pipelines by the scheduler that they are saved with, and predictions that these sample with. `DDIMPipeline` would
-# replace a scheduler for flow matching by its own, and `DDPMPipeline` does not.
+# The stock pipeline for each stock scheduler, and the predictions they sample with. `DDIMPipeline` would replace a
+# scheduler for flow matching by its own, and `DDPMPipeline` does not.
 STOCK = {VP: ("DDIMPipeline", ("epsilon", "sample", "v_prediction")), FLOW: ("DDPMPipeline", ("flow_prediction",))}
 STOCK |= {VE: ("ScoreSdeVePipeline", ("score",))}
 StepEndCallback = Callable[["GeneralizedDDIMPipeline", int, Tensor, dict[str, Tensor | None]], dict[str, Any] | None]
@@ -211,9 +211,9 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
 
 def stock_pipeline(scheduler: str, config: dict[str, Any]) -> str | None:
     """Name the stock pipeline that samples with a stock scheduler and its config, or return None if there is none."""
-    pipeline, predictions = STOCK[scheduler if scheduler in STOCK else path_of(config)]
-    known = config.get("prediction_type", predictions[0]) in predictions and config.get("beta_schedule") != "sqrt"
-    return pipeline if known else None
+    pipeline, predictions = STOCK.get(scheduler, STOCK[VP])
+    on_path = (scheduler in STOCK or path_of(config) == VP) and config.get("beta_schedule") != "sqrt"
+    return pipeline if on_path and config.get("prediction_type", predictions[0]) in predictions else None
 
 
 def _opened(scheduler: SchedulerMixin, saved_by: str, saved_as: str) -> SchedulerMixin:
