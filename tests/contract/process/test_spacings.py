@@ -137,3 +137,28 @@ def test_unknown_spacing_lists_the_known():
 def test_bad_explicit_times(times, message):
     with pytest.raises(ValueError, match=message):
         tau.explicit(times, 10)
+
+
+def test_real_times_descend_within_their_bounds():
+    """σ in float32 may be rounded beyond a bound."""
+    rounded = float(np.float32(0.01)), float(np.float32(50.0))
+    assert tau.descending([50, 3.5, rounded[0]], 0.01, 50.0) == [50.0, 3.5, rounded[0]]
+    assert tau.descending([float(np.float32(1.1))], 0.01, 1.1) == [float(np.float32(1.1))]
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([], "must be a list of numbers"),
+        (5.0, "must be a list of numbers, not 5.0"),
+        ([3.0, 5.0], "descending order, but 3 precedes 5"),
+        ([3.0, 3.0], "descending order, but 3 precedes 3"),
+        ([11.0, 3.0], r"timestep 11\.0 is outside 1\.\.10"),
+        ([3.0, 0.5], r"timestep 0\.5 is outside 1\.\.10"),
+        ([float("nan")], r"timestep nan is outside 1\.\.10"),
+        (["3"], r"timestep '3' is outside 1\.\.10"),
+    ],
+)
+def test_bad_real_times(times, message):
+    with pytest.raises(ValueError, match=message):
+        tau.descending(times, 1, 10)
