@@ -167,6 +167,38 @@ def test_what_the_stock_pipeline_cannot_do_is_said(unet, said):
     assert ("class_labels=0" in text) == ("num_class_embeds" in unet)
 
 
+VARIANCE_EXPLODING = {"prediction_type": "score", "sigma_min": 0.01, "sigma_max": 50.0, "beta_schedule": "linear"}
+
+
+def test_a_flow_model_names_its_settings_and_its_stock_pipeline():
+    flow = {"prediction_type": "flow_prediction", "shift": 3.0}
+    text = make_with(scheduler=flow, pipeline="DDPMPipeline")
+    assert '`DDPMPipeline.from_pretrained("ada/cifar")` runs no code' in text
+    assert "plain Euler steps of flow matching" in text
+    assert "DDIMPipeline.from_pretrained" not in text.replace("GeneralizedDDIMPipeline", "")
+    told = dict(row[:2] for row in rows(section(text, "Settings")))
+    assert (told["prediction"], told["shift"]) == ("flow_prediction", "3")
+    assert "β" not in told
+    assert f'custom_pipeline="{code().name}"' in text
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_exploding_model_names_the_cost_of_its_stock_pipeline(channels):
+    text = make_with({"in_channels": channels}, VARIANCE_EXPLODING, pipeline="ScoreSdeVePipeline")
+    assert "a predictor-corrector of about 2 × 1000 evaluations" in text
+    assert ("`ScoreSdeVePipeline` does not support images of 1 channels" in text) == (channels == 1)
+    told = dict(row[:2] for row in rows(section(text, "Settings")))
+    assert told["sigma max"] == "50"
+    assert "β" not in told
+
+
+def test_a_model_without_a_stock_pipeline_says_so():
+    assert "No stock pipeline samples with this prediction on this path." in make_with(pipeline=None)
+    text = make_with(scheduler={"beta_schedule": "sqrt"}, pipeline=None)
+    assert "diffusers alone does not load this model" in text
+    assert "custom_pipeline" not in text
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

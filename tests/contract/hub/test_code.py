@@ -145,6 +145,23 @@ def test_its_objects_can_be_pickled(flat, monkeypatch):
     assert torch.equal(output.pred_original_sample, step.pred_original_sample)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"prediction_type": "flow_prediction", "shift": 3.0}, {"prediction_type": "score", "sigma_max": 50.0}]
+)
+def test_other_paths_step_as_in_the_package(flat, settings, monkeypatch):
+    """Also after pickling: a class of a path has the name of one of the standard library."""
+    monkeypatch.setitem(sys.modules, flat.__name__, flat)
+    x, made = torch.linspace(-2, 2, 48).view(1, 3, 4, 4), []
+    schedulers = [module.GeneralizedDDIMScheduler(**settings) for module in (ddim_plugin, flat)]
+    schedulers += [pickle.loads(pickle.dumps(schedulers[1]))]
+    for scheduler in schedulers:
+        scheduler.set_timesteps(7)
+        made.append(torch.stack([scheduler.step(torch.tanh(x), t, x).prev_sample for t in scheduler.timesteps]))
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+    assert type(schedulers[2].path) is type(schedulers[1].path)
+
+
 def test_running_it_again_keeps_the_classes(code_file):
     text = code_file.read_text(encoding="utf-8")
     first = run(text)

@@ -34,10 +34,10 @@ from ddim_plugin.hub.push import push_folder
 
 torch.set_num_threads(1)
 
-def unet(seed=0, **config):
+def unet(seed=0, channels=1, **config):
     torch.manual_seed(seed)
     blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, layers_per_block=1)
-    return UNet2DModel(8, 1, 1, block_out_channels=(8, 16), norm_num_groups=4, **blocks, **config)
+    return UNet2DModel(8, channels, channels, block_out_channels=(8, 16), norm_num_groups=4, **blocks, **config)
 
 def push(name, pipe, folder=None, **settings):
     folder = folder or f"models/{name}"
@@ -57,6 +57,10 @@ push("noisy.v1.0", GeneralizedDDIMPipeline(unet(), GeneralizedDDIMScheduler(**no
 push("inverse", GeneralizedDDIMPipeline(unet(), InverseDDIMScheduler(timestep_spacing="paper_linear")))
 push("labelled", GeneralizedDDIMPipeline(unet(num_class_embeds=4), sampler))
 push("solver", GeneralizedDDIMPipeline(unet(), DPMSolverMultistepScheduler(prediction_type="sample")))
+flow = GeneralizedDDIMScheduler(prediction_type="flow_prediction", shift=3.0)
+push("flow", GeneralizedDDIMPipeline(unet(), flow))
+exploding = GeneralizedDDIMScheduler(prediction_type="score", sigma_max=50.0)
+push("exploding", GeneralizedDDIMPipeline(unet(channels=3, time_embedding_type="fourier"), exploding))
 GeneralizedDDIMPipeline(unet(), sampler).save_pretrained("models/bare")
 GeneralizedDDIMPipeline(unet(), sampler).save_pretrained("models/version")
 Path("models/version/ddim_plugin_9_9_9.py").write_text(code().text)
@@ -142,6 +146,8 @@ def answers(hub, place, sources):
     asked["ddim"]["again"] = sources["hub noisy.v1.0"] | {"save_to": str(place / "stock"), "call": CALL}
     asked["code"]["swapped"] = sources["hub noisy.v1.0"] | {"scheduler": "DDIMScheduler"}
     asked["code"]["again"] = sources["hub plain"] | {"save_to": str(place / "again"), "same_class": True}
+    for kind in ("plugin", "code", "diffusers"):
+        asked[kind] |= {name: {"source": f"ada/{name}", "call": CALL} for name in ("flow", "exploding")}
     answers = {}
 
     def ask(key, cases, token=None, **environment):
@@ -216,6 +222,20 @@ def test_without_a_flag_the_stock_sampler(answers, sources):
             else:
                 assert np.abs(images(answers[kind][name]) - images(answers["plugin"][name])).max() < 1e-6
     assert answers["diffusers"]["ddpm"].get("pipeline") == "DDPMPipeline", answers["diffusers"]["ddpm"]
+
+
+def test_other_paths(answers):
+    """The stock pipelines sample a flow model by Euler's steps, and an exploding one by predictor and corrector."""
+    for name, pipeline, scheduler in (
+        ("flow", "DDPMPipeline", "FlowMatchEulerDiscreteScheduler"),
+        ("exploding", "ScoreSdeVePipeline", "ScoreSdeVeScheduler"),
+    ):
+        ours, code_s, stock = (answers[kind][name] for kind in ("plugin", "code", "diffusers"))
+        assert ours.get("scheduler") == code_s.get("scheduler") == "GeneralizedDDIMScheduler", (ours, code_s)
+        assert ours["sha"] == code_s["sha"]
+        assert (stock.get("pipeline"), stock.get("scheduler")) == (pipeline, scheduler), stock
+        assert ours["said"] == code_s["said"] == []
+    assert np.abs(images(answers["diffusers"]["flow"]) - images(answers["plugin"]["flow"])).max() < 2e-6
 
 
 def test_the_parts_alone(answers):

@@ -166,3 +166,32 @@ def test_images_of_an_inverse_scheduler_are_those_of_its_sampler(hub, make_unet)
         GeneralizedDDIMPipeline(make_unet(), scheduler).push_to_hub(repo, samples=2)
     assert hub.files("ada/up")["samples.png"] == hub.files("ada/down")["samples.png"]
     assert "GeneralizedDDIMScheduler, S = 20, η = 0" in hub.files("ada/up")["README.md"].decode()
+
+
+@pytest.mark.parametrize(
+    ("settings", "pipeline_class", "said"),
+    [
+        ({"prediction_type": "flow_prediction", "shift": 3.0}, "DDPMPipeline", "plain Euler steps of flow matching"),
+        (
+            {"prediction_type": "score", "sigma_max": 50.0},
+            "ScoreSdeVePipeline",
+            "does not support images of 1 channels",
+        ),
+        ({"beta_schedule": "sqrt"}, "GeneralizedDDIMPipeline", "diffusers alone does not load this model"),
+    ],
+)
+def test_models_of_other_paths(hub, make_unet, settings, pipeline_class, said):
+    kind = "fourier" if "sigma_max" in settings else "positional"
+    pipe = GeneralizedDDIMPipeline(make_unet(time_embedding_type=kind), GeneralizedDDIMScheduler(**settings))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.push_to_hub(REPO, samples=2)
+    assert json.loads(hub.files(REPO)["model_index.json"])["_class_name"] == pipeline_class
+    assert said in card(hub)
+    again = pipeline(REPO)
+    assert type(again.scheduler) is GeneralizedDDIMScheduler
+    made = [
+        each(2, 3, generator=torch.Generator().manual_seed(0), output_type="latent").images for each in (pipe, again)
+    ]
+    assert torch.equal(*made)
+    again.push_to_hub(REPO)
+    assert len(hub.commits(REPO)) == 2  # it is the same

@@ -1,0 +1,108 @@
+"""The commands with models of flow matching and variance exploding."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from cli_runs import latents, run
+from PIL import Image
+
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
+
+PATHS = {
+    "flow": {"prediction_type": "flow_prediction", "shift": 3.0},
+    "exploding": {"prediction_type": "score", "sigma_max": 50.0},
+}
+
+
+@pytest.fixture(scope="module", params=PATHS)
+def model(request, make_unet, tmp_path_factory):
+    """A saved model, whose network changes little."""
+    folder, settings = tmp_path_factory.mktemp(request.param) / "model", PATHS[request.param]
+    kind = "fourier" if "sigma_max" in settings else "positional"
+    unet = make_unet(channels=3, time_embedding_type=kind)
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.01, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.zeros_(unet.conv_out.bias)
+    GeneralizedDDIMPipeline(unet, GeneralizedDDIMScheduler(**settings)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def is_flow(model):
+    return "DDPM" in (model / "model_index.json").read_text()
+
+
+def cells(file, number):
+    picture = np.asarray(Image.open(file))
+    return np.stack([picture[4:68, 4 + 68 * i : 68 + 68 * i] for i in range(number)])
+
+
+def test_sample_and_its_latents(model, tmp_path):
+    run("sample", model, "--num", 3, "--steps", 5, "--eta", 1, "--format", "npz", "--output", tmp_path / "noisy")
+    run("sample", model, "--num", 3, "--steps", 5, "--output", tmp_path / "a")
+    drawn = torch.cat([torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+    assert torch.equal(latents(tmp_path / "a"), drawn)  # of deviation 1 on every path
+    run("sample", model, "--latents", tmp_path / "a" / "latents.safetensors", "--output", tmp_path / "b")
+    assert np.array_equal(*(cells(tmp_path / name / "samples.png", 3) for name in "ab"))
+    run("sample", model, "--num", 1, "--steps", 4, "--multistep", "--output", tmp_path / "c")
+
+
+def test_timesteps_are_real_numbers(model, is_flow, tmp_path):
+    times = ["1000", "512.5", "20.25"] if is_flow else ["50", "3.25", "0.5"]
+    run("sample", model, "--num", 1, "--timesteps", *times, "--output", tmp_path)
+    settings = json.loads((tmp_path / "sample.json").read_text())["settings"]
+    assert settings["timesteps"] == [float(time) for time in times]
+    run("sample", model, "--latents", tmp_path / "latents.safetensors", "--output", tmp_path / "again")
+    assert np.array_equal(*(cells(folder / "samples.png", 1) for folder in (tmp_path, tmp_path / "again")))
+
+
+def test_encode_reconstruct_and_interpolate(model, pictures, tmp_path, capsys):
+    half = ["--steps", 10, "--strength", 0.5, "--refine", 20]
+    run("encode", model, pictures, *half, "--output", tmp_path)
+    run("reconstruct", model, pictures, *half, "--output", tmp_path)
+    record = json.loads((tmp_path / "reconstruct.json").read_text())
+    assert max(record["mean_squared_error"]) < 1e-4
+    assert len(record["report"]["timesteps"]) == 5
+    assert "evaluations for an image" in capsys.readouterr().err
+    run("interpolate", model, pictures / "0.png", pictures / "1.png", "--steps", 3, "--output", tmp_path / "images")
+    run("interpolate", model, "--seeds", 1, 2, 3, 4, "--points", 3, "--steps", 3, "--output", tmp_path / "seeds")
+    assert latents(tmp_path / "seeds").shape == (4, 3, 8, 8)
+
+
+def test_fit(model, tmp_path):
+    settings = ("--num", 4, "--teacher-steps", 12, "--batch-size", 4)
+    run("fit", model, "--steps", 3, *settings, "--output", tmp_path)
+    found = json.loads((tmp_path / "fit.json").read_text())["fitted"]["3"]
+    assert found["error"] <= found["default_error"]
+    pipe = GeneralizedDDIMPipeline.from_pretrained(tmp_path / "model")
+    assert isinstance(pipe.scheduler, MultistepDDIMScheduler)
+    run("sample", tmp_path / "model", "--num", 1, "--steps", 3, "--output", tmp_path / "sampled")
+
+
+@pytest.mark.parametrize(
+    ("options", "flow", "exploding"),
+    [
+        (["--variance", "learned_range"], "needs a β schedule, not flow matching", "not variance exploding"),
+        (["--timesteps", "10", "20"], "descending", "descending"),
+        (["--timesteps", "1001.5"], "1000", "50"),
+        (["--spacing", "quadratic"], "is for tables of β: for flow matching use", None),
+    ],
+)
+def test_options_that_do_not_apply(model, is_flow, tmp_path, capsys, options, flow, exploding):
+    said = flow if is_flow else exploding
+    run("sample", model, "--num", 1, *options, "--output", tmp_path / "out", ok=said is None)
+    if said is not None:
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("ddim-plugin sample: ")
+        assert said in line
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_corrector_is_switched_off_for_latents(make_unet, pictures, tmp_path, capsys):
+    scheduler = GeneralizedDDIMScheduler(corrector_steps=1, **PATHS["exploding"])
+    unet = make_unet(channels=3, time_embedding_type="fourier")
+    GeneralizedDDIMPipeline(unet, scheduler).save_pretrained(tmp_path / "model")
+    run("sample", tmp_path / "model", "--num", 1, "--steps", 3, "--output", tmp_path / "a")
+    run("encode", tmp_path / "model", pictures / "0.png", "--steps", 3, "--output", tmp_path / "b")
+    assert "note: corrector_steps=0, the model has 1" in capsys.readouterr().err
