@@ -9,9 +9,9 @@ distance.
 1. Every sampler without noise is measured by the first, on `near` images in float32.
 2. Those within `margin` of diffusers' best, and those that add noise, are screened by the second on `screen` images.
    Noisy samplers beyond `margin` of the best are not screened again at the next number.
-3. Diffusers' `shortlist` best, DDIM's best and ours are measured on `draws` sets of `images` others, which did not
-   choose them. The table shows the mean, and its standard error, pooled over all samplers. Diffusers' best is chosen by
-   these means, so its value is a little too low.
+3. Diffusers' `shortlist` best, the best of DDIM (or of flow matching's Euler) and ours are measured on `draws` sets of
+   `images` others, which did not choose them. The table shows the mean, and its standard error, pooled over all
+   samplers. Diffusers' best is chosen by these means, so its value is a little too low.
 
 With --thousand, 1000 steps are measured too. The same command resumes a run that was stopped. After a change of our own
 code pass --overwrite. A model with fitted timesteps (`ddim-plugin fit`, with a seed far from this one) is also measured
@@ -30,7 +30,7 @@ from typing import Any
 
 from guard.writing import write_file
 from measure.comparison.bench import Bench, BenchSettings
-from measure.comparison.samplers import FAMILIES, Sampler, is_stock, samplers
+from measure.comparison.samplers import FAMILIES, PLAIN, Sampler, is_flow, is_stock, samplers
 from measure.comparison.tables import entries, plot, relative_errors, table
 from measure.parts import DTYPES
 from tqdm.auto import tqdm
@@ -68,10 +68,10 @@ def check(config: FewStepsConfig) -> None:
 def main(config: FewStepsConfig) -> dict[str, Any]:
     """Write few_steps.json, few_steps.md, few_steps.png and results.json. Returns the content of the first."""
     check(config)
-    every = [each for each in samplers() if not config.families or each.family.startswith(config.families)]
+    bench = Bench(config)
+    every = [s for s in samplers(is_flow(bench.saved)) if not config.families or s.family.startswith(config.families)]
     if not every:
         raise ValueError(f"no family of samplers begins with {' or '.join(config.families)}")
-    bench = Bench(config)
     print(f"{len(every)} samplers; the solution first", flush=True)
     bench.solution  # noqa: B018
     result = record(config) | {"status": "running", "command": command(config), "model": bench.settings}
@@ -104,7 +104,7 @@ def compare(
     found = [bench.distance(each, nfe) for each in tqdm(still, desc=f"{nfe}, RMS", leave=False)]
     distances = [entry for entry in found if "rms" in entry]
     limit = config.margin * min((each["rms"] for each in distances if is_stock(each["family"])), default=math.inf)
-    near = {each["sampler"] for each in distances if each["rms"] <= limit or each["family"] in (*FAMILIES, "DDIM")}
+    near = {each["sampler"] for each in distances if each["rms"] <= limit or each["family"] in (*FAMILIES, *PLAIN)}
     near |= {each.name for each in every if each.noisy} - dropped
     left = [each for each in every if each.name in near]
 
@@ -114,7 +114,7 @@ def compare(
     ranks = sorted((entry["frechet"], name) for name, entry in screened.items() if is_stock(entry["family"]))
     dropped = {name for value, name in ranks if value > config.margin * ranks[0][0] and screened[name]["noisy"]}
     chosen = [name for _, name in ranks[: config.shortlist]]
-    chosen += [name for _, name in ranks if screened[name]["family"] == "DDIM"][:1]
+    chosen += [name for _, name in ranks if screened[name]["family"] in PLAIN][:1]
     chosen += [name for name, entry in screened.items() if not is_stock(entry["family"])]
     left = [each for each in left if each.name in chosen]
 
@@ -135,7 +135,9 @@ def write(result: dict[str, Any], output: Path) -> None:
     write_json(output / "few_steps.json", result)
     write_file(output / "few_steps.md", table(result))
     plot(result, output / "few_steps.png")
-    pictures = {"few_steps.png": "Few steps: ours, the best of all samplers of diffusers at each number, and DDIM."}
+    pictures = {
+        "few_steps.png": "Few steps: ours, the best of all samplers of diffusers at each number, and its DDIM or Euler."
+    }
     known = {"model": {"sha256": result["model"]["model"]}, "status": result["status"]}
     write_json(output / "results.json", known | {"results": entries(result), "pictures": pictures})
 

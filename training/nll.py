@@ -108,8 +108,7 @@ def main(config: NLLConfig) -> dict[str, Any]:
     output = Path(config.output)
     earlier = earlier_cells(output, config)
     bench = Bench(config.model, config.class_label, config.batch_size, config.seed, config.device)
-    if not bench.learned and "learned_range" in config.variances:
-        raise ValueError("the network has no variance of its own: leave learned_range out of variances")
+    bench.check(config.variances, config.save_model)
     spacing = config.spacing or bench.pipe.scheduler.config.timestep_spacing
     along = {S: bench.times(spacing, S) for S in config.steps}
     images = bench.load(config.data, config.split, config.images, **config.reading)
@@ -132,9 +131,9 @@ def main(config: NLLConfig) -> dict[str, Any]:
         made = result["cells"][key]
         print(f"{key:42s} {made['bits']:.4f} ± {made['standard_error'] or math.nan:.4f} bits/dim")
 
-    def bound(key: str, variance: str, times: np.ndarray, **known: Any) -> None:
+    def bound(key: str, variance: str, path: np.ndarray, **known: Any) -> None:
         settings = (variance, eta[variance], eps, config.clip, decoder)
-        measured = VariationalBound(bench.path, times, bench.prediction_type, *settings)
+        measured = VariationalBound(bench.path, path, bench.prediction_type, *settings)
         cell(key, partial(bench.bound, images, measured, config.draws), variance=variance, **known)
 
     eta = {each: 1.0 if each in ETA_FREE else config.eta for each in config.variances}

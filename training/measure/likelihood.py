@@ -21,7 +21,7 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.hub.files import read_object
 from ddim_plugin.hub.records import TRAINING
 from ddim_plugin.process import spacings
-from ddim_plugin.process.paths import Path
+from ddim_plugin.process.paths import FlowMatching, Path
 from ddim_plugin.process.predictions import prediction
 
 from .bound import Array, Errors, Generators, Network, VariationalBound, best_paths, bound_costs, bound_of, draw
@@ -88,13 +88,29 @@ class Bench:
         self.T, top = self.path.T, self.path.level(self.path.T)
         if top.noise > 1 + 1e-9:
             raise ValueError(
-                f"{model} ends at x_0 + {top.noise:.4g}·ε, and likelihoods are measured on paths that end near N(0, I): "
-                "measure a model of the paper's process or of flow matching"
+                f"{model} ends at x_0 + {top.noise:.4g}·ε, and likelihoods are measured on paths that end near N(0, "
+                "I): measure a model of the paper's process or of flow matching"
             )
         self.prediction_type = self.pipe.scheduler.config.prediction_type
 
+    def check(self, variances: tuple[str, ...], save_model: str | None) -> None:
+        """Raise ValueError for variances that this model does not have, and for a folder that could not be saved."""
+        if not self.learned and "learned_range" in variances:
+            raise ValueError("the network has no variance of its own: leave learned_range out of variances")
+        if "optimal" in variances and self.path.level(self.T).signal == 0:
+            raise ValueError(
+                "variance optimal is undefined at pure noise, where this path begins: pass --variances fixed_small "
+                "fixed_large"
+            )
+        if save_model is not None and isinstance(self.path, FlowMatching):
+            raise ValueError("--save_model saves E‖ε̂‖² for variance optimal, which flow matching lacks: leave it out")
+
     def times(self, spacing: str, S: int) -> NDArray[np.int64]:
-        """Return the distinct times of a spacing: a repeated time is no move."""
+        """Return the distinct whole times of a spacing: a repeated time is no move."""
+        scheduler = self.pipe.scheduler
+        if isinstance(self.path, FlowMatching) and spacing == scheduler.config.timestep_spacing:
+            scheduler.set_timesteps(S)  # with its shift
+            return np.unique(np.rint([self.path.time(t) for t in scheduler.timesteps.tolist()]).astype(np.int64))
         return np.unique(spacings.tau(spacing, S, self.T, alpha_bar=self.pipe.scheduler.alpha_bar))
 
     def network(self, x: Tensor, t: Tensor) -> Tensor:

@@ -36,9 +36,9 @@ def ode_log_density(
 ) -> tuple[Tensor, Tensor, int]:
     """Integrate the ODE of Eq. 14 from the data to time `top`.
 
-    With the angle θ, tan θ = b/a, the ODE of y = x/√(a² + b²) reads dy/dθ = v̂ (y = cos θ·x0 + sin θ·ε), and log p(x_0) =
-    log N(y_θ; 0, I) + ∫ tr ∂v̂/∂y dθ (Song et al. 2021, Eq. 39). In the paper y = x and ᾱ = cos²θ. SciPy's RK45 chooses
-    the steps for the whole batch.
+    With the angle θ, tan θ = b/a, the ODE of y = x/√(a² + b²) reads dy/dθ = v̂ (y = cos θ·x0 + sin θ·ε), and
+    log p(x_0) = log N(y_θ; 0, I) + ∫ tr ∂v̂/∂y dθ (Song et al. 2021, Eq. 39). In the paper y = x and ᾱ = cos²θ. SciPy's
+    RK45 chooses the steps for the whole batch.
 
     Args:
         network: (x_t, t) ↦ output, t (B,) real in 0..T: the solver evaluates it between the trained times.
@@ -91,7 +91,7 @@ def _velocity(
     """Return v̂ at the angle θ, and tr ∂v̂/∂y of each image: exact, or estimated from probes."""
     level = Level(math.cos(theta), max(math.sin(theta), 1e-6))  # x̂0 at θ = 0 equals the image, and determines no noise
     time = time_of(theta, angles, isinstance(path, FlowMatching))
-    scale = 1 / (level.signal + level.noise) if isinstance(path, FlowMatching) else _scale(path, time)
+    scale = _scale(path, level, time)
     t = torch.full((len(y),), time, dtype=y.dtype, device=y.device)
     predicted = prediction(prediction_type, Level(scale * level.signal, scale * level.noise))
     of_x = scale * (level.signal * predicted.eps_x - level.noise * predicted.x0_x)
@@ -124,8 +124,12 @@ def angles_of(path: Path) -> Array:
     return np.arctan2(*(np.asarray(each) for each in reversed(path.levels)))
 
 
-def _scale(path: Path, time: float) -> float:
-    """Return √(a² + b²) at a real time, linear in its logarithm between the levels."""
+def _scale(path: Path, level: Level, time: float) -> float:
+    """Return √(a² + b²) at a real time, whose level of the same ratio is (cos θ, sin θ)."""
+    if isinstance(path, FlowMatching):  # a + b = 1
+        return float(1 / (level.signal + level.noise))
+    if path.levels.signal[-1] == 1:  # a = 1
+        return float(1 / level.signal)
     lengths = np.hypot(*(np.asarray(each) for each in path.levels))
     return float(np.exp(np.interp(time, np.arange(len(lengths)), np.log(lengths))))
 

@@ -1,8 +1,8 @@
 """The losses of training: L_γ of Theorem 1, its variational bound, and weights that later papers introduced.
 
 The network sees x_t = a_t·x_0 + b_t·ε, a level of any Gaussian path, at a time t in 1..T. It predicts ε, x0, v, the
-velocity or the score. On the paper's path a = √ᾱ and b = √(1 − ᾱ) (Eq. 4). Every loss is a function of the error of that
-prediction (and of the learned variance), image by image, in float32.
+velocity or the score. On the paper's path a = √ᾱ and b = √(1 − ᾱ) (Eq. 4). Every loss is a function of the error of
+that prediction (and of the learned variance), image by image, in float32.
 """
 
 from typing import NamedTuple
@@ -41,8 +41,8 @@ class Noised(NamedTuple):
 class Objective:
     """Computes the loss of each image of a batch.
 
-    - "simple": mean squared error of the prediction; with ε, L_γ at γ = 1 (Eq. 5). The error of a score is multiplied by
-      b_t, so that the loss is E‖b_t·output + ε‖² (Song et al. 2021).
+    - "simple": mean squared error of the prediction; with ε, L_γ at γ = 1 (Eq. 5). The error of a score is multiplied
+      by b_t, so that the loss is E‖b_t·output + ε‖² (Song et al. 2021).
     - "theorem1": ε's squared error times γ_t = c_t²·b_t²/(2σ_t²·a_t²), s = t − 1, σ_t = σ(η),
       c_t = a_s − √(b_s² − σ_t²)·a_t/b_t: the γ for which L_γ equals J_σ up to a constant (Theorem 1), in nats per
       dimension.

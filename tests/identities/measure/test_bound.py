@@ -24,7 +24,7 @@ from torch import Generator
 from trainer.objective import Objective
 
 from ddim_plugin.process.moves import beta_tilde, sigma, x0_weight
-from ddim_plugin.process.paths import variance_preserving
+from ddim_plugin.process.paths import flow_matching, square_root, variance_preserving
 from ddim_plugin.process.spacings import linear, quadratic
 
 
@@ -79,6 +79,21 @@ def test_the_optimal_variance_never_worsens_the_bound():
         assert eta < 1 or best <= exact_bound(PATH, tau, "fixed_large", eta) + 1e-12
 
 
+def test_the_bound_of_flow_matching():
+    """It meets the truth with many steps, by the closed form and as drawn from the network; σ = 1 is noise alone."""
+    gaps = [exact_bound(flow_matching(T), np.arange(1, T + 1), "fixed_small", 1.0) - TRUE for T in (100, 1000, 10_000)]
+    assert gaps[0] > gaps[1] > gaps[2] > 0
+    tau, errors = np.arange(10, 1001, 10), exact_errors(FLOW)
+    assert prior_nats(FLOW.level(1000), errors.x0_mean_square) == 0
+    for kind in ("epsilon", "flow_prediction"):
+        along = tau if kind == "flow_prediction" else tau[:-1]
+        bound = VariationalBound(FLOW, along, kind, decoder=errors.decoder_variance, density=True)
+        terms = bound.exact(exact_network(FLOW, kind), data(5000), Generator().manual_seed(1))
+        error = float(terms.total.std() / math.sqrt(5000))
+        assert error < 0.05
+        assert abs(float(terms.total.mean()) - exact_bound(FLOW, along, "fixed_small", 1.0)) < 4 * error
+
+
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "optimal"])
 def test_terms_have_the_expected_means(variance_type):
     """What is drawn from the network agrees with the closed form, within its standard error."""
@@ -126,11 +141,15 @@ def test_images_do_not_depend_on_the_batch():
 @pytest.mark.parametrize(
     ("variance_type", "loss"), [("fixed_small", "bound"), ("fixed_large", "bound"), ("learned_range", "bound")]
 )
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
 def test_hos_conventions_are_those_of_the_loss(variance_type, loss, prediction_type, network):
     """The terms of the full chain are those that training minimises (`Objective`), bytes and decoder included."""
     T = 40
-    path, x0 = variance_preserving(table(T)), (torch.randint(0, 256, (4, 1, 3, 3)).float() / 127.5 - 1)
+    flow = prediction_type == "flow_prediction"
+    path, x0 = (
+        flow_matching(T) if flow else variance_preserving(table(T)),
+        (torch.randint(0, 256, (4, 1, 3, 3)).float() / 127.5 - 1),
+    )
     objective = Objective(path, prediction_type, loss, variance_type)
     bound = VariationalBound(path, None, prediction_type, variance_type)
     learned = variance_type == "learned_range"
@@ -179,11 +198,17 @@ def test_bins_sum_to_one():
         ({"clip": 0}, "clip must be positive"),
         ({"prediction_type": "noise"}, "unknown prediction_type"),
         ({"eta": 5.0}, "too large"),
+        ({"path": square_root(9)}, "ends with the noise 3"),
+        ({"path": FLOW}, "divides by zero"),
+        (
+            {"path": FLOW, "prediction_type": "sample", "variance_type": "optimal", "eps_mean_square": ALPHA},
+            "pure noise",
+        ),
     ],
 )
 def test_bounds_that_do_not_exist(settings, said):
     with pytest.raises(ValueError, match=said):
-        VariationalBound(PATH, **settings)
+        VariationalBound(**{"path": PATH} | settings)
 
 
 def test_errors_are_measured():
@@ -277,4 +302,6 @@ def test_beta_tilde_is_what_the_bound_has_of_it():
     """σ² of q in `transition_nats` at η = 1 is β̃: without an error the KL to itself is 0."""
     assert transition_nats(PATH, 700, 300, 0.0) == pytest.approx(0.0, abs=1e-15)
     assert transition_nats(PATH, 700, 300, 0.0, "fixed_large") > 0
-    assert beta_tilde(PATH.level(700), PATH.level(300)) == pytest.approx(sigma(PATH.level(700), PATH.level(300), 1.0) ** 2)
+    assert beta_tilde(PATH.level(700), PATH.level(300)) == pytest.approx(
+        sigma(PATH.level(700), PATH.level(300), 1.0) ** 2
+    )

@@ -6,10 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from gaussian_data import ALPHA, MEAN, PATH, VARIANCE, data, exact_network
+from gaussian_data import ALPHA, FLOW, MEAN, PATH, VARIANCE, data, exact_network
 from measure.bound import BITS
-from measure.ode import ode_bits, ode_log_density, time_of
+from measure.ode import angles_of, ode_bits, ode_log_density, time_of
 from torch import Generator
+
+from ddim_plugin.process.paths import variance_exploding
 
 
 @pytest.mark.parametrize("hutchinson", [False, True])
@@ -43,6 +45,32 @@ def test_the_likelihood_of_the_ode_is_the_datas(hutchinson, prediction_type):
     assert 20 < evaluations < 2000
 
 
+@pytest.mark.parametrize("prediction_type", ["flow_prediction", "epsilon"])
+def test_the_flow_carries_noise_to_the_data_exactly(prediction_type):
+    """σ = 1 is noise alone, so that the likelihood of the exact network is the data's, without a gap."""
+    x0, top = data(8), None if prediction_type == "flow_prediction" else 999.0
+    network = exact_network(FLOW, prediction_type)
+    found, latents, _ = ode_log_density(network, x0, FLOW, prediction_type, None, 1e-6, top)
+    true = -0.5 * ((x0 - MEAN) ** 2 / VARIANCE + math.log(2 * math.pi * VARIANCE)).flatten(1).sum(1)
+    limit = 1e-4 if top is None else 5e-3
+    assert (found - true).abs().max() / 4 * BITS < limit
+    assert (latents - (x0 - MEAN) / math.sqrt(VARIANCE)).abs().max() < limit
+
+
+def test_a_path_that_explodes():
+    """The latent is x/√(1 + σ²), with the score of the data at σ between the trained levels."""
+    path = variance_exploding(60, 0.01, 500.0)
+
+    def score(x, t):
+        sigma = path.timestep(float(t[0])) if t[0] >= 1 else path.levels.noise[1] * float(t[0])
+        return -(x - MEAN) / (VARIANCE + sigma**2)
+
+    x0 = data(8)
+    found, _, _ = ode_log_density(score, x0, path, "score", None, 1e-6)
+    true = -0.5 * ((x0 - MEAN) ** 2 / VARIANCE + math.log(2 * math.pi * VARIANCE)).flatten(1).sum(1)
+    assert (found - true).abs().max() / 4 * BITS < 5e-3
+
+
 def test_bits_of_bytes():
     """Of data that are Gaussian but for their bins, the ODE's bits are their entropy, within the standard error."""
     grid = (torch.arange(256, dtype=torch.float64) + 0.5) / 128 - 1
@@ -62,6 +90,9 @@ def test_bits_of_bytes():
 
 
 def test_times_between_the_trained_ones():
+    assert [time_of(math.atan(t / (1000 - t)), angles_of(FLOW), True) for t in (1, 2.5, 999)] == pytest.approx(
+        [1, 2.5, 999]
+    )
     angles = np.arccos(np.sqrt(ALPHA))
     for t in (1, 2, 500, 1000):
         assert abs(time_of(float(angles[t]), angles) - t) < 1e-6

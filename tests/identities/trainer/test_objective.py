@@ -12,7 +12,7 @@ from torch.distributions import Normal, kl_divergence
 from trainer.objective import ImportanceTimes, Objective, draw_times
 
 from ddim_plugin import GeneralizedDDIMScheduler
-from ddim_plugin.process.paths import variance_preserving
+from ddim_plugin.process.paths import flow_matching, variance_exploding, variance_preserving
 
 T = 50
 ALPHA = np.concatenate([[1.0], np.cumprod(1 - np.linspace(1e-3, 0.2, T))])
@@ -133,6 +133,61 @@ def test_the_bound_is_that_of_the_scheduler(variance_type):
     assert losses[1:].tolist() == pytest.approx(expected[1:], rel=2e-3, abs=1e-4)
 
 
+PATHS = {
+    "flow": (flow_matching(T), ("sample", "v_prediction", "flow_prediction")),
+    "exploding": (variance_exploding(T, 0.01, 9.0), ("epsilon", "sample", "v_prediction", "flow_prediction", "score")),
+    "preserving": (PATH, ("epsilon", "score", "flow_prediction")),
+}
+
+
+def output_on(path, kind, x0, noise, t, wrong):
+    """A network's output whose x̂0 is x0 + `wrong`, on any path, from x = a·x̂0 + b·ε̂ alone."""
+    a, b = (torch.from_numpy(np.asarray(each))[t].view(-1, 1, 1, 1) for each in path.levels)
+    guess = x0.double() + wrong
+    eps = (a * x0.double() + b * noise.double() - a * guess) / b
+    return {
+        "epsilon": eps,
+        "sample": guess,
+        "v_prediction": a * eps - b * guess,
+        "flow_prediction": eps - guess,
+        "score": -eps / b,
+    }[kind].float()
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("loss", ["theorem1", "min_snr", "soft_min_snr", "bound"])
+def test_a_loss_of_the_image_is_one_on_every_path(name, loss):
+    (path, kinds), (x0, noise, t) = PATHS[name], images()
+    wrong = 0.05 * torch.cos(7 * x0.double() + noise.double())
+    if (name, loss) in (("flow", "min_snr"), ("flow", "soft_min_snr"), ("exploding", "bound")):
+        with pytest.raises(ValueError, match=r"weight 0 at zero terminal SNR|has the prior N\(0, 1\), and this path"):
+            Objective(path, kinds[1], loss)
+        return
+    made = []
+    for kind in kinds:
+        objective = Objective(path, kind, loss)
+        made.append(objective(output_on(path, kind, x0, noise, t, wrong), objective.noised(x0, noise, t)))
+    assert all(torch.allclose(each, made[0], rtol=5e-3, atol=1e-5) for each in made)
+    if loss == "min_snr":
+        a, b = (np.asarray(each)[t] for each in path.levels)
+        weights = np.minimum((a / b) ** 2, 5) * wrong.square().mean((1, 2, 3)).numpy()
+        assert made[0].tolist() == pytest.approx(weights.tolist(), rel=5e-3)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_simple_on_every_path(name):
+    """The error of the prediction, and of a score σ times that: E‖b·out + ε‖²."""
+    (path, kinds), (x0, noise, t) = PATHS[name], images()
+    b = torch.from_numpy(np.asarray(path.levels.noise))[t].float()
+    for kind in kinds:
+        objective = Objective(path, kind)
+        batch = objective.noised(x0, noise, t)
+        losses = objective(output_on(path, kind, x0, noise, t, 0.0) + 0.2, batch)
+        assert losses.tolist() == pytest.approx((0.04 * (b**2 if kind == "score" else 1 + 0 * b)).tolist(), rel=2e-3)
+        assert objective.timesteps(t).tolist() == pytest.approx([path.timestep(int(time)) for time in t])
+    assert torch.equal(batch.x[-1], noise[-1]) == (name == "flow")
+
+
 def test_hybrid_moves_the_mean_by_the_simple_loss_alone():
     x0, noise, t = images()
     hybrid = Objective(PATH, loss="hybrid", variance_type="learned_range", bound_weight=0.5)
@@ -175,7 +230,10 @@ def test_zero_terminal_snr():
         ({"loss": "bound", "variance_type": "optimal"}, "cannot be trained"),
         ({"loss": "min_snr", "snr_gamma": 0.0}, "must be positive"),
         ({"path": variance_preserving(np.append(ALPHA[:-1], 0.0))}, "ε does not determine x0 at zero terminal SNR"),
-        ({"path": variance_preserving(np.append(ALPHA[:-1], 0.0)), "prediction_type": "sample", "loss": "min_snr"}, "weight 0 at zero"),
+        (
+            {"path": variance_preserving(np.append(ALPHA[:-1], 0.0)), "prediction_type": "sample", "loss": "min_snr"},
+            "weight 0 at zero",
+        ),
         ({"path": variance_preserving(ALPHA[:2]), "loss": "bound"}, "at least 2"),
     ],
 )
@@ -216,6 +274,21 @@ def test_times():
         many = draw_times(kind, 20001, 10, rng)
         assert many.shape == (20001,)
         assert np.bincount(many, minlength=11)[1:] == pytest.approx(np.full(10, 2000.1), rel=0.1)
+
+
+def test_times_of_flow_matching():
+    """Normal logits, and the shift of σ: of its quantiles, with every time drawn."""
+    rng = np.random.default_rng(0)
+    for kind in ("uniform", "antithetic", "logit_normal"):
+        plain, shifted = (np.sort(draw_times(kind, 40_001, 200, rng, shift)) / 200 for shift in (1.0, 3.0))
+        assert np.allclose(shifted, 3 * plain / (1 + 2 * plain), atol=0.03)
+        assert (plain > 0).all()
+        assert (shifted <= 1).all()
+        if kind == "logit_normal":
+            logit = np.log(plain / (1 - plain + 1 / 400))
+            assert (np.median(logit), np.std(logit)) == pytest.approx((0, 1), abs=0.05)
+        else:
+            assert len(np.unique(shifted)) == 200
 
 
 def test_importance_follows_the_losses_and_stays_unbiased():

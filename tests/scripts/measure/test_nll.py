@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from measure.likelihood import summary
+from measure.likelihood import Bench, summary
 from measure.ode import ode_log_density
 from nll import NLLConfig, main
 from trainer.settings import build
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.hub.records import read_results
+from ddim_plugin.process.paths import variance_preserving
 
 T = 30
 NOT_FINITE = "the network's output is not finite: measure other weights"
@@ -153,6 +154,50 @@ def test_bad_input(model, tmp_path, settings, said):
     assert not (tmp_path / "out").exists()
 
 
+# ---- other paths ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flow(make_unet, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flow") / "model"
+    scheduler = GeneralizedDDIMScheduler(T, prediction_type="flow_prediction", shift=2.0)
+    GeneralizedDDIMPipeline(make_unet(), scheduler).save_pretrained(folder)
+    return folder
+
+
+def test_flow_matching(flow, tmp_path):
+    """Along the grid of the sampler, with its shift, and along a searched one."""
+    settings = {"variances": ["fixed_small", "fixed_large"], "ode": True, "ode_images": 2, "tolerance": 1e-3}
+    cells = run(flow, tmp_path, searched=True, **settings)["cells"]
+    assert len(cells) == 7
+    assert all(np.isfinite(cell["bits"]) and cell["bits"] > 0 for cell in cells.values())
+    assert cells["S = 3, fixed_small"]["prior"] == pytest.approx(0, abs=1e-12)  # σ = 1 is noise alone
+    bench = Bench(str(flow), None, 4, 0, "cpu")
+    assert bench.times("linear", 3).tolist() == [2, 20, 30]  # 1, 15.5 and 30 after the shift
+    assert bench.times("quadratic", 3).tolist() != [2, 20, 30]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "optimal is undefined at pure noise, where this path begins: pass --variances fixed_small"),
+        ({"variances": ["fixed_small"], "save_model": "x"}, "which flow matching lacks"),
+    ],
+)
+def test_what_flow_matching_does_not_have(flow, tmp_path, settings, said):
+    with pytest.raises(ValueError, match=said):
+        run(flow, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_variance_exploding_is_refused(make_unet, tmp_path):
+    scheduler = GeneralizedDDIMScheduler(prediction_type="score", sigma_max=20.0)
+    GeneralizedDDIMPipeline(make_unet(time_embedding_type="fourier"), scheduler).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"ends at x_0 \+ 20·ε, and likelihoods are measured on paths that end near"):
+        run(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def broken(make_unet, tmp_path_factory):
     """A model after a training that diverged."""
@@ -181,11 +226,11 @@ def test_a_network_that_is_not_finite(broken, tmp_path, settings):
 
 def test_an_ode_that_is_not_finite():
     """Also if only its gradient is not."""
-    alpha_bar, x0 = np.linspace(1, 0.01, 5), torch.zeros(1, 1, 2, 2)
+    path, x0 = variance_preserving(np.linspace(1, 0.01, 5)), torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match=NOT_FINITE):
-        ode_log_density(lambda x, t: x / 0, x0, alpha_bar)
+        ode_log_density(lambda x, t: x / 0, x0, path)
     with pytest.raises(ValueError, match="the network's gradient is not finite"):
-        ode_log_density(lambda x, t: (x - x.detach()).abs().sqrt(), x0, alpha_bar)
+        ode_log_density(lambda x, t: (x - x.detach()).abs().sqrt(), x0, path)
 
 
 def test_a_likelihood_that_is_not_finite():

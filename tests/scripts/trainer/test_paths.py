@@ -1,5 +1,6 @@
 """Training on the paths of flow matching and variance exploding."""
 
+import convert_checkpoint
 import numpy as np
 import pytest
 import torch
@@ -42,6 +43,11 @@ def test_a_run_previews_resumes_and_samples(tmp_path, settings, path):
     assert images.isfinite().all()
     assert images.min() >= 0
     assert images.max() <= 1
+    checkpoint = {"checkpoint": str(tmp_path / "whole" / "checkpoints" / "step-00000006")}
+    convert_checkpoint.main(build(convert_checkpoint.ConvertConfig, checkpoint | {"output": str(tmp_path / "made")}))
+    made = GeneralizedDDIMPipeline.from_pretrained(tmp_path / "made")
+    assert made.scheduler.config == pipe.scheduler.config
+    assert torch.equal(made.unet.conv_in.weight, pipe.unet.conv_in.weight)
     frozen = "time_proj.weight"
     weights = [load_file(tmp_path / "whole" / name) for name in WEIGHTS]
     assert path is FlowMatching or torch.equal(weights[0][frozen], weights[1][frozen])

@@ -20,6 +20,7 @@ from torch import Generator, Tensor
 from ddim_plugin import GeneralizedDDIMPipeline
 from ddim_plugin.hub.files import weights_digest
 from ddim_plugin.pipelines.fit import TEACHER
+from ddim_plugin.process.paths import VarianceExploding
 
 from ..extractors import open_extractor
 from ..labels import count_classes
@@ -114,6 +115,11 @@ class Bench:
         self.classes = count_classes(config.model, self.unet, config.classes)
         self.shape = (self.unet.config.in_channels, *self.pipe.image_size)
         self.saved = self.pipe.scheduler.config
+        if isinstance(path := self.pipe.scheduler.path, VarianceExploding):
+            raise ValueError(
+                f"{config.model} has {path.levels.noise[-1]:g}·ε at the top, and diffusers' samplers at few steps are "
+                "for tables of β and for flow matching: use evaluate.py"
+            )
         self.extractor = open_extractor(config.extractor, self.device, self.shape)
         for name in ("screen", "images"):
             check_count(getattr(config, name), self.extractor.dimension, f"--{name}")
@@ -150,15 +156,15 @@ class Bench:
     def sample(self, unet: Any, scheduler: Any, numbers: range) -> Tensor:
         """Sample these images, in −1..1. Raises Unfit if they are not finite."""
         noise = randn_tensor((len(numbers), *self.shape), generator=self.generators(numbers), device=self.device)
-        x = noise * float(scheduler.init_noise_sigma)
+        x = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
+        scale = getattr(scheduler, "scale_model_input", lambda x, t: x)  # schedulers of flow models have none
         drawn, labels = {}, None
         if self.classes:
             labels = torch.tensor([i % self.classes for i in numbers], device=self.device)
         if "generator" in inspect.signature(scheduler.step).parameters:  # not the seeds of x_T; 32 bits count
             drawn["generator"] = self.generators(numbers, 2**31)
         for t in scheduler.timesteps:
-            scaled = scheduler.scale_model_input(x, t).to(unet.dtype)
-            output = unet(scaled, t, class_labels=labels).sample.to(x.dtype)
+            output = unet(scale(x, t).to(unet.dtype), t, class_labels=labels).sample.to(x.dtype)
             x = scheduler.step(output, t, x, **drawn).prev_sample
         if not bool(x.isfinite().all()):
             raise Unfit("images that are not finite")
@@ -235,7 +241,7 @@ class Bench:
         made = make_scheduler(sampler, nfe, self.saved)
         settings = {key: value for key, value in sampler.settings.items() if key not in ("timestep_spacing", *SIGMAS)}
         grid = [torch.as_tensor(each).tolist() for each in (made.timesteps, getattr(made, "sigmas", ()))]
-        text = json.dumps([sampler.scheduler, settings, *grid, float(made.init_noise_sigma)])
+        text = json.dumps([sampler.scheduler, settings, *grid, float(getattr(made, "init_noise_sigma", 1.0))])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _entry(

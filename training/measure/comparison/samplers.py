@@ -19,11 +19,17 @@ KINDS = (
     ("sde-dpmsolver++", "sigma_min"),
 )
 OURS, FITTED, NOISY = "ours", "ours, fitted τ", "ours, η = 1"
+PLAIN = ("DDIM", "Flow Euler")
+"""η = 0 of diffusers, for tables of β and for flow matching."""
+
 FAMILIES = (OURS, FITTED, NOISY)
 """The default, the default with times that were fitted to the model, and the default at η = 1."""
 
 NOISELESS = {"tau_func": 0}
 """Makes SA-Solver deterministic."""
+
+UNIFORM = {"uniform_sigmas": True}
+"""σ = 1, …, 1/S before the shift, as pipelines of flow models pass them to their scheduler."""
 
 
 class Unfit(Exception):
@@ -51,16 +57,45 @@ class Sampler(NamedTuple):
         return " ".join([self.family, *words])
 
 
+def is_flow(saved: Mapping[str, Any]) -> bool:
+    """Return whether a scheduler's config is one of flow matching."""
+    return saved["prediction_type"] == "flow_prediction" or bool(saved.get("use_flow_sigmas"))
+
+
 def is_stock(family: str) -> bool:
     """Return whether a family is of diffusers."""
     return family not in FAMILIES
 
 
-def samplers() -> Iterator[Sampler]:
-    """Yield ours, and those of diffusers, each with its grids and kinds of prediction."""
+def samplers(flow: bool = False) -> Iterator[Sampler]:
+    """Yield ours, and those of diffusers, each with its grids and kinds of prediction; `flow` those of flow models."""
     yield Sampler(OURS, "MultistepDDIMScheduler", {})
     yield Sampler(FITTED, "MultistepDDIMScheduler", {})
     yield Sampler(NOISY, "MultistepDDIMScheduler", {"eta": 1.0})
+    yield from _of_flow() if flow else _of_betas()
+
+
+def _of_flow() -> Iterator[Sampler]:
+    """Yield the samplers of diffusers that have flow matching, on its grids of σ."""
+    for grid in ({}, UNIFORM, *({sigmas: True} for sigmas in SIGMAS[1:4])):
+        yield Sampler("Flow Euler", "FlowMatchEulerDiscreteScheduler", grid)
+    yield Sampler("Flow Heun", "FlowMatchHeunDiscreteScheduler", {})
+    for order in (2, 3):
+        own: dict[str, Any] = {"solver_order": order}
+        for kind, last in ((kind, last) for kind, last in KINDS if kind.endswith("++")):
+            more = own | {"algorithm_type": kind, "final_sigmas_type": last}
+            for form, name in (("M", "Multistep"), ("S", "Singlestep")):
+                yield Sampler(f"{kind} {order}{form}", f"DPMSolver{name}Scheduler", more)
+        yield Sampler(f"DEIS {order}", "DEISMultistepScheduler", own)
+        for kind, data in product(("bh1", "bh2"), (True, False)):
+            yield Sampler(f"UniPC {order}", "UniPCMultistepScheduler", own | {"solver_type": kind, "predict_x0": data})
+        own = {"predictor_order": order}
+        yield Sampler(f"SA-Solver {order}", "SASolverScheduler", own)
+        yield Sampler(f"SA-Solver {order} ODE", "SASolverScheduler", own | NOISELESS)
+
+
+def _of_betas() -> Iterator[Sampler]:
+    """Yield the samplers of diffusers for a table of β."""
     for spacing in SPACINGS:
         grid = {"timestep_spacing": spacing}
         yield Sampler("DDIM", "DDIMScheduler", grid)
@@ -99,12 +134,18 @@ def make_scheduler(sampler: Sampler, nfe: int, saved: Mapping[str, Any]) -> Any:
     """
     cls = getattr(ddim_plugin, sampler.scheduler, None) or getattr(diffusers, sampler.scheduler)
     known = inspect.signature(cls.__init__).parameters
-    unknown = [key for key in sampler.settings if key not in known]
+    settings = {key: value for key, value in sampler.settings.items() if key not in UNIFORM}
+    unknown = [key for key in settings if key not in known]
     if unknown:
         raise Unfit(f"knows no {unknown[0]}")
-    if "prediction_type" not in known and saved["prediction_type"] != "epsilon":
+    flow = is_flow(saved)
+    if "prediction_type" not in known and saved["prediction_type"] != ("flow_prediction" if flow else "epsilon"):
         raise Unfit(f"knows no prediction_type {saved['prediction_type']}")
-    changes = sampler.settings | {key: False for key in ("clip_sample", "thresholding") if key in known}
+    if flow and is_stock(sampler.family):
+        kept = {key: saved[key] for key in ("num_train_timesteps", "prediction_type")} | {"use_flow_sigmas": True}
+        kept |= dict.fromkeys(("shift", "flow_shift"), max(saved["shift"], saved["flow_shift"]))
+        saved = {key: value for key, value in kept.items() if key in known}
+    changes = settings | {key: False for key in ("clip_sample", "thresholding") if key in known}
     if sampler.scheduler == "MultistepDDIMScheduler":
         changes["fitted_timesteps"] = _fitted(nfe, saved) if sampler.family == FITTED else None
     if sampler.scheduler == "SASolverScheduler":
@@ -114,7 +155,7 @@ def make_scheduler(sampler: Sampler, nfe: int, saved: Mapping[str, Any]) -> Any:
     for S in sorted(range(1, nfe + 3), key=lambda S: abs(S - nfe)):
         try:
             made = cls.from_config(dict(saved), **changes)
-            made.set_timesteps(S)
+            made.set_timesteps(S, **({} if settings == sampler.settings else {"sigmas": [1 - i / S for i in range(S)]}))
         except Exception as error:  # diffusers refuses with exceptions of many kinds
             reason = reason or f"{type(error).__name__}: {error}"
             continue

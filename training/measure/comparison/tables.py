@@ -9,7 +9,7 @@ import numpy as np
 from pictures import as_dataset
 
 from ..extractors import slug
-from .samplers import FAMILIES, is_stock
+from .samplers import FAMILIES, PLAIN, is_stock
 
 Entry = dict[str, Any]
 
@@ -53,7 +53,7 @@ def measures(result: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def entries(result: dict[str, Any]) -> list[Entry]:
-    """Return ours, DDIM's best, diffusers' best and 1000 steps, as entries of `results.json`."""
+    """Return ours, the best of `PLAIN`, diffusers' best and 1000 steps, as entries of `results.json`."""
     config, found, errors = result["config"], [], relative_errors(result)
     extractor = slug(config["extractor"])
     of_measure = {
@@ -73,7 +73,7 @@ def entries(result: dict[str, Any]) -> list[Entry]:
         return of_measure[measure] | same
 
     for measure, ours in measures(result).items():
-        kinds = {"the best of diffusers": is_stock, "DDIM": "DDIM".__eq__} | {name: name.__eq__ for name in ours}
+        kinds = {"the best of diffusers": is_stock} | {name: name.__eq__ for name in (*PLAIN, *ours)}
         for row in result["rows"]:
             chosen = {kind: best(row[measure], measure, families) for kind, families in kinds.items()}
             found += [
@@ -110,12 +110,13 @@ def table(result: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Draw both measures against evaluations: ours, the best of diffusers, DDIM, and 1000 steps."""
+    """Draw both measures against evaluations: ours, the best of diffusers and of `PLAIN`, and 1000 steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axis, (measure, ours) in zip(figure.subplots(1, 2), measures(result).items(), strict=True):
-        names = {"DDIM": "DDIM".__eq__, "best of diffusers": is_stock} | {family: family.__eq__ for family in ours}
+        names = {name: name.__eq__ for name in PLAIN} | {"best of diffusers": is_stock}
+        names |= {family: family.__eq__ for family in ours}
         for name, families in names.items():
             found = [(row["nfe"], best(row[measure], measure, families)) for row in result["rows"]]
             points = sorted((nfe, entry[measure]) for nfe, entry in found if entry)

@@ -24,7 +24,7 @@ from ..parts import DTYPES, is_missing_folder
 from .cells import Cell, make_scheduler
 from .settings import SAVED, EvaluateConfig
 
-OPENED = ("GeneralizedDDIMPipeline", "DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
+OPENED = ("GeneralizedDDIMPipeline", "DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "ScoreSdeVePipeline")
 """Pipelines that open as ours. diffusers opens all others."""
 
 
