@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .gaussian import precise
+from .paths import Level
 
 MEMORY = 5  # number of earlier iterates that Anderson acceleration uses
 PATIENCE = 6  # number of evaluations in which the residual must fall by `PROGRESS`, or the search for an image ends
@@ -42,13 +43,14 @@ class Solution(NamedTuple):
     at_floor: NDArray[np.bool_]  # the residual made no progress at the end
 
 
-def step_size(alpha_bar_t: float, alpha_bar_s: float) -> float:
+def step_size(t: Level, s: Level) -> float:
     """Compute γ = 2/(m + M) with f′ in [m, M] for Gaussian data of variance 0 to `VARIANCE` and the exact ε̂.
 
-    For data of variance v, f′ = (√(ᾱ_s·ᾱ_t)·v + √((1 − ᾱ_s)(1 − ᾱ_t)))/(ᾱ_t·v + 1 − ᾱ_t).
+    For data of variance v, f′ = (a_s·a_t·v + b_s·b_t)/(a_t²·v + b_t²).
     """
-    signal, noise = np.sqrt(alpha_bar_s * alpha_bar_t), np.sqrt((1 - alpha_bar_s) * (1 - alpha_bar_t))
-    slopes = [(signal * v + noise) / (alpha_bar_t * v + 1 - alpha_bar_t) for v in (0.0, VARIANCE)]
+    slopes = [
+        (s.signal * t.signal * v + s.noise * t.noise) / (t.signal**2 * v + t.noise**2) for v in (0.0, VARIANCE)
+    ]
     return float(2 / sum(slopes))
 
 
@@ -139,7 +141,7 @@ class InversionReport:
 
     Attributes:
         timesteps: the network timestep at the upper end of each step, (steps,).
-        residual: root mean square of (x_s − f(x_t))/√ᾱ_s in units of the network's images (−1..1). It is NaN for a
+        residual: root mean square of (x_s − f(x_t))/a_s in units of the network's images (−1..1). It is NaN for a
             naive step, which does not measure it.
         evaluations: network evaluations. A guided one counts twice.
         converged: whether the residual reached `tolerance`.

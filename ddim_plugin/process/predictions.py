@@ -1,16 +1,15 @@
 """What a network predicts, as linear maps from (x_t, output) to x̂0 and ε̂.
 
-With the noise prediction x̂0 = (x_t − √(1 − ᾱ_t)·ε̂)/√ᾱ_t (Eq. 9). A network may predict x_0 instead, or
-v = √ᾱ_t·ε − √(1 − ᾱ_t)·x_0 (Salimans & Ho 2022).
+With the noise prediction x̂0 = (x_t − b·ε̂)/a (Eq. 9). A network may predict x_0 instead, v = a·ε − b·x_0 (Salimans & Ho
+2022), the velocity ε − x_0 of flow matching, or the score −ε/b (Song et al. 2021).
 """
 
 from typing import NamedTuple
 
-import numpy as np
-
 from .moves import Move
+from .paths import Level
 
-PREDICTIONS = ("epsilon", "sample", "v_prediction")  # a network predicts the noise ε, the image x_0 or the velocity v
+PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction", "score")
 FLAT = 0.02  # slope of a step below which `unfold` does not divide by it
 
 
@@ -29,31 +28,34 @@ def check_prediction(prediction_type: str) -> None:
         raise ValueError(f"unknown prediction_type {prediction_type!r}: use one of {', '.join(PREDICTIONS)}")
 
 
-def prediction(prediction_type: str, alpha_bar_t: float) -> Prediction:
-    """Return the linear map of a prediction type at ᾱ_t.
+def prediction(prediction_type: str, level: Level) -> Prediction:
+    """Return the linear map of a prediction type at a level of floats.
 
-    Raises ValueError if it divides by zero: ε at ᾱ_t = 0 (zero terminal SNR), x_0 at ᾱ_t = 1 (the data).
+    Raises ValueError if it divides by zero: ε and the score at a = 0 (pure noise), x_0 at b = 0 (the data).
     """
     check_prediction(prediction_type)
-    signal, noise = float(np.sqrt(alpha_bar_t)), float(np.sqrt(1 - alpha_bar_t))
-    if prediction_type == "epsilon":
+    signal, noise = level
+    if prediction_type in ("epsilon", "score"):
         if signal == 0:
             raise ValueError(
-                "prediction_type='epsilon' divides by zero at ᾱ = 0: with zero terminal SNR use a network that "
-                "predicts v or x0, or timesteps below the top"
+                f"prediction_type={prediction_type!r} divides by zero at ᾱ = 0 or σ = 1, pure noise: use a network "
+                "that predicts v, x0 or the flow, or timesteps below the top"
             )
-        return Prediction(1 / signal, -noise / signal, 0.0, 1.0)
+        eps = 1.0 if prediction_type == "epsilon" else -noise
+        return Prediction(1 / signal, -eps * noise / signal, 0.0, eps)
     if prediction_type == "sample":
         if noise == 0:
-            raise ValueError("prediction_type='sample' gives no ε̂ at ᾱ = 1: use timesteps above the data")
+            raise ValueError("prediction_type='sample' gives no ε̂ at the data: use timesteps above it")
         return Prediction(0.0, 1.0, 1 / noise, -signal / noise)
-    return Prediction(signal, -noise, noise, signal)
+    if prediction_type == "flow_prediction":
+        return Prediction(1 / (signal + noise), -noise / (signal + noise), 1 / (signal + noise), signal / (signal + noise))
+    power = signal**2 + noise**2
+    return Prediction(signal / power, -noise / power, noise / power, signal / power)
 
 
-def eps_from_x0(alpha_bar_t: float) -> tuple[float, float]:
-    """Return (a, b) with ε̂ = a·x_t + b·x̂0 = (x_t − √ᾱ_t·x̂0)/√(1 − ᾱ_t)."""
-    noise = float(np.sqrt(1 - alpha_bar_t))
-    return 1 / noise, -float(np.sqrt(alpha_bar_t)) / noise
+def eps_from_x0(level: Level) -> tuple[float, float]:
+    """Return (a, b) with ε̂ = a·x_t + b·x̂0 = (x_t − signal·x̂0)/noise."""
+    return 1 / level.noise, -level.signal / level.noise
 
 
 def fold(prediction: Prediction, move: Move) -> tuple[float, float]:
@@ -70,16 +72,16 @@ def unfold(prediction: Prediction, move: Move) -> tuple[float, float]:
     If x_s hardly depends on x_t (a slope below `FLAT`, as for x_0 networks near the data), the solution would amplify
     any error of the output. Then ε̂ is taken from x_s, ε̂ = eps_x·x_s + eps_out·output, and x_t follows by Eq. 13.
 
-    Raises ValueError for the step from ᾱ_t = 0 to the data, which does not depend on x_t.
+    Raises ValueError for the step from pure noise (a = 0) to the data, if it does not depend on x_t.
     """
-    x, out = fold(prediction, move)
-    if abs(x) >= FLAT or (move.alpha_bar_t == 0 and x):
+    (x, out), start, end = fold(prediction, move), move.start, move.end
+    if abs(x) >= FLAT or (start.signal == 0 and x):
         return 1 / x, -out / x
-    if move.alpha_bar_t == 0:
+    if start.signal == 0:
         raise ValueError(
-            f"the step from time {move.t} to {move.s} does not depend on x_{move.t}, so it has no inverse: use more "
-            "steps, or timesteps at which ᾱ > 0"
+            f"the step from time {move.t:g} to {move.s:g} does not depend on x_{move.t:g}, so it has no inverse: use "
+            "more steps, or timesteps at which the sample has a part of the image"
         )
-    scale = float(np.sqrt(move.alpha_bar_t / move.alpha_bar_s))
-    eps = float(np.sqrt(1 - move.alpha_bar_t) - scale * np.sqrt(1 - move.alpha_bar_s))
+    scale = start.signal / end.signal
+    eps = start.noise - scale * end.noise
     return float(scale + eps * prediction.eps_x), float(eps * prediction.eps_out)

@@ -4,9 +4,9 @@ Times are the paper's: 1..T, increasing. The timestep of a network is one lower.
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -171,6 +171,18 @@ def explicit(timesteps: Iterable[int], T: int) -> Times:
         if first < second:
             raise ValueError(f"timesteps must be in descending order, but {first} precedes {second}")
     return np.array(values[::-1], dtype=np.int64) + 1
+
+
+def descending(timesteps: Sequence[float], low: float, high: float) -> list[float]:
+    """Check explicit timesteps that are real numbers. Raises ValueError for the first that is out of range or order."""
+    if not isinstance(timesteps, Sequence) or not len(timesteps):
+        raise ValueError(f"timesteps must be a list of numbers, not {timesteps!r}")
+    for i, value in enumerate(timesteps):
+        if not isinstance(value, Real) or not low < value * (1 + 1e-6) or not value * (1 - 1e-6) <= high:
+            raise ValueError(f"timestep {value!r} is outside {low:g}..{high:g}")
+        if i and value >= timesteps[i - 1]:
+            raise ValueError(f"timesteps must be in descending order, but {timesteps[i - 1]:g} precedes {value:g}")
+    return [float(value) for value in timesteps]
 
 
 def is_integer(value: object) -> bool:

@@ -1,13 +1,14 @@
-"""Configs that stock schedulers read: a DDIMScheduler's, with the settings it does not have under one key."""
+"""Configs that stock schedulers read, with the settings they do not have under one key."""
 
 import inspect
 import json
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
-from diffusers import DDIMScheduler, SchedulerMixin
-from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers import SchedulerMixin
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 
 KEY = "_ddim_plugin"
 """Entry of a scheduler's config with the settings of this package. Stock schedulers keep it, and do not read it."""
@@ -25,12 +26,51 @@ REMOVED: dict[str, Any] = dict.fromkeys([f"solver_{what}" for what in ("quantity
 REMOVED |= {"solver_extrapolation": None, "start_from_top": True}  # settings of version 0.1, with their defaults
 REMOVED_SPACINGS = ("few_steps_power", "log_snr")
 
-PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-PROCESS += ("set_alpha_to_one", "rescale_betas_zero_snr")  # copied with the default of the class that wrote the config
-OTHER_PROCESS = {"snr_shift_scale": 1.0, "use_flow_sigmas": False, "timestep_type": "discrete"}
+FLOW_SOLVERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")
+FLOW_SOLVERS += ("DEISMultistepScheduler", "SASolverScheduler")
+"""Stock schedulers that have `use_flow_sigmas`, whose grids are not those of `FLOW`."""
+
+VP, FLOW, VE = "DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "ScoreSdeVeScheduler"
+"""Stock schedulers whose keys configs of the three paths have."""
+
+BETA = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "set_alpha_to_one", "rescale_betas_zero_snr")
+SHIFT = ("shift", "flow_shift", "use_dynamic_shifting")
+SIGMA = ("sigma_min", "sigma_max")
+OF_PATH = {VP: BETA, FLOW: ("use_flow_sigmas", *SHIFT), VE: SIGMA}
+"""Settings of one path. With another value than the default they are refused on the others."""
+
+PROCESS = ("num_train_timesteps", "prediction_type", *BETA, "use_flow_sigmas", *SHIFT, *SIGMA)
+"""Settings that are copied with the default of the class that wrote the config."""
+
+OTHER_PROCESS = {"snr_shift_scale": 1.0, "timestep_type": "discrete", "stochastic_sampling": False}
 """Settings of other processes, with the values at which they do nothing."""
 
 CLASSES: dict[str, type["StockConfig"]] = {}  # schedulers of this package by name
+
+
+def path_of(settings: dict[str, Any]) -> str:
+    """Return the path of a scheduler with these settings, one of `OF_PATH`."""
+    if settings.get("use_flow_sigmas") or settings.get("prediction_type") == "flow_prediction":
+        return FLOW
+    return VP if settings.get("sigma_max") is None else VE
+
+
+def with_settings_of(base: type) -> Callable[[Callable], Callable]:
+    """Decorate an `__init__` without a body, which then takes the settings of `base` too, in front of its own."""
+
+    def decorate(init: Callable) -> Callable:
+        own = inspect.signature(init).parameters
+        known = dict(inspect.signature(base.__init__).parameters) | dict(own)
+        signature = inspect.Signature([*known.values()])
+
+        def configured(self: Any, *args: Any, **kwargs: Any) -> None:
+            signature.bind(self, *args, **kwargs)  # a TypeError for unknown settings
+            self._build()
+
+        configured.__signature__ = signature  # type: ignore[attr-defined]
+        return register_to_config(configured)
+
+    return decorate
 
 
 class StockConfig(SchedulerMixin, ConfigMixin):
@@ -43,10 +83,17 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         super().__init_subclass__(**kwargs)
         CLASSES[cls.__name__] = cls
 
+    @property
+    def _stock(self) -> str:
+        """Name the stock scheduler whose keys the config has."""
+        path = path_of(self.config)
+        return self.config.get("_writer") or path if path == FLOW else path
+
     def _own_settings(self) -> dict[str, Any]:
-        """Collect the settings that a stock scheduler does not have."""
+        """Collect the settings that the stock scheduler does not have."""
         names = ("eta", "eps_mean_square", "use_clipped_model_output", *SOLVER)
         own = {key: self.config[key] for key in names if key in self.config}
+        own |= {key: self.config[key] for key in self._foreign() if self.config[key] != defaults(type(self))[key]}
         if self.config.timestep_spacing not in STOCK_SPACINGS:
             own["timestep_spacing"] = self.config.timestep_spacing
         if self.config.variance_type not in STOCK_VARIANCES:
@@ -54,6 +101,10 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         if self._derived_betas:
             own["trained_betas"] = None
         return own
+
+    def _foreign(self) -> set[str]:
+        """Return the settings that the stock scheduler has no key for."""
+        return defaults(type(self)).keys() - defaults(getattr(diffusers, self._stock))
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Record settings, and keep the config readable for stock schedulers.
@@ -63,20 +114,22 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         """
         super().register_to_config(**kwargs)
         own = self._own_settings()
-        hidden = [key for key in own if key != "trained_betas"]
-        super().register_to_config(**{KEY: own, "_use_default_values": hidden, "_class_name": DDIMScheduler.__name__})
+        hidden = sorted((own.keys() - {"trained_betas"}) | self._foreign())
+        super().register_to_config(**{KEY: own, "_use_default_values": hidden, "_class_name": self._stock})
 
     def to_json_string(self) -> str:
-        """Write the config of a stock `DDIMScheduler`, with ours under `KEY`."""
-        live = self._internal_dict
-        own = {"class": type(self).__name__} | live[KEY]
+        """Write the config of the stock scheduler, with ours under `KEY`."""
+        live, stock = self._internal_dict, self._stock
+        own = {"class": type(self).__name__} | ({} if stock == VP else {"stock": stock}) | live[KEY]
         try:
-            self._internal_dict = FrozenDict({k: v for k, v in live.items() if k not in live["_use_default_values"]})
+            left_out = {*live["_use_default_values"], "_writer"}
+            self._internal_dict = FrozenDict({k: v for k, v in live.items() if k not in left_out})
             config = json.loads(super().to_json_string())
         finally:
             self._internal_dict = live
-        config |= {KEY: own, "_class_name": DDIMScheduler.__name__}
-        config.setdefault("timestep_spacing", STAND_IN)
+        config |= {KEY: own, "_class_name": stock}
+        if stock == VP:
+            config.setdefault("timestep_spacing", STAND_IN)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -87,47 +140,66 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         config's "fixed_small" and "fixed_large" noise is not copied, so that a DDPM checkpoint becomes DDIM. Raises
         ValueError for settings that `__init__` refuses, and for `kwargs` that only version 0.1 had.
         """
-        removed, aside = REMOVED.keys() & kwargs.keys(), ()
+        removed, later = REMOVED.keys() & kwargs.keys(), {}
         if removed:
             key = min(removed)
             raise ValueError(f"{key}={kwargs[key]!r} is no setting since version 0.2: leave it out")
         if isinstance(config, dict):
-            config, own = cls._adapt(*_split(config))
+            known, writer, (config, own, path) = defaults(cls), _flow_writer(config), _split(config)
+            writer = writer if path == FLOW else None
+            if path != VP:
+                of_stock = defaults(getattr(diffusers, writer or path))  # with settings that we have no name for
+                later = {key: kwargs.pop(key, config.pop(key, of_stock[key])) for key in of_stock.keys() - known}
+                config |= {"_writer": writer} if writer else {}
+            if path == FLOW and kwargs.get("prediction_type", "flow_prediction") != "flow_prediction":
+                kwargs.setdefault("use_flow_sigmas", True)  # on the same path
+            config, own = cls._adapt(config, own)
             aside = tuple(key for key in own.get(SAMPLER, ()) if key not in kwargs)
-            kwargs = {k: v for k, v in own.items() if k in inspect.signature(cls.__init__).parameters} | kwargs
+            kwargs = {k: v for k, v in own.items() if k in known} | kwargs
         created = super().from_config(config, return_unused_kwargs, **kwargs)
-        if aside:
+        if aside or later:
             scheduler = created[0] if return_unused_kwargs else created
             scheduler._set_aside = aside
-            scheduler.register_to_config()
+            scheduler.register_to_config(**later)
         return created
 
     @classmethod
     def _adapt(cls, settings: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Drop settings of other classes, and restore a sampler's constraints."""
         own |= own.pop(SAMPLER, {})
-        if SOLVER[0] in own and own.get("timestep_spacing") in ("few_steps", "few_steps_noise"):
-            own.pop("timestep_spacing")
+        if SOLVER[0] in own:  # written by a multistep scheduler
+            own.pop("use_flow_sigmas", None)
+            if own.get("timestep_spacing") in ("few_steps", "few_steps_noise"):
+                own.pop("timestep_spacing")
         return settings, own
 
 
-def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def defaults(cls: type | None) -> dict[str, Any]:
+    """Return the settings of a scheduler's class with their defaults."""
+    parameters = {} if cls is None else inspect.signature(cls.__init__).parameters
+    return {key: each.default for key, each in parameters.items() if each.default is not each.empty}
+
+
+def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Split a config into stock settings and ours, without ours that were changed since, or that only 0.1 had.
 
-    In memory diffusers lists the keys that were left to the defaults of the class that wrote the config. On disk a
-    value equal to such a default counts as not set.
+    Also returns the path. In memory diffusers lists the keys that were left to the defaults of the class that wrote the
+    config. On disk a value equal to such a default counts as not set.
     """
-    writer = getattr(diffusers, str(config.get("_class_name")), None)
-    parameters = {} if writer is None else inspect.signature(writer.__init__).parameters
-    defaults = {key: each.default for key, each in parameters.items() if each.default is not each.empty}
-    unset = config.get("_use_default_values", [key for key in config if defaults.get(key, KEY) == config[key]])
-    name, known = config.get("_class_name", "this config"), defaults | dict(config)
-    if "beta_schedule" not in known and (defaults or {"_use_default_values", "shift", "sigma_data"} & known.keys()):
-        raise ValueError(f"{name} belongs to another family of models: pass a scheduler with β, such as DDIMScheduler")
+    of_writer = defaults(getattr(diffusers, str(config.get("_class_name")), None))
+    unset = config.get("_use_default_values", [key for key in config if of_writer.get(key, KEY) == config[key]])
+    name, known = config.get("_class_name", "this config"), of_writer | dict(config)
+    path = _path_of_stock(name, known, bool(of_writer))
     for key, neutral in OTHER_PROCESS.items():
         if known.get(key, neutral) != neutral:
-            raise ValueError(f"{key}={known[key]!r} of {name} is of another process, which is not supported yet")
+            remedy = "pass eta=1.0 for noise instead" if key == "stochastic_sampling" else "it is not supported"
+            raise ValueError(f"{key}={known[key]!r} of {name} is of another process: {remedy}")
     settings = {key: known[key] for key in PROCESS if key in known} | dict(config)
+    dropped = {key for other, keys in OF_PATH.items() if other != path for key in keys}
+    dropped |= {"timestep_spacing", "steps_offset"} if path == FLOW else set()  # of tables of β
+    settings = {key: value for key, value in settings.items() if key not in dropped}
+    if path != VP:
+        settings.setdefault("prediction_type", "flow_prediction" if path == FLOW else "score")
     carried = settings.pop(KEY, None)
     own = {} if carried is None else dict(carried)
     variance = settings.get("variance_type")
@@ -141,7 +213,30 @@ def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     if SAMPLER in own and any(settings.get(key) for key in CONSTRAINTS):
         own[SAMPLER] = {}
     settings["_use_default_values"] = [key for key in config.get("_use_default_values", ()) if key not in PROCESS]
-    return settings, {key: value for key, value in own.items() if key not in changed}
+    return settings, {key: value for key, value in own.items() if key not in changed}, path
+
+
+def _flow_writer(config: dict[str, Any]) -> str | None:
+    """Name the stock solver that a flow model's config belongs to, if it is not `FLOW`. In memory it has no name."""
+    if "_class_name" in config:
+        return config["_class_name"] if config["_class_name"] in FLOW_SOLVERS else None
+    settings = {each: defaults(getattr(diffusers, each)).keys() for each in FLOW_SOLVERS}
+    fits = [each for each in FLOW_SOLVERS if settings[each] <= config.keys()]
+    return max(fits, key=lambda each: len(settings[each]), default=None)
+
+
+def _path_of_stock(name: str, known: dict[str, Any], is_stock: bool) -> str:
+    """Return the path of a config. Raises ValueError if it is another process."""
+    if path_of(known) == FLOW or ("shift" in known and "beta_schedule" not in known):
+        return FLOW
+    if name == VE or ("sigma_max" in known and not {"beta_schedule", "sigma_data"} & known.keys()):
+        return VE
+    if "beta_schedule" not in known and (is_stock or {"_use_default_values", "sigma_data"} & known.keys()):
+        raise ValueError(
+            f"{name} belongs to another family of models: pass a scheduler with β or σ, such as DDIMScheduler or "
+            "FlowMatchEulerDiscreteScheduler"
+        )
+    return VP
 
 
 def _drop_removed(settings: dict[str, Any], own: dict[str, Any]) -> None:
@@ -163,8 +258,9 @@ def _drop_removed(settings: dict[str, Any], own: dict[str, Any]) -> None:
 
 def restored(scheduler: SchedulerMixin) -> SchedulerMixin:
     """Return the scheduler of this package that was saved as this stock one, and others unchanged."""
-    own = scheduler.config.get(KEY) if type(scheduler) is DDIMScheduler else None
-    cls = CLASSES.get(own.get("class", "")) if isinstance(own, dict) else None
+    own = scheduler.config.get(KEY)
+    own = own if isinstance(own, dict) and type(scheduler).__name__ == own.get("stock", VP) else {}
+    cls = CLASSES.get(own.get("class", ""))
     return scheduler if cls is None else cls.from_config(scheduler.config)
 
 

@@ -12,31 +12,37 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
 from ..process import betas as schedules
-from ..process import moves, spacings
+from ..process import moves, paths, spacings
 from ..process import predictions as p
-from .config import STOCK_SCHEDULES
-from .planned import Kind, Planned
+from .config import FLOW, OF_PATH, STOCK_SCHEDULES, VE, VP, defaults, path_of
+from .planned import Kind, Pairs, Planned
 from .step import Evaluation, GeneralizedDDIMSchedulerOutput, Step, StepTuple
 from .tensors import Randomness, accumulate, draw, split_variance
 
 DETERMINISTIC = {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False, "thresholding": False}
 """Settings under which a latent and its image determine each other."""
 
+OF_FLOW = ("linear", "few_steps", "few_steps_noise")  # spacings: that of the stock scheduler, and those of a multistep one
+PATHS = {VP: "the path of a β schedule", FLOW: "flow matching", VE: "variance exploding"}
+
 
 class GeneralizedDDIMScheduler(Planned):
-    """The generalized process of Denoising Diffusion Implicit Models, along any subsequence τ.
+    """The generalized process of Denoising Diffusion Implicit Models, along any subsequence τ and Gaussian path.
 
-    One step is x_s = √ᾱ_s·x̂0 + √(1 − ᾱ_s − σ²)·ε̂ + σz (Eq. 12) with σ = σ(η) (Eq. 16), for the pairs (t, s) of τ. The
-    scheduler has all keys of diffusers' `DDIMScheduler`. Unlike there, x̂0 is not clipped by default.
+    One step is x_s = √ᾱ_s·x̂0 + √(1 − ᾱ_s − σ²)·ε̂ + σz (Eq. 12) with σ = σ(η) (Eq. 16), for the pairs (t, s) of τ. On
+    the paths of flow matching and variance exploding (`ddim_plugin.process.paths`), a and b replace √ᾱ and √(1 − ᾱ).
+    The scheduler has all keys of diffusers' `DDIMScheduler`. Unlike there, x̂0 is not clipped by default.
 
     Args:
         num_train_timesteps: T, the number of timesteps the network was trained on.
         beta_start, beta_end, beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "const", "jsd", "sigmoid"
             or "laplace", and the range of β for those that have one. `trained_betas` are β_1..β_T as numbers instead.
+            "sqrt" is the path x_t = x_0 + √t·ε.
         clip_sample, clip_sample_range: clip x̂0 to ±`clip_sample_range` in each step.
         set_alpha_to_one: True sets ᾱ_0 = 1 (the paper), False ᾱ_0 = ᾱ_1, as in the config of Stable Diffusion.
         steps_offset: added to the timesteps of the spacing "leading".
-        prediction_type: the network predicts "epsilon", "sample" (x_0) or "v_prediction".
+        prediction_type: the network predicts "epsilon", "sample" (x_0), "v_prediction", "flow_prediction" (ε − x_0), or
+            "score" (−ε/b).
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x̂0 instead of clipping.
         timestep_spacing: τ by name: "linear", "quadratic", "leading", "trailing", "linspace", "paper_linear",
             "paper_quadratic", "few_steps" or "few_steps_noise" (`ddim_plugin.process.spacings`).
@@ -48,6 +54,13 @@ class GeneralizedDDIMScheduler(Planned):
             `eps_mean_square`, E‖ε̂(x_t, t)‖²/d for t = 1..T.
         use_clipped_model_output: recompute ε̂ from a clipped x̂0, as Ho's sampler does. False keeps the network's ε̂,
             as the authors' code does.
+        use_flow_sigmas, shift, use_dynamic_shifting: flow matching, which "flow_prediction" implies, and its noise
+            levels. diffusers' own scheduler computes them, and `from_config` keeps its other settings. `flow_shift` is
+            another name of `shift`.
+        sigma_min, sigma_max: variance exploding, x_t = x_0 + σ_t·ε, for a network that is evaluated at σ. Without
+            `sigma_min` it is 0.01.
+        corrector_steps, corrector_snr: Langevin steps before each step, and their signal-to-noise ratio r (Song et al.
+            2021, Algorithms 4 and 5). Each takes one evaluation more: `timesteps` repeats its time.
 
     Raises ValueError for unknown names, values out of range, and combinations that do not exist.
     """
@@ -78,6 +91,14 @@ class GeneralizedDDIMScheduler(Planned):
         variance_type: str = "fixed_small",
         eps_mean_square: list[float] | None = None,
         use_clipped_model_output: bool = False,
+        use_flow_sigmas: bool = False,
+        shift: float = 1.0,
+        flow_shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        corrector_steps: int = 0,
+        corrector_snr: float = 0.16,
     ):
         self._build()
 
@@ -87,7 +108,7 @@ class GeneralizedDDIMScheduler(Planned):
         try:
             self._derived_betas = self._derived_betas and "trained_betas" not in kwargs
             super().register_to_config(**kwargs)
-            if hasattr(self, "_alpha_bar"):
+            if hasattr(self, "path"):
                 self._build()
                 if self._planned is not None:
                     with suppress(ValueError):  # a step that does not exist is refused when it is made
@@ -98,20 +119,8 @@ class GeneralizedDDIMScheduler(Planned):
 
     def _build(self) -> None:
         """Check the config, and compute its tables."""
-        config = self.config
-        T, schedule, known = config.num_train_timesteps, config.beta_schedule, config.trained_betas
+        config, T = self.config, self.config.num_train_timesteps
         schedules.check_length(T)
-        if known is not None and not self._derived_betas:
-            betas = schedules.check(known, T)
-        else:
-            betas = schedules.betas(schedule, T, config.beta_start, config.beta_end)
-            if schedules.made_for_1000(schedule, T, config.beta_start, config.beta_end):
-                message = (
-                    f"beta_start={config.beta_start:g} and beta_end={config.beta_end:g} were made for 1000 steps; at "
-                    f"num_train_timesteps={T} they leave ᾱ_T = {np.prod(1 - betas):.3g}. Scale them by 1000/{T}, "
-                    "or use squaredcos_cap_v2."
-                )
-                warnings.warn(message, stacklevel=4)
         p.check_prediction(config.prediction_type)
         spacings.check_spacing(config.timestep_spacing)
         spacings.check_offset(config.steps_offset)
@@ -125,28 +134,90 @@ class GeneralizedDDIMScheduler(Planned):
                 f"{largest!r}"
             )
         self._eps_mean_square = moves.eps_table(config.variance_type, config.eps_mean_square, T)
+        path, alpha_bar = self._make_path()
+        self._any_order = type(self)._any_order and not config.corrector_steps
+        self.order = 1 + config.corrector_steps
+        if self._planned is None or path.T != self.path.T or type(path) is not type(self.path):
+            self.num_inference_steps, self._planned, self._sigmas = None, None, None
+            self.timesteps = torch.tensor([path.timestep(t) for t in range(T, 0, -1)], device="cpu")
+        self.path, self.init_noise_sigma = path, 1.0
+        self._shown = None
+        if alpha_bar is None:
+            signal, noise = path.levels
+            alpha_bar = signal**2 / (signal**2 + noise**2)
+            self.init_noise_sigma = float(noise[-1])
+        else:
+            self._show(alpha_bar[1:])
+        self._alpha_bar = alpha_bar
+        self._tables: dict[Any, Tensor] = {}  # on a device, by key
+        self._replan()
+
+    def _make_path(self) -> tuple[paths.Path, np.ndarray | None]:
+        """Build the path of the config, and ᾱ_0..ᾱ_T if it is the paper's. Raises ValueError for those of others."""
+        config, kind = self.config, path_of(self.config)
+        for other, keys in OF_PATH.items():
+            for key in keys if other != kind else ():
+                if isinstance(config[key], list | np.ndarray) or config[key] != defaults(type(self))[key]:
+                    raise ValueError(f"{key}={config[key]!r} has no effect on {PATHS[kind]}: leave it out")
+        if kind != VP and (config.variance_type in ("learned_range", "optimal")):
+            raise ValueError(f"variance_type={config.variance_type!r} needs a β schedule, not {PATHS[kind]}")
+        T = config.num_train_timesteps
+        if kind == FLOW:
+            shifts = [value for value in (config.shift, config.flow_shift) if value != 1]
+            if len({*shifts}) > 1 or not all(isinstance(value, Real) and value > 0 for value in shifts):
+                raise ValueError(f"shift and flow_shift must be one positive number, not {shifts}")
+            if config.timestep_spacing not in OF_FLOW:
+                raise ValueError(
+                    f"timestep_spacing={config.timestep_spacing!r} is for tables of β: for flow matching use "
+                    f"{' or '.join(OF_FLOW)}, or pass sigmas"
+                )
+            return paths.flow_matching(T, bool(config.get("invert_sigmas"))), None
+        if kind == VE:
+            if config.sigma_min is None:  # the default of `ScoreSdeVeScheduler`
+                super().register_to_config(sigma_min=0.01)
+            low, high = self.config.sigma_min, self.config.sigma_max
+            if T < 2 or not 0 < low < high < float("inf"):
+                raise ValueError(f"sigma_min must be positive and less than sigma_max (T ≥ 2), not {low!r} and {high!r}")
+            return paths.variance_exploding(T, low, high), None
+        if config.beta_schedule == "sqrt":
+            return paths.square_root(T), None
+        alpha_bar = self._make_alpha_bar()
+        return paths.variance_preserving(alpha_bar), alpha_bar
+
+    def _make_alpha_bar(self) -> np.ndarray:
+        """Compute ᾱ_0..ᾱ_T, and record the β of a schedule that stock schedulers do not have."""
+        config = self.config
+        T, schedule, known = config.num_train_timesteps, config.beta_schedule, config.trained_betas
+        if known is not None and not self._derived_betas:
+            betas = schedules.check(known, T)
+        else:
+            betas = schedules.betas(schedule, T, config.beta_start, config.beta_end)
+            if schedules.made_for_1000(schedule, T, config.beta_start, config.beta_end):
+                message = (
+                    f"beta_start={config.beta_start:g} and beta_end={config.beta_end:g} were made for 1000 steps; at "
+                    f"num_train_timesteps={T} they leave ᾱ_T = {np.prod(1 - betas):.3g}. Scale them by 1000/{T}, "
+                    "or use squaredcos_cap_v2."
+                )
+                warnings.warn(message, stacklevel=6)
         alpha_bar = schedules.alpha_bar(betas)
         if config.rescale_betas_zero_snr:
             alpha_bar = schedules.rescale_zero_terminal_snr(alpha_bar)
         if not config.set_alpha_to_one:
             alpha_bar[0] = alpha_bar[1]
-        if len(getattr(self, "_alpha_bar", ())) != T + 1:
-            self.init_noise_sigma, self.num_inference_steps, self._planned = 1.0, None, None
-            self.timesteps = torch.arange(T - 1, -1, -1)
-        self._alpha_bar = alpha_bar
         derived = schedule not in STOCK_SCHEDULES and (known is None or self._derived_betas)
         if derived or self._derived_betas:
             self._derived_betas = derived
             super().register_to_config(trained_betas=betas.tolist() if derived else None)
-        self._show(alpha_bar[1:])
-        self._tables: dict[Any, Tensor] = {}  # on a device, by key
-        self._replan()
+        return alpha_bar
 
     def _check_noise(self, variance_type: str, eta: float) -> None:
         """Raise ValueError for noise that does not exist, or not in this class."""
         moves.effective_eta(variance_type, None, eta)
         if variance_type in moves.ETA_FREE and eta not in (0, 1):
             raise ValueError(f"variance_type={variance_type!r} requires eta=1 (or 0, the default), not eta={eta!r}")
+        steps, ratio = self.config.corrector_steps, self.config.corrector_snr
+        if not spacings.is_integer(steps) or steps < 0 or not (isinstance(ratio, Real) and 0 < ratio < float("inf")):
+            raise ValueError(f"corrector_steps must be 0 or more, corrector_snr positive, not {steps!r} and {ratio!r}")
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """Return `sample` unchanged: the network's input is x_t."""
@@ -161,14 +232,15 @@ class GeneralizedDDIMScheduler(Planned):
         use_clipped_model_output: bool | None = None,
         generator: Randomness = None,
         variance_noise: Tensor | None = None,
+        per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
     ) -> GeneralizedDDIMSchedulerOutput | tuple:
         """Compute x_s from x_t, with s the next lower time of the plan (Eq. 12).
 
         Args:
             model_output: the network's output, (B, C, H, W), or (B, 2C, H, W) for "learned_range".
-            timestep: a network timestep 0..T−1, or an integer tensor (B, …) with one for each sample, or each frame of
-                a sample. One outside the plan steps to the nearest time of the plan below it. Elements of
+            timestep: a network timestep (0..T−1, T·σ or σ), or a tensor (B, …) with one for each sample, or each frame
+                of a sample. One outside the plan steps to the nearest time of the plan below it. Elements of
                 `self.timesteps` are looked up by position, without synchronising the device. If a plan repeats a
                 timestep, it is the next one.
             sample: x_t, (B, C, H, W). Half precision is computed in float32 and cast once at the end.
@@ -177,12 +249,16 @@ class GeneralizedDDIMScheduler(Planned):
             use_clipped_model_output: whether ε̂ is recomputed from a clipped x̂0. None is the scheduler's setting.
             generator: source of z: one generator, or a list with one for each image. Not used in a step without noise.
             variance_noise: z itself, (B, C, H, W), instead of a generator.
+            per_token_timesteps: timesteps (B, N) of a flow model's tokens, with −1 times its output, as pipelines for
+                LTX pass them.
             return_dict: False returns the tuple (x_s, x̂0).
 
         Raises ValueError before `set_timesteps`, and for shapes, timesteps, η or generators that do not fit.
         """
         if self._planned is None:
             raise ValueError("no timesteps are set: call set_timesteps before step")
+        if per_token_timesteps is not None:
+            timestep, model_output = per_token_timesteps, -model_output
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._adopt()
@@ -191,9 +267,12 @@ class GeneralizedDDIMScheduler(Planned):
         step = self._find(timestep, kind, sample)
         variance = variance if kind[0] == "learned_range" else None
         z = None
-        if kind != ("fixed_small", 0.0) and (isinstance(step.noise, Tensor) or step.noise > 0):
+        corrects = bool(self.config.corrector_steps) and self._corrects()
+        if corrects or (kind != ("fixed_small", 0.0) and (isinstance(step.noise, Tensor) or step.noise > 0)):
             z = draw(sample, generator, variance_noise, torch.promote_types(sample.dtype, torch.float32))
         evaluation = self._evaluate(kind, step, sample, output, variance, use_clipped_model_output)
+        if corrects:
+            evaluation = evaluation.langevin(self.config.corrector_snr)
         x = evaluation.mean()
         if z is not None:
             x = accumulate(x, evaluation.std(), z)
@@ -202,6 +281,16 @@ class GeneralizedDDIMScheduler(Planned):
             return x, evaluation.pred_original_sample().to(sample.dtype)
         result = GeneralizedDDIMSchedulerOutput(x, evaluation, counted=not compiling)
         return result if return_dict else StepTuple(result)
+
+    def _make_pairs(self, times: spacings.Times) -> Pairs:
+        return [(t, r) for t, s in super()._make_pairs(times) for r in (*[t] * self.config.corrector_steps, s)]
+
+    def _corrects(self) -> bool:
+        """Return whether the step is one of the corrector's. Raises ValueError for a step outside the plan."""
+        if self._place is None:
+            raise ValueError("corrector_steps need the timesteps of the plan, one for all samples: set it to 0")
+        t, s = self._pairs[self._place]
+        return t == s
 
     def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
         """Split the network's output into prediction and learned variance, and check its shape."""

@@ -5,7 +5,7 @@ from typing import Any
 from ..process import moves, spacings
 from .config import CONSTRAINTS, SAMPLER, StockConfig
 from .generalized import GeneralizedDDIMScheduler
-from .planned import Kind
+from .planned import Kind, Pairs
 from .step import Evaluation, Step
 
 
@@ -14,6 +14,8 @@ class Upwards(StockConfig):
 
     def _check_noise(self, variance_type: str, eta: float) -> None:
         super()._check_noise(variance_type, eta)
+        if self.config.corrector_steps:
+            raise ValueError(f"encoding has no corrector: set corrector_steps to 0, not {self.config.corrector_steps}")
         if moves.adds_noise(variance_type, eta):
             raise ValueError(
                 f"encoding needs the deterministic process: with noise (eta={eta:g}, variance_type={variance_type!r}) "
@@ -57,8 +59,9 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
     is no function of x_s. The output's `prev_sample` is x_t. Args and errors are those of `GeneralizedDDIMScheduler`.
     """
 
-    def _make_pairs(self, times: spacings.Times) -> list[tuple[int, int]]:
+    def _make_pairs(self, times: spacings.Times) -> Pairs:
         return moves.downwards(times)[::-1]
 
-    def _make_step(self, t: int, s: int, kind: Kind) -> Step:
-        return Step.up(moves.move(self._alpha_bar, t, s), self.config.prediction_type)
+    def _make_step(self, t: float, s: float, kind: Kind) -> Step:
+        move = moves.move(self.path, t, s)
+        return Step.up(move, self._prediction(move.start))

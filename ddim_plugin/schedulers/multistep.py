@@ -7,20 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ..process import moves, multistep, spacings
-from .config import SAMPLER, SOLVER, StockConfig
+from .config import FLOW, SAMPLER, SOLVER, StockConfig, path_of, with_settings_of
 from .generalized import GeneralizedDDIMScheduler
 from .inverse import Upwards
-from .planned import Kind
+from .planned import Kind, Pairs
 from .step import Evaluation, Step
 
 MUCH_NOISE = 0.5  # least η for which "few_steps" becomes "few_steps_noise", and a step extrapolates further
 REACH = 1.5  # factor on (mean − last value) in even steps with much noise: the mean of x̂0 lacks variance
 # Settings that are not copied from the config of another class: they were chosen for its sampler.
-OF_OTHERS = ("timestep_spacing", "eta", "clip_sample", "use_clipped_model_output", *SOLVER)
+OF_OTHERS = ("timestep_spacing", "eta", "clip_sample", "use_clipped_model_output", "corrector_steps", *SOLVER)
 # Largest Σ|weight| of a mean of 2 to 4 values: a step much longer than the one before would extrapolate too far.
 LARGEST = {False: (25, 250, 2500), True: (5, 17, 60)}  # of ε̂, of x̂0
 _mean_weights = lru_cache(maxsize=4096)(multistep.mean_weights)  # most plans repeat
@@ -52,39 +51,23 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     _any_order = False
 
-    @register_to_config
+    @with_settings_of(GeneralizedDDIMScheduler)
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: np.ndarray | list[float] | None = None,
-        clip_sample: bool = False,
-        set_alpha_to_one: bool = True,
-        steps_offset: int = 0,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
         timestep_spacing: str = "few_steps",
-        rescale_betas_zero_snr: bool = False,
-        eta: float = 0.0,
-        variance_type: str = "fixed_small",
-        eps_mean_square: list[float] | None = None,
-        use_clipped_model_output: bool = False,
         solver_order: int | None = None,
         lower_order_final: bool = False,
         fitted_timesteps: dict[str, list[int]] | None = None,
-    ):
-        self._build()
+    ): ...
 
     def _build(self) -> None:
         super()._build()
         order, fitted = self.config.solver_order, self.config.fitted_timesteps
         if order is not None and not (spacings.is_integer(order) and 1 <= order <= 4):
             raise ValueError(f"solver_order must be 1, 2, 3 or 4, or None, not {order!r}")
+        if self.config.corrector_steps:
+            steps = self.config.corrector_steps
+            raise ValueError(f"corrector_steps={steps} needs a GeneralizedDDIMScheduler: a multistep scheduler has none")
         self._fitted = _check_fitted(fitted, self.config.num_train_timesteps)
         if fitted is not None:  # JSON has strings as keys
             kept = {str(S): (times[::-1] - 1).tolist() for S, times in self._fitted.items()}
@@ -123,21 +106,21 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
         if self._from_noise and self._place is None and self._planned is not None:
             known = not isinstance(timesteps, Tensor) or timesteps.device.type == "cpu"
-            if not known or bool((torch.as_tensor(timesteps) == self._called[0] - 1).all()):
+            if not known or bool((torch.as_tensor(timesteps) == self._called[0]).all()):
                 self._from_noise = False  # the loop begins with this x_t, not with x_T
                 self._replan()
         return super().add_noise(original_samples, noise, timesteps)
 
-    def _make_plan(self, pairs: list[tuple[int, int]], kind: Kind) -> list[Step]:
+    def _make_plan(self, pairs: Pairs, kind: Kind) -> list[Step]:
         plan = super()._make_plan(pairs, kind)
         t, s = pairs[0]
         if t > s and self._starts_above(t) and not moves.adds_noise(*kind):
-            plan[0] = plan[0].from_top(float(self._alpha_bar[-1]))
+            plan[0] = plan[0].from_top(self.path.level(self.path.T))
         return plan
 
-    def _starts_above(self, top: int) -> bool:
+    def _starts_above(self, top: float) -> bool:
         """Return whether the first deterministic step starts from T, above `top`."""
-        return self._from_noise and self._order != 1 and top < self.config.num_train_timesteps
+        return self._from_noise and self._order != 1 and top < self.path.T
 
     def _kind(self, eta: float | None) -> Kind:
         if eta is None and self._eta is None and self.config.variance_type == "learned_range":
@@ -145,13 +128,13 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         return super()._kind(eta)
 
     def _forget(self) -> None:
-        self._history: list[tuple[int, Tensor]] = []  # times and values of ε̂ or x̂0, the newest first
+        self._history: list[tuple[float, Tensor]] = []  # times and values of ε̂ or x̂0, the newest first
         self._last: tuple[bool, int, torch.Size] | None = None  # of x̂0, position in the plan and shape of the newest
         self._stepped: frozenset[int] = frozenset()  # positions that this loop has stepped from; copies may share it
 
     def _replan(self) -> None:
         super()._replan()
-        self._weighted: dict[tuple[Kind, int, tuple[int, ...]], tuple[Any, ...]] = {}
+        self._weighted: dict[tuple[Kind, int, tuple[float, ...]], tuple[Any, ...]] = {}
 
     def _plan(self, kind: Kind) -> list[Step]:
         """Return the steps, and compute the weights of a loop through all of them."""
@@ -173,7 +156,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             return evaluation
         if place in self._stepped:
             raise ValueError(
-                f"a second step at timestep {self._called[place] - 1}: the scheduler keeps the values of one loop. Use "
+                f"a second step at timestep {self._called[place]:g}: the scheduler keeps the values of one loop. Use "
                 "one scheduler for each loop, or call set_timesteps or set_begin_index before a new loop"
             )
         of_x0, t, like = moves.adds_noise(*kind), self._pairs[place][0], evaluation.sample
@@ -198,16 +181,15 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             return evaluation.pred_epsilon()
         return evaluation.output.clone()  # the network may write its next output into the same memory
 
-    def _weigh(self, kind: Kind, place: int, times: tuple[int, ...]) -> tuple[Any, ...]:
+    def _weigh(self, kind: Kind, place: int, times: tuple[float, ...]) -> tuple[Any, ...]:
         """Compute the step with the weight of the newest value in it, and the weights of the earlier ones."""
         key = kind, place, times
         if key not in self._weighted:
             step, of_x0 = self._plan(kind)[place], moves.adds_noise(*kind)
             weights, mean = np.zeros(len(times)), self._mean(of_x0, self._pairs[place], times, kind[1])
             if len(mean) > 1:  # they are added to the DDIM step scale·x_t + slope·value
-                alpha_bar = self._alpha_bar[self._pairs[place][0]]
-                signal, noise = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
-                slope = step.x0 - step.eps * signal / noise if of_x0 else step.eps - step.x0 * noise / signal
+                level = self.path.level(self._pairs[place][0])
+                slope = step.x0 - step.eps / level.ratio if of_x0 else step.eps - step.x0 * level.ratio
                 weights[: len(mean)] += slope * mean
                 weights[0] -= slope
             first, *rest = weights.tolist()
@@ -215,14 +197,14 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             self._weighted[key] = step._replace(**{part: getattr(step, part) + first}), *rest
         return self._weighted[key]
 
-    def _mean(self, of_x0: bool, pair: tuple[int, int], times: Sequence[int], eta: float) -> np.ndarray:
+    def _mean(self, of_x0: bool, pair: tuple[float, float], times: Sequence[float], eta: float) -> np.ndarray:
         """Compute the weights of the values in the mean over a step."""
-        t, s = (float(self._alpha_bar[time]) for time in pair)
-        known = [float(self._alpha_bar[time]) for time in times]
-        to_data, to_noise = pair[1] == 0 and (of_x0 or self.config.lower_order_final), s == 0 and not of_x0
+        t, s = (float(self.path.level(time).ratio) for time in pair)
+        known = [float(self.path.level(time).ratio) for time in times]
+        to_data, to_noise = pair[1] == 0 and (of_x0 or self.config.lower_order_final), s == np.inf and not of_x0
         if to_data or to_noise or t == s or len(set(known)) < len(known):
             return np.ones(1)
-        if of_x0 and known[-1] in (0, 1):  # log-SNR is infinite there
+        if of_x0 and known[-1] in (0, np.inf):  # log-SNR is infinite there
             known = known[:-1]
         weights, mean = np.ones(1), partial(_mean_weights, of_x0, t, s, eta=eta)
         for order in range(len(known), 1, -1):
@@ -248,21 +230,22 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
     that class and of `InverseDDIMScheduler`.
     """
 
-    def _make_pairs(self, times: spacings.Times) -> list[tuple[int, int]]:
-        path = [0, *(int(t) for t in times)]
+    def _make_pairs(self, times: spacings.Times) -> Pairs:
+        path = [0, *times.tolist()]
         if len(times) > 1 and self._starts_above(path[-1]):
-            path[-1] = self.config.num_train_timesteps  # a single step ends at τ_1, where the network was evaluated
+            path[-1] = self.path.T  # a single step ends at τ_1, where the network was evaluated
         return list(pairwise(path))
 
-    def _evaluated_at(self, pairs: list[tuple[int, int]]) -> list[int]:
+    def _evaluated_at(self, pairs: Pairs) -> list[float]:
         return [t or s for t, s in pairs]
 
-    def _make_step(self, t: int, s: int, kind: Kind) -> Step:
-        move, prediction_type = moves.move(self._alpha_bar, t, s), self.config.prediction_type
-        return Step.down(move, prediction_type) if t else Step.from_data(move, prediction_type)
+    def _make_step(self, t: float, s: float, kind: Kind) -> Step:
+        move = moves.move(self.path, t, s)
+        build, called = (Step.down, move.start) if t else (Step.from_data, move.end)
+        return build(move, self._prediction(called))
 
-    def _step_at(self, timestep: int, kind: Kind) -> Step:
-        raise ValueError(f"timestep {timestep} is not in the plan, or not the same for all samples: encode along τ")
+    def _step_at(self, timestep: float, kind: Kind) -> Step:
+        raise ValueError(f"timestep {timestep:g} is not in the plan, or not the same for all samples: encode along τ")
 
     def _all_steps(self, kind: Kind, dtype: torch.dtype, device: torch.device) -> Tensor:
         raise ValueError("inverse multistep steps need one timestep for all samples: use those of scheduler.timesteps")

@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 from torch.utils._pytree import register_pytree_node
 
 from ..process import moves
 from ..process import predictions as p
+from ..process.paths import Level
 from .tensors import Coefficient, accumulate, at_least_float32, combine, learned_log_variance, threshold
 
 
@@ -30,30 +32,28 @@ class Step(NamedTuple):
     log_high: Coefficient = 0.0
 
     @classmethod
-    def down(cls, move: moves.Move, prediction_type: str) -> "Step":
-        """Build the step x_t → x_s (Eq. 12)."""
+    def down(cls, move: moves.Move, m: p.Prediction) -> "Step":
+        """Build the step x_t → x_s (Eq. 12) for the prediction at t."""
         noise = (move.noise,) if move.log_variance is None else (1.0, *move.log_variance)
-        return cls(*p.prediction(prediction_type, move.alpha_bar_t), move.x0, move.eps, *noise)
+        return cls(*m, move.x0, move.eps, *noise)
 
     @classmethod
-    def up(cls, move: moves.Move, prediction_type: str) -> "Step":
+    def up(cls, move: moves.Move, m: p.Prediction) -> "Step":
         """Build the step x_s → x_t: `down` solved for x_t, for a given output."""
-        m = p.prediction(prediction_type, move.alpha_bar_t)
         x, out = p.unfold(m, move)
         prediction = (m.x0_x * x, m.x0_x * out + m.x0_out, m.eps_x * x, m.eps_x * out + m.eps_out)
-        return cls(*prediction, move.alpha_bar_t**0.5, (1 - move.alpha_bar_t) ** 0.5)
+        return cls(*prediction, *move.start)
 
     @classmethod
-    def from_data(cls, move: moves.Move, prediction_type: str) -> "Step":
+    def from_data(cls, move: moves.Move, called: p.Prediction) -> "Step":
         """Build the step x_0 → x_s with ε̂ from the network at the upper end. x̂0 follows from x_0 and ε̂."""
-        called = p.prediction(prediction_type, move.alpha_bar_s)
-        signal, noise = move.alpha_bar_t**0.5, (1 - move.alpha_bar_t) ** 0.5
+        signal, noise = move.start
         x0 = (1 - noise * called.eps_x) / signal, -noise * called.eps_out / signal
         return cls(*x0, called.eps_x, called.eps_out, move.x0, move.eps)
 
-    def from_top(self, alpha_bar_T: float) -> "Step":
-        """Replace ε̂ by (x_T − √ᾱ_T·x̂0)/√(1 − ᾱ_T), for a sample x_T evaluated at a lower timestep."""
-        a, b = p.eps_from_x0(alpha_bar_T)
+    def from_top(self, top: Level) -> "Step":
+        """Replace ε̂ by (x_T − a_T·x̂0)/b_T, for a sample x_T evaluated at a lower timestep."""
+        a, b = p.eps_from_x0(top)
         return self._replace(eps_x=a + b * self.x0_x, eps_out=b * self.x0_out)
 
     def eps_of_x0(self) -> tuple[Coefficient, Coefficient]:
@@ -97,6 +97,16 @@ class Evaluation(NamedTuple):
         for weight, value in self.history:
             mean = accumulate(mean, weight, value)
         return mean
+
+    def langevin(self, ratio: float) -> "Evaluation":
+        """Turn the identity into a Langevin step x_t − 2b·δ²·ε̂ + 2b·δ·z with δ = ratio/(root mean square of ε̂).
+
+        Song et al. (2021), Algorithms 4 and 5, with the norms of each sample, and √d for that of z.
+        """
+        eps, noise = self.pred_epsilon(), self.step.eps
+        size = eps.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (eps.ndim - 1))
+        change = ratio / size.clamp_min(1e-12)
+        return self._replace(step=self.step._replace(eps=noise - 2 * noise * change**2, noise=2 * noise * change))
 
     def _first_order(self) -> Tensor:
         s = self.step
@@ -157,16 +167,35 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
     def __getattr__(self, name: str) -> Tensor:
         if name not in self._KEYS:
             raise AttributeError(f"a step has no {name!r}: use one of {', '.join(self._KEYS)}")
+        self._check_unchanged(name)
+        value, like = getattr(self._evaluation, name)(), self.prev_sample
+        value = value if isinstance(value, Tensor) else torch.full((), value, dtype=like.dtype, device=like.device)
+        self.__dict__[name] = value = value.to(like.dtype)
+        return value
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Compute ln p(x_s = `x` | x_t) of each sample, the sum over its pixels, in float32: (B,).
+
+        The density is Gaussian, with `mean` and `std` of the step. It is differentiable with respect to the network's
+        output. Raises ValueError for another shape, and for a step without noise, which has no density.
+        """
+        if x.shape != self.prev_sample.shape:
+            raise ValueError(f"x has shape {tuple(x.shape)}, the step {tuple(self.prev_sample.shape)}")
+        self._check_unchanged("log_prob")
+        mean, std = self._evaluation.mean(), self._evaluation.std()
+        if not isinstance(std, Tensor):
+            if std == 0:
+                raise ValueError("a step without noise has no density: set eta above 0, and leave out the last step")
+            std = torch.full((), std, dtype=mean.dtype, device=mean.device)
+        return Normal(mean, std, validate_args=False).log_prob(x.to(mean.dtype)).flatten(1).sum(1).float()
+
+    def _check_unchanged(self, name: str) -> None:
         sample, output = self._evaluation.sample, self._evaluation.output
         if self._versions is not None and self._versions != (sample._version, output._version):
             raise RuntimeError(
                 f"{name} is computed when it is read, and sample or model_output was changed in place since the step: "
                 "read it before, or pass clones to step"
             )
-        value, like = getattr(self._evaluation, name)(), self.prev_sample
-        value = value if isinstance(value, Tensor) else torch.full((), value, dtype=like.dtype, device=like.device)
-        self.__dict__[name] = value = value.to(like.dtype)
-        return value
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_versions": None}  # copies have counts of their own

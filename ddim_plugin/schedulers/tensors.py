@@ -65,6 +65,16 @@ def whole(timestep: Any) -> int:
     raise ValueError(f"timestep must be an integer, not {timestep!r}")
 
 
+def number(timestep: Any) -> float:
+    """Convert a number of Python, NumPy or torch. Raises ValueError for half precision, which rounds timesteps."""
+    value = timestep
+    if isinstance(value, Tensor) and value.dtype not in HALF:
+        value = value.item()
+    if isinstance(value, Real) and not isinstance(value, bool):
+        return float(value)
+    raise ValueError(f"timestep must be a number, in float32 at least, not {timestep!r}")
+
+
 def integers(timesteps: Tensor) -> Tensor:
     """Convert whole numbers to integers. Raises ValueError for other values, if the host knows them, and types."""
     if timesteps.dtype in (torch.float32, torch.float64):

@@ -76,11 +76,8 @@ OF_BETA = sorted(
 OTHERS = {
     "CogVideoXDDIMScheduler": (diffusers.CogVideoXDDIMScheduler, {}, "snr_shift_scale=3.0 .*is of another process"),
     "CogVideoXDPMScheduler": (diffusers.CogVideoXDPMScheduler, {"snr_shift_scale": 2.0}, "snr_shift_scale=2.0"),
-    "flow": (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, "belongs to another family of models"),
-    "flow sigmas": (diffusers.UniPCMultistepScheduler, {"use_flow_sigmas": True}, "use_flow_sigmas=True"),
     "continuous": (diffusers.EulerDiscreteScheduler, {"timestep_type": "continuous"}, "timestep_type='continuous'"),
     "EDM": (diffusers.EDMEulerScheduler, {}, "belongs to another family of models"),
-    "VE": (diffusers.ScoreSdeVeScheduler, {}, "belongs to another family of models"),
     "IPNDM": (diffusers.IPNDMScheduler, {}, "belongs to another family of models"),
 }
 

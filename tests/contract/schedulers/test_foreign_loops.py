@@ -475,7 +475,7 @@ def test_settings_that_are_registered_later_take_effect(change, start):
     x, *outputs = draws(7)
     assert torch.equal(run(scheduler, outputs, x), run(fresh, outputs, x))
     with pytest.raises(ValueError, match="unknown prediction_type"):
-        scheduler.register_to_config(prediction_type="score")
+        scheduler.register_to_config(prediction_type="noise")
     assert scheduler.config.prediction_type == fresh.config.prediction_type
 
 

@@ -225,7 +225,7 @@ def test_bad_marginals(name):
         ({"timestep_spacing": "cosine"}, "unknown timestep_spacing 'cosine'"),
         ({"variance_type": "huge"}, "unknown variance_type 'huge': use one of fixed_small, fixed_large, learned_range"),
         ({"beta_schedule": "cubic"}, "unknown beta_schedule 'cubic'"),
-        ({"prediction_type": "score"}, "unknown prediction_type 'score'"),
+        ({"prediction_type": "noise"}, "unknown prediction_type 'noise'"),
         ({"eta": -0.1}, "eta must be a non-negative number, not -0.1"),
         ({"eta": float("nan")}, "eta must be a non-negative number, not nan"),
         ({"eta": "x"}, "eta must be a non-negative number, not 'x'"),

@@ -16,6 +16,7 @@ from ddim_plugin import (
 from ddim_plugin.process.multistep import mean_weights
 
 ALPHA = GeneralizedDDIMScheduler().alpha_bar
+RATIO = np.sqrt(1 / ALPHA - 1)
 
 
 def test_the_way_up_by_hand():
@@ -30,7 +31,7 @@ def test_the_way_up_by_hand():
     known = [(0, outputs[0]), (101, outputs[1])]
     for (t, s), new in zip([(101, 301), (301, 1000)], [None, (301, outputs[2])], strict=True):
         known = [known[-1], new] if new else known
-        weights = mean_weights(False, ALPHA[t], ALPHA[s], [ALPHA[time] for time, _ in known[::-1]])
+        weights = mean_weights(False, RATIO[t], RATIO[s], [RATIO[time] for time, _ in known[::-1]])
         mean = sum(w * g for w, (_, g) in zip(weights.tolist(), known[::-1], strict=True))
         bar = bar + (nsr[s] - nsr[t]) * mean
     assert torch.allclose(found, np.sqrt(ALPHA[1000]) * bar)

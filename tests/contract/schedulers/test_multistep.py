@@ -13,6 +13,7 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, Multi
 from ddim_plugin.process.multistep import mean_weights
 
 ALPHA = GeneralizedDDIMScheduler().alpha_bar
+RATIO = np.sqrt(1 / ALPHA - 1)
 
 
 def by_hand(x, outputs, times, prediction_type, order, eta=0.0, factor=1.0, lower_order_final=False, noise=0.0):
@@ -23,7 +24,7 @@ def by_hand(x, outputs, times, prediction_type, order, eta=0.0, factor=1.0, lowe
         if of_eps and not known and order > 1:
             eps = (x - np.sqrt(ALPHA[-1]) * x0) / np.sqrt(1 - ALPHA[-1])
             x = np.sqrt(ALPHA[t]) * x0 + np.sqrt(1 - ALPHA[t]) * eps
-        known = [(ALPHA[t], eps if of_eps else x0), *known][:order]
+        known = [(t, eps if of_eps else x0), *known][:order]
         last = s == 0 and (not of_eps or lower_order_final)
         reach = factor if len(known) > 1 and t - s + 1 >= 0.9 * (before - t) else 1.0
         x = moved(x, t, s, known[:1] if last else known, eta, reach) + oracle.sigma(ALPHA, t, s, eta) * noise
@@ -45,7 +46,7 @@ def moved(x, t, s, known, eta, factor):
     a, b = np.sqrt(ALPHA[t]), np.sqrt(1 - ALPHA[t])
     weights = np.ones(1)
     if len(known) > 1:
-        weights = mean_weights(eta > 0, ALPHA[t], ALPHA[s], [alpha for alpha, _ in known], eta)
+        weights = mean_weights(eta > 0, RATIO[t], RATIO[s], [RATIO[time] for time, _ in known], eta)
     mean = sum(w * g for w, (_, g) in zip(weights.tolist(), known, strict=True))
     mean = known[0][1] + factor * (mean - known[0][1])
     x0, eps = (mean, (x - a * mean) / b) if eta else ((x - b * mean) / a, mean)

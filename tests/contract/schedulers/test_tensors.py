@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ddim_plugin.process import predictions as p
+from ddim_plugin.process.paths import Level
 from ddim_plugin.schedulers.tensors import combine, learned_log_variance, threshold
 
 
@@ -18,9 +19,9 @@ def test_threshold_is_the_quantile(ratio):
 
 def test_clipped_x0_and_recomputed_eps_agree_on_x():
     x, out = torch.randn(2, 4, 3, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    m = p.prediction("epsilon", 0.3)
+    m = p.prediction("epsilon", Level(0.3**0.5, 0.7**0.5))
     x0 = combine(m.x0_x, x, m.x0_out, out).clamp(-0.5, 0.5)
-    a, b = p.eps_from_x0(0.3)
+    a, b = p.eps_from_x0(Level(0.3**0.5, 0.7**0.5))
     eps = combine(a, x, b, x0)
     assert torch.allclose(0.3**0.5 * x0 + 0.7**0.5 * eps, x)
 

@@ -1,0 +1,128 @@
+"""Gaussian paths x_t = a·x_0 + b·ε: variance preserving (the paper), flow matching and variance exploding.
+
+Times run from 0, the data, to T. A network is evaluated at a timestep, which is t − 1 for a table of levels, T·σ for flow
+matching, and σ for variance exploding.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+Number = float | Array
+
+
+class Level(NamedTuple):
+    """Noise level x = signal·x_0 + noise·ε: two numbers, or two float64 arrays of one shape."""
+
+    signal: Number
+    noise: Number
+
+    @property
+    def ratio(self) -> Number:
+        """Compute ς = noise/signal (Eq. 14), which is infinite for pure noise."""
+        if isinstance(self.signal, float):
+            return self.noise / self.signal if self.signal else math.inf
+        with np.errstate(divide="ignore"):
+            return self.noise / self.signal
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """A path given by its levels at the times 0..T. Networks are evaluated at t − 1."""
+
+    levels: Level  # arrays, (T + 1,)
+
+    @property
+    def T(self) -> int:
+        return len(self.levels.signal) - 1
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Return the lowest and the highest timestep."""
+        return 0, self.T - 1
+
+    def level(self, time: float) -> Level:
+        """Return the level at a time 0..T."""
+        return Level(float(self.levels.signal[time]), float(self.levels.noise[time]))
+
+    def timestep(self, time: float) -> float:
+        """Return the timestep at which a network is evaluated at this time."""
+        return time - 1
+
+    def time(self, timestep: float) -> float:
+        """Return the time of a network's timestep."""
+        return timestep + 1
+
+
+@dataclass(frozen=True, eq=False)
+class FlowMatching(Path):
+    """x_t = (1 − σ)·x_0 + σ·ε with σ = t/T, for real t (Lipman et al. 2023). Networks are evaluated at T·σ."""
+
+    inverted: bool = False  # networks are evaluated at T·(1 − σ), and predict x_0 − ε
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return 0, self.T
+
+    def level(self, time: float) -> Level:
+        return Level(1 - time / self.T, time / self.T)
+
+    def timestep(self, time: float) -> float:
+        return self.T - time if self.inverted else time
+
+    time = timestep
+
+    def sigma(self, timesteps: Tensor) -> Tensor:
+        """Compute σ at timesteps."""
+        return self.time(timesteps) / self.T
+
+
+@dataclass(frozen=True, eq=False)
+class VarianceExploding(Path):
+    """x_t = x_0 + σ_t·ε with ln σ_t linear on 1 ≤ t ≤ T (Proposition 1; Song et al. 2021). Networks are evaluated at σ_t."""
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return float(self.levels.noise[1]), float(self.levels.noise[-1])
+
+    def level(self, time: float) -> Level:
+        return Level(1.0, self.timestep(time) if time else 0.0)
+
+    def sigma(self, timesteps: Tensor) -> Tensor:
+        """Compute σ at timesteps."""
+        return timesteps
+
+    def timestep(self, time: float) -> float:
+        low, high = self.bounds
+        return low * (high / low) ** ((time - 1) / max(1, self.T - 1))
+
+    def time(self, timestep: float) -> float:
+        low, high = self.bounds
+        return 1 + (self.T - 1) * math.log(timestep / low) / math.log(high / low)
+
+
+def variance_preserving(alpha_bar: Array) -> Path:
+    """Build the paper's path from ᾱ_0..ᾱ_T: a = √ᾱ, b = √(1 − ᾱ)."""
+    return Path(Level(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)))
+
+
+def flow_matching(T: int, inverted: bool = False) -> FlowMatching:
+    """Build the path of flow matching."""
+    noise = np.arange(T + 1) / T
+    return FlowMatching(Level(1 - noise, noise), inverted)
+
+
+def variance_exploding(T: int, sigma_min: float, sigma_max: float) -> VarianceExploding:
+    """Build the path of NCSN++ (Song et al. 2021), σ from `sigma_min` at time 1 to `sigma_max` at T."""
+    noise = np.append(0.0, np.geomspace(sigma_min, sigma_max, T) if T > 1 else [sigma_max])
+    return VarianceExploding(Level(np.ones(T + 1), noise))
+
+
+def square_root(T: int) -> Path:
+    """Build the path x_t = x_0 + √t·ε of random walks. Networks are evaluated at t − 1."""
+    return Path(Level(np.ones(T + 1), np.sqrt(np.arange(T + 1.0))))

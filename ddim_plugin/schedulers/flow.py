@@ -1,0 +1,54 @@
+"""The noise levels of flow matching: from diffusers' own schedulers, with their shifts and grids."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import diffusers
+import numpy as np
+from numpy.typing import NDArray
+
+from .config import defaults
+
+SHIFTS = ("shift", "flow_shift")  # names of one setting
+Sigmas = Sequence[float] | NDArray[np.floating]
+
+
+def grid(
+    config: dict[str, Any], stock: str, shift: float | None, S: int | None, sigmas: Sigmas | None, **given: Any
+) -> tuple[NDArray[np.float64], list[float]]:
+    """Return σ, descending, and the network's timesteps that a stock flow scheduler computes from a config.
+
+    `stock` is the name of its class, `shift` one from `set_shift`. S, `sigmas` and `given` (`mu`, `timesteps`) are
+    arguments of its `set_timesteps`. Raises ValueError for σ that do not fall, and for arguments it refuses.
+    """
+    if sigmas is not None:
+        check(sigmas)
+    cls = getattr(diffusers, stock)
+    shifts = [config[key] for key in SHIFTS if config[key] != 1] or [1.0]
+    scheduler = cls.from_config(config, **{key: shifts[0] for key in SHIFTS if key in defaults(cls)})
+    if shift is not None:
+        scheduler.set_shift(shift)
+    accepted = inspect.signature(scheduler.set_timesteps).parameters
+    given = {key: value for key, value in {"sigmas": sigmas, **given}.items() if value is not None}
+    for key in given.keys() - accepted.keys():
+        raise ValueError(f"the noise levels of a {stock} do not depend on {key}: leave it out")
+    if config.get("use_dynamic_shifting") and given.get("mu") is None:
+        raise ValueError("use_dynamic_shifting=True needs mu, the shift for the size of the image: pass mu")
+    scheduler.set_timesteps(S, device="cpu", **given)
+    levels = scheduler.sigmas.double().numpy()[: len(scheduler.timesteps)]
+    levels = 1 - levels if config.get("invert_sigmas") else levels
+    return check(levels), scheduler.timesteps.tolist()
+
+
+def check(sigmas: Sigmas) -> NDArray[np.float64]:
+    """Convert σ to a float64 array, and check that they fall and lie in (0, 1]. The last may be 0."""
+    levels = np.asarray(sigmas, dtype=np.float64)
+    if levels.ndim != 1 or not len(levels):
+        raise ValueError(f"sigmas must be a list of numbers, not {sigmas!r}")
+    for i, value in enumerate(levels):
+        if not 0 <= value <= 1 or (value == 0 and not 0 < i == len(levels) - 1):
+            raise ValueError(f"sigmas must lie in (0, 1], only the last of several may be 0: number {i} is {value:g}")
+        if i and value >= levels[i - 1]:
+            raise ValueError(f"sigmas must fall, but {levels[i - 1]:g} precedes {value:g}: sort them in descending order")
+    return levels
