@@ -115,6 +115,8 @@ def _search(
     def sample(scheduler: MultistepDDIMScheduler, tau: Sequence[int], images: range) -> Tensor:
         scheduler._fitted[len(tau)] = np.array(tau)  # a spacing's own plan: the loop begins with x_T
         scheduler.set_timesteps(len(tau), device=noise.device, eta=0.0)
+        if not np.array_equal(scheduler._tau, tau):
+            raise ValueError("timesteps of flow matching are those of its shift: change shift, or pass timesteps")
         x = noise.to(condition.state_dtype) * scheduler.init_noise_sigma
         rows = batches(images, batch_size)
         return torch.cat([pipe._run(scheduler, x[i], scheduler.timesteps, condition.rows(i)) for i in rows])
