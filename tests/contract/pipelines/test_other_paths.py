@@ -7,7 +7,15 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import ConfigMixin, DDPMPipeline, DiffusionPipeline, ModelMixin, ScoreSdeVePipeline, ScoreSdeVeScheduler
+from diffusers import (
+    ConfigMixin,
+    DDPMPipeline,
+    DiffusionPipeline,
+    ModelMixin,
+    ScoreSdeVePipeline,
+    ScoreSdeVeScheduler,
+    UNet2DModel,
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
@@ -103,6 +111,8 @@ def test_timesteps_may_be_real_numbers():
 
 
 STOCK = [diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0)]
+STOCK += [diffusers.FlowMatchLCMScheduler(shift=3.0)]
+STOCK += [diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)]
 
 
 @pytest.mark.parametrize("scheduler", STOCK, ids=lambda each: type(each).__name__)
@@ -278,10 +288,20 @@ def logged(caplog):
     return lambda: [record.getMessage() for record in caplog.records if record.name == "ddim_plugin"]
 
 
-def test_a_checkpoint_of_ncsnpp_opens_and_goes_back(make_unet, tmp_path, logged):
+@pytest.mark.parametrize("in_one_folder", [False, True])
+def test_a_checkpoint_of_ncsnpp_opens_and_goes_back(tmp_path, logged, in_one_folder):
     """The layout of google/ncsnpp: Fourier time, σ up to 1348, and a sampler of 4,000 evaluations."""
-    unet = network(make_unet, EXPLODING)
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("SkipDownBlock2D",) * 2, "block_out_channels": (12, 20)}
+    blocks |= {"up_block_types": ("SkipUpBlock2D",) * 2, "norm_num_groups": None}
+    settings = {"time_embedding_type": "fourier", "mid_block_scale_factor": 2**0.5, "layers_per_block": 1}
+    unet = UNet2DModel(8, 3, 3, **blocks, **settings, attention_head_dim=None)
     ScoreSdeVePipeline(unet, ScoreSdeVeScheduler(num_train_timesteps=2000, snr=0.15)).save_pretrained(tmp_path)
+    if in_one_folder:
+        for file in (*(tmp_path / "unet").iterdir(), *(tmp_path / "scheduler").iterdir()):
+            file.rename(tmp_path / file.name)
+        for name in ("unet", "scheduler"):
+            (tmp_path / name).rmdir()
     pipe = GeneralizedDDIMPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     config = pipe.scheduler.config
