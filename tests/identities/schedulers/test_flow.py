@@ -81,14 +81,15 @@ def test_a_shift_of_ones_own():
     assert (trajectory(ours, noise()) - trajectory(stock, noise())).abs().max() <= 2e-6
 
 
-def test_a_network_of_data_minus_noise():
+@pytest.mark.parametrize("given", [{"S": 8}, {"sigmas": [1.0, 0.99, 0.96, 0.8, 0.4, 0.1]}], ids=str)
+def test_a_network_of_data_minus_noise(given):
     """`invert_sigmas` (Mochi): the network is evaluated at 1000·(1 − σ), and gives x_0 − ε."""
-    stock = planned(FlowMatchEulerDiscreteScheduler, {"invert_sigmas": True, "shift": 2.0}, 8)
-    ours = planned(GeneralizedDDIMScheduler, stock.config, 8)
+    stock = planned(FlowMatchEulerDiscreteScheduler, {"invert_sigmas": True, "shift": 2.0}, **given)
+    ours = planned(GeneralizedDDIMScheduler, stock.config, **given)
     assert torch.allclose(ours.timesteps, stock.timesteps, atol=1e-4)
     expected, found = (trajectory(each, noise(), lambda x, t: -velocity(x, 1000 - t)) for each in (stock, ours))
     assert (found - expected).abs().max() <= 2e-6
-    straight = planned(GeneralizedDDIMScheduler, {**FLOW, "shift": 2.0}, 8)
+    straight = planned(GeneralizedDDIMScheduler, {**FLOW, "shift": 2.0}, **given)
     assert (found - trajectory(straight, noise())).abs().max() <= 2e-5
 
 
@@ -104,6 +105,35 @@ def test_grids_of_other_solvers(name, flow_shift):
     assert torch.allclose(ours.sigmas, stock.sigmas, rtol=0, atol=1e-6)
     expected, found = (trajectory(each, noise()) for each in (stock, ours))
     assert (found - expected).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize(
+    "name", ["DPMSolverSinglestepScheduler", "DEISMultistepScheduler", "SASolverScheduler", "UniPCMultistepScheduler"]
+)
+def test_the_plan_is_that_of_the_class_of_the_config(name):
+    stock = getattr(diffusers, name)(**FLOW, use_flow_sigmas=True, flow_shift=3.0)
+    stock.set_timesteps(8)
+    for cls in (GeneralizedDDIMScheduler, InverseDDIMScheduler):
+        ours = planned(cls, stock.config, 8)
+        times = ours.timesteps if cls is GeneralizedDDIMScheduler else ours.timesteps.flip(0)
+        assert times.tolist() == pytest.approx(stock.timesteps.tolist())
+
+
+def test_timesteps_beside_sigmas():
+    """CogView 4: the network is evaluated at timesteps without the shift, at levels with it."""
+    settings = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": 0.25, "max_shift": 0.75}
+    times = np.linspace(1000, 1, 8)[:-1].astype(np.int64).astype(np.float32)
+    given = {"timesteps": times, "sigmas": times / 1000, "mu": 0.6}
+    stock = planned(FlowMatchEulerDiscreteScheduler, settings, **given)
+    ours = planned(GeneralizedDDIMScheduler, stock.config, **given)
+    assert torch.equal(ours.timesteps, stock.timesteps)
+    assert torch.equal(ours.sigmas, stock.sigmas)
+    assert (ours.sigmas[1:-1] * 1000 - ours.timesteps[1:]).abs().max() > 50
+    x, noise_ = noise(), noise(seed=1)
+    for t in stock.timesteps[[0, 3]]:
+        expected = stock.scale_noise(x, t[None], noise_)
+        assert torch.allclose(ours.scale_noise(x, t[None], noise_), expected, atol=1e-6)
+    assert (trajectory(ours, x) - trajectory(stock, x)).abs().max() <= 2e-6
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample"])
