@@ -60,8 +60,8 @@ def test_timesteps_are_real_numbers(model, is_flow, tmp_path):
 def test_encode_reconstruct_and_interpolate(model, pictures, tmp_path, capsys):
     half = ["--steps", 10, "--strength", 0.5, "--refine", 20]
     run("encode", model, pictures, *half, "--output", tmp_path)
-    run("reconstruct", model, pictures, *half, "--output", tmp_path)
-    record = json.loads((tmp_path / "reconstruct.json").read_text())
+    run("reconstruct", model, pictures, *half, "--output", tmp_path / "again")
+    record = json.loads((tmp_path / "again" / "reconstruct.json").read_text())
     assert max(record["mean_squared_error"]) < 1e-4
     assert len(record["report"]["timesteps"]) == 5
     assert "evaluations for an image" in capsys.readouterr().err
