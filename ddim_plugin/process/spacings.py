@@ -85,6 +85,16 @@ def few_steps_noise(S: int, alpha_bar: Array) -> Times:
     return _spread(np.linspace(top, min(top, max(1, T / max(8, S))), S), T)
 
 
+def few_sigmas(S: int, noisy: bool = False) -> list[float]:
+    """Space S values of σ for a multistep method on the path of flow matching, before its shift, descending.
+
+    They are even in σ^(1/1.25) from 1 − 1/(2S), at least 0.9, to 1/(2S). With noise they are even, to 1/S.
+    """
+    power = 1.0 if noisy else 1.25
+    top, bottom = max(0.9, 1 - 0.5 / S), min(0.9, 1 / S if noisy else 0.5 / S)
+    return (np.linspace(top ** (1 / power), bottom ** (1 / power), S) ** power).tolist()
+
+
 def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
     """Compute the top and the bottom for few steps."""
     T = len(alpha_bar) - 1

@@ -22,19 +22,21 @@ def grid(
     `stock` is the name of its class, `shift` one from `set_shift`. S, `sigmas` and `given` (`mu`, `timesteps`) are
     arguments of its `set_timesteps`. Raises ValueError for σ that do not fall, and for arguments it refuses.
     """
-    if sigmas is not None:
-        check(sigmas)
+    sigmas = None if sigmas is None else check(sigmas)
     cls = getattr(diffusers, stock)
     shifts = [config[key] for key in SHIFTS if config[key] != 1] or [1.0]
     scheduler = cls.from_config(config, **{key: shifts[0] for key in SHIFTS if key in defaults(cls)})
     if shift is not None:
         scheduler.set_shift(shift)
+    mu = given.pop("mu")
+    if config["use_dynamic_shifting"]:  # some pipelines pass mu to all schedulers
+        if mu is None:
+            raise ValueError("use_dynamic_shifting=True needs mu, the shift for the size of the image: pass mu")
+        given["mu"] = mu
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     given = {key: value for key, value in {"sigmas": sigmas, **given}.items() if value is not None}
     for key in given.keys() - accepted.keys():
         raise ValueError(f"the noise levels of a {stock} do not depend on {key}: leave it out")
-    if config.get("use_dynamic_shifting") and given.get("mu") is None:
-        raise ValueError("use_dynamic_shifting=True needs mu, the shift for the size of the image: pass mu")
     scheduler.set_timesteps(S, device="cpu", **given)
     levels = scheduler.sigmas.double().numpy()[: len(scheduler.timesteps)]
     levels = 1 - levels if config.get("invert_sigmas") else levels

@@ -84,6 +84,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         learned = "learned_range" in (settings.get("variance_type"), own.get("variance_type"))
         dropped = {*OF_OTHERS} if learned else {*OF_OTHERS, "variance_type"}
         settings, own = ({k: v for k, v in each.items() if k not in dropped} for each in (settings, own))
+        if path_of(settings) == FLOW:
+            settings["use_flow_sigmas"] = True  # pipelines such as Flux then leave σ to the scheduler
         return settings, own
 
     @property
@@ -98,6 +100,12 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             elif spacings.is_integer(S) and S in self._fitted:
                 return self._fitted[S]
         return super()._spaced(S, spacing)
+
+    def _own_sigmas(self, S: int) -> list[float] | None:
+        if self.config.timestep_spacing == "linear":
+            return None
+        noisy = self._much_noise or self.config.timestep_spacing == "few_steps_noise"
+        return spacings.few_sigmas(S, noisy)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         super().set_begin_index(begin_index)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..process import betas, moves, paths, predictions, spacings
 from . import flow
-from .config import StockConfig
+from .config import FLOW, StockConfig
 from .step import Step
 from .tensors import HALF, combine, integers, number, whole
 
@@ -135,9 +135,9 @@ class Planned(StockConfig):
         """Return the times of flow matching for the arguments of `set_timesteps`, and their timesteps."""
         if S is not None and not (spacings.is_integer(S) and S > 0):
             raise ValueError(f"num_inference_steps must be a positive integer, not {S!r}")
-        if sigmas is None and S is not None:
-            sigmas = self._own_sigmas(S)
-        levels, timesteps = flow.grid(self.config, self._stock, self._shift, S, sigmas, **given)
+        own = self._own_sigmas(S) if sigmas is None and S is not None else None
+        stock, sigmas = (self._stock, sigmas) if own is None else (FLOW, own)  # not all solvers take sigmas
+        levels, timesteps = flow.grid(self.config, stock, self._shift, S, sigmas, **given)
         times = (levels * self.path.T).tolist()
         return np.array(times[::-1]), dict(zip(times, timesteps, strict=True))
 
