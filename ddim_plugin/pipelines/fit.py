@@ -127,12 +127,14 @@ def _search(
         sampled = sample(scheduler, tau, images).clamp(*pipe._image_range)
         return float((sampled - solutions[images.start : images.stop]).flatten(1).square().mean(1).sqrt().mean())
 
+    plain = MultistepDDIMScheduler.from_config(scheduler.config, fitted_timesteps=None)
     teacher = MultistepDDIMScheduler.from_config(scheduler.config, **TEACHER)
     tau = spacings.linear(min(teacher_steps, T), T)
     solutions, found = finite(sample(teacher, tau, range(len(noise)))).clamp(*pipe._image_range), {}
     seen, held = partial(error, range(half)), partial(error, range(half, len(noise)))
     for S in tqdm(steps, desc="fitting τ"):
-        known = [spacings.few_steps(S, alpha_bar), *(times for n, times in scheduler._fitted.items() if n == S)]
+        plain.set_timesteps(S, eta=0.0)
+        known = [_whole(plain._tau), *(times for n, times in scheduler._fitted.items() if n == S)]
         powers = [spacings.few_steps(S, alpha_bar, power) for power in POWERS]
         known, powers = ([tuple(times.tolist()) for times in each] for each in (known, powers))
         starts = sorted(known + powers, key=seen)[:2]
@@ -140,6 +142,12 @@ def _search(
         tau = min([*known, tau], key=held)
         found[S] = Fitted([t - 1 for t in reversed(tau)], held(tau), held(known[0]))
     return found
+
+
+def _whole(tau: np.ndarray) -> np.ndarray:
+    """Round times to distinct integers from 1."""
+    places = np.arange(1, len(tau) + 1)
+    return (np.maximum.accumulate(np.maximum(np.rint(tau) - places, 0)) + places).astype(int)
 
 
 def descend(tau: Times, T: int, cost: Callable[[Times], float], rounds: int = 4) -> tuple[Times, float]:
