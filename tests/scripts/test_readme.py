@@ -5,12 +5,14 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
 import tiny_stable_diffusion
 import torch
 from loopback_hub import LoopbackHub
+from tiny_flow_pipelines import FLOW_FAMILIES, STOCK
 from trainer import settings
 
 import ddim_plugin
@@ -45,7 +47,7 @@ def add_repo(hub, name, pipe, folder):
 
 
 def test_the_examples_run(monkeypatch, make_unet, tmp_path):
-    text, load, process, few, latents, convert, save, restore = blocks(README)
+    text, load, process, few, latents, convert, flow, save, restore = blocks(README)
     monkeypatch.chdir(tmp_path)
     stock = diffusers.DDPMScheduler(clip_sample=True, variance_type="fixed_large")
     unet = make_unet(channels=3)
@@ -76,6 +78,10 @@ def test_the_examples_run(monkeypatch, make_unet, tmp_path):
         exec(convert, names)
         assert type(names["stock"]) is diffusers.DDIMScheduler
         assert names["same"].config == names["pipe"].scheduler.config
+        names["flux"], _ = FLOW_FAMILIES["Flux"](STOCK["Flux"](), torch.float32)
+        exec(flow, names)
+        assert names["flux"].scheduler.config.eta == 0.7
+        assert names["flux"].scheduler.config["_class_name"] == "FlowMatchEulerDiscreteScheduler"
         exec(save, names)
         assert hub.repos["user/my-model"].private
         assert {"README.md", "samples.png"} <= hub.files("user/my-model").keys()
@@ -96,11 +102,17 @@ def test_the_examples_run(monkeypatch, make_unet, tmp_path):
 
 
 def test_the_examples_of_the_reference_run(make_unet):
-    latents, convert = blocks(REFERENCE)
+    density, latents, convert = blocks(REFERENCE)
     unet = make_unet(channels=3)
     torch.nn.init.normal_(unet.conv_out.weight, std=0.01, generator=torch.Generator().manual_seed(0))
     pipe = GeneralizedDDIMPipeline(unet, GeneralizedDDIMScheduler(timestep_spacing="quadratic"))
     names = {"pipe": pipe, "images": pipe(2, 3).images}
+    old, new, noise = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Conv2d(3, 3, 3, padding=1), torch.randn(4, 3, 8, 8)
+    new.load_state_dict(old.state_dict())
+    flow = SimpleNamespace(scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    policies = {"old": lambda x, t: old(x), "new": lambda x, t: new(x), "noise": noise, "advantage": torch.randn(4)}
+    exec(density, policies | {"pipe": flow, "torch": torch, "GeneralizedDDIMScheduler": GeneralizedDDIMScheduler})
+    assert new.weight.grad.norm() > 0
     exec(latents, names)
     assert names["evaluations"].shape == (2,)
     exec(convert, names)
