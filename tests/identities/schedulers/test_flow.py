@@ -247,11 +247,9 @@ def test_pictures_of_a_random_run_have_the_law_of_the_data():
         assert float(x.std()) == pytest.approx(DATA.variance**0.5, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("config", "factor"), [({}, 10), ({"shift": 3.0}, 4), ({"use_dynamic_shifting": True}, 7)], ids=str
-)
-def test_the_multistep_scheduler_is_nearer_than_euler(config, factor):
-    """At 12 evaluations: ten times on the plain grid, less where a shift leaves large steps to the end."""
+@pytest.mark.parametrize("config", [{}, {"shift": 3.0}, {"use_dynamic_shifting": True}], ids=str)
+def test_the_multistep_scheduler_is_ten_times_nearer_than_euler(config):
+    """At 12 evaluations, each with the grid that it makes by itself."""
     given = {"mu": 0.8} if config.get("use_dynamic_shifting") else {}
     x = torch.linspace(-2.5, 2.5, 101, dtype=torch.float64)[None]
     exact, off = DATA.solution(x, 1.0, 0.0), []
@@ -259,7 +257,7 @@ def test_the_multistep_scheduler_is_nearer_than_euler(config, factor):
         scheduler = planned(cls, {**FLOW, **config}, 12, **given)
         assert len(scheduler.timesteps) == 12
         off.append(float((trajectory(scheduler, x, DATA.network)[-1] - exact).pow(2).mean().sqrt()))
-    assert off[0] > factor * off[1]
+    assert off[0] > 10 * off[1]
 
 
 def test_the_inverse_scheduler_is_the_sampler_backwards():
