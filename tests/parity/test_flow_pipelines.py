@@ -131,7 +131,7 @@ def test_other_flow_samplers_convert_too():
     for cls in (UniPCMultistepScheduler, diffusers.DPMSolverMultistepScheduler):
         stock = cls(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
         other = GeneralizedDDIMScheduler.from_config(stock.config)
-        assert run_flow("Stable Diffusion 3", other)[2].isfinite().all()
+        assert run_flow("Flux, distilled", other)[2].isfinite().all()  # which passes mu to every scheduler
         assert other.timesteps.tolist() == pytest.approx(_times(stock, 6))
 
 

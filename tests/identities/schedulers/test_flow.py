@@ -10,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from ddim_plugin import GeneralizedDDIMScheduler, InverseDDIMScheduler, MultistepDDIMScheduler
+from ddim_plugin.schedulers.multistep import InverseMultistepDDIMScheduler
 
 FLOW = {"prediction_type": "flow_prediction"}
 SIGMAS = [1.0, 0.93, 0.8, 0.55, 0.31, 0.1]
@@ -276,6 +277,21 @@ def test_the_inverse_scheduler_is_the_sampler_backwards():
         image = trajectory(sampler, x, DATA.network)[-1]
         off.append(float((trajectory(inverse, image, DATA.network)[-1] - x).abs().max()))
     assert off[1] < 0.35 * off[0]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_inverse_multistep_scheduler_is_nearer(shift):
+    """Decoding with its sampler and encoding again, at 12 evaluations each."""
+    x, off = noise(dtype=torch.float64), []
+    for cls, inverse in (
+        (GeneralizedDDIMScheduler, InverseDDIMScheduler),
+        (MultistepDDIMScheduler, InverseMultistepDDIMScheduler),
+    ):
+        sampler = planned(cls, {**FLOW, "shift": shift}, 12)
+        image = trajectory(sampler, x, DATA.network)[-1]
+        again = trajectory(planned(inverse, sampler.config, 12), image, DATA.network)[-1]
+        off.append(float((again - x).abs().max()))
+    assert off[1] < 0.2 * off[0]
 
 
 # ---- orders ---------------------------------------------------------------------------------------------------------
