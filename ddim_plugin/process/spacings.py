@@ -88,11 +88,13 @@ def few_steps_noise(S: int, alpha_bar: Array) -> Times:
 def few_sigmas(S: int, noisy: bool = False) -> list[float]:
     """Space S values of σ for a multistep method on the path of flow matching, before its shift, descending.
 
-    They are even in σ^(1/1.25) from 1 − 1/(2S), at least 0.9, to 1/(2S). With noise they are even, to 1/S.
+    They are even in σ^(1/1.25) from 1 − 1/(2S), at least 0.9, to 1/(4S), with smaller uppermost gaps. With noise they end
+    at 1/S.
     """
-    power = 1.0 if noisy else 1.25
-    top, bottom = max(0.9, 1 - 0.5 / S), min(0.9, 1 / S if noisy else 0.5 / S)
-    return (np.linspace(top ** (1 / power), bottom ** (1 / power), S) ** power).tolist()
+    top, bottom = (each**0.8 for each in (max(0.9, 1 - 0.5 / S), min(0.9, (1 if noisy else 0.25) / S)))
+    gaps = np.append(FIRST_GAPS, np.ones(S))[: S - 1]
+    way = np.append(0, gaps.cumsum()) / (gaps.sum() or 1)
+    return ((top - (top - bottom) * way) ** 1.25).tolist()
 
 
 def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
@@ -165,21 +167,16 @@ def explicit(timesteps: Iterable[int], T: int) -> Times:
 
     Raises ValueError for the first that is not an integer, outside 0..T−1, repeated or not below the one before.
     """
-    if not isinstance(timesteps, Iterable):
-        raise ValueError(f"timesteps must be a list of integers, not {timesteps!r}")
-    values = list(timesteps)
+    values = list(timesteps) if isinstance(timesteps, Iterable) else ()
     if not values:
-        raise ValueError("an empty list of timesteps: give at least one time")
+        empty = " (empty)" if isinstance(timesteps, Iterable) else ""
+        raise ValueError(f"timesteps must be a list of integers, not {timesteps!r}{empty}")
     for value in values:
         if not is_integer(value):
             raise ValueError(f"timesteps must be integers, not {value!r}")
         if not 0 <= value < T:
             raise ValueError(f"timestep {value} is outside 0..{T - 1}")
-    for first, second in pairwise(values):
-        if first == second:
-            raise ValueError(f"timestep {first} is repeated: the times must be distinct")
-        if first < second:
-            raise ValueError(f"timesteps must be in descending order, but {first} precedes {second}")
+    _check_order(values)
     return np.array(values[::-1], dtype=np.int64) + 1
 
 
@@ -187,12 +184,18 @@ def descending(timesteps: Sequence[float], low: float, high: float) -> list[floa
     """Check explicit timesteps that are real numbers. Raises ValueError for the first that is out of range or order."""
     if not isinstance(timesteps, Sequence) or not len(timesteps):
         raise ValueError(f"timesteps must be a list of numbers, not {timesteps!r}")
-    for i, value in enumerate(timesteps):
+    for value in timesteps:
         if not isinstance(value, Real) or not low < value * (1 + 1e-6) or not value * (1 - 1e-6) <= high:
             raise ValueError(f"timestep {value!r} is outside {low:g}..{high:g}")
-        if i and value >= timesteps[i - 1]:
-            raise ValueError(f"timesteps must be in descending order, but {timesteps[i - 1]:g} precedes {value:g}")
+    _check_order(timesteps)
     return [float(value) for value in timesteps]
+
+
+def _check_order(timesteps: Sequence[float]) -> None:
+    for first, second in pairwise(timesteps):
+        if first <= second:
+            repeated = f": timestep {first:g} is repeated" if first == second else ""
+            raise ValueError(f"timesteps must be in descending order, but {first:g} precedes {second:g}{repeated}")
 
 
 def is_integer(value: object) -> bool:
