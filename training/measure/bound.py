@@ -4,9 +4,8 @@ For σ > 0 and any τ the process has the bound (Section 4.2 and Appendix C.1, f
 
     −log p(x_0) ≤ KL(q(x_{τ_S}|x_0) ‖ N(0, I)) + Σ_i E KL(q_σ(x_s|x_t, x_0) ‖ p(x_s|x_t)) − E log p(x_0|x_{τ_1}),
 
-with the pairs (t, s) of τ and a decoder of 256 bins. At σ = 0 the bound is infinite: see `likelihood` for the ODE. The
-process is that of any Gaussian path which ends near N(0, I).
-Networks are functions (x_t, t) ↦ output of the paper's time t = 1..T.
+with the pairs (t, s) of τ and a decoder of 256 bins, on any Gaussian path that ends near N(0, I). At σ = 0 the bound is
+infinite: see `likelihood` for the ODE. Networks are functions (x_t, t) ↦ output of the time t = 1..T.
 """
 
 import math
@@ -75,11 +74,10 @@ class VariationalBound:
         density: bool = False,
     ):
         check_prediction(prediction_type)
-        first, last = path.level(0), path.level(path.T)
-        if first.noise != 0:
-            raise ValueError(f"the bound requires ᾱ_0 = 1, not {1 - first.noise**2:g}: use set_alpha_to_one")
-        if last.noise > 1 + 1e-9:
-            raise ValueError(f"the bound has the prior N(0, I), and this path ends with the noise {last.noise:.4g}")
+        if (first := path.level(0).noise) != 0:
+            raise ValueError(f"the bound requires ᾱ_0 = 1, not {1 - first**2:g}: use set_alpha_to_one")
+        if (last := path.level(path.T).noise) > 1 + 1e-9:
+            raise ValueError(f"the bound has the prior N(0, I), and this path ends with the noise {last:.4g}")
         times = np.arange(1, path.T + 1) if tau is None else np.asarray(tau)
         if len(times) == 0 or (np.diff(times, prepend=0) <= 0).any() or times[-1] > path.T:
             raise ValueError(f"tau must be increasing times in 1..{path.T}, not {times.tolist()}")
@@ -94,7 +92,7 @@ class VariationalBound:
         self.pairs = moves.downwards(times)
         self.top = path.level(int(times[-1]))
         rows = self._moves(path, prediction_type, eps_mean_square)
-        rows[-1, 7:] = _decoder(rows, int(times[0]), decoder, self.learned)
+        rows[-1, 7:] = _decoder(rows, decoder, self.learned)
         self._rows = torch.from_numpy(rows)
 
     def __len__(self) -> int:
@@ -130,13 +128,12 @@ class VariationalBound:
         It holds t, a_t, b_t, x̂0's coefficients of (x_t, output), c, ln σ², and the sampler's range of ln σ².
         """
         t, s = np.array(self.pairs).T
-        levels = [(path.level(int(one)), path.level(int(other))) for one, other in self.pairs]
-        for pair, largest in zip(self.pairs, (moves.max_eta(*each) for each in levels), strict=True):
-            if self.eta > largest * (1 + 1e-12):
-                raise ValueError(f"eta={self.eta:g} is too large for the move {pair}: use at most {largest:.6g}")
         rows = np.full((len(t), 9), np.nan)
-        rows[:, 0], rows[:, 1:3] = t, [start for start, _ in levels]
-        rows[:, 3:5] = [prediction(prediction_type, start)[:2] for start, _ in levels]
+        for row, (one, other) in zip(rows, self.pairs, strict=True):
+            level = path.level(one)
+            if self.eta > (largest := moves.max_eta(level, path.level(other))) * (1 + 1e-12):
+                raise ValueError(f"eta={self.eta:g} is too large for the move {one, other}: use at most {largest:.6g}")
+            row[:5] = one, *level, *prediction(prediction_type, level)[:2]
         rows[-1, 5] = 1.0
         start, end = at(path, t[:-1]), at(path, s[:-1])
         rows[:-1, 5] = moves.x0_weight(start, end, self.eta)
@@ -151,9 +148,7 @@ class VariationalBound:
     def _term(self, network: Network, x0: Tensor, i: Tensor, generator: Generators) -> Tensor:
         """Return bits per dimension of the terms with index i, (B,)."""
         noise = draw(generator, len(x0), lambda size, one: torch.randn(*size, *x0.shape[1:], generator=one)).to(x0)
-        t, signal, scale, x0_x, x0_out, c, log_q, low, high = (
-            column.view(-1, 1, 1, 1).to(x0) for column in self._rows[i].unbind(1)
-        )
+        t, signal, scale, x0_x, x0_out, c, log_q, low, high = self._rows[i].T.reshape(9, -1, 1, 1, 1).to(x0)
         x = signal * x0 + scale * noise
         output = network(x, t.flatten().round().long()).to(x0.dtype)
         log_variance = low
@@ -201,11 +196,11 @@ def _variance(t: Level, s: Level, times: Any, variance_type: str, eta: float, ep
     return moves.optimal_variance(t, s, eta, eps_mean_square[times])
 
 
-def _decoder(rows: Array, t: int, decoder: str | Array, learned: bool) -> tuple[float, float]:
-    """Return the range of ln of the decoder's variance at time t, the last of the rows."""
+def _decoder(rows: Array, decoder: str | Array, learned: bool) -> tuple[float, float]:
+    """Return the range of ln of the decoder's variance in the last of the rows."""
     beta = 2 * math.log(rows[-1, 2])
     if not isinstance(decoder, str):
-        return (math.log(float(decoder[t])),) * 2
+        return (math.log(decoder[int(rows[-1, 0])]),) * 2
     if decoder == "beta" or len(rows) == 1:
         return beta, beta
     low = float(rows[-2, 6])  # of q: both of Ho's kinds begin with β̃_2
@@ -252,10 +247,7 @@ class Errors(NamedTuple):
 
         Used in its place, it gives the variance that minimises the bound of this network on these data.
         """
-        signal, noise = (np.asarray(each) for each in path.levels)
-        explained = np.ones(path.T + 1)
-        explained[1:] = 1 - (signal[1:] / noise[1:]) ** 2 * self.x0[1:]
-        return np.clip(explained, 0.0, 1.0)
+        return np.append(1.0, np.clip(1 - self.x0[1:] / at(path, slice(1, None)).ratio ** 2, 0.0, 1.0))
 
 
 def transition_nats(
@@ -293,8 +285,7 @@ def objective_weights(path: Path, tau: Sequence[int], eta: float, deviation: Arr
     ratio, gamma = np.asarray(path.levels.ratio), np.zeros(path.T + 1)
     gamma[1:] = ratio[1:] ** 2 / (2 * np.asarray(deviation)[1:] ** 2)
     for t, s in moves.downwards(np.asarray(tau))[:-1]:
-        start, end = path.level(t), path.level(s)
-        sigma, c = moves.sigma(start, end, eta), moves.x0_weight(start, end, eta)
+        sigma, c = (each(path.level(t), path.level(s), eta) for each in (moves.sigma, moves.x0_weight))
         if not sigma > 0:
             raise ValueError(f"J is infinite at eta={eta!r}: use a positive η")
         gamma[t] = c**2 * ratio[t] ** 2 / (2 * sigma**2)

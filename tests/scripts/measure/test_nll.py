@@ -173,8 +173,10 @@ def test_flow_matching(flow, tmp_path):
     assert all(np.isfinite(cell["bits"]) and cell["bits"] > 0 for cell in cells.values())
     assert cells["S = 3, fixed_small"]["prior"] == pytest.approx(0, abs=1e-12)  # σ = 1 is noise alone
     bench = Bench(str(flow), None, 4, 0, "cpu")
-    assert bench.times("linear", 3).tolist() == [2, 20, 30]  # 1, 15.5 and 30 after the shift
-    assert bench.times("quadratic", 3).tolist() != [2, 20, 30]
+    scheduler = GeneralizedDDIMScheduler(T, prediction_type="flow_prediction", shift=2.0)
+    scheduler.set_timesteps(3)
+    assert bench.times("linear", 3).tolist() == scheduler.timesteps.round().int().tolist()[::-1] == [4, 21, 30]
+    assert bench.times("quadratic", 3).tolist() != [4, 21, 30]
 
 
 @pytest.mark.parametrize(
