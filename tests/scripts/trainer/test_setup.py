@@ -11,6 +11,8 @@ from trainer.settings import build, read_toml
 from trainer.setup import build_run
 from training_runs import ROOT, SMALL, UNET, WEIGHTS, fit
 
+from ddim_plugin import GeneralizedDDIMScheduler
+
 
 def test_the_optimiser_is_as_the_settings_say(tmp_path):
     settings = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-7, "weight_decay": 0.02}
@@ -27,6 +29,8 @@ def test_the_optimiser_is_as_the_settings_say(tmp_path):
         ("digits", 1, None),
         ("mnist", 1, 1_324_721),
         ("mnist_small", 1, 156_057),
+        ("mnist_flow", 1, 332_761),
+        ("mnist_ve", 1, 333_025),
         ("cifar10_small", 3, 1_325_299),
         ("cifar10", 3, 35_746_307),
         ("celeba64", 3, 78_700_803),
@@ -42,8 +46,9 @@ def test_presets(name, channels, parameters):
     with torch.device("meta"):
         unet = UNet2DModel(in_channels=channels, out_channels=channels, **settings)
     assert parameters in (None, unet.num_parameters())
+    assert GeneralizedDDIMScheduler(**config.scheduler).config.prediction_type
     heads = {block.heads for block in unet.modules() if type(block).__name__ == "Attention"}
-    if name not in ("digits", "mnist", "mnist_small", "cifar10_small"):
+    if name not in ("digits", "mnist", "mnist_small", "mnist_flow", "mnist_ve", "cifar10_small"):
         assert heads == {1}
     text = (ROOT / "training" / "configs" / f"{name}.toml").read_text()
     assert "not measured" in text or "minutes" in text or "hours" in text
