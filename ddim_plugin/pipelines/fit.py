@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import cache, partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..process import spacings
+from ..process.spacings import few_steps, is_integer, linear
 from ..schedulers import MultistepDDIMScheduler
 from .generation import GeneralizedDDIMPipeline
-from .loop import Condition, batches, check_count, finite
+from .loop import batches, check_count, finite
 
 Times = tuple[int, ...]  # τ, increasing
+Cost = Callable[[Times], float]
 POWERS = (0.75, 1.0, 1.5, 2.0, 3.0)  # exponents of the power laws that the search tries first
 TEACHER = {"solver_order": 3, "lower_order_final": False}  # settings of the solver that computes the solutions
 
@@ -60,34 +61,46 @@ def fit_timesteps(
     Raises ValueError for numbers out of range, a scheduler that adds noise, and images that are not finite.
     """
     scheduler = MultistepDDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="few_steps")
-    _check_numbers(scheduler.config.num_train_timesteps, steps, num_images, teacher_steps, batch_size)
+    T = scheduler.config.num_train_timesteps
+    check_count("num_images", num_images)
+    check_count("teacher_steps", teacher_steps)
+    check_count("batch_size", batch_size, 1)
+    most = min(teacher_steps, T) // 2
+    if not isinstance(steps, Sequence) or not steps or not all(is_integer(S) and 1 <= S <= most for S in steps):
+        limits = f"half of teacher_steps={teacher_steps} and of the {T} timesteps"
+        raise ValueError(f"steps must be a list of integers from 1 to {most}, {limits}, not {steps!r}")
     fitting = copy(pipe)
     fitting.scheduler = scheduler
     fitting._check_deterministic()
     if class_labels is None:
         class_labels = _labels(pipe.unet.config.num_class_embeds, num_images, guidance_scale, null_class_label)
     condition = fitting._condition(class_labels, guidance_scale, null_class_label, num_images)
-    noise = fitting._noise(range(seed, seed + num_images))[1].to(condition.device)
-    found = _search(fitting, noise, condition, batch_size, sorted(set(steps)), teacher_steps)
+    noise = fitting._noise(range(seed, seed + num_images))[1].to(condition.device, condition.state_dtype)
+
+    def sample(scheduler: MultistepDDIMScheduler, tau: Sequence[int], images: range) -> Tensor:
+        scheduler._fitted[len(tau)] = np.array(tau)  # a spacing's own plan: the loop begins with x_T
+        scheduler.set_timesteps(len(tau), device=noise.device, eta=0.0)
+        if not np.array_equal(scheduler._tau, tau):
+            raise ValueError("timesteps of flow matching are those of its shift: change shift, or pass timesteps")
+        x, times = noise * scheduler.init_noise_sigma, scheduler.timesteps
+        rows = batches(images, batch_size)
+        return torch.cat([fitting._run(scheduler, x[i], times, condition.rows(i)) for i in rows])
+
+    @cache
+    def error(images: range, tau: Times) -> float:
+        """Compute the mean distance of these images to their solutions."""
+        sampled = sample(scheduler, tau, images).clamp(*fitting._image_range)
+        return float((sampled - solutions[images.start : images.stop]).flatten(1).square().mean(1).sqrt().mean())
+
+    teacher = MultistepDDIMScheduler.from_config(scheduler.config, **TEACHER)
+    tau = linear(min(teacher_steps, T), T)
+    solutions = finite(sample(teacher, tau, range(num_images))).clamp(*fitting._image_range)
+    seen, held = (partial(error, images) for images in (range(num_images // 2), range(num_images // 2, num_images)))
+    found = {S: _search(S, scheduler, seen, held) for S in tqdm(sorted(set(steps)), desc="fitting τ")}
     known = {S: times for S, times in (scheduler.config.fitted_timesteps or {}).items() if int(S) not in found}
     known |= {str(S): fitted.timesteps for S, fitted in found.items() if fitted.error < fitted.default_error}
     pipe.scheduler = MultistepDDIMScheduler.from_config(scheduler.config, fitted_timesteps=known or None)
     return found
-
-
-def _check_numbers(T: int, steps: Sequence[int], num_images: int, teacher_steps: int, batch_size: int) -> None:
-    check_count("num_images", num_images)
-    check_count("batch_size", batch_size, 1)
-    if not isinstance(steps, Sequence):
-        raise ValueError(f"steps must be a list of step counts, not {steps!r}")
-    wrong = [S for S in steps if not spacings.is_integer(S) or not 1 <= S <= T]
-    if wrong or not steps:
-        raise ValueError(f"steps must be integers from 1 to {T} (num_train_timesteps), not {wrong or steps!r}")
-    if not spacings.is_integer(teacher_steps) or min(teacher_steps, T) < 2 * max(steps):
-        raise ValueError(
-            f"teacher_steps={teacher_steps!r} of {T} timesteps must be at least twice the largest of the steps "
-            f"({max(steps)}): the solutions are the reference for the steps"
-        )
 
 
 def _labels(classes: int | None, num: int, guidance_scale: float, null_class_label: int | None) -> list[int] | None:
@@ -100,69 +113,33 @@ def _labels(classes: int | None, num: int, guidance_scale: float, null_class_lab
     return [spread[i % len(spread)] for i in range(num)]
 
 
-def _search(
-    pipe: GeneralizedDDIMPipeline,
-    noise: Tensor,
-    condition: Condition,
-    batch_size: int,
-    steps: list[int],
-    teacher_steps: int,
-) -> dict[int, Fitted]:
-    """Fit τ for each S to solutions from `noise`, draws of x_T."""
-    scheduler, half = pipe.scheduler, len(noise) // 2
-    alpha_bar, T = scheduler.alpha_bar, scheduler.config.num_train_timesteps
-
-    def sample(scheduler: MultistepDDIMScheduler, tau: Sequence[int], images: range) -> Tensor:
-        scheduler._fitted[len(tau)] = np.array(tau)  # a spacing's own plan: the loop begins with x_T
-        scheduler.set_timesteps(len(tau), device=noise.device, eta=0.0)
-        if not np.array_equal(scheduler._tau, tau):
-            raise ValueError("timesteps of flow matching are those of its shift: change shift, or pass timesteps")
-        x = noise.to(condition.state_dtype) * scheduler.init_noise_sigma
-        rows = batches(images, batch_size)
-        return torch.cat([pipe._run(scheduler, x[i], scheduler.timesteps, condition.rows(i)) for i in rows])
-
-    @cache
-    def error(images: range, tau: Times) -> float:
-        """Compute the mean distance of these images to their solutions."""
-        sampled = sample(scheduler, tau, images).clamp(*pipe._image_range)
-        return float((sampled - solutions[images.start : images.stop]).flatten(1).square().mean(1).sqrt().mean())
-
+def _search(S: int, scheduler: MultistepDDIMScheduler, seen: Cost, held: Cost) -> Fitted:
+    """Search τ of S steps by its errors on the images that are `seen`, and on those held out."""
     plain = MultistepDDIMScheduler.from_config(scheduler.config, fitted_timesteps=None)
-    teacher = MultistepDDIMScheduler.from_config(scheduler.config, **TEACHER)
-    tau = spacings.linear(min(teacher_steps, T), T)
-    solutions, found = finite(sample(teacher, tau, range(len(noise)))).clamp(*pipe._image_range), {}
-    seen, held = partial(error, range(half)), partial(error, range(half, len(noise)))
-    for S in tqdm(steps, desc="fitting τ"):
-        plain.set_timesteps(S, eta=0.0)
-        known = [_whole(plain._tau), *(times for n, times in scheduler._fitted.items() if n == S)]
-        powers = [spacings.few_steps(S, alpha_bar, power) for power in POWERS]
-        known, powers = ([tuple(times.tolist()) for times in each] for each in (known, powers))
-        starts = sorted(known + powers, key=seen)[:2]
-        tau, _ = min((descend(start, T, seen) for start in starts), key=lambda pair: pair[1])
-        tau = min([*known, tau], key=held)
-        found[S] = Fitted([t - 1 for t in reversed(tau)], held(tau), held(known[0]))
-    return found
+    plain.set_timesteps(S, eta=0.0)
+    default, T = _whole(plain._tau), scheduler.config.num_train_timesteps
+    known = [default, *(tuple(times.tolist()) for n, times in scheduler._fitted.items() if n == S)]
+    powers = [tuple(few_steps(S, scheduler.alpha_bar, power).tolist()) for power in POWERS]
+    starts = sorted(known + powers, key=seen)[:2]
+    moved = min((descend(start, T, seen) for start in starts), key=seen)
+    tau = min([*known, moved], key=held)
+    return Fitted([t - 1 for t in reversed(tau)], held(tau), held(default))
 
 
-def _whole(tau: np.ndarray) -> np.ndarray:
+def _whole(tau: np.ndarray) -> Times:
     """Round times to distinct integers from 1."""
     places = np.arange(1, len(tau) + 1)
-    return (np.maximum.accumulate(np.maximum(np.rint(tau) - places, 0)) + places).astype(int)
+    rounded = np.maximum.accumulate(np.maximum(np.rint(tau) - places, 0)) + places
+    return tuple(rounded.astype(int).tolist())
 
 
-def descend(tau: Times, T: int, cost: Callable[[Times], float], rounds: int = 4) -> tuple[Times, float]:
-    """Move the times of τ one by one to a lower `cost`, by a third of a gap and then less, and return both."""
-    best = cost(tau)
+def descend(tau: Times, T: int, cost: Cost, rounds: int = 4) -> Times:
+    """Move the times of τ one by one to a lower `cost`, by a third of a gap and then less."""
     step = max(1, (tau[-1] - tau[0]) // (3 * max(1, len(tau) - 1)))
     for _ in range(rounds):
-        for i in reversed(range(len(tau))):
-            for change in (-step, step):
-                moved = (*tau[:i], tau[i] + change, *tau[i + 1 :])
-                if not 1 <= moved[i] <= T or any(low >= high for low, high in pairwise(moved)):
-                    continue
-                found = cost(moved)
-                if found < best:
-                    best, tau = found, moved
-                    break
+        for i, change in product(reversed(range(len(tau))), (-step, step)):
+            moved = (*tau[:i], tau[i] + change, *tau[i + 1 :])
+            if all(low < high for low, high in pairwise((0, *moved, T + 1))):
+                tau = min(tau, moved, key=cost)
         step = max(1, step // 2)
-    return tau, best
+    return tau

@@ -146,7 +146,7 @@ def test_fit_and_the_multistep_method(model, pictures, tmp_path, capsys):
     assert torch.equal(*weights)
     assert json.loads((tmp_path / "half" / "fit.json").read_text())["settings"]["dtype"] == "bfloat16"
     run("fit", model, "--steps", 0, "--output", tmp_path / "bad", ok=False)
-    assert "steps must be integers from 1 to 1000" in capsys.readouterr().err
+    assert "steps must be a list of integers from 1 to 100" in capsys.readouterr().err
     assert not (tmp_path / "bad").exists()
 
 
