@@ -7,12 +7,11 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
-from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -47,24 +46,25 @@ def run(args: Namespace) -> None:
         commit = push_folder(**vars(args))
         print(commit.pr_url or commit.commit_url)
         return
-    files = FILES[vars(args).get("format") or command]
-    *files, record = [file for file in files if file != LATENTS or not vars(args).get("latents")]
+    given = LATENTS if vars(args).get("latents") else None  # not written again
+    files = [file for file in FILES[vars(args).get("format") or command] if file != given]
+    places = [Path(args.output, file) for file in (*files, f"{command}.json")]
     commands = {"sample": sample, "encode": encode, "reconstruct": reconstruct, "interpolate": interpolate, "fit": fit}
-    with tempfile.TemporaryDirectory(dir=_check(args, [*files, record]), prefix=".ddim-plugin-") as scratch:
-        made = commands[command](args)
-        for file in files:
-            _write(Path(scratch, file), made[file], args)
+    with tempfile.TemporaryDirectory(dir=_check(args, places), prefix=".ddim-plugin-") as scratch:
+        record, *contents = commands[command](args)
+        for file, content in zip(files, contents, strict=False):
+            _write(Path(scratch, file), content, args)
         measured = {"seconds": time.perf_counter() - start, "cpus": os.cpu_count(), "version": __version__}
-        made[record] |= {"command": command, "settings": vars(args), **measured}
-        Path(scratch, record).write_text(json.dumps(made[record], indent=2) + "\n")
-        _check(args, [*files, record])  # another command may have written there in the meantime
+        record |= {"command": command, "settings": vars(args), **measured}
+        Path(scratch, f"{command}.json").write_text(json.dumps(record, indent=2) + "\n")
+        _check_places(places, args.overwrite)  # another command may have written there in the meantime
         Path(args.output).mkdir(parents=True, exist_ok=True)
-        for file in (*files, record):
-            put(Path(scratch, file), Path(args.output, file))
-            print(Path(args.output, file))
+        for place in places:
+            put(Path(scratch, place.name), place)
+            print(place)
 
 
-def sample(args: Namespace) -> dict[str, Any]:
+def sample(args: Namespace) -> tuple:
     """Sample images from noise, or decode --latents."""
     z, options, changes = None, CALL, {"eta": args.eta, "variance_type": args.variance, "clip_sample": args.clip}
     if args.latents:
@@ -87,19 +87,19 @@ def sample(args: Namespace) -> dict[str, Any]:
                 yield pipe(None, args.steps, latents=noise, generator=generators, **settings).images
 
     if args.format:
-        return {FILES[args.format][0]: batches(), "sample.json": {"images": args.num}}
+        return {"images": args.num}, batches()
     drawn = pipe._noise(range(args.seed, args.seed + args.num))[1] if z is None else z
     picture = grid(np.split(np.concatenate([*batches()]), range(args.columns, args.num, args.columns)))
-    return {"samples.png": picture, LATENTS: drawn, "sample.json": {"images": args.num}}
+    return {"images": args.num}, picture, drawn
 
 
-def encode(args: Namespace) -> dict[str, Any]:
+def encode(args: Namespace) -> tuple:
     """Encode images as latents."""
     _, _, z, record = _encode(args, _files(args))
-    return {LATENTS: z, "encode.json": record}
+    return record, z
 
 
-def reconstruct(args: Namespace) -> dict[str, Any]:
+def reconstruct(args: Namespace) -> tuple:
     """Encode images and decode them again."""
     pipe, images, z, record = _encode(args, _files(args))
     again = pipe.decode(z, args.steps, **_keywords(args, len(z), *CODING), output_type="np")
@@ -108,19 +108,18 @@ def reconstruct(args: Namespace) -> dict[str, Any]:
     print(f"mean squared error on [0, 1]: {mse.mean():.3g} (mean of {len(mse)} images)", file=sys.stderr)
     record["mean_squared_error"] = mse.tolist()
     rows = [each[i : i + args.columns] for i in range(0, len(z), args.columns) for each in (original, again)]
-    picture = grid(rows, ["image", "decoded"] * (len(rows) // 2))
-    return {"reconstruction.png": picture, LATENTS: z, "reconstruct.json": record}
+    return record, grid(rows, ["image", "decoded"] * (len(rows) // 2)), z
 
 
-def interpolate(args: Namespace) -> dict[str, Any]:
+def interpolate(args: Namespace) -> tuple:
     """Interpolate between two images or latents, or on the grid between four."""
     if sum(map(bool, (args.images, args.latents, args.seeds))) != 1:
         raise ValueError("give the ends in one way: two or four images, --latents FILE, or --seeds")
     if not args.images and (args.refine or args.resize or args.tolerance is not None):
         raise ValueError("--tolerance, --refine and --resize need images: leave them out with --latents and --seeds")
     ends = _load_latents(args) if args.latents else args.seeds or _files(args)
-    if len(set(args.class_label or [])) > 1:
-        raise ValueError(f"an interpolation takes one --class-label, not {len(args.class_label)}")
+    settings = _keywords(args, 1, *CODING) | {"num_inference_steps": args.steps, "output_type": "np"}
+    settings["class_labels"] = args.class_label and args.class_label[0]
     if len(ends) not in (2, 4):
         raise ValueError(f"give two ends for a path or four for a grid, not {len(ends)}")
     if args.images:
@@ -128,15 +127,12 @@ def interpolate(args: Namespace) -> dict[str, Any]:
     else:
         pipe, record = _load(args, WITHOUT_NOISE), {}
         z = ends if args.latents else pipe._noise(ends)[1]
-    settings = {"num_inference_steps": args.steps, "output_type": "np", **_given(args, *CODING)}
-    settings["class_labels"] = args.class_label and args.class_label[0]
     draw, ends = (pipe.interpolate, z) if len(z) == 2 else (pipe.interpolate_grid, [z])
     images = draw(*ends, args.points, **settings)
-    picture = grid(np.split(images, range(args.points, len(images), args.points)))
-    return {"interpolation.png": picture, LATENTS: z, "interpolate.json": record}
+    return record, grid(np.split(images, range(args.points, len(images), args.points))), z
 
 
-def fit(args: Namespace) -> dict[str, Any]:
+def fit(args: Namespace) -> tuple:
     """Fit the timesteps of a model at few steps."""
     folder, model = Path(args.output) / MODEL, Path(args.model).resolve()
     if folder.resolve() in (model, *model.parents):
@@ -148,27 +144,21 @@ def fit(args: Namespace) -> dict[str, Any]:
         print(f"S = {S}: distance to the solution {each.error:.3g} (default {each.default_error:.3g})", file=sys.stderr)
     if args.dtype != "float32":  # the weights are saved as they were loaded
         pipe = GeneralizedDDIMPipeline.from_pretrained(args.model, revision=args.revision, scheduler=pipe.scheduler)
-    return {MODEL: pipe, "fit.json": {"fitted": {str(S): each._asdict() for S, each in found.items()}}}
+    return {"fitted": {str(S): each._asdict() for S, each in found.items()}}, pipe
 
 
-def _check(args: Namespace, files: Sequence[str]) -> Path:
+def _check(args: Namespace, places: list[Path]) -> Path:
     """Raise ValueError for settings that cannot work, before anything is loaded. Return a folder to write into."""
-    settings = vars(args)
+    settings = {name: value for name, value in vars(args).items() if value is not None}
     for name, least in {"num": 1, "batch_size": 1, "columns": 1, "points": 2}.items():
-        if settings.get(name) is not None and settings[name] < least:
+        if settings.get(name, least) < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {settings[name]}")
-    first, num = settings.get("seed", 0), settings.get("num") or 16
-    seeds = settings.get("seeds") or (first, first + num - 1)
-    if min(seeds) < -(2**63) or max(seeds) >= 2**64:
-        raise ValueError(f"a seed must fit 64 bits, not {max(seeds, key=abs)}")
-    if settings.get("strength") is not None and not (settings.get("latents") or settings.get("images")):
+    for seed in settings.get("seeds", [settings.get("seed", 0)]):
+        if abs(seed) >= 2**63:
+            raise ValueError(f"a seed must fit 64 bits with its sign, not {seed}")
+    if "strength" in settings and not (settings.get("latents") or settings.get("images")):
         raise ValueError("--strength needs --latents or images: sampling from noise makes all steps")
-    for place in (Path(args.output, file) for file in files if os.path.lexists(Path(args.output, file))):
-        if not args.overwrite:
-            raise ValueError(f"{place} exists: choose another --output, or pass --overwrite")
-        names = [each.name for each in place.iterdir()] if place.is_dir() else []
-        if "model_index.json" not in names and not all(re.fullmatch(r"\d{6,}\.png", name) for name in names):
-            raise ValueError(f"--overwrite replaces models and samples only, not {place}: choose another --output")
+    _check_places(places, args.overwrite)
     parent = next(path for path in (Path(args.output), *Path(args.output).absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"--output {args.output} is not possible, since {parent} is no writable folder: give another")
@@ -178,6 +168,16 @@ def _check(args: Namespace, files: Sequence[str]) -> Path:
         raise ValueError(f"--device {args.device} is not available: {str(error).splitlines()[0]}") from error
     args.model, args.revision = locate(args.model, args.revision)
     return parent
+
+
+def _check_places(places: list[Path], overwrite: bool) -> None:
+    """Raise ValueError for files that exist, or, with --overwrite, for folders that no command wrote."""
+    for place in filter(os.path.lexists, places):
+        if not overwrite:
+            raise ValueError(f"{place} exists: choose another --output, or pass --overwrite")
+        names = os.listdir(place) if place.is_dir() else []
+        if INDEX not in names and not all(re.fullmatch(r"\d{6,}\.png", name) for name in names):
+            raise ValueError(f"--overwrite replaces models and samples only, not {place}: choose another --output")
 
 
 def locate(model: str, revision: str | None) -> tuple[str, str | None]:
@@ -199,7 +199,7 @@ def locate(model: str, revision: str | None) -> tuple[str, str | None]:
 
 def _files(args: Namespace) -> list[str]:
     """List the image files, those of a folder in its place."""
-    return [str(file) for path in args.images for file in (image_files(path) if Path(path).is_dir() else [Path(path)])]
+    return [file for path in args.images for file in (image_files(path) if Path(path).is_dir() else [path])]
 
 
 def _load(args: Namespace, changes: dict[str, Any]) -> GeneralizedDDIMPipeline:
@@ -273,12 +273,7 @@ def _write(path: Path, content: Any, args: Namespace) -> None:
     elif isinstance(content, Image.Image):
         content.save(path)
     elif path.suffix == ".npz":
-        first = next(content)
-        with ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (args.num, *first.shape[1:])}
-            np.lib.format.write_array_header_1_0(file, header)
-            for batch in chain([first], content):
-                file.write((batch * 255).round().astype(np.uint8).tobytes())
+        np.savez(path, np.concatenate([(batch * 255).round().astype(np.uint8) for batch in content]))
     else:
         path.mkdir()
         for i, picture in enumerate(chain.from_iterable(map(numpy_to_pil, content))):

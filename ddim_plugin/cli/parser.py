@@ -9,14 +9,14 @@ from ..version import __version__
 
 LATENTS, MODEL = "latents.safetensors", "model"
 
-FILES = {  # what each command, and each --format of samples, writes into --output
-    "sample": ("samples.png", LATENTS, "sample.json"),
-    "png": ("samples", "sample.json"),
-    "npz": ("samples.npz", "sample.json"),
-    "encode": (LATENTS, "encode.json"),
-    "reconstruct": ("reconstruction.png", LATENTS, "reconstruct.json"),
-    "interpolate": ("interpolation.png", LATENTS, "interpolate.json"),
-    "fit": (MODEL, "fit.json"),
+FILES = {  # what each command, or the --format of sample, writes into --output beside the record COMMAND.json
+    "sample": ("samples.png", LATENTS),
+    "png": ("samples",),
+    "npz": ("samples.npz",),
+    "encode": (LATENTS,),
+    "reconstruct": ("reconstruction.png", LATENTS),
+    "interpolate": ("interpolation.png", LATENTS),
+    "fit": (MODEL,),
 }
 
 
@@ -59,7 +59,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, summary: str, example: str, *parents: ArgumentParser) -> ArgumentParser:
-        writes = f"\n\nwrites into --output: {', '.join(FILES[name])}" if name in FILES else ""
+        writes = f"\n\nwrites into --output: {', '.join(FILES[name])}, {name}.json" if name in FILES else ""
         texts = {"help": summary, "description": f"{summary[0].upper()}{summary[1:]}."}
         texts["epilog"] = f"example:\n  ddim-plugin {name} {example}{writes}"
         return commands.add_parser(name, parents=parents, formatter_class=RawDescriptionHelpFormatter, **texts)
