@@ -10,11 +10,8 @@ def slerp(x0: Tensor, x1: Tensor, a: float) -> Tensor:
     """Interpolate spherically: sin((1 − a)θ)/sin θ·x⁰ + sin(aθ)/sin θ·x¹ for the angle θ (Appendix D.5).
 
     Parallel samples are interpolated linearly, which is the formula's limit. Opposite ones (within `OPPOSITE`) have no
-    shortest path. They are joined by a great circle, in a fixed direction if their own plane is undefined.
-
-    `x0` and `x1` are (B, …) of one shape, and a = 0 and a = 1 return them exactly.
-
-    Raises ValueError for shapes that differ, and for `a` outside [0, 1].
+    shortest path. They are joined by a great circle, in a fixed direction if their own plane is undefined. `x0` and
+    `x1` are (B, …) of one shape, and a = 0 and a = 1 return them exactly. Raises ValueError for other shapes or `a`.
     """
     if not 0 <= a <= 1:
         raise ValueError(f"slerp needs a in [0, 1], not {a!r}")

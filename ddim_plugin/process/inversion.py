@@ -3,12 +3,8 @@
 The naive inverse evaluates the network at the known end, and its error is the paper's Table 2. Here f(x_t) = x_s is
 solved by a fixed-point iteration x ← x + γ(x_s − f(x)) with Anderson acceleration (Walker & Ni 2011), for each image
 separately. f includes the rounding of the sampler's step, so that sampling reproduces x_s. In the step to the data, f
-ends with the clamp to −1..1 that turns x_0 into an image. A black pixel therefore needs x̂0 ≤ −1, not exactly −1.
-
-In the step to the data an inverse may not exist, because an image need not be a value of x̂0(·, τ_1). The lower τ_1,
-the nearer the values. If f′ is small, a small residual needs a large change of x_t. The search starts with a step that
-uses a prediction at x_s. It ends at the tolerance, or when it makes no more progress. The report includes the standard
-deviation of the latents, because latents that do not resemble noise are less useful.
+ends with the clamp to −1..1 that turns x_0 into an image: a black pixel needs x̂0 ≤ −1, not exactly −1. An inverse may
+not exist there, because an image need not be a value of x̂0(·, τ_1). The lower τ_1, the nearer the values.
 """
 
 from collections.abc import Callable
@@ -44,13 +40,8 @@ class Solution(NamedTuple):
 
 
 def step_size(t: Level, s: Level) -> float:
-    """Compute γ = 2/(m + M) with f′ in [m, M] for Gaussian data of variance 0 to `VARIANCE` and the exact ε̂.
-
-    For data of variance v, f′ = (a_s·a_t·v + b_s·b_t)/(a_t²·v + b_t²).
-    """
-    slopes = [
-        (s.signal * t.signal * v + s.noise * t.noise) / (t.signal**2 * v + t.noise**2) for v in (0.0, VARIANCE)
-    ]
+    """Compute γ = 2/(m + M) with f′ in [m, M] for Gaussian data of variance 0 to `VARIANCE` and the exact ε̂."""
+    slopes = [(s.signal * t.signal * v + s.noise * t.noise) / (t.signal**2 * v + t.noise**2) for v in (0.0, VARIANCE)]
     return float(2 / sum(slopes))
 
 
@@ -58,10 +49,9 @@ def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, eval
     """Find the x with the smallest residual of each image.
 
     An image is finished when the root mean square of its residual is at most `tolerance`, or stops falling. If a
-    residual grows, the iteration restarts from its best iterate with half the step and no history. The best iterate is
-    returned, so the result is never worse than the guess. The iteration of an image does not depend on other images.
-
-    `guess` is (B, C, H, W), `step` γ, and `evaluations` ≥ 1 the largest number of calls of `residual`.
+    residual grows, the iteration restarts from its best iterate with half the step and no history. The result is never
+    worse than the guess, and does not depend on other images. `guess` is (B, C, H, W), `step` γ, and `evaluations` ≥ 1
+    the largest number of calls of `residual`.
     """
     B = len(guess)
     best, best_residual, best_output = guess.clone(), torch.zeros_like(guess), torch.empty(0)

@@ -1,19 +1,21 @@
 """Gaussian paths x_t = a·x_0 + b·ε: variance preserving (the paper), flow matching and variance exploding.
 
-Times run from 0, the data, to T. A network is evaluated at a timestep, which is t − 1 for a table of levels, T·σ for flow
+Times run from 0, the data, to T. A network is evaluated at a timestep: t − 1 for a table of levels, T·σ for flow
 matching, and σ for variance exploding.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor
 
-Array = NDArray[np.float64]
-Number = float | Array
+from .spacings import Array, Times, descending, explicit
+
+Number = Any  # a float, a float64 array or a tensor
 
 
 class Level(NamedTuple):
@@ -36,6 +38,9 @@ class Path:
     """A path given by its levels at the times 0..T. Networks are evaluated at t − 1."""
 
     levels: Level  # arrays, (T + 1,)
+    continuous: ClassVar[bool] = False  # timesteps are real numbers
+    output_sign: ClassVar[int] = 1  # factor on the network's output
+    image_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)  # black and white in x_0
 
     @property
     def T(self) -> int:
@@ -50,20 +55,25 @@ class Path:
         """Return the level at a time 0..T."""
         return Level(float(self.levels.signal[time]), float(self.levels.noise[time]))
 
-    def timestep(self, time: float) -> float:
+    def timestep(self, time: Number) -> Number:
         """Return the timestep at which a network is evaluated at this time."""
         return time - 1
 
-    def time(self, timestep: float) -> float:
+    def time(self, timestep: Number) -> Number:
         """Return the time of a network's timestep."""
         return timestep + 1
 
+    def times(self, timesteps: Sequence[Number]) -> Array | Times:
+        """Check descending timesteps, and convert them to increasing times. Raises ValueError as `explicit`."""
+        if not self.continuous:
+            return explicit(timesteps, self.T)
+        return np.array([self.time(value) for value in descending(timesteps, *self.bounds)[::-1]])
 
-@dataclass(frozen=True, eq=False)
+
 class FlowMatching(Path):
     """x_t = (1 − σ)·x_0 + σ·ε with σ = t/T, for real t (Lipman et al. 2023). Networks are evaluated at T·σ."""
 
-    inverted: bool = False  # networks are evaluated at T·(1 − σ), and predict x_0 − ε
+    continuous = True
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -72,19 +82,38 @@ class FlowMatching(Path):
     def level(self, time: float) -> Level:
         return Level(1 - time / self.T, time / self.T)
 
-    def timestep(self, time: float) -> float:
-        return self.T - time if self.inverted else time
+    def timestep(self, time: Number) -> Number:
+        return time
 
-    time = timestep
+    def time(self, timestep: Number) -> Number:
+        return timestep
 
     def sigma(self, timesteps: Tensor) -> Tensor:
-        """Compute σ at timesteps."""
+        """Compute b at timesteps."""
         return self.time(timesteps) / self.T
 
+    def signal(self, sigma: Tensor) -> Tensor:
+        """Compute a at levels with this b."""
+        return 1 - sigma
 
-@dataclass(frozen=True, eq=False)
+
+class InvertedFlow(FlowMatching):
+    """Flow matching for networks that are evaluated at T·(1 − σ), and predict x_0 − ε."""
+
+    output_sign = -1
+
+    def timestep(self, time: Number) -> Number:
+        return self.T - time
+
+    def time(self, timestep: Number) -> Number:
+        return self.T - timestep
+
+
 class VarianceExploding(Path):
-    """x_t = x_0 + σ_t·ε with ln σ_t linear on 1 ≤ t ≤ T (Proposition 1; Song et al. 2021). Networks are evaluated at σ_t."""
+    """x_t = x_0 + σ_t·ε with ln σ_t linear on 1 ≤ t ≤ T (Song et al. 2021). Networks are evaluated at σ_t."""
+
+    continuous = True
+    image_range = (0.0, 1.0)  # as for NCSN++
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -93,17 +122,19 @@ class VarianceExploding(Path):
     def level(self, time: float) -> Level:
         return Level(1.0, self.timestep(time) if time else 0.0)
 
-    def sigma(self, timesteps: Tensor) -> Tensor:
-        """Compute σ at timesteps."""
-        return timesteps
-
-    def timestep(self, time: float) -> float:
+    def timestep(self, time: Number) -> Number:
         low, high = self.bounds
         return low * (high / low) ** ((time - 1) / max(1, self.T - 1))
 
-    def time(self, timestep: float) -> float:
+    def time(self, timestep: Number) -> Number:
         low, high = self.bounds
         return 1 + (self.T - 1) * math.log(timestep / low) / math.log(high / low)
+
+    def sigma(self, timesteps: Tensor) -> Tensor:
+        return timesteps
+
+    def signal(self, sigma: Tensor) -> Tensor:
+        return torch.ones_like(sigma)
 
 
 def variance_preserving(alpha_bar: Array) -> Path:
@@ -114,7 +145,7 @@ def variance_preserving(alpha_bar: Array) -> Path:
 def flow_matching(T: int, inverted: bool = False) -> FlowMatching:
     """Build the path of flow matching."""
     noise = np.arange(T + 1) / T
-    return FlowMatching(Level(1 - noise, noise), inverted)
+    return (InvertedFlow if inverted else FlowMatching)(Level(1 - noise, noise))
 
 
 def variance_exploding(T: int, sigma_min: float, sigma_max: float) -> VarianceExploding:

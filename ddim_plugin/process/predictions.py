@@ -31,26 +31,22 @@ def check_prediction(prediction_type: str) -> None:
 def prediction(prediction_type: str, level: Level) -> Prediction:
     """Return the linear map of a prediction type at a level of floats.
 
-    Raises ValueError if it divides by zero: ε and the score at a = 0 (pure noise), x_0 at b = 0 (the data).
+    It inverts x_t = a·x_0 + b·ε and output = c·x_0 + d·ε. Raises ValueError if they do not determine x_0 and ε: ε and
+    the score at a = 0 (pure noise), x_0 at b = 0 (the data).
     """
     check_prediction(prediction_type)
-    signal, noise = level
-    if prediction_type in ("epsilon", "score"):
-        if signal == 0:
-            raise ValueError(
-                f"prediction_type={prediction_type!r} divides by zero at ᾱ = 0 or σ = 1, pure noise: use a network "
-                "that predicts v, x0 or the flow, or timesteps below the top"
-            )
-        eps = 1.0 if prediction_type == "epsilon" else -noise
-        return Prediction(1 / signal, -eps * noise / signal, 0.0, eps)
-    if prediction_type == "sample":
-        if noise == 0:
+    a, b = level
+    c, d = {"sample": (1, 0), "v_prediction": (-b, a), "flow_prediction": (-1, 1)}.get(prediction_type, (0, 1))
+    determinant = a * d - b * c
+    if determinant == 0:
+        if prediction_type == "sample":
             raise ValueError("prediction_type='sample' gives no ε̂ at the data: use timesteps above it")
-        return Prediction(0.0, 1.0, 1 / noise, -signal / noise)
-    if prediction_type == "flow_prediction":
-        return Prediction(1 / (signal + noise), -noise / (signal + noise), 1 / (signal + noise), signal / (signal + noise))
-    power = signal**2 + noise**2
-    return Prediction(signal / power, -noise / power, noise / power, signal / power)
+        raise ValueError(
+            f"prediction_type={prediction_type!r} divides by zero at ᾱ = 0 or σ = 1, pure noise: use a network that "
+            "predicts v, x0 or the flow, or timesteps below the top"
+        )
+    unit = -b if prediction_type == "score" else 1.0  # the score is ε in units of −b
+    return Prediction(d / determinant, -unit * b / determinant, -c / determinant, unit * a / determinant)
 
 
 def eps_from_x0(level: Level) -> tuple[float, float]:
@@ -60,10 +56,8 @@ def eps_from_x0(level: Level) -> tuple[float, float]:
 
 def fold(prediction: Prediction, move: Move) -> tuple[float, float]:
     """Return (a, b) with x_s = a·x_t + b·output, for a step without noise or constraint."""
-    return (
-        float(move.x0 * prediction.x0_x + move.eps * prediction.eps_x),
-        float(move.x0 * prediction.x0_out + move.eps * prediction.eps_out),
-    )
+    x0_x, x0_out, eps_x, eps_out = prediction
+    return float(move.x0 * x0_x + move.eps * eps_x), float(move.x0 * x0_out + move.eps * eps_out)
 
 
 def unfold(prediction: Prediction, move: Move) -> tuple[float, float]:

@@ -46,19 +46,12 @@ def linspace(S: int, T: int) -> Times:
 
 
 def paper_linear(S: int, T: int) -> Times:
-    """The authors' "uniform" to the letter: every ⌊T/S⌋-th time from 1 on.
-
-    It has more than S times if S does not divide T (13 for S = 12, T = 1000), and never reaches T.
-    """
+    """The authors' "uniform" to the letter: every ⌊T/S⌋-th time from 1 on, more than S if S does not divide T."""
     return 1 + np.arange(0, T, T // S, dtype=np.int64)
 
 
 def paper_quadratic(S: int, T: int) -> Times:
-    """The authors' "quad" to the letter: 1 + ⌊u²⌋, u evenly spaced on [0, √(0.8 T)].
-
-    It repeats small times for large S (49 distinct ones for S = 50, T = 1000). Its top is 1 + 0.8 T, or one below by
-    rounding, and 1 for S = 1.
-    """
+    """The authors' "quad" to the letter: 1 + ⌊u²⌋, u evenly spaced on [0, √(0.8 T)]. Small times may repeat."""
     return 1 + (np.linspace(0, np.sqrt(T * 0.8), S) ** 2).astype(np.int64)
 
 
@@ -88,8 +81,8 @@ def few_steps_noise(S: int, alpha_bar: Array) -> Times:
 def few_sigmas(S: int, noisy: bool = False) -> list[float]:
     """Space S values of σ for a multistep method on the path of flow matching, before its shift, descending.
 
-    They are even in σ^(1/1.25) from 1 − 1/(2S), at least 0.9, to 1/(4S), with smaller uppermost gaps. With noise they end
-    at 1/S.
+    They are even in σ^(1/1.25) from 1 − 1/(2S), at least 0.9, to 1/(4S), with smaller uppermost gaps. With noise they
+    end at 1/S.
     """
     top, bottom = (each**0.8 for each in (max(0.9, 1 - 0.5 / S), min(0.9, (1 if noisy else 0.25) / S)))
     gaps = np.append(FIRST_GAPS, np.ones(S))[: S - 1]
@@ -117,18 +110,17 @@ SPACINGS: dict[str, Callable[[int, int], Times]] = {
     f.__name__: f for f in (linear, quadratic, leading, trailing, linspace, paper_linear, paper_quadratic)
 }
 
+# Spacings that depend on ᾱ.
 OF_ALPHA_BAR: dict[str, Callable[[int, Array], Times]] = {f.__name__: f for f in (few_steps, few_steps_noise)}
-"""Spacings that depend on ᾱ."""
-
 NAMES = (*SPACINGS, *OF_ALPHA_BAR)
 
 
 def tau(spacing: str, S: int, T: int, steps_offset: int = 0, alpha_bar: Array | None = None) -> Times:
-    """Compute the subsequence named `spacing` with S steps.
+    """Compute the subsequence named `spacing`: S distinct increasing times in 1..T, int64.
 
-    It has exactly S distinct increasing times in 1..T, int64, for every 1 ≤ S ≤ T. The two `paper_` spacings have those
-    of the authors' code instead. `steps_offset` ≥ 0 shifts "leading" upwards as in diffusers, and is reduced with a
-    warning if T leaves less room. `alpha_bar`, shape (T + 1,), is for the spacings that depend on it.
+    The two `paper_` spacings have those of the authors' code instead. `steps_offset` ≥ 0 shifts "leading" upwards as in
+    diffusers, and is reduced with a warning if T leaves less room. `alpha_bar`, shape (T + 1,), is for the spacings
+    that depend on it.
 
     Raises ValueError for an unknown name, S outside 1..T, a negative or fractional offset, or missing ᾱ.
     """
@@ -165,7 +157,7 @@ def check_offset(steps_offset: int) -> int:
 def explicit(timesteps: Iterable[int], T: int) -> Times:
     """Check explicit network timesteps, and convert them to increasing times in 1..T.
 
-    Raises ValueError for the first that is not an integer, outside 0..T−1, repeated or not below the one before.
+    Raises ValueError for the first that is not an integer, outside 0..T−1, or not below the one before.
     """
     values = list(timesteps) if isinstance(timesteps, Iterable) else ()
     if not values:

@@ -10,40 +10,34 @@ import diffusers
 from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 
-KEY = "_ddim_plugin"
-"""Entry of a scheduler's config with the settings of this package. Stock schedulers keep it, and do not read it."""
-
+KEY = "_ddim_plugin"  # entry of a scheduler's config with our settings, which stock schedulers keep but do not read
 SAMPLER = "sampler"  # entry of `KEY` with the constraints that an inverse scheduler switched off
-CONSTRAINTS = ("clip_sample", "thresholding", "use_clipped_model_output")
-"""Settings that change x̂0. A step with one of them has no inverse."""
-
+CONSTRAINTS = ("clip_sample", "thresholding", "use_clipped_model_output")  # they change x̂0: such a step has no inverse
 SOLVER = ("solver_order", "lower_order_final", "fitted_timesteps")  # settings that only `MultistepDDIMScheduler` has
 STOCK_SPACINGS = ("leading", "trailing", "linspace")
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 STOCK_VARIANCES = ("fixed_large", "learned_range")  # "fixed_small" is their default
 STAND_IN = "trailing"  # spacing that is saved for stock schedulers in place of one that they do not have
-REMOVED: dict[str, Any] = dict.fromkeys([f"solver_{what}" for what in ("quantity", "coordinate", "corrector")])
-REMOVED |= {"solver_extrapolation": None, "start_from_top": True}  # settings of version 0.1, with their defaults
+
+# Settings of version 0.1, with their defaults.
+REMOVED: dict[str, Any] = dict.fromkeys(["solver_quantity", "solver_coordinate", "solver_corrector"])
+REMOVED |= {"solver_extrapolation": None, "start_from_top": True}
 REMOVED_SPACINGS = ("few_steps_power", "log_snr")
 
+# Stock schedulers whose keys configs of the three paths have, and those with `use_flow_sigmas` and grids of their own.
+VP, FLOW, VE = "DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "ScoreSdeVeScheduler"
 FLOW_SOLVERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")
 FLOW_SOLVERS += ("DEISMultistepScheduler", "SASolverScheduler")
-"""Stock schedulers that have `use_flow_sigmas`, whose grids are not those of `FLOW`."""
 
-VP, FLOW, VE = "DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "ScoreSdeVeScheduler"
-"""Stock schedulers whose keys configs of the three paths have."""
-
+# Settings of one path, refused on the others, and those that are copied with the default of the config's writer.
 BETA = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "set_alpha_to_one", "rescale_betas_zero_snr")
 SHIFT = ("shift", "flow_shift", "use_dynamic_shifting")
 SIGMA = ("sigma_min", "sigma_max")
 OF_PATH = {VP: BETA, FLOW: ("use_flow_sigmas", *SHIFT), VE: SIGMA}
-"""Settings of one path. With another value than the default they are refused on the others."""
-
 PROCESS = ("num_train_timesteps", "prediction_type", *BETA, "use_flow_sigmas", *SHIFT, *SIGMA)
-"""Settings that are copied with the default of the class that wrote the config."""
 
+# Settings of other processes, with the values at which they do nothing.
 OTHER_PROCESS = {"snr_shift_scale": 1.0, "timestep_type": "discrete", "stochastic_sampling": False}
-"""Settings of other processes, with the values at which they do nothing."""
 
 CLASSES: dict[str, type["StockConfig"]] = {}  # schedulers of this package by name
 
@@ -76,7 +70,6 @@ def with_settings_of(base: type) -> Callable[[Callable], Callable]:
 class StockConfig(SchedulerMixin, ConfigMixin):
     """Convert a scheduler's config to and from those of diffusers, without a warning."""
 
-    _derived_betas = False  # trained_betas were computed from a schedule that stock schedulers do not have
     _set_aside: tuple[str, ...] = ()  # constraints of the sampler that an inverse scheduler switched off
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -87,7 +80,7 @@ class StockConfig(SchedulerMixin, ConfigMixin):
     def _stock(self) -> str:
         """Name the stock scheduler whose keys the config has."""
         path = path_of(self.config)
-        return self.config.get("_writer") or path if path == FLOW else path
+        return self.config.get("_writer") or FLOW if path == FLOW else path
 
     def _own_settings(self) -> dict[str, Any]:
         """Collect the settings that the stock scheduler does not have."""
@@ -109,8 +102,7 @@ class StockConfig(SchedulerMixin, ConfigMixin):
     def register_to_config(self, **kwargs: Any) -> None:
         """Record settings, and keep the config readable for stock schedulers.
 
-        diffusers does not convert keys in `_use_default_values`, but copies private keys such as `KEY`. `_class_name`
-        is the stock scheduler whose keys these are.
+        diffusers does not convert keys in `_use_default_values`, but copies private keys such as `KEY`.
         """
         super().register_to_config(**kwargs)
         own = self._own_settings()
@@ -140,9 +132,8 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         config's "fixed_small" and "fixed_large" noise is not copied, so that a DDPM checkpoint becomes DDIM. Raises
         ValueError for settings that `__init__` refuses, and for `kwargs` that only version 0.1 had.
         """
-        removed, later = REMOVED.keys() & kwargs.keys(), {}
-        if removed:
-            key = min(removed)
+        aside, later = (), {}
+        for key in sorted(REMOVED.keys() & kwargs.keys()):
             raise ValueError(f"{key}={kwargs[key]!r} is no setting since version 0.2: leave it out")
         if isinstance(config, dict):
             known, writer, (config, own, path) = defaults(cls), _flow_writer(config), _split(config)

@@ -1,6 +1,5 @@
 """The generalized process (Song, Meng, Ermon 2021) as a scheduler of diffusers."""
 
-import warnings
 from contextlib import suppress
 from numbers import Real
 from typing import Any, ClassVar
@@ -12,9 +11,8 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
 from ..process import betas as schedules
-from ..process import moves, paths, spacings
+from ..process import moves, spacings
 from ..process import predictions as p
-from .config import FLOW, OF_PATH, STOCK_SCHEDULES, VE, VP, defaults, path_of
 from .planned import Kind, Pairs, Planned
 from .step import Evaluation, GeneralizedDDIMSchedulerOutput, Step, StepTuple
 from .tensors import Randomness, accumulate, draw, split_variance
@@ -22,22 +20,18 @@ from .tensors import Randomness, accumulate, draw, split_variance
 DETERMINISTIC = {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False, "thresholding": False}
 """Settings under which a latent and its image determine each other."""
 
-OF_FLOW = ("linear", "few_steps", "few_steps_noise")  # spacings: that of the stock scheduler, and those of a multistep one
-PATHS = {VP: "the path of a β schedule", FLOW: "flow matching", VE: "variance exploding"}
-
 
 class GeneralizedDDIMScheduler(Planned):
     """The generalized process of Denoising Diffusion Implicit Models, along any subsequence τ and Gaussian path.
 
-    One step is x_s = √ᾱ_s·x̂0 + √(1 − ᾱ_s − σ²)·ε̂ + σz (Eq. 12) with σ = σ(η) (Eq. 16), for the pairs (t, s) of τ. On
-    the paths of flow matching and variance exploding (`ddim_plugin.process.paths`), a and b replace √ᾱ and √(1 − ᾱ).
-    The scheduler has all keys of diffusers' `DDIMScheduler`. Unlike there, x̂0 is not clipped by default.
+    One step is x_s = a_s·x̂0 + √(b_s² − σ²)·ε̂ + σz (Eq. 12) with σ = σ(η) (Eq. 16), for the pairs (t, s) of τ. In the
+    paper a = √ᾱ and b = √(1 − ᾱ); `ddim_plugin.process.paths` has flow matching and variance exploding too. The
+    settings are those of diffusers' `DDIMScheduler`, and more. Unlike there, x̂0 is not clipped by default.
 
     Args:
         num_train_timesteps: T, the number of timesteps the network was trained on.
         beta_start, beta_end, beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "const", "jsd", "sigmoid"
-            or "laplace", and the range of β for those that have one. `trained_betas` are β_1..β_T as numbers instead.
-            "sqrt" is the path x_t = x_0 + √t·ε.
+            or "laplace", and the range of β. "sqrt" is the path x_t = x_0 + √t·ε. `trained_betas` are β_1..β_T instead.
         clip_sample, clip_sample_range: clip x̂0 to ±`clip_sample_range` in each step.
         set_alpha_to_one: True sets ᾱ_0 = 1 (the paper), False ᾱ_0 = ᾱ_1, as in the config of Stable Diffusion.
         steps_offset: added to the timesteps of the spacing "leading".
@@ -47,18 +41,14 @@ class GeneralizedDDIMScheduler(Planned):
         timestep_spacing: τ by name: "linear", "quadratic", "leading", "trailing", "linspace", "paper_linear",
             "paper_quadratic", "few_steps" or "few_steps_noise" (`ddim_plugin.process.spacings`).
         rescale_betas_zero_snr: rescale β so that ᾱ_T = 0 (Lin et al. 2023).
-        eta: η of Eq. 16, used if `step` is not given one. 0 is DDIM and 1 is DDPM. "fixed_large" and "learned_range"
-            do not use it: they require η = 1.
+        eta: η of Eq. 16, 0 for DDIM and 1 for DDPM. "fixed_large" and "learned_range" do not use it: theirs is 1.
         variance_type: "fixed_small" (σ = η·√β̃, Eq. 16), "fixed_large" (σ̂ only in the noise term, Appendix D.3),
             "learned_range" (a network with twice the channels, between β̃ and β), or "optimal" (Analytic-DPM) with
             `eps_mean_square`, E‖ε̂(x_t, t)‖²/d for t = 1..T.
-        use_clipped_model_output: recompute ε̂ from a clipped x̂0, as Ho's sampler does. False keeps the network's ε̂,
-            as the authors' code does.
-        use_flow_sigmas, shift, use_dynamic_shifting: flow matching, which "flow_prediction" implies, and its noise
-            levels. diffusers' own scheduler computes them, and `from_config` keeps its other settings. `flow_shift` is
-            another name of `shift`.
-        sigma_min, sigma_max: variance exploding, x_t = x_0 + σ_t·ε, for a network that is evaluated at σ. Without
-            `sigma_min` it is 0.01.
+        use_clipped_model_output: recompute ε̂ from a clipped x̂0, as Ho's sampler does.
+        use_flow_sigmas, shift, flow_shift, use_dynamic_shifting: flow matching, which "flow_prediction" implies, and
+            its noise levels, computed by diffusers' own scheduler. `flow_shift` is another name of `shift`.
+        sigma_min, sigma_max: variance exploding, for a network that is evaluated at σ. `sigma_min` None is 0.01.
         corrector_steps, corrector_snr: Langevin steps before each step, and their signal-to-noise ratio r (Song et al.
             2021, Algorithms 4 and 5). Each takes one evaluation more: `timesteps` repeats its time.
 
@@ -129,86 +119,17 @@ class GeneralizedDDIMScheduler(Planned):
             raise ValueError(f"clip_sample_range must be positive, not {config.clip_sample_range!r}")
         ratio, largest = config.dynamic_thresholding_ratio, config.sample_max_value
         if config.thresholding and not (0 <= ratio <= 1 and largest >= 1):
-            raise ValueError(
-                f"thresholding needs dynamic_thresholding_ratio in [0, 1] and sample_max_value ≥ 1, not {ratio!r} and "
-                f"{largest!r}"
-            )
+            needed = "dynamic_thresholding_ratio in [0, 1] and sample_max_value ≥ 1"
+            raise ValueError(f"thresholding needs {needed}, not {ratio!r} and {largest!r}")
         self._eps_mean_square = moves.eps_table(config.variance_type, config.eps_mean_square, T)
-        path, alpha_bar = self._make_path()
         self._any_order = type(self)._any_order and not config.corrector_steps
         self.order = 1 + config.corrector_steps
+        path, alpha_bar = self._make_path()
         if self._planned is None or path.T != self.path.T or type(path) is not type(self.path):
             self.num_inference_steps, self._planned, self._sigmas = None, None, None
             self.timesteps = torch.tensor([path.timestep(t) for t in range(T, 0, -1)], device="cpu")
-        self.path, self.init_noise_sigma = path, 1.0
-        self._shown = None
-        if alpha_bar is None:
-            signal, noise = path.levels
-            alpha_bar = signal**2 / (signal**2 + noise**2)
-            self.init_noise_sigma = float(noise[-1])
-        else:
-            self._show(alpha_bar[1:])
-        self._alpha_bar = alpha_bar
-        self._tables: dict[Any, Tensor] = {}  # on a device, by key
+        self._use(path, alpha_bar)
         self._replan()
-
-    def _make_path(self) -> tuple[paths.Path, np.ndarray | None]:
-        """Build the path of the config, and ᾱ_0..ᾱ_T if it is the paper's. Raises ValueError for those of others."""
-        config, kind = self.config, path_of(self.config)
-        for other, keys in OF_PATH.items():
-            for key in keys if other != kind else ():
-                if isinstance(config[key], list | np.ndarray) or config[key] != defaults(type(self))[key]:
-                    raise ValueError(f"{key}={config[key]!r} has no effect on {PATHS[kind]}: leave it out")
-        if kind != VP and (config.variance_type in ("learned_range", "optimal")):
-            raise ValueError(f"variance_type={config.variance_type!r} needs a β schedule, not {PATHS[kind]}")
-        T = config.num_train_timesteps
-        if kind == FLOW:
-            shifts = [value for value in (config.shift, config.flow_shift) if value != 1]
-            if len({*shifts}) > 1 or not all(isinstance(value, Real) and value > 0 for value in shifts):
-                raise ValueError(f"shift and flow_shift must be one positive number, not {shifts}")
-            if config.timestep_spacing not in OF_FLOW:
-                raise ValueError(
-                    f"timestep_spacing={config.timestep_spacing!r} is for tables of β: for flow matching use "
-                    f"{' or '.join(OF_FLOW)}, or pass sigmas"
-                )
-            return paths.flow_matching(T, bool(config.get("invert_sigmas"))), None
-        if kind == VE:
-            if config.sigma_min is None:  # the default of `ScoreSdeVeScheduler`
-                super().register_to_config(sigma_min=0.01)
-            low, high = self.config.sigma_min, self.config.sigma_max
-            if T < 2 or not 0 < low < high < float("inf"):
-                raise ValueError(f"sigma_min must be positive and less than sigma_max (T ≥ 2), not {low!r} and {high!r}")
-            return paths.variance_exploding(T, low, high), None
-        if config.beta_schedule == "sqrt":
-            return paths.square_root(T), None
-        alpha_bar = self._make_alpha_bar()
-        return paths.variance_preserving(alpha_bar), alpha_bar
-
-    def _make_alpha_bar(self) -> np.ndarray:
-        """Compute ᾱ_0..ᾱ_T, and record the β of a schedule that stock schedulers do not have."""
-        config = self.config
-        T, schedule, known = config.num_train_timesteps, config.beta_schedule, config.trained_betas
-        if known is not None and not self._derived_betas:
-            betas = schedules.check(known, T)
-        else:
-            betas = schedules.betas(schedule, T, config.beta_start, config.beta_end)
-            if schedules.made_for_1000(schedule, T, config.beta_start, config.beta_end):
-                message = (
-                    f"beta_start={config.beta_start:g} and beta_end={config.beta_end:g} were made for 1000 steps; at "
-                    f"num_train_timesteps={T} they leave ᾱ_T = {np.prod(1 - betas):.3g}. Scale them by 1000/{T}, "
-                    "or use squaredcos_cap_v2."
-                )
-                warnings.warn(message, stacklevel=6)
-        alpha_bar = schedules.alpha_bar(betas)
-        if config.rescale_betas_zero_snr:
-            alpha_bar = schedules.rescale_zero_terminal_snr(alpha_bar)
-        if not config.set_alpha_to_one:
-            alpha_bar[0] = alpha_bar[1]
-        derived = schedule not in STOCK_SCHEDULES and (known is None or self._derived_betas)
-        if derived or self._derived_betas:
-            self._derived_betas = derived
-            super().register_to_config(trained_betas=betas.tolist() if derived else None)
-        return alpha_bar
 
     def _check_noise(self, variance_type: str, eta: float) -> None:
         """Raise ValueError for noise that does not exist, or not in this class."""
@@ -241,16 +162,14 @@ class GeneralizedDDIMScheduler(Planned):
             model_output: the network's output, (B, C, H, W), or (B, 2C, H, W) for "learned_range".
             timestep: a network timestep (0..T−1, T·σ or σ), or a tensor (B, …) with one for each sample, or each frame
                 of a sample. One outside the plan steps to the nearest time of the plan below it. Elements of
-                `self.timesteps` are looked up by position, without synchronising the device. If a plan repeats a
-                timestep, it is the next one.
+                `self.timesteps` are looked up by position, without synchronising the device.
             sample: x_t, (B, C, H, W). Half precision is computed in float32 and cast once at the end.
             eta: η of Eq. 16 for this step. None and 0 are η of the plan, or else of the config, since stock pipelines
                 pass 0 unasked. For no noise in a scheduler with noise use `set_timesteps(eta=0)`.
             use_clipped_model_output: whether ε̂ is recomputed from a clipped x̂0. None is the scheduler's setting.
             generator: source of z: one generator, or a list with one for each image. Not used in a step without noise.
             variance_noise: z itself, (B, C, H, W), instead of a generator.
-            per_token_timesteps: timesteps (B, N) of a flow model's tokens, with −1 times its output, as pipelines for
-                LTX pass them.
+            per_token_timesteps: timesteps (B, N) of a flow model's tokens, with −1 times its output (LTX).
             return_dict: False returns the tuple (x_s, x̂0).
 
         Raises ValueError before `set_timesteps`, and for shapes, timesteps, η or generators that do not fit.
@@ -266,8 +185,7 @@ class GeneralizedDDIMScheduler(Planned):
         kind = self._kind(eta or None)
         step = self._find(timestep, kind, sample)
         variance = variance if kind[0] == "learned_range" else None
-        z = None
-        corrects = bool(self.config.corrector_steps) and self._corrects()
+        corrects, z = bool(self.config.corrector_steps) and self._corrects(), None
         if corrects or (kind != ("fixed_small", 0.0) and (isinstance(step.noise, Tensor) or step.noise > 0)):
             z = draw(sample, generator, variance_noise, torch.promote_types(sample.dtype, torch.float32))
         evaluation = self._evaluate(kind, step, sample, output, variance, use_clipped_model_output)
@@ -276,7 +194,7 @@ class GeneralizedDDIMScheduler(Planned):
         x = evaluation.mean()
         if z is not None:
             x = accumulate(x, evaluation.std(), z)
-        x = x if x.dtype == sample.dtype else x.to(sample.dtype)
+        x = x.to(sample.dtype)
         if compiling and not return_dict:
             return x, evaluation.pred_original_sample().to(sample.dtype)
         result = GeneralizedDDIMSchedulerOutput(x, evaluation, counted=not compiling)
@@ -307,22 +225,15 @@ class GeneralizedDDIMScheduler(Planned):
         )
 
     def _evaluate(
-        self,
-        kind: Kind,
-        step: Step,
-        sample: Tensor,
-        output: Tensor,
-        variance: Tensor | None,
-        recompute_eps: bool | None,
+        self, kind: Kind, step: Step, sample: Tensor, output: Tensor, variance: Tensor | None, recompute: bool | None
     ) -> Evaluation:
         """Apply the step under the constraint on x̂0 that the config sets now."""
         config = self.config
         limit = config.clip_sample_range if config.clip_sample and not config.thresholding else None
         thresholding = (config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None
-        if recompute_eps is None:
-            recompute_eps = config.use_clipped_model_output
-        recompute_eps = bool(recompute_eps and (limit is not None or thresholding is not None))
-        return Evaluation(step, sample, output, variance, limit, thresholding, recompute_eps)
+        recompute = config.use_clipped_model_output if recompute is None else recompute
+        recompute = bool(recompute and (config.clip_sample or config.thresholding))
+        return Evaluation(step, sample, output, variance, limit, thresholding, recompute)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

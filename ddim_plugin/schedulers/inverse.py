@@ -50,13 +50,13 @@ class Upwards(StockConfig):
 class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
     """The steps of `GeneralizedDDIMScheduler` solved for x_t: from an image x_0 to its latent x_T (Section 5.4).
 
-    `timesteps` ascend, and `step(model_output, t − 1, x_s)` computes x_t for neighbours s < t on τ. Each step is the
-    exact inverse of the sampler's for the same `model_output`, unless the sampler's hardly depends on x_t
-    (`ddim_plugin.process.predictions.unfold`). The network is evaluated at x_s, since x_t is not known yet, so that the
-    loop of any pipeline serves. `GeneralizedDDIMPipeline.encode` can refine each step.
+    `timesteps` ascend, and `step(model_output, t − 1, x_s)` computes x_t, the output's `prev_sample`, for neighbours
+    s < t on τ. Each step is the exact inverse of the sampler's for the same `model_output`, unless the sampler's hardly
+    depends on x_t (`ddim_plugin.process.predictions.unfold`). The network is evaluated at x_s, since x_t is not known
+    yet. `GeneralizedDDIMPipeline.encode` can refine each step.
 
-    `from_config` takes the config of any sampler, and a sampler's takes this one's. Noise is refused: with η > 0, x_t
-    is no function of x_s. The output's `prev_sample` is x_t. Args and errors are those of `GeneralizedDDIMScheduler`.
+    `from_config` takes the config of any sampler, and a sampler's takes this one's. Noise is refused. Args and errors
+    are those of `GeneralizedDDIMScheduler`.
     """
 
     def _make_pairs(self, times: spacings.Times) -> Pairs:

@@ -29,10 +29,9 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     """DDIM steps with the mean of ε̂ over the step in place of its last value (Eq. 14), for few steps.
 
     ε̂ is the polynomial through its last `solver_order` values, and its mean is exact on any grid
-    (`ddim_plugin.process.multistep`). The first steps have fewer values, and order 1 is `GeneralizedDDIMScheduler`.
-    With noise, the mean is that of x̂0, in the SDE that adds η² times the noise variance of DDPM. The scheduler keeps
-    the values: use one scheduler for each loop. A second step at one place of a loop is refused. A step that does not
-    follow the last one, or has another shape, is of order 1. A step with a timestep for each sample is too.
+    (`ddim_plugin.process.multistep`). With noise, the mean is that of x̂0, in the SDE that adds η² times the noise
+    variance of DDPM. The scheduler keeps the values: use one for each loop, in which a second step at one place is
+    refused. The first step is of order 1, and so is one that does not follow the last, or has several timesteps.
 
     The first sample of a spacing is x_T, even if τ ends below T. The network is evaluated at τ_S < T, where it predicts
     nearly the same x̂0, and without noise the first step starts from T with this x̂0. With explicit timesteps, or after
@@ -43,10 +42,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         lower_order_final: whether the last step, to the data, is of order 1.
         fitted_timesteps: τ for some step counts, {"S": network timesteps, descending}, from
             `ddim_plugin.fit_timesteps`. They replace the spacing "few_steps" for η < 0.5.
-        The others are those of `GeneralizedDDIMScheduler`. From η = 0.5 on, `set_timesteps` uses "few_steps_noise" in
-            place of "few_steps", and steps extrapolate further. "learned_range" has η = 0 by default.
-
-    Raises ValueError as `GeneralizedDDIMScheduler`, and for a `solver_order` or `fitted_timesteps` that do not exist.
+        The others, and errors, are those of `GeneralizedDDIMScheduler`. From η = 0.5 on, `set_timesteps` uses
+            "few_steps_noise" in place of "few_steps". "learned_range" has η = 0 by default.
     """
 
     _any_order = False
@@ -65,9 +62,10 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         order, fitted = self.config.solver_order, self.config.fitted_timesteps
         if order is not None and not (spacings.is_integer(order) and 1 <= order <= 4):
             raise ValueError(f"solver_order must be 1, 2, 3 or 4, or None, not {order!r}")
-        if self.config.corrector_steps:
-            steps = self.config.corrector_steps
-            raise ValueError(f"corrector_steps={steps} needs a GeneralizedDDIMScheduler: a multistep scheduler has none")
+        if steps := self.config.corrector_steps:
+            raise ValueError(
+                f"corrector_steps={steps} needs a GeneralizedDDIMScheduler: a multistep scheduler has none"
+            )
         self._fitted = _check_fitted(fitted, self.config.num_train_timesteps)
         if fitted is not None:  # JSON has strings as keys
             kept = {str(S): (times[::-1] - 1).tolist() for S, times in self._fitted.items()}
@@ -90,7 +88,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     @property
     def _much_noise(self) -> bool:
-        """Whether the plan is for much noise: "few_steps" becomes "few_steps_noise", and steps extrapolate further."""
+        """Whether "few_steps" becomes "few_steps_noise", and steps extrapolate further."""
         return self._kind(None)[1] >= MUCH_NOISE
 
     def _spaced(self, S: int | None, spacing: str | None = None) -> spacings.Times:
@@ -119,11 +117,15 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
                 self._replan()
         return super().add_noise(original_samples, noise, timesteps)
 
-    def _make_plan(self, pairs: Pairs, kind: Kind) -> list[Step]:
-        plan = super()._make_plan(pairs, kind)
-        t, s = pairs[0]
+    def _make_plan(self, kind: Kind) -> list[Step]:
+        """Make the steps, and compute the weights of a loop through all of them."""
+        plan, times = super()._make_plan(kind), ()
+        t, s = self._pairs[0]
         if t > s and self._starts_above(t) and not moves.adds_noise(*kind):
             plan[0] = plan[0].from_top(self.path.level(self.path.T))
+        for place, (t, _) in enumerate(self._pairs if self._order != 1 else ()):
+            times = (t, *(each for each in times if each != t))[: self._values(kind)]
+            self._weigh(plan, kind, place, times)
         return plan
 
     def _starts_above(self, top: float) -> bool:
@@ -144,16 +146,6 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         super()._replan()
         self._weighted: dict[tuple[Kind, int, tuple[float, ...]], tuple[Any, ...]] = {}
 
-    def _plan(self, kind: Kind) -> list[Step]:
-        """Return the steps, and compute the weights of a loop through all of them."""
-        known, times = kind in self._plans, ()
-        plan = super()._plan(kind)
-        if not known and self._order != 1:
-            for place, (t, _) in enumerate(self._pairs):
-                times = (t, *(each for each in times if each != t))[: self._values(kind)]
-                self._weigh(kind, place, times)
-        return plan
-
     def _values(self, kind: Kind) -> int:
         """Return the number of values that a step uses."""
         return self._order or (2 if moves.adds_noise(*kind) else 3)
@@ -171,7 +163,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         follows = self._last == (of_x0, place - 1, like.shape)
         earlier = [each for each in self._history if each[0] != t] if follows else []  # a plan may repeat a time
         earlier = earlier[: self._values(kind) - 1]
-        step, *rest = self._weigh(kind, place, (t, *(time for time, _ in earlier)))
+        step, *rest = self._weigh(self._plan(kind), kind, place, (t, *(time for time, _ in earlier)))
         if place == len(self._pairs) - 1:  # nothing follows
             self._forget()
         else:
@@ -189,11 +181,11 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             return evaluation.pred_epsilon()
         return evaluation.output.clone()  # the network may write its next output into the same memory
 
-    def _weigh(self, kind: Kind, place: int, times: tuple[float, ...]) -> tuple[Any, ...]:
+    def _weigh(self, plan: list[Step], kind: Kind, place: int, times: tuple[float, ...]) -> tuple[Any, ...]:
         """Compute the step with the weight of the newest value in it, and the weights of the earlier ones."""
         key = kind, place, times
         if key not in self._weighted:
-            step, of_x0 = self._plan(kind)[place], moves.adds_noise(*kind)
+            step, of_x0 = plan[place], moves.adds_noise(*kind)
             weights, mean = np.zeros(len(times)), self._mean(of_x0, self._pairs[place], times, kind[1])
             if len(mean) > 1:  # they are added to the DDIM step scale·x_t + slope·value
                 level = self.path.level(self._pairs[place][0])
@@ -207,8 +199,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     def _mean(self, of_x0: bool, pair: tuple[float, float], times: Sequence[float], eta: float) -> np.ndarray:
         """Compute the weights of the values in the mean over a step."""
-        t, s = (float(self.path.level(time).ratio) for time in pair)
-        known = [float(self.path.level(time).ratio) for time in times]
+        t, s, *known = (float(self.path.level(time).ratio) for time in (*pair, *times))
         to_data, to_noise = pair[1] == 0 and (of_x0 or self.config.lower_order_final), s == np.inf and not of_x0
         if to_data or to_noise or t == s or len(set(known)) < len(known):
             return np.ones(1)
@@ -229,13 +220,10 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
     """Encode images x_0 into x_T in few steps, with a multistep method.
 
-    It solves the ODE of Eq. 14 upwards, in the loop of any pipeline. A step from s up to t uses the last values, at s
-    and below. Decoding is nearer to the image than with `InverseDDIMScheduler`, which is of order 1, for the same
-    number of evaluations. The network is evaluated at the lower end of a step, and at τ_1 for the first step. If the
-    sampler starts from T and has more than one step, the last step ends at T.
-
-    `from_config` accepts the config of a `MultistepDDIMScheduler`, and vice versa. Args and errors are those of
-    that class and of `InverseDDIMScheduler`.
+    It solves the ODE of Eq. 14 upwards, in the loop of any pipeline. The network is evaluated at the lower end of a
+    step, and at τ_1 for the first step. If the sampler starts from T and has more than one step, the last step ends at
+    T. `from_config` accepts the config of a `MultistepDDIMScheduler`, and vice versa. Args and errors are those of that
+    class and of `InverseDDIMScheduler`.
     """
 
     def _make_pairs(self, times: spacings.Times) -> Pairs:
@@ -280,6 +268,6 @@ def _check_fitted(timesteps: dict[str, list[int]] | None, T: int) -> dict[int, s
         if not (spacings.is_integer(S) or (isinstance(S, str) and S.isdecimal())):
             raise ValueError(f"fitted_timesteps has the key {S!r}, which is no step count: use integers as keys")
         found[int(S)] = spacings.explicit(times, T)
-        if len(found[int(S)]) != int(S):
+        if len(times) != int(S):
             raise ValueError(f"fitted_timesteps has {len(times)} timesteps for {S} steps: give as many as steps")
     return found

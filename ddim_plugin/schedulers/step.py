@@ -138,16 +138,14 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
     """Return the result of a step by attribute, key or position.
 
     Tensors have the shape (B, C, H, W) and dtype of the sample. All but `prev_sample` are computed when first read,
-    from the step's `sample` and `model_output`. If one of these was changed in place in the meantime, reading raises a
-    RuntimeError.
+    from the step's `sample` and `model_output`. RuntimeError is raised if one of these was changed in place since.
 
     Attributes:
         prev_sample: x_s, the sample after the step.
         pred_original_sample: x̂0 after clipping or thresholding (Eq. 9).
         pred_epsilon: ε̂ as used in the step.
-        mean: mean of x_s given x_t (Eq. 12 without its last term).
-        std: standard deviation of x_s given x_t: a scalar, (B, 1, 1, 1) with a timestep for each sample, or
-            (B, C, H, W) for a learned variance.
+        mean, std: mean and standard deviation of x_s given x_t (Eq. 12). The latter is a scalar, (B, 1, 1, 1) with a
+            timestep for each sample, or (B, C, H, W) for a learned variance.
     """
 
     _KEYS = ("prev_sample", "pred_original_sample", "mean", "std", "pred_epsilon")
@@ -176,8 +174,8 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
     def log_prob(self, x: Tensor) -> Tensor:
         """Compute ln p(x_s = `x` | x_t) of each sample, the sum over its pixels, in float32: (B,).
 
-        The density is Gaussian, with `mean` and `std` of the step. It is differentiable with respect to the network's
-        output. Raises ValueError for another shape, and for a step without noise, which has no density.
+        It is differentiable with respect to the network's output. Raises ValueError for another shape, and for a step
+        without noise, which has no density.
         """
         if x.shape != self.prev_sample.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}, the step {tuple(self.prev_sample.shape)}")
@@ -202,7 +200,7 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
 
     def to_tuple(self) -> tuple[Tensor, ...]:
         """Compute all values, in the order of the keys."""
-        return tuple(getattr(self, key) for key in self._KEYS)
+        return self[:]
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, slice):

@@ -42,10 +42,9 @@ def learned_log_variance(variance: Tensor, log_variance: tuple[Coefficient, Coef
 
 
 def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
-    """Clip each image to [−s, s] and divide it by s (Saharia et al. 2022, Section 2.3).
+    """Clip each image (B, C, H, W) to [−s, s] and divide it by s (Saharia et al. 2022, Section 2.3).
 
-    s is the `ratio` quantile of |x̂0| over the pixels of the image, (B, C, H, W), linear between ranks and limited to
-    [1, `max_value`]. `torch.quantile` limits the number of pixels, and reads the host.
+    s is the `ratio` quantile of |x̂0| over its pixels, as `torch.quantile`, which reads the host, in [1, `max_value`].
     """
     rows = x0.abs().flatten(1)
     rank = ratio * (rows.shape[1] - 1)
@@ -55,28 +54,21 @@ def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
     return torch.clamp(x0, -s, s) / s
 
 
-def whole(timestep: Any) -> int:
-    """Convert a whole number of Python, NumPy or torch to an int. Raises ValueError for another value or type."""
+def number(timestep: Any, whole: bool) -> float:
+    """Convert a number of Python, NumPy or torch. Raises ValueError for half precision, and if it must be `whole`."""
     value = timestep
     if isinstance(value, Tensor) and value.dtype not in HALF:
         value = value.item()
-    if isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer():
-        return int(value)
-    raise ValueError(f"timestep must be an integer, not {timestep!r}")
+    if isinstance(value, Real) and not isinstance(value, bool) and (not whole or float(value).is_integer()):
+        return int(value) if whole else float(value)
+    expected = "an integer" if whole else "a number, in float32 at least"
+    raise ValueError(f"timestep must be {expected}, not {timestep!r}")
 
 
-def number(timestep: Any) -> float:
-    """Convert a number of Python, NumPy or torch. Raises ValueError for half precision, which rounds timesteps."""
-    value = timestep
-    if isinstance(value, Tensor) and value.dtype not in HALF:
-        value = value.item()
-    if isinstance(value, Real) and not isinstance(value, bool):
-        return float(value)
-    raise ValueError(f"timestep must be a number, in float32 at least, not {timestep!r}")
-
-
-def integers(timesteps: Tensor) -> Tensor:
-    """Convert whole numbers to integers. Raises ValueError for other values, if the host knows them, and types."""
+def numbers(timesteps: Tensor, whole: bool) -> Tensor:
+    """Convert timesteps to integers if they must be `whole`, else to float32 at least. Raises ValueError for others."""
+    if not whole:
+        return timesteps.to(torch.promote_types(timesteps.dtype, torch.float32))
     if timesteps.dtype in (torch.float32, torch.float64):
         if timesteps.device.type != "cpu" or bool((timesteps == timesteps.floor()).all()):
             return timesteps.long()

@@ -1,0 +1,240 @@
+"""The levels of noise of a scheduler: its path, what diffusers reads of it, and samples with noise."""
+
+import warnings
+from itertools import pairwise
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..process import betas as schedules
+from ..process import moves, paths
+from .config import FLOW, OF_PATH, STOCK_SCHEDULES, VE, VP, StockConfig, defaults, path_of
+from .tensors import HALF, combine, number, numbers
+
+OF_FLOW = ("linear", "few_steps", "few_steps_noise")  # spacings of flow matching: stock, and for multistep methods
+PATHS = {VP: "the path of a β schedule", FLOW: "flow matching", VE: "variance exploding"}
+
+
+class Levels(StockConfig):
+    """Make the path of a config, show its levels as diffusers does, and add noise to samples."""
+
+    path: paths.Path
+    _derived_betas = False  # trained_betas were computed from a schedule that stock schedulers do not have
+    _shown: Tensor | None = None  # ᾱ_1..ᾱ_T, float32
+    _planned: Tensor | None = None  # the timesteps of the plan
+    _sigmas: Tensor | None = None  # b at its levels, not for the paper's path
+
+    def _make_path(self) -> tuple[paths.Path, np.ndarray | None]:
+        """Build the path of the config, and ᾱ_0..ᾱ_T if it is the paper's. Raises ValueError for those of others."""
+        config, kind = self.config, path_of(self.config)
+        for other, keys in OF_PATH.items():
+            for key in keys if other != kind else ():
+                if isinstance(config[key], list | np.ndarray) or config[key] != defaults(type(self))[key]:
+                    raise ValueError(f"{key}={config[key]!r} has no effect on {PATHS[kind]}: leave it out")
+        if kind != VP and (config.variance_type in ("learned_range", "optimal")):
+            raise ValueError(f"variance_type={config.variance_type!r} needs a β schedule, not {PATHS[kind]}")
+        T = config.num_train_timesteps
+        if kind == FLOW:
+            shifts = [value for value in (config.shift, config.flow_shift) if value != 1]
+            if len({*shifts}) > 1 or not all(isinstance(value, Real) and value > 0 for value in shifts):
+                raise ValueError(f"shift and flow_shift must be one positive number, not {shifts}")
+            if config.timestep_spacing not in OF_FLOW:
+                raise ValueError(
+                    f"timestep_spacing={config.timestep_spacing!r} is for tables of β: for flow matching use "
+                    f"{' or '.join(OF_FLOW)}, or pass sigmas"
+                )
+            return paths.flow_matching(T, bool(config.get("invert_sigmas"))), None
+        if kind == VE:
+            if config.sigma_min is None:  # the default of `ScoreSdeVeScheduler`
+                super().register_to_config(sigma_min=0.01)
+            low, high = self.config.sigma_min, self.config.sigma_max
+            if T < 2 or not 0 < low < high < float("inf"):
+                raise ValueError(
+                    f"sigma_min must be positive and less than sigma_max (and T ≥ 2), not {low!r} and {high!r}"
+                )
+            return paths.variance_exploding(T, low, high), None
+        if config.beta_schedule == "sqrt":
+            return paths.square_root(T), None
+        alpha_bar = self._make_alpha_bar()
+        return paths.variance_preserving(alpha_bar), alpha_bar
+
+    def _make_alpha_bar(self) -> np.ndarray:
+        """Compute ᾱ_0..ᾱ_T, and record the β of a schedule that stock schedulers do not have."""
+        config = self.config
+        T, schedule, known = config.num_train_timesteps, config.beta_schedule, config.trained_betas
+        if known is not None and not self._derived_betas:
+            betas = schedules.check(known, T)
+        else:
+            betas = schedules.betas(schedule, T, config.beta_start, config.beta_end)
+            if schedules.made_for_1000(schedule, T, config.beta_start, config.beta_end):
+                message = (
+                    f"beta_start={config.beta_start:g} and beta_end={config.beta_end:g} were made for 1000 steps; at "
+                    f"num_train_timesteps={T} they leave ᾱ_T = {np.prod(1 - betas):.3g}. Scale them by 1000/{T}, "
+                    "or use squaredcos_cap_v2."
+                )
+                warnings.warn(message, stacklevel=6)
+        alpha_bar = schedules.alpha_bar(betas)
+        if config.rescale_betas_zero_snr:
+            alpha_bar = schedules.rescale_zero_terminal_snr(alpha_bar)
+        if not config.set_alpha_to_one:
+            alpha_bar[0] = alpha_bar[1]
+        derived = schedule not in STOCK_SCHEDULES and (known is None or self._derived_betas)
+        if derived or self._derived_betas:
+            self._derived_betas = derived
+            super().register_to_config(trained_betas=betas.tolist() if derived else None)
+        return alpha_bar
+
+    def _use(self, path: paths.Path, alpha_bar: np.ndarray | None) -> None:
+        """Use a path, with ᾱ_0..ᾱ_T if it is the paper's."""
+        (signal, noise), self._shown = path.levels, None
+        self.path, self.init_noise_sigma = path, float(noise[-1])
+        self._alpha_bar = signal**2 / (signal**2 + noise**2)
+        if alpha_bar is not None:
+            self._alpha_bar, self.init_noise_sigma = alpha_bar, 1.0
+            self._show(alpha_bar[1:])
+        self._tables: dict[Any, Tensor] = {}  # on a device, by key
+
+    @property
+    def alpha_bar(self) -> np.ndarray:
+        """Return ᾱ_0..ᾱ_T, float64, (T + 1,), of the path scaled to a² + b² = 1. ᾱ_0 is that of the data."""
+        return self._alpha_bar.copy()
+
+    @property
+    def image_range(self) -> tuple[float, float]:
+        """Return the values of black and white in x_0. With σ as timestep they are 0 and 1, as for NCSN++."""
+        return self.path.image_range
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
+        """Compute x_t = a_t·x_0 + b_t·ε (Eq. 4) at network timesteps.
+
+        x_0 and ε are (B, C, H, W), and `timesteps` one, (B,), or (B, …) for leading axes of the samples. One image may
+        have several timesteps or noises. Raises ValueError for timesteps out of range or not those of a table, shapes
+        that do not fit together, and samples that are not floating point.
+        """
+        x, signal, deviation = self._marginals(original_samples, noise, timesteps)
+        return combine(signal, x, deviation, noise).to(original_samples.dtype)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor | float, noise: Tensor) -> Tensor:
+        """Compute x_t as `add_noise`, under the name that pipelines for flow matching use."""
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
+        """Compute v = a_t·ε − b_t·x_0 (Salimans & Ho 2022). `sample` is x_0; see `add_noise`."""
+        x, signal, deviation = self._marginals(sample, noise, timesteps)
+        return combine(-deviation, x, signal, noise).to(sample.dtype)
+
+    def _marginals(self, x: Tensor, noise: Tensor, timesteps: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
+        """Expand x_0 over timesteps and noises, and look up a_t and b_t, which broadcast over it."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self._adopt()
+        if not x.is_floating_point():
+            raise ValueError(f"samples must be floating point, not {x.dtype}")
+        times = timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps, device="cpu")
+        times = numbers(times, whole=not self.path.continuous)
+        times = times.flatten() if times.numel() == 1 else times
+        axes = (*times.shape, *[1] * (x.ndim - times.ndim))
+        try:
+            shape = torch.broadcast_shapes(axes, x.shape, noise.shape)
+        except RuntimeError as error:
+            given = f"{times.numel()} timesteps for samples {tuple(x.shape)} and noise {tuple(noise.shape)}"
+            raise ValueError(f"{given}: give one timestep, or one for each sample") from error
+        if times.device.type == "cpu" and not compiling:
+            low, high = self.path.bounds
+            if not (low <= times.min() * (1 + 1e-6) and times.max() * (1 - 1e-6) <= high):
+                raise ValueError(f"timesteps must lie in {low:g}..{high:g}, not {times.tolist()}")
+        levels = self._levels_at(times.flatten().to(x.device), torch.promote_types(x.dtype, torch.float32))
+        return x.expand(shape), *levels.view(2, *axes)
+
+    def _levels_at(self, times: Tensor, dtype: torch.dtype) -> Tensor:
+        """Compute signal and noise at timesteps, (2, N). Those of the plan have its levels."""
+        if isinstance(self.path, paths.FlowMatching | paths.VarianceExploding):
+            sigma = self.path.sigma(times)
+            if self._planned is not None and self._sigmas is not None:
+                here = times[:, None] == self._planned.to(times)
+                planned = self._sigmas[: len(self._planned)].to(sigma)
+                sigma = torch.where(here.any(1), planned[here.long().argmax(1)], sigma)
+            return torch.stack([self.path.signal(sigma), sigma])
+        key = ("marginals", dtype, times.device)
+        if key not in self._tables:
+            table = torch.tensor(np.stack(self.path.levels)[:, 1:], device="cpu")
+            self._tables[key] = table.to(dtype).to(times.device)
+        return self._tables[key][:, times]
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Return the noise b at the levels of the plan, ending with that of the last step. Not for the paper's path."""
+        if self._sigmas is None:
+            raise AttributeError("this scheduler has no sigmas: its levels are alphas_cumprod")
+        return self._sigmas
+
+    def _get_variance(self, timestep: int | Tensor, prev_timestep: int | Tensor) -> Tensor:
+        """Compute β̃ between two network timesteps, as pipelines ask for it. −1 is the data."""
+        t, s = (self.path.level(max(number(each, whole=True) + 1, 0)) for each in (timestep, prev_timestep))
+        return torch.tensor(float(moves.beta_tilde(t, s)), device="cpu")
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """Return ᾱ_1..ᾱ_T, float32, of the paper's path."""
+        if self._shown is None:
+            raise AttributeError("this scheduler has no ᾱ: its levels are sigmas")
+        return self._shown
+
+    @alphas_cumprod.setter
+    def alphas_cumprod(self, value: Any) -> None:
+        self._assign(value)
+
+    alphas = property(lambda self: 1 - self.betas, lambda self, value: self._assign(np.cumprod(_numbers(value))))
+    betas = property(
+        lambda self: torch.tensor(schedules.from_alpha_bars(self._alpha_bar[1:]), dtype=torch.float32, device="cpu"),
+        lambda self, value: self._assign(np.cumprod(1 - _numbers(value))),
+    )
+
+    @property
+    def final_alpha_cumprod(self) -> Tensor:
+        """Return ᾱ_0, float32."""
+        return torch.tensor(self._alpha_bar[0], dtype=torch.float32, device="cpu")
+
+    @final_alpha_cumprod.setter
+    def final_alpha_cumprod(self, value: Any) -> None:
+        if float(value) not in (1.0, float(self.alphas_cumprod[0])):
+            raise ValueError(f"final_alpha_cumprod must be 1 or ᾱ_1 = {self.alphas_cumprod[0]:g}, not {float(value):g}")
+        self.register_to_config(set_alpha_to_one=float(value) == 1)
+
+    def _assign(self, value: Any) -> None:
+        """Use these ᾱ_1..ᾱ_T from now on, and record their β in the config."""
+        alpha_bar, dtype = _numbers(value), value.dtype if getattr(value, "dtype", None) in HALF else torch.float32
+        known = torch.tensor(self._alpha_bar[1:], device="cpu").to(dtype)
+        if not np.array_equal(_numbers(known), _numbers(torch.tensor(alpha_bar, device="cpu").to(dtype))):
+            known = {"trained_betas": schedules.from_alpha_bars(alpha_bar).tolist(), "rescale_betas_zero_snr": False}
+            self.register_to_config(**known)
+        self._show(value)
+
+    def _show(self, value: Any) -> None:
+        with torch.inference_mode(False):  # counts changes in place
+            shown = value.detach().float() if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+            self._shown = shown.to(torch.float32, copy=True)
+
+    def _adopt(self) -> None:
+        """Use what was written into `alphas_cumprod` or `sigmas` in place."""
+        if self._shown is not None and edits(self._shown):
+            self._assign(self._shown)
+        if self._sigmas is not None and edits(self._sigmas):
+            times = (self._sigmas.double() * self.path.T).tolist()
+            if not isinstance(self.path, paths.FlowMatching) or times[0] < times[-1]:
+                raise ValueError("sigmas were changed in place: call set_timesteps instead")
+            self._sigmas, self._pairs = self._sigmas.clone(), list(pairwise(times))
+            self._replan()
+
+
+def edits(x: Tensor) -> int:
+    """Return how often a tensor was changed in place, as far as torch counts it."""
+    return 0 if x.is_inference() else x._version
+
+
+def _numbers(value: Any) -> np.ndarray:
+    value = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else value
+    return np.asarray(value, dtype=np.float64)
