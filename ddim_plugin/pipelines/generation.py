@@ -1,11 +1,9 @@
 """The pipeline: a U-Net and a scheduler, from noise to images, and from images to latents and back."""
 
-import inspect
 import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch import Tensor
 from ..schedulers import KEY, GeneralizedDDIMScheduler, Randomness, check_generators, restored
 from ..schedulers.config import CLASSES, FLOW, VE, VP, path_of
 from .latents import Latents
-from .loop import AfterStep, Labels, Timesteps, check_count, check_output_type
+from .loop import Labels, Timesteps, accepted, check_count, check_output_type
 
 CALLBACK_TENSORS = ("latents", "sample", "pred_original_sample", "pred_epsilon")
 # The stock pipeline for each stock scheduler, and the predictions they sample with. `DDIMPipeline` would replace a
@@ -67,6 +65,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = CALLBACK_TENSORS,
         output_type: str = "pil",
         return_dict: bool = True,
+        mu: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
@@ -90,57 +89,38 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
                 and "pred_epsilon" (ε̂) it receives. The last two are None if the scheduler does not return them.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent" (x_0 itself).
             return_dict: False returns a tuple instead of an `ImagePipelineOutput` with `images`.
+            mu: logarithm of the shift of flow matching, for a scheduler with `use_dynamic_shifting`.
         """
         check_output_type(output_type)
-        after_step = self._after_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        unknown = set(callback_on_step_end_tensor_inputs) - set(CALLBACK_TENSORS)
+        if unknown:
+            raise ValueError(f"unknown callback tensors {sorted(unknown)}: use some of {', '.join(CALLBACK_TENSORS)}")
         check_count("batch_size", 1 if batch_size is None else batch_size, 1)
-        if latents is not None:
-            self._check_latents(latents, batch_size)
-        shape = self._shape(batch_size or 1) if latents is None else latents.shape
-        B = shape[0]
-        check_generators(generator, B)
-        condition = self._condition(class_labels, guidance_scale, null_class_label, B)
-        self._set_timesteps(self.scheduler, num_inference_steps, timesteps, condition.device, eta)
-        step_kwargs = self._step_kwargs(eta, generator=generator, use_clipped_model_output=use_clipped_model_output)
+        shape = self._shape(batch_size or 1) if latents is None else self._check_latents(latents, batch_size)
+        check_generators(generator, shape[0])
+        condition = self._condition(class_labels, guidance_scale, null_class_label, shape[0])
+        ours = isinstance(self.scheduler, GeneralizedDDIMScheduler)  # None and 0 differ in its plan, not in its step
+        self._set_timesteps(self.scheduler, num_inference_steps, timesteps, mu=mu, eta=eta if ours else None)
+        settings = {"generator": generator, "use_clipped_model_output": use_clipped_model_output}
+        settings = accepted(self.scheduler.step, eta=None if ours else eta, **settings)
 
         if latents is None:
             latents = randn_tensor(shape, generator, condition.device, condition.state_dtype)
         scale = getattr(self.scheduler, "init_noise_sigma", 1.0)  # stock schedulers of flow matching have none
         x = latents.to(condition.device, condition.state_dtype) * scale
-        steps = self.progress_bar(self.scheduler.timesteps)
-        x = self._run(self.scheduler, x, steps, condition, after_step, **step_kwargs)
+        self._interrupt = False
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            step = self._step(self.scheduler, x, t, condition, **settings)
+            known, x = {"sample": x, "latents": step.prev_sample}, step.prev_sample
+            if callback_on_step_end is not None:
+                names = callback_on_step_end_tensor_inputs
+                tensors = {name: known[name] if name in known else getattr(step, name, None) for name in names}
+                x = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", x)
+            if self._interrupt:
+                break
         images = self._images(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _after_step(self, callback: StepEndCallback | None, names: Sequence[str]) -> AfterStep | None:
-        """Check the callback, and wrap it for the loop."""
-        unknown = set(names) - set(CALLBACK_TENSORS)
-        if unknown:
-            raise ValueError(f"unknown callback tensors {sorted(unknown)}: use some of {', '.join(CALLBACK_TENSORS)}")
-        if callback is None:
-            return None
-        if not callable(callback):
-            raise ValueError(f"callback_on_step_end must be a function, not {callback!r}")
-
-        def after_step(i: int, t: Tensor, x_t: Tensor, step: Any) -> Tensor | None:
-            known = {"latents": step.prev_sample, "sample": x_t}
-            tensors = {name: known[name] if name in known else getattr(step, name, None) for name in names}
-            return (callback(self, i, t, tensors) or {}).get("latents")
-
-        return after_step
-
-    def _step_kwargs(self, eta: float | None, **others: Any) -> dict[str, Any]:
-        """Select the arguments that the scheduler's `step` accepts, and refuse those it does not."""
-        if isinstance(self.scheduler, GeneralizedDDIMScheduler):
-            eta = None  # its plan has it
-        elif eta is not None and not (isinstance(eta, Real) and eta >= 0):
-            raise ValueError(f"eta must be a non-negative number, not {eta!r}")
-        given, accepted = {"eta": eta, **others}, inspect.signature(self.scheduler.step).parameters
-        for name in ("eta", "use_clipped_model_output"):
-            if given[name] and name not in accepted:
-                raise ValueError(f"{type(self.scheduler).__name__} does not support {name}: leave it out")
-        return {key: value for key, value in given.items() if value is not None and key in accepted}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
@@ -155,10 +135,17 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
             config = GeneralizedDDIMScheduler.load_config(pretrained_model_name_or_path, subfolder="scheduler", **place)
             kwargs["scheduler"] = CLASSES[config[KEY]["class"]].from_config(config)
             pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        pipe.scheduler = kwargs.get("scheduler") or pipe.scheduler  # one that is passed stays as it is
-        if "scheduler" not in kwargs and not isinstance(pipe.scheduler, GeneralizedDDIMScheduler):
-            index = cls.load_config(pretrained_model_name_or_path, **place)
-            pipe.scheduler = _opened(pipe.scheduler, *index["_saved_as"])
+        pipe.scheduler = stock = kwargs.get("scheduler") or pipe.scheduler  # one that is passed stays as it is
+        if "scheduler" not in kwargs and not isinstance(stock, GeneralizedDDIMScheduler):
+            pipeline, name = cls.load_config(pretrained_model_name_or_path, **place)["_saved_as"]
+            if name in CLASSES:
+                pipe.scheduler = CLASSES[name].from_config(stock.config)
+            elif hasattr(diffusers, pipeline):  # in a folder of our pipeline the stock scheduler was chosen
+                pipe.scheduler = GeneralizedDDIMScheduler.from_config(stock.config)
+                shown = ("eta", "variance_type", "timestep_spacing", "clip_sample")
+                named = ", ".join(f"{key}={pipe.scheduler.config[key]!r}" for key in shown)
+                became = f"became a GeneralizedDDIMScheduler with {named}"
+                logger.warning("The %s of this %s %s.", type(stock).__name__, pipeline, became)
         return pipe
 
     @classmethod
@@ -214,15 +201,3 @@ def stock_pipeline(scheduler: str, config: dict[str, Any]) -> str | None:
     pipeline, predictions = STOCK.get(scheduler, STOCK[VP])
     on_path = (scheduler in STOCK or path_of(config) == VP) and config.get("beta_schedule") != "sqrt"
     return pipeline if on_path and config.get("prediction_type", predictions[0]) in predictions else None
-
-
-def _opened(scheduler: SchedulerMixin, saved_by: str, saved_as: str) -> SchedulerMixin:
-    """Return the scheduler to use for a stock one that was loaded, given the pipeline and scheduler it was saved as."""
-    if saved_as in CLASSES:
-        return CLASSES[saved_as].from_config(scheduler.config)
-    if not hasattr(diffusers, saved_by):  # saved by our pipeline: the stock scheduler was chosen
-        return scheduler
-    stock, ours = type(scheduler).__name__, GeneralizedDDIMScheduler.from_config(scheduler.config)
-    named = [f"{key}={ours.config[key]!r}" for key in ("eta", "variance_type", "timestep_spacing", "clip_sample")]
-    logger.warning("The %s of this %s became a GeneralizedDDIMScheduler with %s.", stock, saved_by, ", ".join(named))
-    return ours

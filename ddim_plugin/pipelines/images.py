@@ -44,24 +44,19 @@ def _read(image: Any, channels: int, name: str) -> Tensor:
             remedy = "scale it to 0..255 first" if image.mode.startswith(DEEP) else convert
             raise ValueError(f"{name} has mode {image.mode!r}; this network takes {channels} channels: {remedy}")
         image = np.asarray(image)
-    if isinstance(image, np.ndarray):
-        image = image[..., None] if image.ndim == 2 and channels == 1 else image
-        kind, form, axis, is_float = "an array", f"H, W, {channels}", -1, image.dtype.kind == "f"
-    elif isinstance(image, Tensor):
-        kind, form, axis, is_float = "a tensor", f"{channels}, H, W", -3, image.is_floating_point()
-    else:
+    is_array = isinstance(image, np.ndarray)
+    if not is_array and not isinstance(image, Tensor):
         raise ValueError(f"{name} must be a PIL image, an array or a tensor, not {type(image).__name__}")
-    shape, is_bytes = tuple(image.shape), str(image.dtype) in ("uint8", "torch.uint8")
-    if image.ndim not in (3, 4) or shape[axis] != channels:
-        raise ValueError(f"{name} has shape {shape}: {kind} must be ({form}) or (B, {form}) for this network")
-    if 0 in shape:
-        raise ValueError(f"{name} is empty: its shape is {shape}")
-    if not is_float and not is_bytes:
+    image = image[..., None] if is_array and image.ndim == 2 else image
+    form, axis = (f"an array (H, W, {channels})", -1) if is_array else (f"a tensor ({channels}, H, W)", -3)
+    if image.ndim not in (3, 4) or image.shape[axis] != channels or 0 in image.shape:
+        raise ValueError(f"{name} has shape {tuple(image.shape)}: pass {form}, or a batch of some")
+    is_bytes, is_long = str(image.dtype) in ("uint8", "torch.uint8"), image.dtype.itemsize >= 8
+    if not is_bytes and not (image.dtype.kind == "f" if is_array else image.is_floating_point()):
         raise ValueError(f"{name} is of type {image.dtype}: pass bytes (uint8), or floating-point numbers in [0, 1]")
-    x, is_long = image if image.ndim == 4 else image[None], image.dtype.itemsize >= 8
-    if isinstance(x, np.ndarray):
-        x = torch.from_numpy(x.astype(np.float64 if is_long else np.float32, order="C")).movedim(-1, 1)
-    x = x.to(torch.float64 if is_long else torch.float32)
+    if is_array:
+        image = torch.from_numpy(image.astype(np.float64, order="C")).movedim(-1, -3)
+    x = (image if image.ndim == 4 else image[None]).to(torch.float64 if is_long else torch.float32)
     if is_bytes:
         return x / 255
     low, high = float(x.min()), float(x.max())
@@ -131,22 +126,19 @@ def check_channels(channels: int) -> str:
 
 def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), title: str = "", cell: int = 64) -> Image.Image:
     """Draw rows of pictures (N, H, W, C) in [0, 1], each with its label, in ASCII, on the left."""
-    labels = labels or [""] * len(rows)
     check_channels(rows[0].shape[-1])
     scale = max(1, round(cell / rows[0].shape[1]))
-    height, width = rows[0].shape[1] * scale, rows[0].shape[2] * scale
-    gap, columns = max(2, scale // 2), max(len(row) for row in rows)
-    points = max(11, min(16, height // 2))
+    height, width = (scale * side for side in rows[0].shape[1:3])
+    gap, points = max(2, scale // 2), max(11, min(16, height // 2))
     font = ImageFont.load_default(size=points)
     margin = gap + int(max((font.getlength(label) + 2 * gap for label in labels if label), default=0))
     top = 2 * points if title else gap
-    canvas = Image.new("RGB", (margin + columns * (width + gap), top + len(rows) * (height + gap)), "white")
+    size = margin + max(map(len, rows)) * (width + gap), top + len(rows) * (height + gap)
+    canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((gap, points // 2), title, fill="black", font=font)
-    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        y = top + i * (height + gap)
+    for y, row, label in zip(range(top, size[1], height + gap), rows, labels or [""] * len(rows), strict=True):
         draw.text((gap, y + height // 2), label, fill="black", font=font, anchor="lm")
-        for j, picture in enumerate(numpy_to_pil(row)):
-            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-            canvas.paste(picture, (margin + j * (width + gap), y))
+        for x, picture in zip(range(margin, size[0], width + gap), numpy_to_pil(row), strict=False):
+            canvas.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (x, y))
     return canvas

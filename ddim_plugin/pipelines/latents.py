@@ -1,6 +1,7 @@
 """Encode, decode, reconstruct and interpolate latents x_T (Sections 5.3 and 5.4)."""
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -66,83 +67,77 @@ class Latents(Loop):
         x, condition, steps, unit = self._prepare(x, num_inference_steps, timesteps, strength, *labels)
         multistep = isinstance(self.scheduler, MultistepDDIMScheduler)
         upwards = InverseMultistepDDIMScheduler if multistep else InverseDDIMScheduler
-        ascend = self._ascend_together if multistep else self._ascend
         inverse = upwards.from_config(self.scheduler.config)
-        self._set_timesteps(inverse, num_inference_steps, timesteps, condition.device, None)
-        settings = inverse, steps, refinement_steps, tolerance
-        parts = [ascend(x[rows], condition.rows(rows), *settings) for rows in batches(range(len(x)), batch_size)]
+        self._set_timesteps(inverse, num_inference_steps, timesteps)
+        up = inverse.timesteps[:steps]
+        refine = self._refine_path if multistep else self._refine_steps
+        parts: list[Encoded] = []
+        for rows in batches(range(len(x)), batch_size):
+            image, given = x[rows], condition.rows(rows)
+            if refinement_steps:
+                parts.append(refine(image, given, inverse, up, refinement_steps, tolerance))
+            else:
+                shape = (1 if multistep else steps, len(image))
+                evaluations = np.full(shape, given.evaluations * steps // shape[0])
+                z = self._ascend(image, given, inverse, self.progress_bar(up))
+                parts.append((z, np.full(shape, np.nan), evaluations, np.zeros(shape, bool)))
         self.maybe_free_model_hooks()
         latents, *records = zip(*parts, strict=True)
         z = finite(torch.cat(latents)) / unit
         if not return_report:
             return z
-        tops = (self.scheduler.timesteps[-steps:][:1] if multistep else inverse.timesteps[:steps]).cpu().numpy()
         residual, evaluations, at_floor = (np.concatenate(each, axis=1) for each in records)
+        tops = (self.scheduler.timesteps[-steps:][:1] if multistep else up).cpu().numpy()
         rows = z.cpu().double().flatten(1).numpy()
         known = tops, residual, evaluations, residual <= tolerance, at_floor
         return z, InversionReport(*known, tolerance, rows.mean(1), rows.std(1))
 
-    def _ascend(
-        self, x: Tensor, condition: Condition, inverse: Upwards, steps: int, refinements: int, tolerance: float
+    def _ascend(self, x: Tensor, condition: Condition, inverse: Upwards, up: Iterable[Tensor]) -> Tensor:
+        """Encode images with the naive inverse."""
+        inverse.set_begin_index(0)  # a new loop
+        return self._run(inverse, x, up, condition)
+
+    def _refine_steps(
+        self, image: Tensor, condition: Condition, inverse: Upwards, up: Tensor, refinements: int, tolerance: float
     ) -> Encoded:
-        """Encode images `x` over the first `steps` steps, one by one."""
-        image = x
+        """Encode images, and solve each step for its upper end."""
 
         def residual(x_s: Tensor, t: Tensor, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
             """Return x_s − f(x) and the output at x, with f the step at `t`."""
             output = self._predict(x, t, condition.rows(rows))
             sampled = self.scheduler.step(output, t, x).prev_sample
-            return x_s[rows] - (
-                sampled.clamp(*self._image_range) if x_s is image else sampled
-            ), output  # images are clamped
+            return x_s[rows] - (sampled.clamp(*self._image_range) if x_s is image else sampled), output
 
-        shape, at_x = (steps, len(x)), None  # the sampler's step from x, if known
-        residuals, evaluations, at_floor = np.full(shape, np.nan), np.zeros(shape, np.int64), np.zeros(shape, bool)
-        for i, t in enumerate(self.progress_bar(inverse.timesteps[:steps])):
-            move = inverse.move(i)
-            if move.start == move.end:  # the identity
-                residuals[i] = 0.0
-                continue
+        x, at_x, records = image, None, []  # `at_x` is the sampler's step from x, if known
+        for i, t in enumerate(self.progress_bar(up)):
+            start, end = inverse.move(i).start, inverse.move(i).end
             if at_x is None:
-                guess = inverse.step(self._predict(x, t, condition), t, x).prev_sample
+                guess = self._step(inverse, x, t, condition).prev_sample
             else:
-                signal, noise = move.start
-                guess = signal * at_x.pred_original_sample + noise * at_x.pred_epsilon
-            if refinements == 0:
-                x, evaluations[i] = guess, condition.evaluations
-                continue
-            down = self.scheduler.timesteps[-1 - i]
-            gamma, unit = step_size(move.start, move.end), move.end.signal
-            solution = solve(partial(residual, x, down), guess, gamma, tolerance * unit, refinements)
-            residuals[i], at_floor[i] = solution.residual / unit, solution.at_floor
-            evaluations[i] = (solution.evaluations + (at_x is None)) * condition.evaluations
-            x = solution.x
-            at_x = self.scheduler.step(solution.output, down, x)
-        return x, residuals, evaluations, at_floor
+                guess = start.signal * at_x.pred_original_sample + start.noise * at_x.pred_epsilon
+            down, gamma = self.scheduler.timesteps[-1 - i], step_size(start, end)
+            found = solve(partial(residual, x, down), guess, gamma, tolerance * end.signal, refinements)
+            evaluations = (found.evaluations + (at_x is None)) * condition.evaluations
+            records.append((found.residual / end.signal, evaluations, found.at_floor))
+            x, at_x = found.x, self.scheduler.step(found.output, down, found.x)
+        return x, *map(np.stack, zip(*records, strict=True))
 
-    def _ascend_together(
-        self, image: Tensor, condition: Condition, inverse: Upwards, steps: int, refinements: int, tolerance: float
+    def _refine_path(
+        self, image: Tensor, condition: Condition, inverse: Upwards, up: Tensor, refinements: int, tolerance: float
     ) -> Encoded:
-        """Encode images over the first `steps` steps, refined as one: move by decoding's error, and encode again."""
-        up, down = inverse.timesteps[:steps], self.scheduler.timesteps[-steps:]
-        cost, iterations = condition.evaluations * steps, max(1, refinements // 2)
-
-        def encoded(x: Tensor, rows: Tensor | slice) -> Tensor:
-            bar.update()
-            inverse.set_begin_index(0)  # a new loop
-            return self._run(inverse, x, up, condition.rows(rows))
+        """Encode images, move them by the error of decoding, and encode again."""
+        down, iterations = self.scheduler.timesteps[-len(up) :], max(1, refinements // 2)
 
         def residual(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            z = encoded(x, rows)
+            bar.update()
+            z = self._ascend(x, condition.rows(rows), inverse, up)
             decoded = self._run(self.scheduler, z, down, condition.rows(rows))
             return image[rows] - decoded.clamp(*self._image_range), z
 
         with self.progress_bar(total=iterations) as bar:
-            if refinements == 0:
-                one = (1, len(image))
-                return encoded(image, slice(None)), np.full(one, np.nan), np.full(one, cost), np.zeros(one, bool)
             found = solve(residual, image, 1.0, tolerance, iterations)
-        return found.output, found.residual[None], 2 * cost * found.evaluations[None], found.at_floor[None]
+        evaluations = 2 * condition.evaluations * len(up) * found.evaluations
+        return found.output, found.residual[None], evaluations[None], found.at_floor[None]
 
     @torch.no_grad()
     def decode(
@@ -207,8 +202,6 @@ class Latents(Loop):
         path = _path(z0, z1.to(z0), num)
         labels = decoding.get("class_labels")
         if labels is not None and torch.as_tensor(labels).ndim:
-            if len(labels) != len(z0):
-                raise ValueError(f"{len(labels)} class_labels for {len(z0)} paths: give one, or one for each")
             decoding["class_labels"] = torch.as_tensor(labels).repeat_interleave(num, 0)
         return self.decode(path.flatten(0, 1), **decoding)
 
@@ -230,13 +223,13 @@ class Latents(Loop):
     ) -> tuple[Tensor, Condition, int, float]:
         """Plan the steps. Return x on the device, its condition, ⌊strength·S⌋, and the unit of latents of all steps."""
         condition = self._condition(*labels, len(x))
-        self._set_timesteps(self.scheduler, S, timesteps, condition.device, 0.0)
+        self._set_timesteps(self.scheduler, S, timesteps, eta=0.0)
         S = self.scheduler.num_inference_steps
-        if not isinstance(strength, Real) or not 0 < strength <= 1:
-            raise ValueError(f"strength must lie in (0, 1], not {strength!r}")
-        steps = int(strength * S + 1e-9)
+        steps = int(strength * S + 1e-9) if isinstance(strength, Real) and 0 < strength <= 1 else 0
         if steps == 0:
-            raise ValueError(f"strength={strength:g} of {S} steps is less than one step: use at least {1 / S:.3g}")
+            raise ValueError(
+                f"strength must lie in (0, 1], and be at least {1 / S:.3g} for {S} steps, not {strength!r}"
+            )
         unit = self.scheduler.init_noise_sigma if steps == S else 1.0
         return x.to(condition.device, condition.state_dtype), condition, steps, unit
 

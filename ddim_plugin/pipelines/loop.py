@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,6 @@ from ..schedulers.inverse import Upwards
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Timesteps = Sequence[float] | Tensor | None
 Labels = int | Sequence[int] | Tensor | None
-AfterStep = Callable[[int, Tensor, Tensor, Any], Tensor | None]  # (number, timestep, x_t, output of `step`) ↦ a new x_s
 
 
 class Condition(NamedTuple):
@@ -79,113 +79,91 @@ class Loop:
             raise ValueError("the network's config has no sample_size: pass latents of the wanted size, or set it")
         return batch_size, self.unet.config.in_channels, *self.image_size
 
-    def _check_latents(self, latents: Tensor, batch_size: int | None = None) -> None:
-        """Raise ValueError unless `latents` are some for this network."""
-        if not isinstance(latents, Tensor):
-            raise ValueError(f"latents must be a torch tensor, not {type(latents).__name__}")
-        if latents.ndim != 4 or len(latents) == 0:
-            raise ValueError(f"latents must be (B, C, H, W) with B ≥ 1, not of shape {tuple(latents.shape)}")
+    def _check_latents(self, latents: Tensor, batch_size: int | None = None) -> tuple[int, ...]:
+        """Return the shape of latents, or raise ValueError unless they are some for this network."""
+        if not isinstance(latents, Tensor) or latents.ndim != 4 or not len(latents):
+            given = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"latents must be a torch tensor (B, C, H, W) with B ≥ 1, not {given}")
         size = self.image_size or latents.shape[2:]
         shape = (batch_size or len(latents), self.unet.config.in_channels, *size)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}; this network and batch_size need {shape}")
         if not latents.is_floating_point() or not bool(torch.isfinite(latents).all()):
             raise ValueError("latents must be finite numbers: they contain NaN, infinity or integers")
+        return shape
 
     def _condition(
         self, class_labels: Labels, guidance_scale: float, null_class_label: int | None, batch_size: int
     ) -> Condition:
         """Check network, labels and guidance, and look up device and dtype once."""
         self._check_channels()
-        device, dtype = self._execution_device, self.unet.dtype
+        place = self._execution_device, self.unet.dtype
         classes = self.unet.config.num_class_embeds  # None for a custom embedding, whose labels need not be classes
         if self.unet.class_embedding is None:
             if class_labels is not None or guidance_scale != 1 or null_class_label is not None:
                 raise ValueError("this network is unconditional: leave out class labels and guidance_scale")
-            return Condition(None, guidance_scale, device, dtype)
-        if class_labels is None:
-            raise ValueError(f"this network is class-conditional: pass class_labels (0..{(classes or 0) - 1})")
+            return Condition(None, guidance_scale, *place)
+        null = classes and classes - 1 if null_class_label is None else null_class_label
+        if class_labels is None or (guidance_scale != 1 and null is None):
+            known = f"class_labels (0..{classes - 1})" if classes else "class_labels, and null_class_label for guidance"
+            raise ValueError(f"this network is class-conditional: pass {known}")
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale must be a finite number, not {guidance_scale!r}")
         labels = torch.as_tensor(class_labels)
         labels = labels.expand(batch_size) if labels.ndim == 0 else labels
         if len(labels) != batch_size:
             raise ValueError(f"{len(labels)} class_labels for a batch of {batch_size}: give one, or one for each")
-        rows = [labels]
-        if guidance_scale != 1:
-            if null_class_label is None and classes is None:
-                raise ValueError("the network's config has no num_class_embeds: pass null_class_label")
-            rows.append(torch.full_like(labels, classes - 1 if null_class_label is None else null_class_label))
-        for values in rows if classes else ():
-            whole = not values.is_floating_point() and values.dtype != torch.bool and values.ndim == 1
-            if not whole or not ((values >= 0) & (values < classes)).all():
-                raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {values.tolist()}")
-        return Condition(torch.stack(rows).to(device), guidance_scale, device, dtype)
+        rows = labels[None] if guidance_scale == 1 else torch.stack([labels, torch.full_like(labels, null)])
+        if classes:
+            whole = not rows.is_floating_point() and rows.dtype != torch.bool and rows.ndim == 2
+            if not whole or not ((rows >= 0) & (rows < classes)).all():
+                raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {rows.flatten().tolist()}")
+        return Condition(rows.to(place[0]), guidance_scale, *place)
 
     def _check_channels(self) -> None:
         """Raise ValueError if the network's channels do not fit the variance type of our scheduler."""
-        if not isinstance(self.scheduler, GeneralizedDDIMScheduler):
-            return
-        made, channels = self.unet.config.out_channels, self.unet.config.in_channels
-        kind = self.scheduler.config.variance_type
-        factor = 2 if kind == "learned_range" else 1
-        if made != factor * channels:
-            remedy = "needs twice the channels" if factor == 2 else "needs as many; with twice use 'learned_range'"
-            raise ValueError(f"the network predicts {made} channels from {channels}: variance_type={kind!r} {remedy}")
+        if isinstance(self.scheduler, GeneralizedDDIMScheduler):
+            made, channels = self.unet.config.out_channels, self.unet.config.in_channels
+            kind = self.scheduler.config.variance_type
+            needed = 2 * channels if kind == "learned_range" else channels
+            if made != needed:
+                problem = f"the network predicts {made} channels from {channels}: variance_type={kind!r} needs {needed}"
+                raise ValueError(f"{problem}, and 'learned_range' needs {2 * channels}")
 
     def _check_deterministic(self, invertible: bool = False) -> None:
         """Raise ValueError unless x_T determines the image, and if `invertible` the image x_T."""
-        scheduler, config, change = self.scheduler, self.scheduler.config, ""
+        scheduler, config = self.scheduler, self.scheduler.config
+        remedy = f"pipe.scheduler = {sampler_class(scheduler).__name__}.from_config(pipe.scheduler.config"
         if isinstance(scheduler, Upwards) or not isinstance(scheduler, GeneralizedDDIMScheduler):
             given = f"{type(scheduler).__module__}.{type(scheduler).__name__}"
-            problem = f"latents need a GeneralizedDDIMScheduler of ddim_plugin, not {given}"
-        elif adds_noise(config.variance_type, config.eta):
-            noise = f"eta={config.eta:g}, variance_type={config.variance_type!r}"
-            problem = f"latents need the deterministic process: with noise ({noise}) x_T does not determine the image"
-            change = ", eta=0.0, variance_type='fixed_small'"
-        elif config.corrector_steps:
-            problem, change = "latents need the deterministic process, without a corrector", ", corrector_steps=0"
-        elif invertible and (config.clip_sample or config.thresholding):
-            key = "thresholding" if config.thresholding else "clip_sample"
-            problem = f"the scheduler constrains x̂0 ({key}=True), and such a step has no inverse"
-            change = f", {key}=False"
-        else:
-            return
-        remedy = f"pipe.scheduler = {sampler_class(scheduler).__name__}.from_config(pipe.scheduler.config{change})"
-        raise ValueError(f"{problem}: {remedy}")
+            raise ValueError(f"latents need a GeneralizedDDIMScheduler of ddim_plugin, not {given}: {remedy})")
+        needed = {"eta": 0.0, "variance_type": "fixed_small"} if adds_noise(config.variance_type, config.eta) else {}
+        needed |= {"corrector_steps": 0} | ({"clip_sample": False, "thresholding": False} if invertible else {})
+        changes = [key for key in needed if config[key] != needed[key]]
+        if changes:
+            wrong, right = (", ".join(f"{key}={each[key]!r}" for key in changes) for each in (config, needed))
+            raise ValueError(
+                f"latents need a process that is deterministic and invertible, not {wrong}: {remedy}, {right})"
+            )
 
-    def _set_timesteps(
-        self, scheduler: SchedulerMixin, S: int | None, timesteps: Timesteps, device: torch.device, eta: float | None
-    ) -> None:
+    def _set_timesteps(self, scheduler: SchedulerMixin, S: int | None, timesteps: Timesteps, **settings: Any) -> None:
         """Plan the scheduler's timesteps: 50 by default, or T if that is less."""
-        accepted, plan = inspect.signature(scheduler.set_timesteps).parameters, {"timesteps": timesteps}
         if timesteps is None:
-            plan = {"num_inference_steps": min(50, scheduler.config.num_train_timesteps) if S is None else S}
+            S = min(50, scheduler.config.num_train_timesteps) if S is None else S
         elif S is not None and len(timesteps) != S:
             raise ValueError(f"num_inference_steps={S} and {len(timesteps)} timesteps disagree: pass one of them")
-        elif "timesteps" not in accepted:
-            raise ValueError(f"{type(scheduler).__name__} does not accept custom timesteps: pass num_inference_steps")
-        scheduler.set_timesteps(device=device, **plan, **({"eta": eta} if "eta" in accepted else {}))
+        settings |= {"num_inference_steps": S} if timesteps is None else {"timesteps": timesteps}
+        scheduler.set_timesteps(**accepted(scheduler.set_timesteps, device=self._execution_device, **settings))
 
-    def _run(
-        self,
-        scheduler: SchedulerMixin,
-        x: Tensor,
-        timesteps: Iterable[Tensor],
-        condition: Condition,
-        after_step: AfterStep | None = None,
-        **step_kwargs: Any,
-    ) -> Tensor:
-        """Return x after the scheduler's steps at `timesteps`."""
-        self._interrupt = False
+    def _step(self, scheduler: SchedulerMixin, x: Tensor, t: Tensor, condition: Condition, **settings: Any) -> Any:
+        """Evaluate the network, and return the output of the scheduler's step."""
         scale = getattr(scheduler, "scale_model_input", lambda x, t: x)  # stock schedulers of flow matching have none
-        for i, t in enumerate(timesteps):
-            output = self._predict(scale(x, t), t, condition)
-            step = scheduler.step(output, t, x, **step_kwargs)
-            changed = None if after_step is None else after_step(i, t, x, step)
-            x = step.prev_sample if changed is None else changed
-            if self._interrupt:
-                break
+        return scheduler.step(self._predict(scale(x, t), t, condition), t, x, **settings)
+
+    def _run(self, scheduler: SchedulerMixin, x: Tensor, timesteps: Iterable[Tensor], condition: Condition) -> Tensor:
+        """Return x after the scheduler's steps at `timesteps`."""
+        for t in timesteps:
+            x = self._step(scheduler, x, t, condition).prev_sample
         return x
 
     def _images(self, x: Tensor, output_type: str) -> Any:
@@ -200,6 +178,16 @@ class Loop:
         learned = getattr(self.scheduler.config, "variance_type", None) in ("learned", "learned_range")
         unused = not learned and output.shape[1] == 2 * x.shape[1]  # a variance that a stock sampler does not use
         return output[:, : x.shape[1]] if unused else output
+
+
+def accepted(method: Callable, **given: Any) -> dict[str, Any]:
+    """Select the arguments that a scheduler's method has, or raise ValueError for one that has an effect elsewhere."""
+    parameters = inspect.signature(method).parameters
+    for name, value in given.items():
+        without_effect = name == "generator" or value is None or (isinstance(value, Real) and value == 0)
+        if name not in parameters and not without_effect:
+            raise ValueError(f"{type(method.__self__).__name__} does not support {name}: leave it out")
+    return {name: value for name, value in given.items() if value is not None and name in parameters}
 
 
 def finite(x: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ def test_the_corrector_is_for_samples_alone():
     assert len(pipe.scheduler.timesteps) == 100
     assert abs(made.std() - 0.1) < 0.03
     for method, value in ((pipe.decode, torch.randn(1, 1, 4, 4)), (pipe.encode, pictures(1))):
-        with pytest.raises(ValueError, match=r"without a corrector: .*corrector_steps=0\)"):
+        with pytest.raises(ValueError, match=r"not corrector_steps=1: .*corrector_steps=0\)"):
             method(value)
 
 

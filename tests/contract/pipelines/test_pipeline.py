@@ -343,15 +343,14 @@ def test_a_learned_variance_is_dropped_for_samplers_that_know_none(make_pipe):
         ({"timesteps": torch.tensor(5)}, "must be a list of integers"),
         ({"eta": "x"}, "eta must be a non-negative number, not 'x'"),
         ({"generator": 3}, "must be a torch.Generator or a list of them, not 3"),
-        ({"latents": np.zeros((1, 1, 8, 8))}, "latents must be a torch tensor, not ndarray"),
+        ({"latents": np.zeros((1, 1, 8, 8))}, "latents must be a torch tensor .*, not ndarray"),
         ({"latents": torch.zeros(0, 1, 8, 8)}, "with B ≥ 1"),
-        ({"callback_on_step_end": 3}, "callback_on_step_end must be a function, not 3"),
         ({"output_type": "jpg"}, "unknown output_type 'jpg': use one of pil, np, pt, latent"),
         ({"generator": generators(1, 2), "batch_size": 3}, "2 generators for a batch of 3"),
         ({"latents": torch.zeros(2, 3, 8, 8)}, r"latents have shape \(2, 3, 8, 8\); .* need \(2, 1, 8, 8\)"),
         ({"latents": torch.zeros(2, 1, 8, 9)}, r"need \(2, 1, 8, 8\)"),
         ({"latents": torch.zeros(2, 1, 8, 8), "batch_size": 3}, r"need \(3, 1, 8, 8\)"),
-        ({"latents": torch.zeros(1, 8, 8)}, r"must be \(B, C, H, W\)"),
+        ({"latents": torch.zeros(1, 8, 8)}, r"must be a torch tensor \(B, C, H, W\)"),
         ({"latents": torch.full((1, 1, 8, 8), float("nan"))}, "latents must be finite"),
         ({"latents": torch.full((1, 1, 8, 8), float("inf"))}, "latents must be finite"),
         ({"latents": torch.zeros(1, 1, 8, 8, dtype=torch.int64)}, "latents must be finite numbers"),
@@ -378,7 +377,7 @@ def test_bad_calls_fail_before_the_network_runs(make_pipe, arguments, message):
         ({"class_labels": [[1]]}, r"integers in 0\.\.3"),
         ({"class_labels": 1, "guidance_scale": float("nan")}, "guidance_scale must be a finite number, not nan"),
         ({"class_labels": [0, 1, 2]}, "3 class_labels for a batch of 1"),
-        ({"class_labels": 0, "guidance_scale": 2.0, "null_class_label": 9}, r"integers in 0\.\.3, not \[9\]"),
+        ({"class_labels": 0, "guidance_scale": 2.0, "null_class_label": 9}, r"integers in 0\.\.3, not \[0, 9\]"),
     ],
 )
 def test_bad_labels(make_pipe, arguments, message):
@@ -400,7 +399,7 @@ def test_what_other_schedulers_do_not_know(make_pipe):
         pipe(eta=0.5)
     with pytest.raises(ValueError, match="does not support use_clipped_model_output"):
         pipe(use_clipped_model_output=True)
-    with pytest.raises(ValueError, match="PNDMScheduler does not accept custom timesteps"):
+    with pytest.raises(ValueError, match="PNDMScheduler does not support timesteps: leave it out"):
         make_pipe(diffusers.PNDMScheduler())(timesteps=[3, 1])
 
 
