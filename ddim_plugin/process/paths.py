@@ -108,6 +108,12 @@ class InvertedFlow(FlowMatching):
     def time(self, timestep: Number) -> Number:
         return self.T - timestep
 
+    def times(self, timesteps: Sequence[Number]) -> Array:
+        try:
+            return np.array(descending([self.T - each for each in timesteps], *self.bounds)[::-1])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"timesteps of this network are {self.T}·(1 − σ), ascending, not {timesteps!r}") from error
+
 
 class VarianceExploding(Path):
     """x_t = x_0 + σ_t·ε with ln σ_t linear on 1 ≤ t ≤ T (Song et al. 2021). Networks are evaluated at σ_t."""

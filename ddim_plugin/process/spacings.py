@@ -61,11 +61,7 @@ def few_steps(S: int, alpha_bar: Array, power: float = 1.25) -> Times:
     The ends depend on S. The bottom is 2.5·T/S², or T/(2S) for S < 5. The top is T·S/(S + 2), or the lowest time with
     ᾱ ≤ `NOISE` if that is higher. Above it, the prediction of the network hardly changes.
     """
-    top, bottom = _ends(S, alpha_bar)
-    gaps = np.append(FIRST_GAPS, np.ones(S))[: S - 1]
-    way = np.append(0, gaps.cumsum()) / (gaps.sum() or 1)
-    top, bottom = top ** (1 / power), bottom ** (1 / power)
-    return _spread((top - (top - bottom) * way) ** power, len(alpha_bar) - 1)
+    return _spread(_descend(*_ends(S, alpha_bar), S, power), len(alpha_bar) - 1)
 
 
 def few_steps_noise(S: int, alpha_bar: Array) -> Times:
@@ -84,10 +80,16 @@ def few_sigmas(S: int, noisy: bool = False) -> list[float]:
     They are even in σ^(1/1.25) from 1 − 1/(2S), at least 0.9, to 1/(4S), with smaller uppermost gaps. With noise they
     end at 1/S.
     """
-    top, bottom = (each**0.8 for each in (max(0.9, 1 - 0.5 / S), min(0.9, (1 if noisy else 0.25) / S)))
+    top, bottom = max(0.9, 1 - 0.5 / S), min(0.9, (1 if noisy else 0.25) / S)
+    return _descend(top, bottom, S, 1.25).tolist()
+
+
+def _descend(top: float, bottom: float, S: int, power: float) -> Array:
+    """Space S numbers evenly in their power 1/`power`, from `top` to `bottom`, with smaller uppermost gaps."""
     gaps = np.append(FIRST_GAPS, np.ones(S))[: S - 1]
     way = np.append(0, gaps.cumsum()) / (gaps.sum() or 1)
-    return ((top - (top - bottom) * way) ** 1.25).tolist()
+    top, bottom = top ** (1 / power), bottom ** (1 / power)
+    return (top - (top - bottom) * way) ** power
 
 
 def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:

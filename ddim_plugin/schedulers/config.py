@@ -133,8 +133,8 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         ValueError for settings that `__init__` refuses, and for `kwargs` that only version 0.1 had.
         """
         aside, later = (), {}
-        for key in sorted(REMOVED.keys() & kwargs.keys()):
-            raise ValueError(f"{key}={kwargs[key]!r} is no setting since version 0.2: leave it out")
+        if removed := sorted(REMOVED.keys() & kwargs.keys()):
+            raise ValueError(f"{removed[0]}={kwargs[removed[0]]!r} is no setting since version 0.2: leave it out")
         if isinstance(config, dict):
             known, writer, (config, own, path) = defaults(cls), _flow_writer(config), _split(config)
             writer = writer if path == FLOW else None

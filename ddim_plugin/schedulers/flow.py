@@ -52,7 +52,5 @@ def check(sigmas: Sigmas) -> NDArray[np.float64]:
         if not 0 <= value <= 1 or (value == 0 and not 0 < i == len(levels) - 1):
             raise ValueError(f"sigmas must lie in (0, 1], only the last of several may be 0: number {i} is {value:g}")
         if i and value >= levels[i - 1]:
-            raise ValueError(
-                f"sigmas must fall, but {levels[i - 1]:g} precedes {value:g}: sort them in descending order"
-            )
+            raise ValueError(f"sigmas must fall, but {levels[i - 1]:g} precedes {value:g}: sort them, highest first")
     return levels

@@ -52,9 +52,7 @@ class Levels(StockConfig):
                 super().register_to_config(sigma_min=0.01)
             low, high = self.config.sigma_min, self.config.sigma_max
             if T < 2 or not 0 < low < high < float("inf"):
-                raise ValueError(
-                    f"sigma_min must be positive and less than sigma_max (and T ≥ 2), not {low!r} and {high!r}"
-                )
+                raise ValueError(f"sigma_min must be positive and less than sigma_max, T ≥ 2, not {low!r} and {high!r}")
             return paths.variance_exploding(T, low, high), None
         if config.beta_schedule == "sqrt":
             return paths.square_root(T), None

@@ -64,7 +64,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             raise ValueError(f"solver_order must be 1, 2, 3 or 4, or None, not {order!r}")
         if steps := self.config.corrector_steps:
             raise ValueError(
-                f"corrector_steps={steps} needs a GeneralizedDDIMScheduler: a multistep scheduler has none"
+                f"corrector_steps={steps} needs a GeneralizedDDIMScheduler: multistep schedulers have none"
             )
         self._fitted = _check_fitted(fitted, self.config.num_train_timesteps)
         if fitted is not None:  # JSON has strings as keys

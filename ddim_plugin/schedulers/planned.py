@@ -1,6 +1,7 @@
 """Plan the steps over τ, and find the step of a timestep."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -174,9 +175,8 @@ class Planned(Levels):
             return Step(*row.view(-1, *[1] * sample.ndim).unbind())
         times = numbers(timestep, whole=not self.path.continuous)
         if times.shape != sample.shape[: times.ndim]:
-            raise ValueError(
-                f"timestep has shape {tuple(times.shape)}: give one, or one for each of {sample.shape[0]} samples"
-            )
+            shape = tuple(times.shape)
+            raise ValueError(f"timestep has shape {shape}: give one, or one for each of {sample.shape[0]} samples")
         if times.device.type == "cpu" or self.path.continuous:
             values, rows = times.flatten().unique(return_inverse=True)
             steps = [self._step_at(t, kind) for t in values.tolist()]
@@ -208,8 +208,7 @@ class Planned(Levels):
             return self._plan(kind)[self._moving[timestep]]
         low, high = self.path.bounds
         if not low * (1 - 1e-6) <= timestep <= high * (1 + 1e-6):  # σ in float32 is rounded
-            message = f"timestep {timestep:g} is outside {low:g}..{high:g}: pass a network timestep in that range"
-            raise ValueError(message)
+            raise ValueError(f"timestep {timestep:g} is outside {low:g}..{high:g}: pass a timestep in that range")
         t = self.path.time(timestep)
         if (t, kind) not in self._off_plan:
             below = int(np.searchsorted(self._tau, t))
@@ -222,9 +221,7 @@ class Planned(Levels):
         if key not in self._tables:
             rows = np.full((self.config.num_train_timesteps, len(Step._fields)), np.nan)
             for timestep in range(len(rows)):
-                try:
+                with suppress(ValueError):
                     rows[timestep] = self._step_at(timestep, kind)
-                except ValueError:
-                    continue
             self._tables[key] = torch.tensor(rows, device="cpu").to(dtype).to(device)
         return self._tables[key]

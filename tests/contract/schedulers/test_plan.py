@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from plans import planned, tensors
 
 from ddim_plugin import GeneralizedDDIMScheduler
@@ -215,3 +216,14 @@ def test_outputs_are_told_apart_by_identity():
     assert first == first
     assert first != second
     assert len({first, second}) == 2
+
+
+def test_timesteps_of_an_inverted_flow_ascend():
+    """They are T·(1 − σ): the first is nearest to noise."""
+    scheduler = GeneralizedDDIMScheduler.from_config(FlowMatchEulerDiscreteScheduler(invert_sigmas=True).config)
+    scheduler.set_timesteps(timesteps=[0.0, 500.0, 900.0])
+    assert scheduler.timesteps.tolist() == [0.0, 500.0, 900.0]
+    assert scheduler.sigmas.tolist() == pytest.approx([1.0, 0.5, 0.1, 0.0])
+    for bad in ([900.0, 500.0], [500.0, 1000.0], [-1.0, 500.0], [], 500.0, ["500"]):
+        with pytest.raises(ValueError, match=r"are 1000·\(1 − σ\), ascending, not "):
+            scheduler.set_timesteps(timesteps=bad)
