@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..process.spacings import few_steps, is_integer, linear
+from ..process import spacings
 from ..schedulers import MultistepDDIMScheduler
 from .generation import GeneralizedDDIMPipeline
 from .loop import batches, check_count, finite
@@ -66,7 +66,11 @@ def fit_timesteps(
     check_count("teacher_steps", teacher_steps)
     check_count("batch_size", batch_size, 1)
     most = min(teacher_steps, T) // 2
-    if not isinstance(steps, Sequence) or not steps or not all(is_integer(S) and 1 <= S <= most for S in steps):
+    if (
+        not isinstance(steps, Sequence)
+        or not steps
+        or not all(spacings.is_integer(S) and 1 <= S <= most for S in steps)
+    ):
         limits = f"half of teacher_steps={teacher_steps} and of the {T} timesteps"
         raise ValueError(f"steps must be a list of integers from 1 to {most}, {limits}, not {steps!r}")
     fitting = copy(pipe)
@@ -89,12 +93,12 @@ def fit_timesteps(
     @cache
     def error(images: range, tau: Times) -> float:
         """Compute the mean distance of these images to their solutions."""
-        sampled = sample(scheduler, tau, images).clamp(*fitting._image_range)
+        sampled = sample(scheduler, tau, images).clamp(*scheduler.image_range)
         return float((sampled - solutions[images.start : images.stop]).flatten(1).square().mean(1).sqrt().mean())
 
     teacher = MultistepDDIMScheduler.from_config(scheduler.config, **TEACHER)
-    tau = linear(min(teacher_steps, T), T)
-    solutions = finite(sample(teacher, tau, range(num_images))).clamp(*fitting._image_range)
+    tau = spacings.linear(min(teacher_steps, T), T)
+    solutions = finite(sample(teacher, tau, range(num_images))).clamp(*scheduler.image_range)
     seen, held = (partial(error, images) for images in (range(num_images // 2), range(num_images // 2, num_images)))
     found = {S: _search(S, scheduler, seen, held) for S in tqdm(sorted(set(steps)), desc="fitting τ")}
     known = {S: times for S, times in (scheduler.config.fitted_timesteps or {}).items() if int(S) not in found}
@@ -117,20 +121,14 @@ def _search(S: int, scheduler: MultistepDDIMScheduler, seen: Cost, held: Cost) -
     """Search τ of S steps by its errors on the images that are `seen`, and on those held out."""
     plain = MultistepDDIMScheduler.from_config(scheduler.config, fitted_timesteps=None)
     plain.set_timesteps(S, eta=0.0)
-    default, T = _whole(plain._tau), scheduler.config.num_train_timesteps
+    T = scheduler.config.num_train_timesteps
+    default = tuple(spacings._spread(plain._tau[::-1], T).tolist())
     known = [default, *(tuple(times.tolist()) for n, times in scheduler._fitted.items() if n == S)]
-    powers = [tuple(few_steps(S, scheduler.alpha_bar, power).tolist()) for power in POWERS]
+    powers = [tuple(spacings.few_steps(S, scheduler.alpha_bar, power).tolist()) for power in POWERS]
     starts = sorted(known + powers, key=seen)[:2]
     moved = min((descend(start, T, seen) for start in starts), key=seen)
     tau = min([*known, moved], key=held)
     return Fitted([t - 1 for t in reversed(tau)], held(tau), held(default))
-
-
-def _whole(tau: np.ndarray) -> Times:
-    """Round times to distinct integers from 1."""
-    places = np.arange(1, len(tau) + 1)
-    rounded = np.maximum.accumulate(np.maximum(np.rint(tau) - places, 0)) + places
-    return tuple(rounded.astype(int).tolist())
 
 
 def descend(tau: Times, T: int, cost: Cost, rounds: int = 4) -> Times:

@@ -144,8 +144,8 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
                 pipe.scheduler = GeneralizedDDIMScheduler.from_config(stock.config)
                 shown = ("eta", "variance_type", "timestep_spacing", "clip_sample")
                 named = ", ".join(f"{key}={pipe.scheduler.config[key]!r}" for key in shown)
-                became = f"became a GeneralizedDDIMScheduler with {named}"
-                logger.warning("The %s of this %s %s.", type(stock).__name__, pipeline, became)
+                became = f"{type(stock).__name__} of this {pipeline} became a GeneralizedDDIMScheduler with {named}"
+                logger.warning("The %s.", became)
         return pipe
 
     @classmethod

@@ -29,8 +29,9 @@ def read(images: Images, channels: int, size: Size, low: float = -1.0, high: flo
     H, W = size or batch[0].shape[2:]
     for i, x in enumerate(batch):
         if x.shape[2:] != (H, W):
-            other = f"{H}×{W} as the {'network' if size else 'first'} is"
-            sizes = f"{x.shape[2]}×{x.shape[3]} (height × width), not {other}"
+            sizes = (
+                f"{x.shape[2]}×{x.shape[3]} (height × width), not {H}×{W} as the {'network' if size else 'first'} is"
+            )
             raise ValueError(f"image {i} is {sizes}: crop or resize it, e.g. image.resize({(W, H)})")
     return torch.cat(batch) * (high - low) + low
 

@@ -17,6 +17,7 @@ from ..schedulers.inverse import Upwards
 from .images import Images, read
 from .loop import Condition, Labels, Loop, Timesteps, batches, check_count, check_output_type, finite
 
+Prepared = tuple[Tensor, Condition, int, float]  # x on the device, its condition, ⌊strength·S⌋, the unit of latents
 Encoded = tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]  # latents; residuals, evaluations and floors, (steps, B)
 TOLERANCE = 1e-5  # residual of a step, in units of the network's images, at which its refinement ends
 
@@ -62,7 +63,7 @@ class Latents(Loop):
         if not isinstance(tolerance, Real) or not 0 <= tolerance < math.inf:
             raise ValueError(f"tolerance must be a non-negative number, not {tolerance!r}")
         self._check_deterministic(invertible=True)
-        x = read(images, self.unet.config.in_channels, self.image_size, *self._image_range)
+        x = read(images, self.unet.config.in_channels, self.image_size, *self.scheduler.image_range)
         labels = class_labels, guidance_scale, null_class_label
         x, condition, steps, unit = self._prepare(x, num_inference_steps, timesteps, strength, *labels)
         multistep = isinstance(self.scheduler, MultistepDDIMScheduler)
@@ -106,7 +107,7 @@ class Latents(Loop):
             """Return x_s − f(x) and the output at x, with f the step at `t`."""
             output = self._predict(x, t, condition.rows(rows))
             sampled = self.scheduler.step(output, t, x).prev_sample
-            return x_s[rows] - (sampled.clamp(*self._image_range) if x_s is image else sampled), output
+            return x_s[rows] - (sampled.clamp(*self.scheduler.image_range) if x_s is image else sampled), output
 
         x, at_x, records = image, None, []  # `at_x` is the sampler's step from x, if known
         for i, t in enumerate(self.progress_bar(up)):
@@ -132,7 +133,7 @@ class Latents(Loop):
             bar.update()
             z = self._ascend(x, condition.rows(rows), inverse, up)
             decoded = self._run(self.scheduler, z, down, condition.rows(rows))
-            return image[rows] - decoded.clamp(*self._image_range), z
+            return image[rows] - decoded.clamp(*self.scheduler.image_range), z
 
         with self.progress_bar(total=iterations) as bar:
             found = solve(residual, image, 1.0, tolerance, iterations)
@@ -218,10 +219,8 @@ class Latents(Loop):
         left, right = _path(corners[:2], corners[2:], rows)
         return self.decode(_path(left, right, columns).flatten(0, 1), **decoding)
 
-    def _prepare(
-        self, x: Tensor, S: int | None, timesteps: Timesteps, strength: float, *labels: Any
-    ) -> tuple[Tensor, Condition, int, float]:
-        """Plan the steps. Return x on the device, its condition, ⌊strength·S⌋, and the unit of latents of all steps."""
+    def _prepare(self, x: Tensor, S: int | None, timesteps: Timesteps, strength: float, *labels: Any) -> Prepared:
+        """Check labels and strength, and plan the steps."""
         condition = self._condition(*labels, len(x))
         self._set_timesteps(self.scheduler, S, timesteps, eta=0.0)
         S = self.scheduler.num_inference_steps

@@ -63,11 +63,6 @@ class Loop:
         size = self.unet.config.sample_size
         return (size, size) if isinstance(size, int) else size and tuple(size)
 
-    @property
-    def _image_range(self) -> tuple[float, float]:
-        """Black and white in x_0."""
-        return getattr(self.scheduler, "image_range", (-1.0, 1.0))
-
     def _noise(self, seeds: Iterable[int]) -> tuple[list[Generator], Tensor]:
         """Draw latents, (B, C, H, W), each with the generator of its seed."""
         generators = [Generator().manual_seed(seed) for seed in seeds]
@@ -92,33 +87,31 @@ class Loop:
             raise ValueError("latents must be finite numbers: they contain NaN, infinity or integers")
         return shape
 
-    def _condition(
-        self, class_labels: Labels, guidance_scale: float, null_class_label: int | None, batch_size: int
-    ) -> Condition:
+    def _condition(self, labels: Labels, scale: float, null: int | None, batch_size: int) -> Condition:
         """Check network, labels and guidance, and look up device and dtype once."""
         self._check_channels()
         place = self._execution_device, self.unet.dtype
         classes = self.unet.config.num_class_embeds  # None for a custom embedding, whose labels need not be classes
         if self.unet.class_embedding is None:
-            if class_labels is not None or guidance_scale != 1 or null_class_label is not None:
+            if labels is not None or scale != 1 or null is not None:
                 raise ValueError("this network is unconditional: leave out class labels and guidance_scale")
-            return Condition(None, guidance_scale, *place)
-        null = classes and classes - 1 if null_class_label is None else null_class_label
-        if class_labels is None or (guidance_scale != 1 and null is None):
+            return Condition(None, scale, *place)
+        null = classes and classes - 1 if null is None else null
+        if labels is None or (scale != 1 and null is None):
             known = f"class_labels (0..{classes - 1})" if classes else "class_labels, and null_class_label for guidance"
             raise ValueError(f"this network is class-conditional: pass {known}")
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale must be a finite number, not {guidance_scale!r}")
-        labels = torch.as_tensor(class_labels)
+        if not math.isfinite(scale):
+            raise ValueError(f"guidance_scale must be a finite number, not {scale!r}")
+        labels = torch.as_tensor(labels)
         labels = labels.expand(batch_size) if labels.ndim == 0 else labels
         if len(labels) != batch_size:
             raise ValueError(f"{len(labels)} class_labels for a batch of {batch_size}: give one, or one for each")
-        rows = labels[None] if guidance_scale == 1 else torch.stack([labels, torch.full_like(labels, null)])
+        rows = labels[None] if scale == 1 else torch.stack([labels, torch.full_like(labels, null)])
         if classes:
             whole = not rows.is_floating_point() and rows.dtype != torch.bool and rows.ndim == 2
             if not whole or not ((rows >= 0) & (rows < classes)).all():
                 raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {rows.flatten().tolist()}")
-        return Condition(rows.to(place[0]), guidance_scale, *place)
+        return Condition(rows.to(place[0]), scale, *place)
 
     def _check_channels(self) -> None:
         """Raise ValueError if the network's channels do not fit the variance type of our scheduler."""
@@ -169,7 +162,8 @@ class Loop:
     def _images(self, x: Tensor, output_type: str) -> Any:
         """Convert x_0 to images of an output type. Raises ValueError for "pil" and "np" if a number is not finite."""
         x = finite(x) if output_type in ("pil", "np") else x
-        x = 2 * x - 1 if self._image_range == (0, 1) and output_type != "latent" else x
+        is_unit = getattr(self.scheduler, "image_range", None) == (0, 1)
+        x = 2 * x - 1 if is_unit and output_type != "latent" else x
         return VaeImageProcessor().postprocess(x, output_type)
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
