@@ -46,11 +46,13 @@ def run(args: Namespace) -> None:
         commit = push_folder(**vars(args))
         print(commit.pr_url or commit.commit_url)
         return
-    given = LATENTS if vars(args).get("latents") else None  # not written again
-    files = [file for file in FILES[vars(args).get("format") or command] if file != given]
+    files = FILES[vars(args).get("format") or command]
+    files = [file for file in files if file != LATENTS or not vars(args).get("latents")]
     places = [Path(args.output, file) for file in (*files, f"{command}.json")]
     commands = {"sample": sample, "encode": encode, "reconstruct": reconstruct, "interpolate": interpolate, "fit": fit}
-    with tempfile.TemporaryDirectory(dir=_check(args, places), prefix=".ddim-plugin-") as scratch:
+    _check(args, places)
+    parent = next(path for path in Path(args.output, MODEL).absolute().parents if path.exists())
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".ddim-plugin-") as scratch:
         record, *contents = commands[command](args)
         for file, content in zip(files, contents, strict=False):
             _write(Path(scratch, file), content, args)
@@ -95,13 +97,13 @@ def sample(args: Namespace) -> tuple:
 
 def encode(args: Namespace) -> tuple:
     """Encode images as latents."""
-    _, _, z, record = _encode(args, _files(args))
+    _, _, z, record = _encode(args)
     return record, z
 
 
 def reconstruct(args: Namespace) -> tuple:
     """Encode images and decode them again."""
-    pipe, images, z, record = _encode(args, _files(args))
+    pipe, images, z, record = _encode(args)
     again = pipe.decode(z, args.steps, **_keywords(args, len(z), *CODING), output_type="np")
     original = np.stack(images).reshape(again.shape) / np.float32(255)
     mse = np.square(again - original).mean((1, 2, 3))
@@ -117,13 +119,13 @@ def interpolate(args: Namespace) -> tuple:
         raise ValueError("give the ends in one way: two or four images, --latents FILE, or --seeds")
     if not args.images and (args.refine or args.resize or args.tolerance is not None):
         raise ValueError("--tolerance, --refine and --resize need images: leave them out with --latents and --seeds")
-    ends = _load_latents(args) if args.latents else args.seeds or _files(args)
+    ends = _load_latents(args) if args.latents else args.seeds or args.images
     settings = _keywords(args, 1, *CODING) | {"num_inference_steps": args.steps, "output_type": "np"}
     settings["class_labels"] = args.class_label and args.class_label[0]
     if len(ends) not in (2, 4):
         raise ValueError(f"give two ends for a path or four for a grid, not {len(ends)}")
     if args.images:
-        pipe, _, z, record = _encode(args, ends)
+        pipe, _, z, record = _encode(args)
     else:
         pipe, record = _load(args, WITHOUT_NOISE), {}
         z = ends if args.latents else pipe._noise(ends)[1]
@@ -147,8 +149,8 @@ def fit(args: Namespace) -> tuple:
     return {"fitted": {str(S): each._asdict() for S, each in found.items()}}, pipe
 
 
-def _check(args: Namespace, places: list[Path]) -> Path:
-    """Raise ValueError for settings that cannot work, before anything is loaded. Return a folder to write into."""
+def _check(args: Namespace, places: list[Path]) -> None:
+    """Raise ValueError for settings that cannot work, before anything is loaded."""
     settings = {name: value for name, value in vars(args).items() if value is not None}
     for name, least in {"num": 1, "batch_size": 1, "columns": 1, "points": 2}.items():
         if settings.get(name, least) < least:
@@ -159,15 +161,13 @@ def _check(args: Namespace, places: list[Path]) -> Path:
     if "strength" in settings and not (settings.get("latents") or settings.get("images")):
         raise ValueError("--strength needs --latents or images: sampling from noise makes all steps")
     _check_places(places, args.overwrite)
-    parent = next(path for path in (Path(args.output), *Path(args.output).absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--output {args.output} is not possible, since {parent} is no writable folder: give another")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device} is not available: {str(error).splitlines()[0]}") from error
     args.model, args.revision = locate(args.model, args.revision)
-    return parent
+    if "images" in settings:
+        args.images = [file for path in args.images for file in (image_files(path) if Path(path).is_dir() else [path])]
 
 
 def _check_places(places: list[Path], overwrite: bool) -> None:
@@ -186,31 +186,17 @@ def locate(model: str, revision: str | None) -> tuple[str, str | None]:
     tail = r"([^/?#]+/[^/?#]+)(?:/(?:tree|blob|resolve|commit)/([^/?#]+))?(?:[/?#].*)?"
     if match := re.fullmatch(start + tail, model.strip()):
         return match[1], revision or (match[2] and unquote(match[2]))
-    path = Path(model)
-    if (path / INDEX).is_file():
-        return model, revision
-    if path.exists():
-        near = [str(each) for each in (path / MODEL, *path.absolute().parents[:2]) if (each / INDEX).is_file()]
-        raise ValueError(f"{model} has no {INDEX}: pass {(near or ['the folder of a whole saved pipeline'])[0]}")
-    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
+    if Path(model).exists() and not Path(model, INDEX).is_file():
+        raise ValueError(f"{model} has no {INDEX}: pass the folder of a whole saved pipeline")
+    if not Path(model).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
         raise ValueError(f"{model} is no folder, and no id on the Hub such as user/model: check the path")
     return model, revision
 
 
-def _files(args: Namespace) -> list[str]:
-    """List the image files, those of a folder in its place."""
-    return [file for path in args.images for file in (image_files(path) if Path(path).is_dir() else [path])]
-
-
 def _load(args: Namespace, changes: dict[str, Any]) -> GeneralizedDDIMPipeline:
     """Load the model, and change those settings of its scheduler that are not None."""
-    try:
-        with explained(args.model, revision=args.revision):
-            pipe = GeneralizedDDIMPipeline.from_pretrained(args.model, revision=args.revision)
-    except OSError as error:
-        if Path(args.model).is_dir():
-            raise
-        raise OSError(f"there is no folder {args.model}, and {error}") from error
+    with explained(args.model, revision=args.revision):
+        pipe = GeneralizedDDIMPipeline.from_pretrained(args.model, revision=args.revision)
     check_channels(pipe.unet.config.in_channels)
     before, changes = pipe.scheduler.config, changes | {"timestep_spacing": args.spacing}
     changes = keep_learned(before, {key: value for key, value in changes.items() if value is not None})
@@ -224,15 +210,15 @@ def _load(args: Namespace, changes: dict[str, Any]) -> GeneralizedDDIMPipeline:
     return pipe.to(args.device or accelerator or "cpu", getattr(torch, args.dtype))
 
 
-def _encode(args: Namespace, files: list[str]) -> tuple[GeneralizedDDIMPipeline, list[Image.Image], Tensor, dict]:
+def _encode(args: Namespace) -> tuple[GeneralizedDDIMPipeline, list[Image.Image], Tensor, dict]:
     """Return the model, the images, their latents, and the record with the report, which is printed."""
-    settings = _keywords(args, len(files), "tolerance", *CODING)
+    settings = _keywords(args, len(args.images), "tolerance", *CODING)
     pipe = _load(args, WITHOUT_NOISE)
     shape = pipe.unet.config.in_channels, pipe.image_size
-    images = [open_image(file, *shape, args.resize, hint=" (--resize)") for file in files]
+    images = [open_image(file, *shape, args.resize, hint=" (--resize)") for file in args.images]
     z, report = pipe.encode(images, args.steps, refinement_steps=args.refine, return_report=True, **settings)
     print(report, file=sys.stderr)
-    return pipe, images, z, {"report": report.to_dict(), "images": files}
+    return pipe, images, z, {"report": report.to_dict(), "images": args.images}
 
 
 def _load_latents(args: Namespace) -> Tensor:

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-from filecmp import cmpfiles
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +41,22 @@ class Model:
 
     def __init__(self, folder: str | Path, records: str | Path | None = None):
         folder, source = Path(folder), Path(records or folder)
-        for path in (folder, source):
-            if not path.is_dir():
-                raise ValueError(f"folder {path} was not found: check the path")
+        if not source.is_dir():
+            raise ValueError(f"folder {source} was not found: check the path")
         self.records = read_records(source)
         self.has_records = bool(self.records.files or self.records.pictures)
         if not (folder / INDEX).is_file():
             raise OSError(f"{folder} has no {INDEX}: pass the folder of a saved pipeline")
         if not is_ours(index := read_object(folder / INDEX)):
-            kind = index.get("_class_name")
-            raise ValueError(f"{folder} is a {kind}: load it with GeneralizedDDIMPipeline.from_pretrained, push that")
+            raise ValueError(
+                f"{folder} is a {index.get('_class_name')}: load it with GeneralizedDDIMPipeline, push that"
+            )
         for name, entry in GeneralizedDDIMPipeline.load_config(folder).items():
             if isinstance(entry, list) and (name not in ("unet", "scheduler") or entry[0] != "diffusers"):
-                named = f"{INDEX} names {entry[-1]} of {entry[0]} for {name}"
-                raise ValueError(f"{folder}: {named}: only a unet and a scheduler of diffusers are pushed")
-        weights = _weights(folder)
+                what = f"{entry[-1]} of {entry[0]} for {name}"
+                raise ValueError(f"{folder} has a {what}: only a unet and a scheduler of diffusers are pushed")
+        paths = {f"unet/{path.name}": path for path in sorted((folder / "unet").glob("*"))}
+        weights = {name: path for name, path in paths.items() if variant_of(name) is not None and ".bin" not in name}
         variants = sorted({variant_of(name) for name in weights if not name.endswith(".json")})
         if not variants:
             raise ValueError(f"{folder} has no weights as safetensors: load it, and save_pretrained into a new folder")
@@ -101,18 +101,6 @@ class Model:
         self.files[GRID] = file.getvalue()
         eta = f", η = {scheduler.config.eta:g}" if "eta" in scheduler.config else ""
         self.records.captions[GRID] = f"{type(scheduler).__name__}, S = {steps}{eta}, seeds 0 to {number - 1}."
-
-
-def _weights(folder: Path) -> dict[str, Path]:
-    """Return the files of the network's weights as safetensors, with their index."""
-    names = {f"unet/{path.name}": path for path in sorted((folder / "unet").glob("diffusion_pytorch_model*"))}
-    return {name: path for name, path in names.items() if variant_of(name) is not None and ".bin" not in name}
-
-
-def same_weights(folder: str | Path, other: str | Path, variant: str | None) -> bool:
-    """Test whether another folder has the same weights of a variant."""
-    names = [name for name in _weights(Path(folder)) if variant_of(name) == (variant or "")]
-    return cmpfiles(folder, other, names, shallow=False)[0] == names
 
 
 def _json(content: dict[str, Any], record: Path | None = None) -> bytes:

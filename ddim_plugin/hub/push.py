@@ -1,7 +1,6 @@
 """Pushing to the Hub: one commit with weights, configs, the code file, card, pictures and results."""
 
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -19,10 +18,10 @@ from ..schedulers.config import CLASSES
 from .card import check_license, is_written_here, license_of
 from .code import STALE
 from .files import read_object
-from .model import INDEX, UNET, Model, is_ours, same_weights, variant_of
-from .records import CONVERSION, GRID, LOSS, PICTURE, README, RESULTS, TRAINING
+from .model import INDEX, UNET, Model, is_ours, variant_of
+from .records import PICTURE, README, RESULTS
 
-SAVED = re.compile("|".join([*map(re.escape, (RESULTS, TRAINING, CONVERSION, GRID, LOSS)), r"\.eval_results/.+\.yaml"]))
+RECORDS = re.compile(r"(results|training|conversion)\.json|(samples|loss)\.png|\.eval_results/.+\.yaml")
 """Names of the records that any version of this package pushes."""
 
 
@@ -42,12 +41,12 @@ def push_folder(
 ) -> CommitInfo:
     """Push what `save_pretrained` or the training script wrote, in one commit. The folder is not changed.
 
-    A README.md that somebody wrote is the card: the one in the folder, or else the one in the repository. If the
-    repository has a model of this package with other weights, its weights and records are deleted.
+    A README.md that somebody wrote is kept as the card. If the repository has a model of this package with other
+    weights, its weights and records are deleted.
 
     Args, the others as for the `push_to_hub` of diffusers:
         folder: the folder of a pipeline. The weights of all variants are pushed.
-        repo_id, revision: the repository and its branch (main by default). They are created if they do not exist.
+        repo_id, revision: the repository and its branch. They are created if they do not exist.
         license: the Hub's id of the licence of the weights.
         records: folder with records and pictures, as `model_cards/README.md` describes; `folder` by default.
         card: whether to write a card. By default if there are records or samples, or an earlier card to update.
@@ -74,15 +73,11 @@ def push_folder(
             before = license_of(repo.card) if repo.card_is_ours and repo.is_same else None
             license = license or model.license or before
             model.files[README] = model.card(repo_id, license, None if create_pr else revision).encode()
-        return api.create_commit(
-            repo_id,
-            [CommitOperationDelete(name) for name in sorted(repo.stale() - model.files.keys())]
-            + [CommitOperationAdd(name, content) for name, content in sorted(model.files.items())],
-            commit_message=commit_message or "Upload GeneralizedDDIMPipeline",
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=repo.commit,
-        )
+        changes = [CommitOperationDelete(name) for name in sorted(repo.stale() - model.files.keys())]
+        changes += [CommitOperationAdd(name, content) for name, content in sorted(model.files.items())]
+        title = commit_message or "Upload GeneralizedDDIMPipeline"
+        branch = {"revision": revision, "create_pr": create_pr, "parent_commit": repo.commit}
+        return api.create_commit(repo_id, changes, commit_message=title, **branch)
 
 
 class _Repo:
@@ -91,26 +86,25 @@ class _Repo:
     def __init__(self, api: HfApi, repo_id: str, revision: str | None, model: Model):
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
         self.commit, self.model = info.sha, model
-        self.files = {each.rfilename: each for each in info.siblings or ()}
-        objects, names = {INDEX: {}, RESULTS: {}, UNET: {}}, self.files.keys() & {README, INDEX, RESULTS, UNET}
-        paths = {name: Path(api.hf_hub_download(repo_id, name, revision=info.sha)) for name in names}
-        self.card = paths[README].read_text(encoding="utf-8", errors="replace") if README in paths else ""
-        for name in objects.keys() & names:
-            with suppress(ValueError):  # anything but an object is as none
-                objects[name] = read_object(paths[name])
-        self.card_is_ours, self.is_ours = is_written_here(self.card), is_ours(objects[INDEX])
-        listed = objects[RESULTS].get("pictures") or ()
-        self.pictures = {name for name in listed if isinstance(name, str) and PICTURE.fullmatch(name)}
+        self.files = {each.rfilename: each.lfs and each.lfs["sha256"] for each in info.siblings or ()}
+
+        def read(name: str) -> dict[str, Any]:
+            with suppress(ValueError):  # for a file that is no JSON object
+                return read_object(api.hf_hub_download(repo_id, name, revision=info.sha)) if name in self.files else {}
+            return {}
+
+        path = README in self.files and api.hf_hub_download(repo_id, README, revision=info.sha)
+        self.card = Path(path).read_text(encoding="utf-8", errors="replace") if path else ""
+        index, config, results = map(read, (INDEX, UNET, RESULTS))
+        self.card_is_ours, self.is_ours = is_written_here(self.card), is_ours(index)
+        self.pictures = {name for name in results.get("pictures") or () if PICTURE.fullmatch(str(name))}
         weights = {name: path for name, path in model.files.items() if name.endswith(".safetensors")}
-        pushed = {variant_of(name) for name in weights}
-        if any(variant_of(name) in pushed for name in self.files):
-            there = {name: each.lfs["sha256"] for name, each in self.files.items() if each.lfs is not None}
+        if {variant_of(name) for name in weights} & {variant_of(name) for name in self.files}:
             here = {name: sha256(path.read_bytes()).hexdigest() for name, path in weights.items()}
-            self.is_same = here.items() <= there.items()
-        else:  # it has none of these variants: the config tells
-            configs = (objects[UNET], json.loads(model.files[UNET]))
-            there, here = ({key: value for key, value in each.items() if not key.startswith("_")} for each in configs)
-            self.is_same = there == here
+            self.is_same = here.items() <= self.files.items()
+        else:  # no variant is in both: compare the configs
+            new = json.loads(model.files[UNET])
+            self.is_same = all(config.get(key) == new.get(key) for key in config.keys() | new if key[0] != "_")
 
     def stale(self) -> set[str]:
         """Return the files to delete: older code files, and those of another model, except pictures of a kept card."""
@@ -119,7 +113,7 @@ class _Repo:
             found |= {name for name in self.files if variant_of(name) is not None}
             found |= {README} if self.card_is_ours else set()
         if self.is_ours and (self.model.has_records or not self.is_same):
-            found |= {name for name in self.files if name in self.pictures or SAVED.fullmatch(name)}
+            found |= {name for name in self.files if name in self.pictures or RECORDS.fullmatch(name)}
         card = self.model.files.get(README, b"" if README in found else self.card.encode())
         return {name for name in found if not (PICTURE.fullmatch(name) and name.encode() in card)}
 
@@ -131,24 +125,20 @@ def push_to_hub(
     *,
     safe_serialization: bool = True,
     variant: str | None = None,
-    records: str | os.PathLike | None = None,
     **settings: Any,
 ) -> CommitInfo:
-    """Push weights, configs and code file in one commit, with card, pictures and results if there are any.
+    """Push weights, configs and code file in one commit, with card, pictures and results if `records` has any.
 
-    Arguments are those of `push_folder`, `variant` names the weights, and pickles are not pushed. By default records
-    are taken from the folder that this pipeline was loaded from, if its weights are still those.
+    Arguments are those of `push_folder`, and `variant` names the weights. Pickles are not pushed.
     """
     if not safe_serialization:
         raise ValueError("pickles are not pushed: leave out safe_serialization=False")
-    kind, source = type(self), self.name_or_path or ""
-    if kind is not GeneralizedDDIMPipeline:
-        raise ValueError(f"a {kind.__name__} has code of its own, which is not pushed: push a GeneralizedDDIMPipeline")
+    if type(self) is not GeneralizedDDIMPipeline:
+        name = type(self).__name__
+        raise ValueError(f"a {name} has code of its own, which is not pushed: push a GeneralizedDDIMPipeline")
     with tempfile.TemporaryDirectory() as folder:
         self.save_pretrained(folder, variant=variant)
-        if records is None and os.path.isdir(source) and same_weights(folder, source, variant):
-            records = source
-        return push_folder(folder, repo_id, commit_message=commit_message, records=records, **settings)
+        return push_folder(folder, repo_id, commit_message=commit_message, **settings)
 
 
 GeneralizedDDIMPipeline.push_to_hub = push_to_hub
@@ -178,19 +168,18 @@ def explained(repo_id: str, token: Any = None, revision: str | None = None) -> I
         while cause := chain[-1].__cause__ or chain[-1].__context__:
             chain.append(cause)
         statuses = [getattr(getattr(each, "response", None), "status_code", "") for each in chain]
-        kinds = [f"{type(each).__name__} {status}" for each, status in zip(chain, statuses, strict=True)]
+        kinds = "".join(f"{type(each).__name__} {status}\n" for each, status in zip(chain, statuses, strict=True))
         for pattern, remedy in {
             "HFValidation": f"{repo_id!r} is no id of a repository: it must be like user/model",
             "RevisionNotFound": f"{repo_id} has no revision {revision!r} on {where}: use an existing branch",
-            "Repository|Gated": f"{repo_id} was not found on {where}, or it is private: log in, or check the id",
-            ".*EntryNotFound": f"{repo_id} on {where} is no pipeline, since a file was not found: check the id",
-            ".* 401": f"{where} refused the token for {repo_id}: log in with `hf auth login`, or pass another token",
-            ".* 403": f"the token may not write to {repo_id} on {where}: use a token with write access",
-            ".* 412": f"somebody else pushed to {repo_id} at the same time: push again",
-            r".* \d": f"{where} answered with status {max(statuses, key=str)} for {repo_id}: try again later",
-            "LocalToken": f"{where} requires a token for {repo_id}: log in with `hf auth login`, or set HF_TOKEN",
-            ".*(Connect|Timeout|Protocol|Offline|Pipe)": f"{where} cannot be reached: check the connection",
+            "^(Repository|Gated)": f"{repo_id} was not found on {where}, or it is private: log in, or check the id",
+            "EntryNotFound": f"{repo_id} on {where} is no pipeline, since a file was not found: check the id",
+            " 401|LocalToken": f"{where} refused the token for {repo_id}: log in with `hf auth login`, or set HF_TOKEN",
+            " 403": f"the token may not write to {repo_id} on {where}: use a token with write access",
+            " 412": f"somebody else pushed to {repo_id} at the same time: push again",
+            r" \d": f"{where} answered with status {max(statuses, key=str)} for {repo_id}: try again later",
+            "Connect|Timeout|Protocol|Offline|Pipe": f"{where} cannot be reached for {repo_id}: check the connection",
         }.items():
-            if any(re.match(pattern, kind) for kind in kinds):
+            if re.search(pattern, kinds, re.MULTILINE):
                 raise OSError(remedy) from error
         raise

@@ -10,8 +10,7 @@ from .files import read_object
 
 README, RESULTS, TRAINING, CONVERSION = "README.md", "results.json", "training.json", "conversion.json"
 GRID, LOSS, SAMPLE = "samples.png", "loss.png", "sample.json"
-TYPES = {RESULTS: {"model": dict}, TRAINING: {"config": dict, "classes": list}, SAMPLE: {"settings": dict}}
-TYPES |= {CONVERSION: {"source": dict}}  # of entries in the records
+TYPES = {"model": dict, "config": dict, "classes": list, "source": dict, "settings": dict}  # of entries in the records
 PICTURE = re.compile(r"[\w-]+\.png")
 
 PATH = re.compile(
@@ -33,12 +32,13 @@ class Records:
 
 def read_records(folder: Path) -> Records:
     """Read the records in a folder. Raises ValueError for records that are not as the scripts write them."""
-    found = {name: read_object(folder / name) for name in TYPES if (folder / name).is_file()}
+    names = (RESULTS, TRAINING, CONVERSION, SAMPLE)
+    found = {name: read_object(folder / name) for name in names if (folder / name).is_file()}
     for name, content in found.items():
-        for key, kind in TYPES[name].items():
-            if not isinstance(content.get(key, kind()), kind):
-                value = f"{key}={content[key]!r}, which is no {kind.__name__}"
-                raise ValueError(f"{folder / name} has {value}: remove or correct it")
+        for key in content.keys() & TYPES:
+            if not isinstance(content[key], TYPES[key]):
+                kind = TYPES[key].__name__
+                raise ValueError(f"{folder / name} has {key}={content[key]!r}: remove it, or write a {kind}")
     made, results = found.pop(SAMPLE, {}).get("settings", {}), found.get(RESULTS, {})
     listed = listed_pictures(results.get("pictures", {}), folder / RESULTS)
     pictures = {name: folder / name for name in (GRID, LOSS, *listed) if (folder / name).is_file()}
@@ -71,7 +71,7 @@ def read_results(file: str | Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _is_finite(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e300
 
 
@@ -81,10 +81,10 @@ def _is_dataset(value: Any) -> bool:
 
 ENTRY = {
     "metric": (lambda value: isinstance(value, str) and value != "", "an id such as fid"),
-    "value": (_is_finite, "a finite number"),
-    "nfe": (lambda value: _is_finite(value) and value > 0, "a positive number"),
-    "num_inference_steps": (lambda value: value is None or _is_finite(value), "a number"),
-    "standard_error": (lambda value: value is None or _is_finite(value), "a finite number"),
+    "value": (_is_number, "a finite number"),
+    "nfe": (lambda value: _is_number(value) and value > 0, "a positive number"),
+    "num_inference_steps": (lambda value: value is None or _is_number(value), "a number"),
+    "standard_error": (lambda value: value is None or _is_number(value), "a finite number"),
     "dataset": (_is_dataset, "an object of texts, at least its name"),
 }
 """What an entry must have, else the Hub would refuse the card."""
@@ -106,7 +106,6 @@ def public(value: Any) -> Any:
         return [public(each) for each in value]
     if not isinstance(value, str):
         return value
-    for kind in (Path, PureWindowsPath):
-        if kind(value).is_absolute() or value.startswith(("~/", "../", "./")):
-            return kind(value).name
+    if any(kind(value).is_absolute() for kind in (Path, PureWindowsPath)) or value.startswith(("~/", "../", "./")):
+        return PureWindowsPath(value).name
     return PATH.sub(r"\1", value)

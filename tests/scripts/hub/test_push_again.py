@@ -53,7 +53,7 @@ def test_other_forms_of_the_weights_go_from_the_repo(hub, make_unet, tmp_path):
 
 def test_records_are_of_the_weights_they_were_measured_on(hub, folder, make_unet):
     pipe = pipeline(folder)
-    pipe.push_to_hub("ada/same")
+    pipe.push_to_hub("ada/same", records=folder)
     assert "4.161" in hub.files("ada/same")["README.md"].decode()
     pipe.unet = make_unet(seed=9)
     pipe.push_to_hub("ada/swapped", samples=0)

@@ -60,7 +60,7 @@ def broken(folder, problem):
         ("pickles", "no weights as safetensors"),
         ("empty", r"no model_index\.json"),
         ("foreign", "is a DDPMPipeline: load it with"),
-        ("mine", "names MyNet of my_nets for unet: only a unet and a scheduler of diffusers"),
+        ("mine", "has a MyNet of my_nets for unet: only a unet and a scheduler of diffusers"),
         ("component", r"for \.\./secret: only a unet and a scheduler"),
         ("config", r"training\.json has config=None"),
         ("nan", "a non-finite number, which JSON cannot store"),
