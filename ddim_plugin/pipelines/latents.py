@@ -71,6 +71,7 @@ class Latents(Loop):
         inverse = upwards.from_config(self.scheduler.config)
         self._set_timesteps(inverse, num_inference_steps, timesteps)
         up = inverse.timesteps[:steps]
+        tops = self.scheduler.timesteps[-steps:][:1] if multistep else up
         refine = self._refine_path if multistep else self._refine_steps
         parts: list[Encoded] = []
         for rows in batches(range(len(x)), batch_size):
@@ -78,9 +79,8 @@ class Latents(Loop):
             if refinement_steps:
                 parts.append(refine(image, given, inverse, up, refinement_steps, tolerance))
             else:
-                shape = (1 if multistep else steps, len(image))
-                evaluations = np.full(shape, given.evaluations * steps // shape[0])
-                z = self._ascend(image, given, inverse, self.progress_bar(up))
+                z, shape = self._ascend(image, given, inverse, self.progress_bar(up)), (len(tops), len(image))
+                evaluations = np.full(shape, condition.evaluations * steps // len(tops))
                 parts.append((z, np.full(shape, np.nan), evaluations, np.zeros(shape, bool)))
         self.maybe_free_model_hooks()
         latents, *records = zip(*parts, strict=True)
@@ -88,10 +88,9 @@ class Latents(Loop):
         if not return_report:
             return z
         residual, evaluations, at_floor = (np.concatenate(each, axis=1) for each in records)
-        tops = (self.scheduler.timesteps[-steps:][:1] if multistep else up).cpu().numpy()
-        rows = z.cpu().double().flatten(1).numpy()
-        known = tops, residual, evaluations, residual <= tolerance, at_floor
-        return z, InversionReport(*known, tolerance, rows.mean(1), rows.std(1))
+        known = tops.cpu().numpy(), residual, evaluations, residual <= tolerance, at_floor
+        pixels = z.cpu().double().flatten(1).numpy()
+        return z, InversionReport(*known, tolerance, pixels.mean(1), pixels.std(1))
 
     def _ascend(self, x: Tensor, condition: Condition, inverse: Upwards, up: Iterable[Tensor]) -> Tensor:
         """Encode images with the naive inverse."""
@@ -226,9 +225,7 @@ class Latents(Loop):
         S = self.scheduler.num_inference_steps
         steps = int(strength * S + 1e-9) if isinstance(strength, Real) and 0 < strength <= 1 else 0
         if steps == 0:
-            raise ValueError(
-                f"strength must lie in (0, 1], and be at least {1 / S:.3g} for {S} steps, not {strength!r}"
-            )
+            raise ValueError(f"strength must lie in (0, 1], from {1 / S:.3g} for {S} steps on, not {strength!r}")
         unit = self.scheduler.init_noise_sigma if steps == S else 1.0
         return x.to(condition.device, condition.state_dtype), condition, steps, unit
 

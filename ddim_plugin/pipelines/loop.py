@@ -120,8 +120,8 @@ class Loop:
             kind = self.scheduler.config.variance_type
             needed = 2 * channels if kind == "learned_range" else channels
             if made != needed:
-                problem = f"the network predicts {made} channels from {channels}: variance_type={kind!r} needs {needed}"
-                raise ValueError(f"{problem}, and 'learned_range' needs {2 * channels}")
+                remedy = f"variance_type={kind!r} needs {needed}, 'learned_range' {2 * channels}"
+                raise ValueError(f"the network predicts {made} channels from {channels}: {remedy}")
 
     def _check_deterministic(self, invertible: bool = False) -> None:
         """Raise ValueError unless x_T determines the image, and if `invertible` the image x_T."""
@@ -135,9 +135,7 @@ class Loop:
         changes = [key for key in needed if config[key] != needed[key]]
         if changes:
             wrong, right = (", ".join(f"{key}={each[key]!r}" for key in changes) for each in (config, needed))
-            raise ValueError(
-                f"latents need a process that is deterministic and invertible, not {wrong}: {remedy}, {right})"
-            )
+            raise ValueError(f"latents need a deterministic, invertible process, not {wrong}: {remedy}, {right})")
 
     def _set_timesteps(self, scheduler: SchedulerMixin, S: int | None, timesteps: Timesteps, **settings: Any) -> None:
         """Plan the scheduler's timesteps: 50 by default, or T if that is less."""
@@ -162,8 +160,8 @@ class Loop:
     def _images(self, x: Tensor, output_type: str) -> Any:
         """Convert x_0 to images of an output type. Raises ValueError for "pil" and "np" if a number is not finite."""
         x = finite(x) if output_type in ("pil", "np") else x
-        is_unit = getattr(self.scheduler, "image_range", None) == (0, 1)
-        x = 2 * x - 1 if is_unit and output_type != "latent" else x
+        if getattr(self.scheduler, "image_range", None) == (0, 1) and output_type != "latent":
+            x = 2 * x - 1
         return VaeImageProcessor().postprocess(x, output_type)
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -180,7 +178,7 @@ def accepted(method: Callable, **given: Any) -> dict[str, Any]:
     for name, value in given.items():
         without_effect = name == "generator" or value is None or (isinstance(value, Real) and value == 0)
         if name not in parameters and not without_effect:
-            raise ValueError(f"{type(method.__self__).__name__} does not support {name}: leave it out")
+            raise ValueError(f"{method.__qualname__} does not support {name}: leave it out")
     return {name: value for name, value in given.items() if value is not None and name in parameters}
 
 

@@ -375,7 +375,7 @@ GOOD = {"images": torch.rand(2, 3, 8, 8), "num_inference_steps": 5}
         ({"tolerance": float("nan")}, "tolerance must be a non-negative number"),
         ({"strength": 0}, r"strength must lie in \(0, 1\]"),
         ({"strength": 1.5}, r"strength must lie in \(0, 1\]"),
-        ({"strength": 0.1}, "be at least 0.2 for 5 steps, not 0.1"),
+        ({"strength": 0.1}, "from 0.2 for 5 steps on, not 0.1"),
         ({"class_labels": 1}, "unconditional"),
         ({"guidance_scale": 2.0}, "unconditional"),
     ],
@@ -420,7 +420,7 @@ def test_bad_interpolations(untouched):
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (GeneralizedDDIMScheduler(eta=1.0), "latents need a process that is deterministic and invertible, not eta=1"),
+        (GeneralizedDDIMScheduler(eta=1.0), "latents need a deterministic, invertible process, not eta=1"),
         (
             GeneralizedDDIMScheduler(variance_type="fixed_large"),
             "not variance_type='fixed_large': .*config, variance_type='fixed_small'",
@@ -446,7 +446,7 @@ def test_schedulers_without_latents(untouched, scheduler, message):
 @pytest.mark.parametrize("key", ["clip_sample", "thresholding"])
 def test_constrained_moves_have_no_inverse(untouched, key):
     untouched.scheduler = GeneralizedDDIMScheduler(**{key: True})
-    with pytest.raises(ValueError, match=f"invertible, not {key}=True: .*{key}=False"):
+    with pytest.raises(ValueError, match=f"invertible process, not {key}=True: .*{key}=False"):
         untouched.encode(**GOOD)
 
 

@@ -132,6 +132,17 @@ def test_stock_schedulers_for_flow_matching_run_in_the_call(make_pipe, scheduler
         pipe.encode(pictures())
 
 
+def test_the_shift_for_the_size_of_the_image(make_pipe):
+    pipe = exact(GeneralizedDDIMScheduler(use_dynamic_shifting=True, **FLOW))
+    pipe(num_inference_steps=4, mu=1.0, output_type="pt")
+    low = pipe.scheduler.timesteps
+    pipe(num_inference_steps=4, mu=2.0, output_type="pt")
+    assert (pipe.scheduler.timesteps[1:] > low[1:]).all()
+    for scheduler in (GeneralizedDDIMScheduler(), diffusers.DDIMScheduler()):
+        with pytest.raises(ValueError, match="mu"):
+            make_pipe(scheduler)(mu=1.0)
+
+
 @pytest.mark.parametrize("cls", [GeneralizedDDIMScheduler, MultistepDDIMScheduler])
 def test_a_random_walk_is_sampled_and_encoded(make_pipe, make_unet, cls):
     pipe = make_pipe(cls(**ROOT), network(make_unet, ROOT))

@@ -395,11 +395,11 @@ def test_a_network_that_does_not_fit_the_variance_type(make_pipe, variance_type,
 
 def test_what_other_schedulers_do_not_know(make_pipe):
     pipe = make_pipe(diffusers.EulerDiscreteScheduler())
-    with pytest.raises(ValueError, match="EulerDiscreteScheduler does not support eta: leave it out"):
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler.step does not support eta: leave it out"):
         pipe(eta=0.5)
     with pytest.raises(ValueError, match="does not support use_clipped_model_output"):
         pipe(use_clipped_model_output=True)
-    with pytest.raises(ValueError, match="PNDMScheduler does not support timesteps: leave it out"):
+    with pytest.raises(ValueError, match="PNDMScheduler.set_timesteps does not support timesteps: leave it out"):
         make_pipe(diffusers.PNDMScheduler())(timesteps=[3, 1])
 
 
