@@ -113,8 +113,7 @@ def _labels(classes: int | None, num: int, guidance_scale: float, null_class_lab
         return None
     null = classes - 1 if null_class_label is None else null_class_label
     used = [label for label in range(classes) if guidance_scale == 1 or classes == 1 or label != null]
-    spread = used[:: max(1, len(used) // num)]
-    return [spread[i % len(spread)] for i in range(num)]
+    return [used[i * max(1, len(used) // num) % len(used)] for i in range(num)]
 
 
 def _search(S: int, scheduler: MultistepDDIMScheduler, seen: Cost, held: Cost) -> Fitted:
