@@ -84,8 +84,6 @@ def fit_timesteps(
     def sample(scheduler: MultistepDDIMScheduler, tau: Sequence[int], images: range) -> Tensor:
         scheduler._fitted[len(tau)] = np.array(tau)  # a spacing's own plan: the loop begins with x_T
         scheduler.set_timesteps(len(tau), device=noise.device, eta=0.0)
-        if not np.array_equal(scheduler._tau, tau):
-            raise ValueError("timesteps of flow matching are those of its shift: change shift, or pass timesteps")
         x, times = noise * scheduler.init_noise_sigma, scheduler.timesteps
         rows = batches(images, batch_size)
         return torch.cat([fitting._run(scheduler, x[i], times, condition.rows(i)) for i in rows])
@@ -127,7 +125,7 @@ def _search(S: int, scheduler: MultistepDDIMScheduler, seen: Cost, held: Cost) -
     starts = sorted(known + powers, key=seen)[:2]
     moved = min((descend(start, T, seen) for start in starts), key=seen)
     tau = min([*known, moved], key=held)
-    return Fitted([t - 1 for t in reversed(tau)], held(tau), held(default))
+    return Fitted([scheduler.path.timestep(t) for t in reversed(tau)], held(tau), held(default))
 
 
 def descend(tau: Times, T: int, cost: Cost, rounds: int = 4) -> Times:

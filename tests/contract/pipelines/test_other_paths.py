@@ -359,14 +359,7 @@ def test_a_stock_flow_scheduler_that_was_chosen_is_kept(make_pipe, tmp_path):
 # ---- fitting -------------------------------------------------------------------------------------------------------
 
 
-def test_timesteps_of_flow_matching_are_not_fitted():
-    pipe = exact(GeneralizedDDIMScheduler(**FLOW))
-    with pytest.raises(ValueError, match="timesteps of flow matching are those of its shift"):
-        fit_timesteps(pipe, [3], num_images=8, teacher_steps=100)
-    assert type(pipe.scheduler) is GeneralizedDDIMScheduler
-
-
-@pytest.mark.parametrize("settings", [EXPLODING, PATHS["ε"]], ids=["exploding", "ε"])
+@accurate
 def test_fitting(settings):
     pipe = exact(GeneralizedDDIMScheduler(**settings))
     found = fit_timesteps(pipe, [3], num_images=8, teacher_steps=100)[3]

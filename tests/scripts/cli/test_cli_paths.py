@@ -70,12 +70,8 @@ def test_encode_reconstruct_and_interpolate(model, pictures, tmp_path, capsys):
     assert latents(tmp_path / "seeds").shape == (4, 3, 8, 8)
 
 
-def test_fit(model, is_flow, tmp_path, capsys):
+def test_fit(model, tmp_path):
     settings = ("--num", 4, "--teacher-steps", 12, "--batch-size", 4)
-    if is_flow:
-        run("fit", model, "--steps", 3, *settings, "--output", tmp_path, ok=False)
-        assert "ddim-plugin fit: timesteps of flow matching are those of its shift" in capsys.readouterr().err
-        return
     run("fit", model, "--steps", 3, *settings, "--output", tmp_path)
     found = json.loads((tmp_path / "fit.json").read_text())["fitted"]["3"]
     assert found["error"] <= found["default_error"]
