@@ -172,7 +172,7 @@ class InversionReport:
             marks = [f"{note} ({flags.sum()} of {len(flags)})" for note, flags in notes.items() if flags.any()]
             is_naive, residual = np.isnan(self.residual[i]).any(), f"{self.residual[i].max():8.1e}"
             residual, marks = ("       –", []) if is_naive else (residual, marks)
-            lines.append(f"{t:8d}  {residual}  {self.evaluations[i].max():11d}  {', '.join(marks)}".rstrip())
+            lines.append(f"{t:8g}  {residual}  {self.evaluations[i].max():11d}  {', '.join(marks)}".rstrip())
         latents = f"mean {self.latent_mean.mean():.3f}, standard deviation {self.latent_std.mean():.3f}"
         evaluations = f"evaluations for an image: {self.total_evaluations.mean():.1f}"
         return "\n".join([*lines, f"{evaluations}; tolerance {self.tolerance:g}; latents: {latents}"])

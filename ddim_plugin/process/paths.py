@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .spacings import Array, Times, descending, explicit
 
@@ -45,6 +43,11 @@ class Path:
     @property
     def T(self) -> int:
         return len(self.levels.signal) - 1
+
+    @property
+    def explodes(self) -> bool:
+        """Whether the noise is added to x_0 itself, so that x_t has no fixed scale."""
+        return bool(self.levels.signal[-1] == 1)
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -88,11 +91,11 @@ class FlowMatching(Path):
     def time(self, timestep: Number) -> Number:
         return timestep
 
-    def sigma(self, timesteps: Tensor) -> Tensor:
+    def sigma(self, timesteps: Number) -> Number:
         """Compute b at timesteps."""
         return self.time(timesteps) / self.T
 
-    def signal(self, sigma: Tensor) -> Tensor:
+    def signal(self, sigma: Number) -> Number:
         """Compute a at levels with this b."""
         return 1 - sigma
 
@@ -136,11 +139,11 @@ class VarianceExploding(Path):
         low, high = self.bounds
         return 1 + (self.T - 1) * math.log(timestep / low) / math.log(high / low)
 
-    def sigma(self, timesteps: Tensor) -> Tensor:
+    def sigma(self, timesteps: Number) -> Number:
         return timesteps
 
-    def signal(self, sigma: Tensor) -> Tensor:
-        return torch.ones_like(sigma)
+    def signal(self, sigma: Number) -> Number:
+        return 0 * sigma + 1
 
 
 def variance_preserving(alpha_bar: Array) -> Path:

@@ -92,6 +92,11 @@ def _descend(top: float, bottom: float, S: int, power: float) -> Array:
     return (top - (top - bottom) * way) ** power
 
 
+def few_exploding(S: int, sigma_min: float, sigma_max: float) -> list[float]:
+    """Space S values of σ for a multistep method and images in 0..1, geometric from 3·S, at least 10, to 0.4/S."""
+    return np.geomspace(min(sigma_max, max(10, 3 * S)), max(sigma_min, 0.4 / S), S).tolist()
+
+
 def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
     """Compute the top and the bottom for few steps."""
     T = len(alpha_bar) - 1

@@ -87,6 +87,8 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         names = ("eta", "eps_mean_square", "use_clipped_model_output", *SOLVER)
         own = {key: self.config[key] for key in names if key in self.config}
         own |= {key: self.config[key] for key in self._foreign() if self.config[key] != defaults(type(self))[key]}
+        if "prediction_type" in self._foreign():  # loading takes that of the path if none is named
+            own["prediction_type"] = self.config.prediction_type
         if self.config.timestep_spacing not in STOCK_SPACINGS:
             own["timestep_spacing"] = self.config.timestep_spacing
         if self.config.variance_type not in STOCK_VARIANCES:
@@ -183,7 +185,9 @@ def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]
     path = _path_of_stock(name, known, bool(of_writer))
     for key, neutral in OTHER_PROCESS.items():
         if known.get(key, neutral) != neutral:
-            remedy = "pass eta=1.0 for noise instead" if key == "stochastic_sampling" else "it is not supported"
+            remedy = "it is not supported"
+            if key == "stochastic_sampling":
+                remedy = "pass stochastic_sampling=False, and eta=1.0 for noise"
             raise ValueError(f"{key}={known[key]!r} of {name} is of another process: {remedy}")
     settings = {key: known[key] for key in PROCESS if key in known} | dict(config)
     dropped = {key for other, keys in OF_PATH.items() if other != path for key in keys}

@@ -18,6 +18,7 @@ from .step import Evaluation, GeneralizedDDIMSchedulerOutput, Step, StepTuple
 from .tensors import Randomness, accumulate, draw, split_variance
 
 DETERMINISTIC = {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False, "thresholding": False}
+DETERMINISTIC |= {"corrector_steps": 0}
 """Settings under which a latent and its image determine each other."""
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..process import moves, multistep, spacings
+from ..process.paths import Path, VarianceExploding
 from .config import FLOW, SAMPLER, SOLVER, StockConfig, path_of, with_settings_of
 from .generalized import GeneralizedDDIMScheduler
 from .inverse import Upwards
@@ -66,9 +67,9 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             raise ValueError(
                 f"corrector_steps={steps} needs a GeneralizedDDIMScheduler: multistep schedulers have none"
             )
-        self._fitted = _check_fitted(fitted, self.config.num_train_timesteps)
+        self._fitted = _check_fitted(fitted, self.path)
         if fitted is not None:  # JSON has strings as keys
-            kept = {str(S): (times[::-1] - 1).tolist() for S, times in self._fitted.items()}
+            kept = {str(S): self.path.timestep(times[::-1]).tolist() for S, times in self._fitted.items()}
             StockConfig.register_to_config(self, fitted_timesteps=kept)
         self._order = order
         self._forget()
@@ -97,7 +98,15 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
                 spacing = "few_steps_noise"
             elif spacings.is_integer(S) and S in self._fitted:
                 return self._fitted[S]
+            elif isinstance(self.path, VarianceExploding) and super()._spaced(S, "linear").size:
+                return self.path.times(spacings.few_exploding(S, *self.path.bounds))
         return super()._spaced(S, spacing)
+
+    def _flow_times(self, S: int | None, sigmas: Any, **given: Any) -> tuple[spacings.Times, dict[float, float]]:
+        is_plain = sigmas is None and given["timesteps"] is None and not self._much_noise
+        if is_plain and S in self._fitted and self.config.timestep_spacing == "few_steps":
+            return self._fitted[S].astype(float), {}
+        return super()._flow_times(S, sigmas, **given)
 
     def _own_sigmas(self, S: int) -> list[float] | None:
         if self.config.timestep_spacing == "linear":
@@ -130,7 +139,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     def _starts_above(self, top: float) -> bool:
         """Return whether the first deterministic step starts from T, above `top`."""
-        return self._from_noise and self._order != 1 and top < self.path.T
+        return self._from_noise and self._order != 1 and top < self.path.T and not self.path.explodes
 
     def _kind(self, eta: float | None) -> Kind:
         if eta is None and self._eta is None and self.config.variance_type == "learned_range":
@@ -259,7 +268,7 @@ def keep_learned(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, A
     return changes
 
 
-def _check_fitted(timesteps: dict[str, list[int]] | None, T: int) -> dict[int, spacings.Times]:
+def _check_fitted(timesteps: dict[str, list[float]] | None, path: Path) -> dict[int, spacings.Times]:
     """Check fitted timesteps, and return τ by step count."""
     timesteps, found = timesteps or {}, {}
     if not isinstance(timesteps, dict):
@@ -267,7 +276,7 @@ def _check_fitted(timesteps: dict[str, list[int]] | None, T: int) -> dict[int, s
     for S, times in timesteps.items():
         if not (spacings.is_integer(S) or (isinstance(S, str) and S.isdecimal())):
             raise ValueError(f"fitted_timesteps has the key {S!r}, which is no step count: use integers as keys")
-        found[int(S)] = spacings.explicit(times, T)
+        found[int(S)] = path.times(times)
         if len(times) != int(S):
             raise ValueError(f"fitted_timesteps has {len(times)} timesteps for {S} steps: give as many as steps")
     return found

@@ -75,8 +75,12 @@ class Planned(Levels):
                 planned = [known.get(t, self.path.timestep(t)) for t in evaluated]
                 self._planned = torch.tensor(planned, dtype=dtype, device="cpu")
                 if self._shown is None:
-                    levels = [self.path.level(t).noise for t in (*(t for t, _ in self._pairs), self._pairs[-1][1])]
+                    times, end = [t for t, _ in self._pairs], self._pairs[-1][1]
+                    times += [end] if (times[-1] < end) == (times[0] < times[-1]) else []
+                    levels = [self.path.level(t).noise for t in times]
                     self._sigmas = torch.tensor(levels, dtype=torch.float32, device="cpu")
+                if self.path.explodes:
+                    self.init_noise_sigma = self.path.level(self._tau[-1].item()).noise
             self._called = self._planned.tolist()
             self._first = {t: i for i, t in reversed(list(enumerate(self._called)))}
             self._moving = {self._called[i]: i for i, (t, s) in enumerate(self._pairs) if t != s}
@@ -105,6 +109,8 @@ class Planned(Levels):
 
     def set_shift(self, shift: float) -> None:
         """Set the shift of the noise levels of flow matching, as `FlowMatchEulerDiscreteScheduler.set_shift`."""
+        if not isinstance(self.path, paths.FlowMatching) or not shift > 0:
+            raise ValueError(f"set_shift takes a positive number, for flow matching only, not {shift!r}")
         self._shift = shift
 
     def _flow_times(
@@ -157,7 +163,7 @@ class Planned(Levels):
         return moves.effective_eta(self.config.variance_type, eta, self.config.eta)
 
     def _find(self, timestep: int | Tensor, kind: Kind, sample: Tensor) -> Step:
-        """Find the step for `timestep`. The host reads no element of `self.timesteps`, and no (B,) on a device."""
+        """Find the step for `timestep`. The host reads no element of `self.timesteps`, and no (B,) of a table."""
         self._place = None
         timestep = torch.as_tensor(timestep, device="cpu") if isinstance(timestep, np.ndarray) else timestep
         dtype, device, known = torch.promote_types(sample.dtype, torch.float32), sample.device, self._planned
