@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cards.card import write_card
 from diffusers import UNet2DModel
 from trainer.checkpoints import damage
 from trainer.convert import check_values, choose, fingerprint, network, read, sets
@@ -78,6 +79,7 @@ def main(config: ConvertConfig) -> dict[str, Any]:
     with replace_pipeline(Path(config.output)) as aside:
         GeneralizedDDIMPipeline(unet, scheduler).save_pretrained(aside)
         write_json(aside / RECORD, result)
+        write_card(aside, f"user/{Path(config.output).resolve().name}")
     return result
 
 

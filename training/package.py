@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cards.card import write_card
+from cards.records import LOSS, RESULTS, SAMPLE, TRAINING, listed_pictures, public, read_results
 from guard.writing import replace_folder, write_file
 from measure.extractors import slug
 from measure.records import COMMANDS, MEASURED, headline
@@ -24,8 +26,7 @@ from trainer.settings import parse, write_json
 from ddim_plugin import GeneralizedDDIMPipeline
 from ddim_plugin.hub.card import is_written_here
 from ddim_plugin.hub.files import read_object, weights_digest
-from ddim_plugin.hub.model import CONFIGS, Model
-from ddim_plugin.hub.records import GRID, LOSS, README, RESULTS, TRAINING, listed_pictures, public, read_results
+from ddim_plugin.hub.model import GRID, README
 
 HEADLINE = "headline.md"
 
@@ -92,10 +93,7 @@ def main(config: PackageConfig) -> dict[str, Any]:
         write_json(aside / RESULTS, joined)
         for file, text in zip((HEADLINE, COMMANDS), headline(aside, name), strict=True):
             write_file(aside / MEASURED / file, text)
-        model = Model(aside)
-        for file in CONFIGS:  # as a push makes them, without paths of this machine
-            write_file(aside / file, model.files[file])
-        write_file(aside / README, model.card(f"{config.user}/{output.name}", config.license))
+        write_card(aside, f"{config.user}/{output.name}", config.license)
     if config.readme is not None:
         text = Path(config.readme).read_text(encoding="utf-8")
         write_file(config.readme, fill(text, Path(config.readme).parent))
@@ -123,7 +121,7 @@ def gather(folders: list[Path], output: Path, digest: str) -> dict[str, Any]:
             shutil.copyfile(source, target)
 
     for folder in folders:
-        for name in (TRAINING, "sample.json", GRID, LOSS):
+        for name in (TRAINING, SAMPLE, GRID, LOSS):
             take(folder / name, output / name)
         for name in (f"{each}{kind}" for each in WHOLE for kind in (".json", ".md")):
             take(folder / name, output / MEASURED / name)

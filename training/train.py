@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from cards.card import write_card
 from pictures import origin
 from trainer.checkpoints import Checkpoints, resume
 from trainer.config import TrainConfig
@@ -66,6 +67,8 @@ def main(config: TrainConfig) -> dict[str, Any]:
             pipe, raw = run.pipeline(), accelerator.get_state_dict(run.network)
             if accelerator.is_main_process:
                 save(config, pipe, raw, result, log.lines)
+                repo_id = config.push_to_hub or f"user/{output.name}"
+                attempt("the card is not written", write_card, output, repo_id, config.hub_license)
         else:
             keep(run, output, result)
     if finished and accelerator.is_main_process and config.push_to_hub is not None:

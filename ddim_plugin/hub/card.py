@@ -1,4 +1,4 @@
-"""Model cards: one template, filled with tables of the configs and records of a model."""
+"""Model cards: one template, filled with tables of a model's configs."""
 
 import hashlib
 import inspect
@@ -7,25 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import StrictUndefined, Template
 
 from ..schedulers import KEY
 from ..schedulers.config import CLASSES, OF_PATH, path_of
 from ..version import __version__
 from .code import code
-from .records import TRAINING, Records
 
 TASK = "unconditional-image-generation"  # the Hub's name for the task of these pipelines
 MARK = "*Written by ddim-plugin"  # starts the last line of our cards, which ends with a digest of the text above it
 LAYOUT = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True, "undefined": StrictUndefined}
 TEMPLATE = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"), **LAYOUT)
 # Names of settings that a card has even if they are the defaults.
-SYMBOLS = {"num_train_timesteps": "T", "beta_schedule": "β", "prediction_type": "prediction", "nfe": "NFE", "eta": "η"}
-SYMBOLS |= {"timestep_spacing": "τ", "variance_type": "variance", "num_inference_steps": "S", "draws": "sets"}
-
-SAMPLER = ("scheduler", "variance_type", "eta", "timestep_spacing")  # settings in the rows of a table of figures
-SETS = ("images", "draws", "seed")  # and in its title
+SYMBOLS = {"num_train_timesteps": "T", "beta_schedule": "β", "prediction_type": "prediction", "eta": "η"}
+SYMBOLS |= {"timestep_spacing": "τ", "variance_type": "variance"}
 
 
 def card(
@@ -33,55 +29,59 @@ def card(
     unet: dict[str, Any],
     scheduler: dict[str, Any],
     parameters: int,
-    records: Records,
     license: str | None = None,
     variant: str | None = None,
     revision: str | None = None,
     pipeline: str | None = "DDIMPipeline",
+    samples: str | None = None,
+    sections: str = "",
+    **metadata: Any,
 ) -> str:
     """Write the card of a model, as Markdown with its metadata in front.
 
-    `unet` and `scheduler` are the configs, with the name of the class under "_class_name". The snippets load `variant`,
-    if there are no plain weights, from the branch `revision`. `pipeline` is the stock one that samples with the model.
+    Args:
+        unet, scheduler: the configs, with the name of the class under "_class_name".
+        parameters: number of the network's parameters.
+        license: the Hub's id of the licence of the weights.
+        variant, revision: what the snippets load: the variant, if there are no plain weights, and the branch.
+        pipeline: the stock pipeline that samples with the model.
+        samples: the caption of `samples.png`, if there is this picture.
+        sections: Markdown to put below the settings.
+        metadata: more arguments of `ModelCardData`.
     """
     check_license(license)
-    title, training, figures = repo_id.split("/")[-1], records.files.get(TRAINING, {}), _figures(records.results)
-    data, used = training.get("config", {}).get("data"), ("nfe", "num_inference_steps", *SAMPLER)
-    metadata = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag=TASK,
-        license=license,
-        tags=["ddim", "diffusion", "ddim-plugin"],
-        datasets=[data] if data and training.get("data_from") == "hub" else None,
-        model_name=title,
-        eval_results=[
-            EvalResult(
-                task_type=TASK,
-                dataset_type=entry["dataset"].get("id") or entry["dataset"]["name"],
-                dataset_name=entry["dataset"]["name"],
-                dataset_split=entry["dataset"].get("split"),
-                metric_type=entry["metric"],
-                metric_name=f"{entry.get('name') or entry['metric'].upper()} ({notes(entry, used)})",
-                metric_value=float(entry["value"]),
-                metric_args={key: entry[key] for key in (*used, *SETS) if entry.get(key) is not None},
-            )
-            for entry in records.results
-            if entry.get("listed", True)
-        ]
-        or None,
-    ).to_yaml()
-    text = TEMPLATE.render(locals(), code=code().name, settings=settings, cell=cell)
-    return f"{text}\n{MARK} {__version__} from the records and configs of this repo ({_digest(text)}).*\n"
+    title = repo_id.split("/")[-1]
+    tags = ["ddim", "diffusion", "ddim-plugin"]
+    known = {"library_name": "diffusers", "pipeline_tag": TASK, "license": license, "tags": tags, "model_name": title}
+    metadata = ModelCardData(**known, **metadata).to_yaml()
+    return _sign(TEMPLATE.render(locals(), code=code().name, settings=settings, cell=cell))
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+def adapt(text: str, repo_id: str, license: str | None = None) -> str:
+    """Put the id of another repository, and the licence if one is given, into a card that `card` wrote."""
+    check_license(license)
+    written = ModelCard(text.replace("\r\n", "\n").rpartition(f"\n{MARK}")[0])
+    body, before = written.text, re.search(r'from_pretrained\("([^"]+)"', written.text)
+    body = re.sub(r"ddim_plugin_\d+_\d+\w*", code().name, body.replace(f'"{before[1]}"', f'"{repo_id}"'))
+    if license is not None:
+        written.data.license = license
+        body = re.sub(r"(?m)^The weights: .+?\. (?=The training data)", f"The weights: {license}. ", body)
+    return _sign(f"---\n{written.data.to_yaml()}\n---\n{body}")
 
 
 def is_written_here(text: str) -> bool:
     """Test whether a card was written by `card`, and not changed since."""
     above, _, mark = text.replace("\r\n", "\n").rpartition(f"\n{MARK}")
     return mark.rstrip().endswith(f"({_digest(above)}).*")
+
+
+def _sign(text: str) -> str:
+    """Add the last line of our cards."""
+    return f"{text}\n{MARK} {__version__} from the records and configs of this repo ({_digest(text)}).*\n"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def check_license(license: str | None) -> None:
@@ -116,24 +116,3 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     hidden |= {key for path, keys in OF_PATH.items() if path != path_of(config) for key in keys}
     shown = {key for key, each in parameters.items() if config.get(key, each.default) != each.default} | SYMBOLS.keys()
     return {SYMBOLS.get(key, key): config[key] for key in config if key in shown - hidden}
-
-
-def _figures(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[tuple, str]]]:
-    """Arrange results by metric and data set, sampler, and S."""
-    tables: dict[str, dict[str, dict[tuple, str]]] = {}
-    for entry in results:
-        data = " ".join(filter(None, (entry["dataset"]["name"], entry["dataset"].get("split"))))
-        name = cell(entry.get("name") or entry["metric"].upper())
-        title = ", ".join(filter(None, [f"**{name}**", cell(data), notes(entry, SETS)]))
-        error, nfe, steps = entry.get("standard_error"), entry["nfe"], entry.get("num_inference_steps")
-        value = f"{entry['value']:.4g}" + ("" if error is None else f" ± {error:.2g}")
-        value += "" if steps in (None, nfe) else f" ({nfe:.4g})"
-        row = tables.setdefault(title, {}).setdefault(notes(entry, SAMPLER).removeprefix("scheduler = "), {})
-        column = ("NFE", nfe) if steps is None else ("S", steps)
-        row[column] = ", ".join(filter(None, [row.get(column), value]))
-    return tables
-
-
-def notes(entry: dict[str, Any], keys: tuple[str, ...]) -> str:
-    """Write settings of a measurement in a line."""
-    return ", ".join(f"{SYMBOLS.get(key, key)} = {cell(entry[key])}" for key in keys if entry.get(key) is not None)

@@ -11,11 +11,12 @@ import torch
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..pipelines.images import grid
 from ..schedulers import KEY, InverseDDIMScheduler, sampler_class
-from .card import card, is_written_here, license_of
+from .card import card
 from .code import code
-from .files import read_object, weights_digest
-from .records import GRID, README, RESULTS, TRAINING, public, read_records
+from .files import read_object
 
+README, GRID = "README.md", "samples.png"
+RECORDS = ("results.json", "training.json", "conversion.json")  # of the training scripts, pushed as they are
 INDEX, UNET, SCHEDULER = CONFIGS = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
 WEIGHTS = re.compile(
     r"(unet/)?diffusion_pytorch_model((\.(?P<variant>[^/]+?))?(-\d{5}-of-\d{5})?\.(safetensors|bin)"
@@ -37,14 +38,12 @@ def is_ours(index: dict[str, Any]) -> bool:
 
 
 class Model:
-    """Collect the files to push of a folder that loads, and the data for its card, with records of these weights."""
+    """Collect the files to push of a folder that loads, and the data for its card."""
 
-    def __init__(self, folder: str | Path, records: str | Path | None = None):
-        folder, source = Path(folder), Path(records or folder)
-        if not source.is_dir():
-            raise ValueError(f"folder {source} was not found: check the path")
-        self.records = read_records(source)
-        self.has_records = bool(self.records.files or self.records.pictures)
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ValueError(f"folder {folder} was not found: check the path")
         if not (folder / INDEX).is_file():
             raise OSError(f"{folder} has no {INDEX}: pass the folder of a saved pipeline")
         if not is_ours(index := read_object(folder / INDEX)):
@@ -60,39 +59,36 @@ class Model:
         variants = sorted({variant_of(name) for name in weights if not name.endswith(".json")})
         if not variants:
             raise ValueError(f"{folder} has no weights as safetensors: load it, and save_pretrained into a new folder")
-        self.variant, fits = variants[0] or None, self.records.digest is None
+        self.variant = variants[0] or None
         for variant in reversed(variants):  # the first one is kept
             self.pipe = GeneralizedDDIMPipeline.from_pretrained(str(folder), variant=variant or None)
-            fits = fits or weights_digest(self.pipe.unet) == self.records.digest
-        if not fits:
-            raise ValueError(f"{source / RESULTS} was measured on other weights than those in {folder}: measure these")
         parts = {INDEX: self.pipe, UNET: self.pipe.unet, SCHEDULER: self.pipe.scheduler}
-        self.files: dict[str, Path | bytes] = {**weights, **self.records.pictures}
-        self.files |= {name: _json(json.loads(part.to_json_string())) for name, part in parts.items()}
-        self.files |= {name: _json(content, source / name) for name, content in self.records.files.items()}
+        self.files: dict[str, Path | bytes] = {name: _config(part) for name, part in parts.items()} | weights
         self.files[f"{code().name}.py"] = code().text.encode()
-        text = (folder / README).read_text(encoding="utf-8", errors="replace") if (folder / README).is_file() else ""
-        self.license = license_of(text) if is_written_here(text) else None
-        if text and not is_written_here(text):  # somebody's card
-            self.files[README] = (folder / README).read_bytes()
+        if (folder / README).is_file():  # pictures and records belong to the card
+            found = [folder / README, *folder.glob("*.png"), *(folder / name for name in RECORDS)]
+            self.files |= {path.name: path for path in found if path.is_file()}
 
-    def card(self, repo_id: str, license: str | None = None, revision: str | None = None) -> str:
-        """Write the card."""
+    def card(self, repo_id: str, license: str | None = None, revision: str | None = None, **details: Any) -> str:
+        """Write the card, with more `details` for `card`."""
         unet, scheduler = self.pipe.unet, self.pipe.scheduler
         configs = (dict(unet.config), dict(scheduler.config) | {"_class_name": type(scheduler).__name__})
         stock = json.loads(self.files[INDEX])["_class_name"]
-        details = license, self.variant, revision, None if stock == GeneralizedDDIMPipeline.__name__ else stock
-        return card(repo_id, *configs, unet.num_parameters(), self.records, *details)
+        details |= {"pipeline": None if stock == GeneralizedDDIMPipeline.__name__ else stock}
+        return card(repo_id, *configs, unet.num_parameters(), license, self.variant, revision, **details)
 
-    def draw(self, number: int) -> None:
-        """Add a grid of images, image i from seed i. With a class-conditional network, i counts through the classes."""
+    def draw(self, number: int) -> str:
+        """Add a grid of images, image i from seed i, and return its caption.
+
+        With a class-conditional network, i counts through the classes.
+        """
         scheduler, unet = self.pipe.scheduler, self.pipe.unet
         if isinstance(scheduler, InverseDDIMScheduler):
             scheduler = sampler_class(scheduler).from_config(scheduler.config)
         pipe = GeneralizedDDIMPipeline(unet, scheduler).to("cuda" if torch.cuda.is_available() else "cpu")
         pipe.set_progress_bar_config(disable=True)
         steps = min(20, scheduler.config.num_train_timesteps)
-        classes = len(self.records.files.get(TRAINING, {}).get("classes", ())) or unet.config.num_class_embeds
+        classes = unet.config.num_class_embeds
         labels = [i % classes for i in range(number)] if classes else None
         generators = [torch.Generator().manual_seed(i) for i in range(number)]
         images = pipe(number, steps, generator=generators, class_labels=labels, output_type="np").images
@@ -100,13 +96,11 @@ class Model:
         grid([images[i : i + 8] for i in range(0, number, 8)]).save(file, format="PNG")
         self.files[GRID] = file.getvalue()
         eta = f", η = {scheduler.config.eta:g}" if "eta" in scheduler.config else ""
-        self.records.captions[GRID] = f"{type(scheduler).__name__}, S = {steps}{eta}, seeds 0 to {number - 1}."
+        return f"{type(scheduler).__name__}, S = {steps}{eta}, seeds 0 to {number - 1}."
 
 
-def _json(content: dict[str, Any], record: Path | None = None) -> bytes:
-    """Write JSON without paths of this machine. Raises ValueError for numbers in a record that JSON does not have."""
-    content = {key: value for key, value in content.items() if key != "_name_or_path"}
-    try:
-        return (json.dumps(public(content), indent=2, allow_nan=record is None) + "\n").encode()
-    except ValueError as error:
-        raise ValueError(f"{record} contains a non-finite number, which JSON cannot store: remove it") from error
+def _config(part: Any) -> bytes:
+    """Write the config of a pipeline, network or scheduler, without the path that it was loaded from."""
+    content = json.loads(part.to_json_string())
+    content.pop("_name_or_path", None)
+    return (json.dumps(content, indent=2) + "\n").encode()

@@ -1,4 +1,4 @@
-"""Pushing to the Hub: one commit with weights, configs, the code file, card, pictures and results."""
+"""Pushing to the Hub: one commit with weights, configs, the code file, the card, and what lies beside it."""
 
 import json
 import re
@@ -15,14 +15,14 @@ from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..process.spacings import is_integer
 from ..schedulers import GeneralizedDDIMSchedulerOutput
 from ..schedulers.config import CLASSES
-from .card import check_license, is_written_here, license_of
+from .card import adapt, check_license, is_written_here
 from .code import STALE
 from .files import read_object
-from .model import INDEX, UNET, Model, is_ours, variant_of
-from .records import PICTURE, README, RESULTS
+from .model import INDEX, README, UNET, Model, is_ours, variant_of
 
 RECORDS = re.compile(r"(results|training|conversion)\.json|(samples|loss)\.png|\.eval_results/.+\.yaml")
 """Names of the records that any version of this package pushes."""
+PICTURE = re.compile(r"\]\(([\w-]+\.png)\)")  # a picture in a card
 
 
 def push_folder(
@@ -35,44 +35,44 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
     license: str | None = None,
-    records: str | Path | None = None,
-    card: bool | None = None,
-    samples: int | None = None,
+    samples: int = 0,
 ) -> CommitInfo:
-    """Push what `save_pretrained` or the training script wrote, in one commit. The folder is not changed.
+    """Push what `save_pretrained` or the training scripts wrote, in one commit. The folder is not changed.
 
-    A README.md that somebody wrote is kept as the card. If the repository has a model of this package with other
-    weights, its weights and records are deleted.
+    A README.md in the folder is the card. The top-level pictures and the records of training scripts are pushed with
+    it, as they are. Without one, a card is written, unless the repository has a card that somebody wrote. Records of an
+    earlier card are deleted, and the weights of another model.
 
     Args, the others as for the `push_to_hub` of diffusers:
         folder: the folder of a pipeline. The weights of all variants are pushed.
         repo_id, revision: the repository and its branch. They are created if they do not exist.
         license: the Hub's id of the licence of the weights.
-        records: folder with records and pictures, as `model_cards/README.md` describes; `folder` by default.
-        card: whether to write a card. By default if there are records or samples, or an earlier card to update.
-        samples: number of images to generate for the card; none by default.
+        samples: number of images to generate for a card that is written.
 
     Returns the commit, or the last one if nothing has changed. Raises ValueError for invalid input before anything is
     sent, and OSError if the Hub cannot be reached or refuses. The branch is not changed then.
     """
     check_license(license)
-    if samples is not None and (not is_integer(samples) or samples < 0):
+    if not is_integer(samples) or samples < 0:
         raise ValueError(f"samples must be a non-negative integer, not {samples!r}")
-    model = Model(folder, records)
+    model = Model(folder)
+    if samples and README in model.files:
+        raise ValueError(f"{folder} has a {README}, and samples={samples} are for a new card: leave out one of them")
     api = HfApi(token=token)
     repo_id = open_repo(api, repo_id, private)
     with explained(repo_id, token, revision):
         if revision is not None and not revision.startswith("refs/") and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         repo = _Repo(api, repo_id, revision, model)
-        wanted = card or samples or model.has_records or (repo.card_is_ours and not repo.is_same)
-        is_theirs = README in model.files or (repo.card and not repo.card_is_ours)  # cards that somebody wrote are kept
-        if wanted and card is not False and not is_theirs:
-            if samples:
-                model.draw(samples)
-            before = license_of(repo.card) if repo.card_is_ours and repo.is_same else None
-            license = license or model.license or before
-            model.files[README] = model.card(repo_id, license, None if create_pr else revision).encode()
+        if README in model.files:
+            text = Path(folder, README).read_text(encoding="utf-8", errors="replace")
+            if is_written_here(text):
+                model.files[README] = adapt(text, repo_id, license).encode()
+        elif repo.card_is_ours and repo.is_same and not samples:
+            model.files[README] = adapt(repo.card, repo_id, license).encode()
+        elif repo.card_is_ours or not repo.card:
+            details = {"samples": model.draw(samples)} if samples else {}
+            model.files[README] = model.card(repo_id, license, None if create_pr else revision, **details).encode()
         changes = [CommitOperationDelete(name) for name in sorted(repo.stale() - model.files.keys())]
         changes += [CommitOperationAdd(name, content) for name, content in sorted(model.files.items())]
         title = commit_message or "Upload GeneralizedDDIMPipeline"
@@ -85,7 +85,7 @@ class _Repo:
 
     def __init__(self, api: HfApi, repo_id: str, revision: str | None, model: Model):
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
-        self.commit, self.model = info.sha, model
+        self.commit, self.model, self.has_card = info.sha, model, README in model.files
         self.files = {each.rfilename: each.lfs and each.lfs["sha256"] for each in info.siblings or ()}
 
         def read(name: str) -> dict[str, Any]:
@@ -95,9 +95,9 @@ class _Repo:
 
         path = README in self.files and api.hf_hub_download(repo_id, README, revision=info.sha)
         self.card = Path(path).read_text(encoding="utf-8", errors="replace") if path else ""
-        index, config, results = map(read, (INDEX, UNET, RESULTS))
+        index, config = map(read, (INDEX, UNET))
         self.card_is_ours, self.is_ours = is_written_here(self.card), is_ours(index)
-        self.pictures = {name for name in results.get("pictures") or () if PICTURE.fullmatch(str(name))}
+        self.pictures = set(PICTURE.findall(self.card)) if self.card_is_ours else set()
         weights = {name: path for name, path in model.files.items() if name.endswith(".safetensors")}
         if {variant_of(name) for name in weights} & {variant_of(name) for name in self.files}:
             here = {name: sha256(path.read_bytes()).hexdigest() for name, path in weights.items()}
@@ -112,10 +112,11 @@ class _Repo:
         if not self.is_same:
             found |= {name for name in self.files if variant_of(name) is not None}
             found |= {README} if self.card_is_ours else set()
-        if self.is_ours and (self.model.has_records or not self.is_same):
+        if self.is_ours and (self.has_card or not self.is_same):
             found |= {name for name in self.files if name in self.pictures or RECORDS.fullmatch(name)}
         card = self.model.files.get(README, b"" if README in found else self.card.encode())
-        return {name for name in found if not (PICTURE.fullmatch(name) and name.encode() in card)}
+        shown = card if isinstance(card, bytes) else card.read_bytes()
+        return {name for name in found if not (name.endswith(".png") and name.encode() in shown)}
 
 
 def push_to_hub(
@@ -127,7 +128,7 @@ def push_to_hub(
     variant: str | None = None,
     **settings: Any,
 ) -> CommitInfo:
-    """Push weights, configs and code file in one commit, with card, pictures and results if `records` has any.
+    """Push weights, configs, code file and card in one commit.
 
     Arguments are those of `push_folder`, and `variant` names the weights. Pickles are not pushed.
     """

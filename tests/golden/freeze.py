@@ -1,8 +1,8 @@
 """Freeze what later versions must make again, once, and commit it.
 
-python tests/golden/freeze.py VERSION                # folders as this version saves them
-python tests/golden/freeze.py model_cards/X          # pictures of a committed model
-python tests/golden/freeze.py model_cards/X --card   # its card from its records, where the template has changed
+PYTHONPATH=training python tests/golden/freeze.py VERSION                # folders as this version saves them
+PYTHONPATH=training python tests/golden/freeze.py model_cards/X          # pictures of a committed model
+PYTHONPATH=training python tests/golden/freeze.py model_cards/X --card   # its card from its records
 """
 
 import json
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cards.card import fits, made
+from cards.records import read_records
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
@@ -57,7 +59,9 @@ def made_card(folder):
     """The card of a committed model, for the id and with the licence that stand in it."""
     text = (folder / "README.md").read_text()
     title = re.search(r'from_pretrained\("([^"]+)"', text)[1]
-    return Model(folder).card(title, license_of(text))
+    model, records = Model(folder), read_records(folder)
+    assert fits(records, model, folder)
+    return made(model, records, title, license_of(text))
 
 
 def main(version, *flags):

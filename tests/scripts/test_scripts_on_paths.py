@@ -9,13 +9,13 @@ import reconstruct
 import sample
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from cards.records import read_results
 from measure.grid.settings import EvaluateConfig
 from PIL import Image
 from trainer.settings import build
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
-from ddim_plugin.hub.records import read_results
 
 FLOW = {"prediction_type": "flow_prediction", "shift": 2.0}
 EXPLODING = {"prediction_type": "score", "sigma_max": 20.0}

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+from cards.records import TRAINING
 
 from ddim_plugin.hub.files import read_object
-from ddim_plugin.hub.records import TRAINING
 
 
 def count_classes(model: str, unet: Any, given: int | None = None) -> int | None:

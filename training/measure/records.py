@@ -4,10 +4,10 @@ import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cards.records import RESULTS
 from trainer.settings import MACHINES
 
 from ddim_plugin.hub.files import read_object
-from ddim_plugin.hub.records import RESULTS
 
 from .extractors import slug
 

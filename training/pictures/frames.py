@@ -125,6 +125,6 @@ def held_out(
     return images, torch.from_numpy(order[pictures.labels[: len(images)]])
 
 
-def to_model(images: Tensor, image_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
-    """Map uint8 0..255 to float32 in the range in which a network is trained: −1..1, or the 0..1 of NCSN++."""
-    return images.float() / 127.5 - 1 if image_range[0] else images.float() / 255
+def to_model(images: Tensor) -> Tensor:
+    """Map uint8 0..255 to float32 −1..1, the range in which a network is trained."""
+    return images.float() / 127.5 - 1

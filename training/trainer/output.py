@@ -31,7 +31,7 @@ LAST = (RECORD, INDEX)
 """Files that are put in place after all others, the first of these at the end."""
 
 WRITTEN = (INDEX, "unet", "scheduler", RECORD, "loss.png", "log.jsonl", "previews", "checkpoints")
-WRITTEN += ("trackers", PART, "results.json", "samples.png", "sample.json")
+WRITTEN += ("trackers", PART, "results.json", "samples.png", "sample.json", "README.md")
 """What a run, or a script that reads its pipeline, writes there: --overwrite replaces these and nothing else."""
 
 EARLIER = ".earlier"

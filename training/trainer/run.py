@@ -115,7 +115,9 @@ class Run:
         return draw_times(self.config.times, self.config.batch_size, self.objective.T, rng, self.shift), None
 
     def _to_model(self, images: Tensor) -> Tensor:
-        return to_model(images, self.scheduler.image_range)
+        """Map bytes to the range of the path: −1..1, or the 0..1 of NCSN++."""
+        images, (low, high) = to_model(images), self.scheduler.image_range
+        return images if low == -1 else low + (high - low) * (images + 1) / 2
 
     def _noise(self, shape: tuple[int, ...], step: int) -> Tensor:
         seed = np.random.SeedSequence([self.config.seed, 3, step, self.share.rank]).generate_state(1, np.uint64)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from pushing import REPO, RESULTS, card, digest, pipeline
+from pushing import REPO, RESULTS, card, digest, pipeline, record
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, InverseDDIMScheduler
 from ddim_plugin.hub.code import code
@@ -54,7 +54,7 @@ def test_the_same_again_makes_no_commit(hub, folder):
     pipe = pipeline(folder)
     pipe.push_to_hub(REPO)
     assert len(hub.commits(REPO)) == 2
-    (folder / "results.json").write_text(json.dumps({"results": RESULTS["results"] * 2}))
+    record(folder, {"results": RESULTS["results"] * 2})
     push_folder(folder, REPO)
     assert len(hub.commits(REPO)) == 3
 
@@ -66,25 +66,30 @@ def test_a_pipeline_in_memory(hub, make_unet):
     assert "16 pictures" not in card(hub)
     assert "GeneralizedDDIMScheduler, S = 20, η = 0, seeds 0 to 15." in card(hub)
     assert hub.files(REPO)["samples.png"].startswith(b"\x89PNG")
-    assert "None have been measured" in card(hub)
+    assert "## Figures" not in card(hub)
     with pytest.raises(ValueError, match="pickles are not pushed"):
         pipe.push_to_hub(REPO, safe_serialization=False)
     assert len(hub.commits(REPO)) == 2
 
 
-def test_without_records_only_the_model_is_pushed(hub, make_unet):
-    """No images are generated and no card is written, unless they are asked for."""
+def test_a_model_alone_gets_a_plain_card(hub, make_unet):
+    """No images are generated, unless they are asked for."""
     pipe = GeneralizedDDIMPipeline(make_unet(), GeneralizedDDIMScheduler())
     pipe.push_to_hub(REPO)
     configs = {"model_index.json", "unet/config.json", "scheduler/scheduler_config.json", ".gitattributes"}
-    assert hub.files(REPO).keys() == configs | {"unet/diffusion_pytorch_model.safetensors", f"{code().name}.py"}
-    pipe.push_to_hub(REPO, card=True)
+    weights = {"unet/diffusion_pytorch_model.safetensors"}
+    assert hub.files(REPO).keys() == configs | weights | {f"{code().name}.py", "README.md"}
     assert "No sample grid was made" in card(hub)
-    assert "samples.png" not in hub.files(REPO)
-    pipe.push_to_hub("ada/other", samples=2)
-    assert "seeds 0 to 1." in hub.files("ada/other")["README.md"].decode()
-    pipe.push_to_hub("ada/third", samples=2, card=False)
-    assert "README.md" not in hub.files("ada/third")
+    pipe.push_to_hub(REPO, samples=2)
+    assert "seeds 0 to 1." in card(hub)
+
+
+def test_records_without_a_card_are_not_pushed(hub, folder):
+    """A card in the folder shows that its records are meant for the Hub."""
+    (folder / "README.md").unlink()
+    push_folder(folder, REPO)
+    assert not [name for name in hub.files(REPO) if name.endswith(".png") or name in ("results.json", "training.json")]
+    assert "## Figures" not in card(hub)
 
 
 def test_save_pretrained_pushes_too(hub, make_unet, tmp_path):
@@ -135,23 +140,20 @@ def test_a_folder_of_version_0_1_is_pushed_in_the_format_of_today(hub, name):
     assert type(pipeline(REPO).scheduler) is type(pipeline(folder).scheduler)
 
 
-def test_cards_of_somebody_stay(hub, folder, make_unet):
+def test_cards_of_somebody_stay(hub, folder):
     push_folder(folder, REPO)
+    (folder / "README.md").unlink()
     hub.change(REPO, {"README.md": b"# By hand\n"}, title="by hand")
     push_folder(folder, REPO)
     assert card(hub) == "# By hand\n"
     (folder / "README.md").write_text("# Of the folder\n")
     push_folder(folder, REPO)
     assert card(hub) == "# Of the folder\n"
-    (folder / "README.md").unlink()
-    push_folder(folder, "ada/other")
-    GeneralizedDDIMPipeline(make_unet(), GeneralizedDDIMScheduler()).push_to_hub("ada/other", samples=0)
-    assert "4.161" in hub.files("ada/other")["README.md"].decode()  # the new push has nothing to say of it
 
 
 def test_branches_and_requests(hub, folder):
     push_folder(folder, REPO)
-    (folder / "results.json").unlink()
+    record(folder, {"results": []})
     push_folder(folder, REPO, revision="without")
     assert len(hub.commits(REPO)) == 2
     assert "None have been measured" in card(hub, "without")

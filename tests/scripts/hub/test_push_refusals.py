@@ -11,22 +11,16 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from loopback_hub import LoopbackHub
-from pushing import READS, REPO, RESULTS, TOKEN, digest, pipeline
+from pushing import READS, REPO, TOKEN, digest, pipeline
 
-from ddim_plugin import cli
 from ddim_plugin.hub.code import code
 from ddim_plugin.hub.push import push_folder
-from ddim_plugin.hub.records import read_records
 
 
 def broken(folder, problem):
     """The folder with something in it that is not right."""
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    if problem == "results":
-        (folder / "results.json").write_text('{"results": [{"metric": "fid"}]}')
-    elif problem == "training":
-        (folder / "training.json").write_text("{")
-    elif problem == "truncated":
+    if problem == "truncated":
         weights.write_bytes(weights.read_bytes()[:-10])
     elif problem == "unfit":
         config = json.loads((folder / "unet" / "config.json").read_text())
@@ -41,10 +35,6 @@ def broken(folder, problem):
     elif problem == "component":
         index = json.loads((folder / "model_index.json").read_text()) | {"../secret": ["diffusers", "UNet2DModel"]}
         (folder / "model_index.json").write_text(json.dumps(index))
-    elif problem == "config":
-        (folder / "training.json").write_text('{"config": null}')
-    elif problem == "nan":
-        (folder / "training.json").write_text('{"config": {}, "loss": NaN}')
     elif problem == "foreign":
         DDPMPipeline(pipeline(folder).unet, DDPMScheduler()).save_pretrained(folder)
     return folder
@@ -53,8 +43,6 @@ def broken(folder, problem):
 @pytest.mark.parametrize(
     ("problem", "said"),
     [
-        ("results", "entry 0 of results has value=None"),
-        ("training", r"cannot read .*training\.json"),
         ("truncated", "Unable to load weights"),
         ("unfit", "expected shape"),
         ("pickles", "no weights as safetensors"),
@@ -62,8 +50,6 @@ def broken(folder, problem):
         ("foreign", "is a DDPMPipeline: load it with"),
         ("mine", "has a MyNet of my_nets for unet: only a unet and a scheduler of diffusers"),
         ("component", r"for \.\./secret: only a unet and a scheduler"),
-        ("config", r"training\.json has config=None"),
-        ("nan", "a non-finite number, which JSON cannot store"),
     ],
 )
 def test_nothing_is_sent_of_what_is_not_right(hub, folder, problem, said):
@@ -72,38 +58,11 @@ def test_nothing_is_sent_of_what_is_not_right(hub, folder, problem, said):
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("name", ["results.json", "training.json", "conversion.json", "sample.json"])
-@pytest.mark.parametrize("content", ["", '{"results": [', "[1, 2]", '"text"', "null", "\x00\x01", "[" * 100_000])
-def test_a_record_that_cannot_be_read_is_named(folder, name, content):
-    (folder / name).write_text(content)
-    with pytest.raises(ValueError, match=rf"(cannot read )?{folder / name}(: | contains no JSON object)"):
-        read_records(folder)
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("training.json", {"config": ["--data", "faces"]}),  # of other programs
-        ("training.json", {"config": None}),
-        ("training.json", {"config": {}, "classes": 10}),
-        ("results.json", {"all": {"acc": 0.9}}),
-        ("results.json", {"results": {"fid": 4.2}}),
-        ("results.json", {"results": [], "model": "ddim"}),
-        ("results.json", {"results": [], "pictures": "figure4.png"}),
-        ("results.json", {"results": [RESULTS["results"][0] | {"num_inference_steps": "ten"}]}),
-        ("results.json", {"results": [RESULTS["results"][0] | {"value": float("nan")}]}),
-        ("conversion.json", {"source": "model.pt"}),
-        ("sample.json", {"settings": [1]}),
-    ],
-)
-def test_a_record_of_another_program_is_named(hub, folder, capsys, name, content):
-    (folder / name).write_text(json.dumps(content))
-    assert cli.main(["push", str(folder), REPO]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("ddim-plugin push: ")
-    assert str(folder / name) in said.splitlines()[0]
-    assert len(said.splitlines()) == 1
-    assert hub.requests == []
+@pytest.mark.parametrize("content", ["{", "[1, 2]", '{"all": {"acc": 0.9}}'])
+def test_records_are_pushed_as_they_are(hub, folder, content):
+    (folder / "results.json").write_text(content)
+    push_folder(folder, REPO)
+    assert hub.files(REPO)["results.json"].decode() == content
 
 
 def test_settings_are_checked_first(hub, folder):
@@ -111,11 +70,12 @@ def test_settings_are_checked_first(hub, folder):
     for settings, said in [
         ({"samples": -1}, "samples must be a non-negative integer"),
         ({"samples": 1.5}, "samples must be a non-negative integer"),
-        ({"records": "nowhere", "samples": 0}, "folder nowhere was not found"),
         ({"license": "my own"}, "license must be as the Hub names it"),
     ]:
         with pytest.raises(ValueError, match=said):
             pipe.push_to_hub(REPO, **settings)
+    with pytest.raises(ValueError, match=r"README\.md, and samples=2 are for a new card"):
+        push_folder(folder, REPO, samples=2)
     assert hub.requests == []
 
 

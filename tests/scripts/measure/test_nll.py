@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from cards.records import read_results
 from measure.likelihood import Bench, summary
 from measure.ode import ode_log_density
 from nll import NLLConfig, main
 from trainer.settings import build
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.hub.records import read_results
 from ddim_plugin.process.paths import variance_preserving
 
 T = 30

@@ -9,6 +9,7 @@ import few_steps
 import numpy as np
 import pytest
 import torch
+from cards.records import read_results
 from measure.comparison.bench import Bench
 from measure.comparison.samplers import samplers
 from measure.comparison.tables import relative_errors, table
@@ -19,7 +20,6 @@ from pictures.sources import load
 from trainer.settings import build
 
 from ddim_plugin import GeneralizedDDIMPipeline, MultistepDDIMScheduler
-from ddim_plugin.hub.records import read_results
 
 
 @pytest.fixture(scope="module")

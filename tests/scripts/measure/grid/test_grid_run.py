@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from cards.card import fits, made
+from cards.records import read_records, read_results
 from measure.grid import run, tables
 from measure.parts import Parts, save_arrays
 from measuring import python, values
@@ -11,7 +13,6 @@ from PIL import Image
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.hub.model import Model
-from ddim_plugin.hub.records import read_results
 
 
 def test_what_is_written(measure, tmp_path, places):
@@ -19,9 +20,10 @@ def test_what_is_written(measure, tmp_path, places):
     output = tmp_path / "out"
     written = json.loads((output / "results.json").read_text())
     assert written == json.loads(json.dumps(result))
-    model = Model(places["model"], output)  # what a push takes of it: records that fit the weights
-    assert len(model.records.results) == len(result["results"])
-    assert f"{result['results'][0]['value']:.4g}" in model.card("ada/digits")
+    model, records = Model(places["model"]), read_records(output)
+    assert fits(records, model, places["model"])
+    assert len(records.results) == len(result["results"])
+    assert f"{result['results'][0]['value']:.4g}" in made(model, records, "ada/digits")
     entries = read_results(output / "results.json")
     assert len(entries) == 2 * 3 * 2 * 2  # S, variances, spacings, splits
     assert {entry["metric"] for entry in entries} == {"fd_classifier"}

@@ -6,10 +6,11 @@ from numbers import Real
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from .files import read_object
+from ddim_plugin.hub.files import read_object
+from ddim_plugin.hub.model import GRID, RECORDS
 
-README, RESULTS, TRAINING, CONVERSION = "README.md", "results.json", "training.json", "conversion.json"
-GRID, LOSS, SAMPLE = "samples.png", "loss.png", "sample.json"
+RESULTS, TRAINING, CONVERSION = RECORDS
+LOSS, SAMPLE = "loss.png", "sample.json"
 TYPES = {"model": dict, "config": dict, "classes": list, "source": dict, "settings": dict}  # of entries in the records
 PICTURE = re.compile(r"[\w-]+\.png")
 
