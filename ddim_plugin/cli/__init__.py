@@ -10,16 +10,20 @@ from typing import Any
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status. Bad input ends with one line on stderr and status 1.
 
-    SIGINT and SIGTERM exit with one line too, and with status 130 or 143.
+    SIGINT and SIGTERM end with one line too, at once, and with status 130 or 143.
     """
-    name = "ddim-plugin"
+    name, run, stopped = "ddim-plugin", None, []
 
     def stop(number: int, frame: Any) -> None:
-        os.write(2, f"\n{name}: stopped by {signal.Signals(number).name}\n".encode())  # below a progress bar
-        raise SystemExit(128 + number)
+        line = f"{name}: stopped by {signal.Signals(number).name}\n"
+        os.write(2, f"\n{line}".encode() if run else line.encode())  # below a progress bar, and not by print
+        if run is None or stopped:  # libraries that are being imported may swallow an exception
+            os._exit(128 + number)
+        stopped.append(128 + number)
+        raise KeyboardInterrupt
 
     handled = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) != signal.SIG_IGN]
-    before = {each: signal.signal(each, stop) for each in handled}
+    before = [(each, signal.signal(each, stop)) for each in handled]
     try:
         from .parser import parse
 
@@ -28,12 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .commands import run
 
         run(args)
-    except Exception as error:
-        if not isinstance(error, ValueError | OSError) and type(error).__name__ != "SafetensorError":  # a full disk
-            raise
-        print(f"{name}: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 1
+    except BaseException as error:
+        if not stopped:
+            if not isinstance(error, ValueError | OSError) and type(error).__name__ != "SafetensorError":  # a full disk
+                raise
+            print(f"{name}: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            return 1
     finally:
-        for each, handler in before.items():
+        for each, handler in before:
             signal.signal(each, handler)
-    return 0
+    return stopped[0] if stopped else 0

@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -187,7 +188,8 @@ def locate(model: str, revision: str | None) -> tuple[str, str | None]:
     if match := re.fullmatch(start + tail, model.strip()):
         return match[1], revision or (match[2] and unquote(match[2]))
     if Path(model).exists() and not Path(model, INDEX).is_file():
-        raise ValueError(f"{model} has no {INDEX}: pass the folder of a whole saved pipeline")
+        near = [path for path in (Path(model, MODEL), *Path(model).absolute().parents[:2]) if (path / INDEX).is_file()]
+        raise ValueError(f"{model} has no {INDEX}: pass {(near or ['the folder of a whole saved pipeline'])[0]}")
     if not Path(model).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
         raise ValueError(f"{model} is no folder, and no id on the Hub such as user/model: check the path")
     return model, revision
@@ -195,8 +197,12 @@ def locate(model: str, revision: str | None) -> tuple[str, str | None]:
 
 def _load(args: Namespace, changes: dict[str, Any]) -> GeneralizedDDIMPipeline:
     """Load the model, and change those settings of its scheduler that are not None."""
-    with explained(args.model, revision=args.revision):
-        pipe = GeneralizedDDIMPipeline.from_pretrained(args.model, revision=args.revision)
+    try:
+        with explained(args.model, revision=args.revision):
+            pipe = GeneralizedDDIMPipeline.from_pretrained(args.model, revision=args.revision)
+    except OSError as error:
+        where = "" if Path(args.model).is_dir() else f"there is no folder {args.model}, and "
+        raise OSError(f"{where}{error}") from error
     check_channels(pipe.unet.config.in_channels)
     before, changes = pipe.scheduler.config, changes | {"timestep_spacing": args.spacing}
     changes = keep_learned(before, {key: value for key, value in changes.items() if value is not None})
@@ -259,7 +265,12 @@ def _write(path: Path, content: Any, args: Namespace) -> None:
     elif isinstance(content, Image.Image):
         content.save(path)
     elif path.suffix == ".npz":
-        np.savez(path, np.concatenate([(batch * 255).round().astype(np.uint8) for batch in content]))
+        first = next(content)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (args.num, *first.shape[1:])}
+        with ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for batch in chain([first], content):
+                file.write((batch * 255).round().astype(np.uint8).tobytes())
     else:
         path.mkdir()
         for i, picture in enumerate(chain.from_iterable(map(numpy_to_pil, content))):

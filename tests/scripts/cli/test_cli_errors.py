@@ -98,7 +98,7 @@ def test_a_missing_model_is_one_line(tmp_path, monkeypatch, capsys, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     run("sample", name, "--output", tmp_path, ok=False)
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("ddim-plugin sample: https://")
+    assert said.startswith(f"ddim-plugin sample: there is no folder {name}, and https://")
     assert said.endswith(f" cannot be reached for {name}: check the connection")
 
 

@@ -84,7 +84,8 @@ def test_gray_pictures_and_labels(make_unet, tmp_path):
             assert np.array_equal(np.asarray(there), picture[..., 0])
 
 
-def test_memory_does_not_grow_with_the_number_of_files(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["png", "npz"])
+def test_memory_does_not_grow_with_the_number(model, tmp_path, monkeypatch, form):
     """Pictures of 1 MB each, of which two are made at a time."""
     picture = np.zeros((512, 512, 3), np.float32)
 
@@ -95,7 +96,7 @@ def test_memory_does_not_grow_with_the_number_of_files(model, tmp_path, monkeypa
     peaks = []
     for num in (2, 24):
         tracemalloc.start()
-        run("sample", model, "--num", num, "--batch-size", 2, "--format", "png", "--output", tmp_path / str(num))
+        run("sample", model, "--num", num, "--batch-size", 2, "--format", form, "--output", tmp_path / str(num))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 6 * picture.nbytes

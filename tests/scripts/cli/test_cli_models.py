@@ -40,13 +40,13 @@ def test_what_is_neither_a_folder_nor_an_id(model):
         locate(model, None)
 
 
-def test_folders_beside_a_model_are_refused(model, tmp_path):
+def test_folders_beside_a_model_name_it(model, tmp_path):
     whole = tmp_path / "out" / "model"
     shutil.copytree(model, whole)
     assert locate(str(whole), None) == (str(whole), None)
     weights = whole / "unet" / "diffusion_pytorch_model.safetensors"
     for wrong in (whole / "unet", whole / "scheduler", whole / "model_index.json", weights, tmp_path / "out"):
-        with pytest.raises(ValueError, match=r"has no model_index\.json: pass the folder of a whole"):
+        with pytest.raises(ValueError, match=rf"has no model_index\.json: pass {whole}$"):
             locate(str(wrong), None)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty has no model_index\.json: pass the folder of a whole saved pipeline"):
@@ -64,11 +64,15 @@ def test_models_on_the_hub(model, tmp_path, capsys):
             run("sample", f"{hub.url}/ada/model/tree/main", *few, "--output", tmp_path / "out")
             assert (tmp_path / "out" / "samples.png").is_file()
             for wrong, said in {
-                "ada/modle": f"ada/modle was not found on {hub.url}, or it is private: log in",
-                f"{hub.url}/ada/model/tree/gone": f"ada/model has no revision 'gone' on {hub.url}",
-                "ada/notes": f"ada/notes on {hub.url} is no pipeline, since a file was not found",
+                "ada/modle": f"ada/modle, and ada/modle was not found on {hub.url}, or it is private: log in",
+                f"{hub.url}/ada/model/tree/gone": f"ada/model, and ada/model has no revision 'gone' on {hub.url}",
+                "ada/notes": f"ada/notes, and ada/notes on {hub.url} is no pipeline, since a file was not found",
             }.items():
                 capsys.readouterr()
                 run("sample", wrong, *few, "--output", tmp_path / "not", ok=False)
-                assert capsys.readouterr().err.splitlines()[-1].startswith(f"ddim-plugin sample: {said}")
+                assert (
+                    capsys.readouterr()
+                    .err.splitlines()[-1]
+                    .startswith(f"ddim-plugin sample: there is no folder {said}")
+                )
     assert not (tmp_path / "not").exists()

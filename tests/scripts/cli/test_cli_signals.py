@@ -51,9 +51,8 @@ def test_a_signal_is_one_line(model, tmp_path, monkeypatch, capfd, number, place
     before = [signal.getsignal(each) for each in STATUS]
     monkeypatch.setattr(place, name, interrupted(number))
     output = tmp_path / "out"
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["sample", str(model), "--num", "2", "--steps", "1", "--output", str(output)])
-    assert exit_.value.code == STATUS[number]
+    status = cli.main(["sample", str(model), "--num", "2", "--steps", "1", "--output", str(output)])
+    assert status == STATUS[number]
     said = capfd.readouterr().err.splitlines()
     assert [line for line in said if "ddim-plugin" in line] == [f"ddim-plugin sample: stopped by {number.name}"]
     assert said[-1].startswith("ddim-plugin")
@@ -73,10 +72,23 @@ def test_separate_pictures_are_all_there_or_none(model, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(GeneralizedDDIMPipeline, "__call__", call)
     few = ["--num", "4", "--batch-size", "2", "--steps", "1", "--format", form]
-    with pytest.raises(SystemExit, match="130"):
-        cli.main(["sample", str(model), *few, "--output", str(tmp_path)])
+    assert cli.main(["sample", str(model), *few, "--output", str(tmp_path)]) == 130
     assert "stopped by SIGINT" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_became_another_error_is_still_a_signal(model, tmp_path, monkeypatch, capfd):
+    """Libraries wrap what their imports and callbacks raise."""
+
+    def wrapped(*args, **kwargs):
+        try:
+            interrupted(signal.SIGTERM)()
+        except KeyboardInterrupt as error:
+            raise RuntimeError("Failed to import the network") from error
+
+    monkeypatch.setattr(GeneralizedDDIMPipeline, "from_pretrained", wrapped)
+    assert cli.main(["sample", str(model), "--output", str(tmp_path / "out")]) == 143
+    assert capfd.readouterr().err.split("\n") == ["", "ddim-plugin sample: stopped by SIGTERM", ""]
 
 
 def test_other_errors_keep_their_traceback(model, tmp_path, monkeypatch):
@@ -91,12 +103,12 @@ def test_other_errors_keep_their_traceback(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 @pytest.mark.parametrize("number", STATUS)
 def test_a_signal_while_libraries_are_imported(tmp_path, library, number):
-    """By a stand-in for a library, which swallows its exceptions."""
-    stop = f"import os, signal\ntry:\n    os.kill(os.getpid(), {int(number)})\nexcept Exception:\n    pass\n"
+    """By a stand-in for a library, which swallows all exceptions."""
+    stop = f"import os, signal\ntry:\n    os.kill(os.getpid(), {int(number)})\nexcept BaseException:\n    pass\n"
     (tmp_path / f"{library}.py").write_text(stop)
     command = [sys.executable, "-m", "ddim_plugin.cli", "sample", "user/model"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     said = "ddim-plugin" + (" sample" if library == "torch" else "")
     assert (done.returncode, done.stdout) == (STATUS[number], "")
-    assert done.stderr == f"\n{said}: stopped by {number.name}\n"
+    assert done.stderr == f"{said}: stopped by {number.name}\n"
