@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cards.weights import weights_digest
 from guard.writing import write_file
 from measure.reconstructions import Bench, arrays, entries, paths, plot, round_trip, same_latent, table
 from pictures import Reading, choose_split, load_images
 from torch import Tensor
 from trainer.settings import command, parse, record, write_json
 
-from ddim_plugin.hub.files import weights_digest
 from ddim_plugin.pipelines.images import grid
 
 PICTURES = {

@@ -11,10 +11,10 @@ from jinja2 import Template
 
 from ddim_plugin import GeneralizedDDIMPipeline
 from ddim_plugin.hub.card import LAYOUT, SYMBOLS, TASK, cell, check_license, is_written_here, license_of
-from ddim_plugin.hub.files import weights_digest
 from ddim_plugin.hub.model import CONFIGS, GRID, README, Model, variant_of
 
 from .records import CONVERSION, RESULTS, TRAINING, Records, read_records
+from .weights import weights_digest
 
 SECTIONS = Template(Path(__file__).with_name("sections.md").read_text(encoding="utf-8"), **LAYOUT)
 SHORT = SYMBOLS | {"nfe": "NFE", "num_inference_steps": "S", "draws": "sets"}  # names of settings of a measurement

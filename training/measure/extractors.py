@@ -9,10 +9,9 @@ from typing import Any
 
 import huggingface_hub
 import torch
+from cards.weights import weights_digest
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
-
-from ddim_plugin.hub.files import weights_digest
 
 from .metrics import Features, library
 from .parts import Arrays, digest, is_missing_folder

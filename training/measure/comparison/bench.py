@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cards.weights import weights_digest
 from diffusers.utils.torch_utils import randn_tensor
 from guard.writing import write_file
 from pictures import Frame, Reading, open_pictures
 from torch import Generator, Tensor
 
 from ddim_plugin import GeneralizedDDIMPipeline
-from ddim_plugin.hub.files import weights_digest
 from ddim_plugin.pipelines.fit import TEACHER
 from ddim_plugin.process.paths import VarianceExploding
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from cards.weights import weights_digest
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Generator, Tensor, nn
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.hub.files import weights_digest
 from ddim_plugin.process.moves import ETA_FREE
 from ddim_plugin.schedulers import restored
 
