@@ -106,7 +106,6 @@ def fit_timesteps(
 
 
 def _labels(classes: int | None, num: int, guidance_scale: float, null_class_label: int | None) -> list[int] | None:
-    """Return a label for each image, spread over the classes."""
     if not classes:
         return None
     null = classes - 1 if null_class_label is None else null_class_label
@@ -115,7 +114,6 @@ def _labels(classes: int | None, num: int, guidance_scale: float, null_class_lab
 
 
 def _search(S: int, scheduler: MultistepDDIMScheduler, seen: Cost, held: Cost) -> Fitted:
-    """Search τ of S steps by its errors on the images that are `seen`, and on those held out."""
     plain = MultistepDDIMScheduler.from_config(scheduler.config, fitted_timesteps=None)
     plain.set_timesteps(S, eta=0.0)
     T = scheduler.config.num_train_timesteps

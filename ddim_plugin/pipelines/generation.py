@@ -150,7 +150,6 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
-        """Read `model_index.json` with this class and stock classes in it, and those it was saved with beside them."""
         index = super()._dict_from_json_file(json_file, **kwargs)  # diffusers 0.38 has keywords
         saved_as = index.get(KEY, index.get("_class_name")), index.get("scheduler")
         pipeline, scheduler = (each[-1] if isinstance(each, list) else each for each in saved_as)

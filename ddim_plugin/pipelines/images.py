@@ -37,7 +37,6 @@ def read(images: Images, channels: int, size: Size, low: float = -1.0, high: flo
 
 
 def _read(image: Any, channels: int, name: str) -> Tensor:
-    """Convert one entry of a list to (B, C, H, W) in [0, 1]."""
     if isinstance(image, Image.Image):
         mode, image = MODES.get(channels), image if is_transparent(image) else without_alpha(image)
         if image.mode != mode:

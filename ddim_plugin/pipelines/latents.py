@@ -93,14 +93,12 @@ class Latents(Loop):
         return z, InversionReport(*known, tolerance, pixels.mean(1), pixels.std(1))
 
     def _ascend(self, x: Tensor, condition: Condition, inverse: Upwards, up: Iterable[Tensor]) -> Tensor:
-        """Encode images with the naive inverse."""
         inverse.set_begin_index(0)  # a new loop
         return self._run(inverse, x, up, condition)
 
     def _refine_steps(
         self, image: Tensor, condition: Condition, inverse: Upwards, up: Tensor, refinements: int, tolerance: float
     ) -> Encoded:
-        """Encode images, and solve each step for its upper end."""
 
         def residual(x_s: Tensor, t: Tensor, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
             """Return x_s − f(x) and the output at x, with f the step at `t`."""
@@ -219,7 +217,6 @@ class Latents(Loop):
         return self.decode(_path(left, right, columns).flatten(0, 1), **decoding)
 
     def _prepare(self, x: Tensor, S: int | None, timesteps: Timesteps, strength: float, *labels: Any) -> Prepared:
-        """Check labels and strength, and plan the steps."""
         condition = self._condition(*labels, len(x))
         self._set_timesteps(self.scheduler, S, timesteps, eta=0.0)
         S = self.scheduler.num_inference_steps
@@ -231,6 +228,5 @@ class Latents(Loop):
 
 
 def _path(z0: Tensor, z1: Tensor, num: int) -> Tensor:
-    """Interpolate between each of `z0` and `z1`, (B, …), ends included: (B, num, …)."""
     check_count("num", num)
     return torch.stack([slerp(z0, z1, i / (num - 1)) for i in range(num)], 1)

@@ -64,12 +64,10 @@ class Loop:
         return (size, size) if isinstance(size, int) else size and tuple(size)
 
     def _noise(self, seeds: Iterable[int]) -> tuple[list[Generator], Tensor]:
-        """Draw latents, (B, C, H, W), each with the generator of its seed."""
         generators = [Generator().manual_seed(seed) for seed in seeds]
         return generators, torch.cat([torch.randn(self._shape(1), generator=each) for each in generators])
 
     def _shape(self, batch_size: int) -> tuple[int, ...]:
-        """Return the shape of new latents, or raise ValueError if the network's config has no `sample_size`."""
         if self.image_size is None:
             raise ValueError("the network's config has no sample_size: pass latents of the wanted size, or set it")
         return batch_size, self.unet.config.in_channels, *self.image_size
@@ -88,7 +86,6 @@ class Loop:
         return shape
 
     def _condition(self, labels: Labels, scale: float, null: int | None, batch_size: int) -> Condition:
-        """Check network, labels and guidance, and look up device and dtype once."""
         self._check_channels()
         place = self._execution_device, self.unet.dtype
         classes = self.unet.config.num_class_embeds  # None for a custom embedding, whose labels need not be classes
@@ -114,7 +111,6 @@ class Loop:
         return Condition(rows.to(place[0]), scale, *place)
 
     def _check_channels(self) -> None:
-        """Raise ValueError if the network's channels do not fit the variance type of our scheduler."""
         if isinstance(self.scheduler, GeneralizedDDIMScheduler):
             made, channels = self.unet.config.out_channels, self.unet.config.in_channels
             kind = self.scheduler.config.variance_type
@@ -124,7 +120,6 @@ class Loop:
                 raise ValueError(f"the network predicts {made} channels from {channels}: {remedy}")
 
     def _check_deterministic(self, invertible: bool = False) -> None:
-        """Raise ValueError unless x_T determines the image, and if `invertible` the image x_T."""
         scheduler, config = self.scheduler, self.scheduler.config
         remedy = f"pipe.scheduler = {sampler_class(scheduler).__name__}.from_config(pipe.scheduler.config"
         if isinstance(scheduler, Upwards) or not isinstance(scheduler, GeneralizedDDIMScheduler):
@@ -138,7 +133,6 @@ class Loop:
             raise ValueError(f"latents need a deterministic, invertible process, not {wrong}: {remedy}, {right})")
 
     def _set_timesteps(self, scheduler: SchedulerMixin, S: int | None, timesteps: Timesteps, **settings: Any) -> None:
-        """Plan the scheduler's timesteps: 50 by default, or T if that is less."""
         if timesteps is None:
             S = min(50, scheduler.config.num_train_timesteps) if S is None else S
         elif S is not None and len(timesteps) != S:
@@ -147,12 +141,10 @@ class Loop:
         scheduler.set_timesteps(**accepted(scheduler.set_timesteps, device=self._execution_device, **settings))
 
     def _step(self, scheduler: SchedulerMixin, x: Tensor, t: Tensor, condition: Condition, **settings: Any) -> Any:
-        """Evaluate the network, and return the output of the scheduler's step."""
         scale = getattr(scheduler, "scale_model_input", lambda x, t: x)  # stock schedulers of flow matching have none
         return scheduler.step(self._predict(scale(x, t), t, condition), t, x, **settings)
 
     def _run(self, scheduler: SchedulerMixin, x: Tensor, timesteps: Iterable[Tensor], condition: Condition) -> Tensor:
-        """Return x after the scheduler's steps at `timesteps`."""
         for t in timesteps:
             x = self._step(scheduler, x, t, condition).prev_sample
         return x
@@ -165,7 +157,6 @@ class Loop:
         return VaeImageProcessor().postprocess(x, output_type)
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Return the network's output in the form that the scheduler accepts."""
         output = condition.predict(self.unet, x, t)
         learned = getattr(self.scheduler.config, "variance_type", None) in ("learned", "learned_range")
         unused = not learned and output.shape[1] == 2 * x.shape[1]  # a variance that a stock sampler does not use

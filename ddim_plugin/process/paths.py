@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from .spacings import Array, Times, descending, explicit
+from .spacings import Array, Times, explicit
 
 Number = Any  # a float, a float64 array or a tensor
 
@@ -68,9 +68,8 @@ class Path:
 
     def times(self, timesteps: Sequence[Number]) -> Array | Times:
         """Check descending timesteps, and convert them to increasing times. Raises ValueError as `explicit`."""
-        if not self.continuous:
-            return explicit(timesteps, self.T)
-        return np.array([self.time(value) for value in descending(timesteps, *self.bounds)[::-1]])
+        values = explicit(timesteps, *self.bounds, whole=not self.continuous)
+        return np.array([self.time(value) for value in reversed(values)])
 
 
 class FlowMatching(Path):
@@ -113,7 +112,7 @@ class InvertedFlow(FlowMatching):
 
     def times(self, timesteps: Sequence[Number]) -> Array:
         try:
-            return np.array(descending([self.T - each for each in timesteps], *self.bounds)[::-1])
+            return np.array(explicit([self.time(each) for each in timesteps], *self.bounds, whole=False)[::-1])
         except (TypeError, ValueError) as error:
             raise ValueError(f"timesteps of this network are {self.T}·(1 − σ), ascending, not {timesteps!r}") from error
 

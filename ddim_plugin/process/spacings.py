@@ -3,9 +3,9 @@
 Times are the paper's: 1..T, increasing. The timestep of a network is one lower.
 """
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 
 import numpy as np
@@ -74,14 +74,14 @@ def few_steps_noise(S: int, alpha_bar: Array) -> Times:
     return _spread(np.linspace(top, min(top, max(1, T / max(8, S))), S), T)
 
 
-def few_sigmas(S: int, noisy: bool = False) -> list[float]:
+def few_sigmas(S: int, shifted: bool = False, noisy: bool = False) -> list[float]:
     """Space S values of σ for a multistep method on the path of flow matching, before its shift, descending.
 
-    They are even in σ^(1/1.25) from 1 − 1/(2S), at least 0.9, to 1/(4S), with smaller uppermost gaps. With noise they
-    end at 1/S.
+    They are even from 1 − 1/(2S), at least 0.9, to 1/(2S), with smaller uppermost gaps. If they are `shifted`, they are
+    even in σ^(1/1.25), to 1/(4S). With noise they end at 1/S.
     """
-    top, bottom = max(0.9, 1 - 0.5 / S), min(0.9, (1 if noisy else 0.25) / S)
-    return _descend(top, bottom, S, 1.25).tolist()
+    power, bottom = (1.25, 0.25) if shifted else (1.0, 0.5)
+    return _descend(max(0.9, 1 - 0.5 / S), min(0.9, (1 if noisy else bottom) / S), S, power).tolist()
 
 
 def _descend(top: float, bottom: float, S: int, power: float) -> Array:
@@ -98,7 +98,6 @@ def few_exploding(S: int, sigma_min: float, sigma_max: float) -> list[float]:
 
 
 def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
-    """Compute the top and the bottom for few steps."""
     T = len(alpha_bar) - 1
     noise = np.flatnonzero(alpha_bar <= NOISE)
     top = min(T, max(S, round(T * S / (S + 2)), int(noise[0]) if len(noise) else T))
@@ -161,40 +160,25 @@ def check_offset(steps_offset: int) -> int:
     return int(steps_offset)
 
 
-def explicit(timesteps: Iterable[int], T: int) -> Times:
-    """Check explicit network timesteps, and convert them to increasing times in 1..T.
+def explicit(timesteps: Iterable[float], low: float, high: float, whole: bool = True) -> list[float]:
+    """Check explicit network timesteps, in descending order.
 
-    Raises ValueError for the first that is not an integer, outside 0..T−1, or not below the one before.
+    Raises ValueError for the first that is no number (no integer if `whole`), outside `low`..`high`, or not below the
+    one before.
     """
-    values = list(timesteps) if isinstance(timesteps, Iterable) else ()
+    values, kind = list(timesteps) if isinstance(timesteps, Iterable) else [], "integers" if whole else "numbers"
     if not values:
-        empty = " (empty)" if isinstance(timesteps, Iterable) else ""
-        raise ValueError(f"timesteps must be a list of integers, not {timesteps!r}{empty}")
-    for value in values:
-        if not is_integer(value):
-            raise ValueError(f"timesteps must be integers, not {value!r}")
-        if not 0 <= value < T:
-            raise ValueError(f"timestep {value} is outside 0..{T - 1}")
-    _check_order(values)
-    return np.array(values[::-1], dtype=np.int64) + 1
-
-
-def descending(timesteps: Sequence[float], low: float, high: float) -> list[float]:
-    """Check explicit timesteps that are real numbers. Raises ValueError for the first that is out of range or order."""
-    if not isinstance(timesteps, Sequence) or not len(timesteps):
-        raise ValueError(f"timesteps must be a list of numbers, not {timesteps!r}")
-    for value in timesteps:
-        if not isinstance(value, Real) or not low < value * (1 + 1e-6) or not value * (1 - 1e-6) <= high:
+        raise ValueError(f"timesteps must be a list of {kind}, not {timesteps!r}")
+    for before, value in zip([math.inf, *values], values, strict=False):
+        if not is_integer(value) and (whole or not isinstance(value, Real)):
+            raise ValueError(f"timesteps must be {kind}, not {value!r}")
+        above = low <= value if whole else low < value * (1 + 1e-6)  # real ones may be rounded to float32
+        if not above or not value * (1 - 1e-6) <= high:
             raise ValueError(f"timestep {value!r} is outside {low:g}..{high:g}")
-    _check_order(timesteps)
-    return [float(value) for value in timesteps]
-
-
-def _check_order(timesteps: Sequence[float]) -> None:
-    for first, second in pairwise(timesteps):
-        if first <= second:
-            repeated = f": timestep {first:g} is repeated" if first == second else ""
-            raise ValueError(f"timesteps must be in descending order, but {first:g} precedes {second:g}{repeated}")
+        if value >= before:
+            repeated = f": timestep {value:g} is repeated" if value == before else ""
+            raise ValueError(f"timesteps must be in descending order, but {before:g} precedes {value:g}{repeated}")
+    return values
 
 
 def is_integer(value: object) -> bool:

@@ -78,12 +78,10 @@ class StockConfig(SchedulerMixin, ConfigMixin):
 
     @property
     def _stock(self) -> str:
-        """Name the stock scheduler whose keys the config has."""
         path = path_of(self.config)
         return self.config.get("_writer") or FLOW if path == FLOW else path
 
     def _own_settings(self) -> dict[str, Any]:
-        """Collect the settings that the stock scheduler does not have."""
         names = ("eta", "eps_mean_square", "use_clipped_model_output", *SOLVER)
         own = {key: self.config[key] for key in names if key in self.config}
         own |= {key: self.config[key] for key in self._foreign() if self.config[key] != defaults(type(self))[key]}
@@ -98,7 +96,6 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         return own
 
     def _foreign(self) -> set[str]:
-        """Return the settings that the stock scheduler has no key for."""
         return defaults(type(self)).keys() - defaults(getattr(diffusers, self._stock))
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -221,7 +218,6 @@ def _flow_writer(config: dict[str, Any]) -> str | None:
 
 
 def _path_of_stock(name: str, known: dict[str, Any], is_stock: bool) -> str:
-    """Return the path of a config. Raises ValueError if it is another process."""
     if path_of(known) == FLOW or ("shift" in known and "beta_schedule" not in known):
         return FLOW
     if name == VE or ("sigma_max" in known and not {"beta_schedule", "sigma_data"} & known.keys()):

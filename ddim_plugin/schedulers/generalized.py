@@ -4,15 +4,15 @@ from contextlib import suppress
 from numbers import Real
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from diffusers.configuration_utils import register_to_config
+from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
 from ..process import betas as schedules
 from ..process import moves, spacings
 from ..process import predictions as p
+from .config import with_settings_of
 from .planned import Kind, Pairs, Planned
 from .step import Evaluation, GeneralizedDDIMSchedulerOutput, Step, StepTuple
 from .tensors import Randomness, accumulate, draw, split_variance
@@ -60,24 +60,11 @@ class GeneralizedDDIMScheduler(Planned):
     _any_order = True  # a step does not depend on earlier ones
     order = 1
 
-    @register_to_config
+    @with_settings_of(DDIMScheduler)
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: np.ndarray | list[float] | None = None,
         clip_sample: bool = False,
-        set_alpha_to_one: bool = True,
-        steps_offset: int = 0,
-        prediction_type: str = "epsilon",
-        thresholding: bool = False,
-        dynamic_thresholding_ratio: float = 0.995,
-        clip_sample_range: float = 1.0,
-        sample_max_value: float = 1.0,
         timestep_spacing: str = "linear",
-        rescale_betas_zero_snr: bool = False,
         eta: float = 0.0,
         variance_type: str = "fixed_small",
         eps_mean_square: list[float] | None = None,
@@ -90,8 +77,7 @@ class GeneralizedDDIMScheduler(Planned):
         sigma_max: float | None = None,
         corrector_steps: int = 0,
         corrector_snr: float = 0.16,
-    ):
-        self._build()
+    ): ...
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Record settings. After construction, compute the tables again; the plan keeps its timesteps."""
@@ -109,7 +95,6 @@ class GeneralizedDDIMScheduler(Planned):
             raise
 
     def _build(self) -> None:
-        """Check the config, and compute its tables."""
         config, T = self.config, self.config.num_train_timesteps
         schedules.check_length(T)
         p.check_prediction(config.prediction_type)
@@ -133,7 +118,6 @@ class GeneralizedDDIMScheduler(Planned):
         self._replan()
 
     def _check_noise(self, variance_type: str, eta: float) -> None:
-        """Raise ValueError for noise that does not exist, or not in this class."""
         moves.effective_eta(variance_type, None, eta)
         if variance_type in moves.ETA_FREE and eta not in (0, 1):
             raise ValueError(f"variance_type={variance_type!r} requires eta=1 (or 0, the default), not eta={eta!r}")
@@ -212,7 +196,6 @@ class GeneralizedDDIMScheduler(Planned):
         return t == s
 
     def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Split the network's output into prediction and learned variance, and check its shape."""
         learned, made, shape = self.config.variance_type == "learned_range", model_output.shape, sample.shape
         if made == shape and not learned:
             return model_output, None
@@ -228,7 +211,6 @@ class GeneralizedDDIMScheduler(Planned):
     def _evaluate(
         self, kind: Kind, step: Step, sample: Tensor, output: Tensor, variance: Tensor | None, recompute: bool | None
     ) -> Evaluation:
-        """Apply the step under the constraint on x̂0 that the config sets now."""
         config = self.config
         limit = config.clip_sample_range if config.clip_sample and not config.thresholding else None
         thresholding = (config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None

@@ -28,7 +28,6 @@ class Levels(StockConfig):
     _sigmas: Tensor | None = None  # b at its levels, not for the paper's path
 
     def _make_path(self) -> tuple[paths.Path, np.ndarray | None]:
-        """Build the path of the config, and ᾱ_0..ᾱ_T if it is the paper's. Raises ValueError for those of others."""
         config, kind = self.config, path_of(self.config)
         for other, keys in OF_PATH.items():
             for key in keys if other != kind else ():
@@ -62,7 +61,6 @@ class Levels(StockConfig):
         return paths.variance_preserving(alpha_bar), alpha_bar
 
     def _make_alpha_bar(self) -> np.ndarray:
-        """Compute ᾱ_0..ᾱ_T, and record the β of a schedule that stock schedulers do not have."""
         config = self.config
         T, schedule, known = config.num_train_timesteps, config.beta_schedule, config.trained_betas
         if known is not None and not self._derived_betas:
@@ -88,7 +86,6 @@ class Levels(StockConfig):
         return alpha_bar
 
     def _use(self, path: paths.Path, alpha_bar: np.ndarray | None) -> None:
-        """Use a path, with ᾱ_0..ᾱ_T if it is the paper's."""
         (signal, noise), self._shown = path.levels, None
         self.path, self.init_noise_sigma = path, float(noise[-1])
         self._alpha_bar = signal**2 / (signal**2 + noise**2)
@@ -127,7 +124,6 @@ class Levels(StockConfig):
         return combine(-deviation, x, signal, noise).to(sample.dtype)
 
     def _marginals(self, x: Tensor, noise: Tensor, timesteps: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
-        """Expand x_0 over timesteps and noises, and look up a_t and b_t, which broadcast over it."""
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._adopt()
@@ -205,7 +201,6 @@ class Levels(StockConfig):
         self.register_to_config(set_alpha_to_one=float(value) == 1)
 
     def _assign(self, value: Any) -> None:
-        """Use these ᾱ_1..ᾱ_T from now on, and record their β in the config."""
         alpha_bar, dtype = _numbers(value), value.dtype if getattr(value, "dtype", None) in HALF else torch.float32
         known = torch.tensor(self._alpha_bar[1:], device="cpu").to(dtype)
         if not np.array_equal(_numbers(known), _numbers(torch.tensor(alpha_bar, device="cpu").to(dtype))):

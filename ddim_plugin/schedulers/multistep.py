@@ -112,7 +112,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         if self.config.timestep_spacing == "linear":
             return None
         noisy = self._much_noise or self.config.timestep_spacing == "few_steps_noise"
-        return spacings.few_sigmas(S, noisy)
+        shifted = self.config.use_dynamic_shifting or max(self.config.shift, self.config.flow_shift) > 1
+        return spacings.few_sigmas(S, shifted, noisy)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         super().set_begin_index(begin_index)
@@ -156,7 +157,6 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         self._weighted: dict[tuple[Kind, int, tuple[float, ...]], tuple[Any, ...]] = {}
 
     def _values(self, kind: Kind) -> int:
-        """Return the number of values that a step uses."""
         return self._order or (2 if moves.adds_noise(*kind) else 3)
 
     def _evaluate(self, kind: Kind, *args: Any) -> Evaluation:
@@ -183,7 +183,6 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         return evaluation._replace(step=step, history=history)
 
     def _value(self, evaluation: Evaluation, of_x0: bool) -> Tensor:
-        """Return x̂0 or ε̂ of this evaluation."""
         if of_x0:
             return evaluation.pred_original_sample()
         if (evaluation.step.eps_x, evaluation.step.eps_out) != (0, 1) or evaluation.recompute_eps:
@@ -207,7 +206,6 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         return self._weighted[key]
 
     def _mean(self, of_x0: bool, pair: tuple[float, float], times: Sequence[float], eta: float) -> np.ndarray:
-        """Compute the weights of the values in the mean over a step."""
         t, s, *known = (float(self.path.level(time).ratio) for time in (*pair, *times))
         to_data, to_noise = pair[1] == 0 and (of_x0 or self.config.lower_order_final), s == np.inf and not of_x0
         if to_data or to_noise or t == s or len(set(known)) < len(known):
@@ -269,7 +267,6 @@ def keep_learned(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, A
 
 
 def _check_fitted(timesteps: dict[str, list[float]] | None, path: Path) -> dict[int, spacings.Times]:
-    """Check fitted timesteps, and return τ by step count."""
     timesteps, found = timesteps or {}, {}
     if not isinstance(timesteps, dict):
         raise ValueError(f"fitted_timesteps must be a dictionary of lists by step counts, not {timesteps!r}")

@@ -98,7 +98,6 @@ class Planned(Levels):
         self._next, self._place = begin_index, None
 
     def _replan(self) -> None:
-        """Drop the steps that were computed."""
         self._plans: dict[Kind, list[Step]] = {}
         self._off_plan: dict[tuple[float, Kind], Step] = {}  # steps from times outside the plan
         self._tables = {key: table for key, table in self._tables.items() if key[0] == "marginals"}
@@ -116,7 +115,6 @@ class Planned(Levels):
     def _flow_times(
         self, S: int | None, sigmas: flow.Sigmas | None, **given: Any
     ) -> tuple[spacings.Times, dict[float, float]]:
-        """Return the times of flow matching for the arguments of `set_timesteps`, and their timesteps."""
         if S is not None and not (spacings.is_integer(S) and S > 0):
             raise ValueError(f"num_inference_steps must be a positive integer, not {S!r}")
         own = self._own_sigmas(S) if sigmas is None and S is not None else None
@@ -130,7 +128,6 @@ class Planned(Levels):
         return None
 
     def _spaced(self, S: int | None, spacing: str | None = None) -> spacings.Times:
-        """Compute τ of S steps, with this spacing or the scheduler's."""
         config = self.config
         T, offset = config.num_train_timesteps, config.steps_offset
         return spacings.tau(spacing or config.timestep_spacing, S, T, offset, self._alpha_bar)
@@ -146,7 +143,6 @@ class Planned(Levels):
         return Step.down(move, self._prediction(move.start))
 
     def _prediction(self, level: paths.Level) -> predictions.Prediction:
-        """Return the linear map from x_t and the output to x̂0 and ε̂ at a level."""
         found, sign = predictions.prediction(self.config.prediction_type, level), self.path.output_sign
         return found._replace(x0_out=sign * found.x0_out, eps_out=sign * found.eps_out)
 
@@ -209,7 +205,6 @@ class Planned(Levels):
         return self._plan(kind)[i]
 
     def _step_at(self, timestep: float, kind: Kind) -> Step:
-        """Find or make the step from any timestep to the next lower time."""
         if timestep in self._moving:
             return self._plan(kind)[self._moving[timestep]]
         low, high = self.path.bounds

@@ -117,13 +117,7 @@ class Evaluation(NamedTuple):
         if self.recompute_eps:
             a, b = s.eps_of_x0()
             w, x, out = s.x0 + s.eps * b, s.eps * a, 0.0
-        a, b = w * s.x0_x, w * s.x0_out
-        if self.thresholding is not None or isinstance(a, Tensor) or a == 0:
-            mean = accumulate(self.pred_original_sample().mul_(w), out, self.output)
-        else:  # w·clip(x̂0) = a·clip(x_t + b/a·output, ± limit·w/a)
-            bound = abs(w / a) * self.limit
-            clipped = torch.add(at_least_float32(self.sample), self.output, alpha=b / a).clamp_(-bound, bound)
-            mean = accumulate(clipped.mul_(a), out, self.output)
+        mean = accumulate(self.pred_original_sample().mul_(w), out, self.output)
         return accumulate(mean, x, self.sample)
 
     def std(self) -> Coefficient:

@@ -39,7 +39,7 @@ def test_set_timesteps():
         ({"timesteps": [5, -1]}, "timestep -1 is outside"),
         ({"timesteps": [5.5, 1]}, "must be integers, not 5.5"),
         ({"timesteps": torch.tensor([5.0, 1.0])}, "must be integers"),
-        ({"timesteps": []}, "empty"),
+        ({"timesteps": []}, r"a list of integers, not \[\]"),
         ({"timesteps": 5}, "must be a list of integers, not 5"),
         ({"timesteps": torch.tensor(5)}, "must be a list of integers, not 5"),
     ],

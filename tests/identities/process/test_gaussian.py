@@ -53,23 +53,15 @@ def test_nearly_parallel(gap):
 
 @pytest.mark.parametrize("gap", [0.0, 1e-9, 1e-4])
 @pytest.mark.parametrize("factor", [-1.0, -1.05])
-def test_opposite(gap, factor):
-    """No shortest path: a great circle, which neither vanishes nor leaves the shell."""
+def test_opposite_latents_have_no_shortest_path(gap, factor):
     x0, other = latents()
-    x1 = factor * x0 + gap * other
-    path = torch.stack([slerp(x0, x1, i / 20) for i in range(21)]).flatten(2)
-    norms = path.norm(dim=2)
-    assert torch.isfinite(path).all()
-    assert (norms >= norms[0] * 0.999).all()
-    assert (norms <= norms[0] * 1.051).all()
-    steps = (path[1:] - path[:-1]).norm(dim=2)
-    assert (steps.max(0).values < 1.2 * steps.mean(0)).all()
-    assert torch.equal(slerp(x0, x1, 0.5), slerp(x0, x1, 0.5))
+    with pytest.raises(ValueError, match="two latents are opposite"):
+        slerp(x0, factor * x0 + gap * other, 0.5)
 
 
 def test_each_sample_has_its_own_case():
     x0, x1 = latents(5)
-    x1[0], x1[1], x1[2] = x0[0], -x0[1], 0
+    x1[0], x1[2] = x0[0], 0
     made = slerp(x0, x1, 0.25)
     assert torch.isfinite(made).all()
     for i in range(5):
@@ -85,5 +77,3 @@ def test_shapes_must_agree():
         slerp(x0, x1, 1.5)
 
 
-def test_one_dimension_has_no_way_round():
-    assert torch.isfinite(slerp(torch.ones(1, 1), -torch.ones(1, 1), 0.5)).all()
