@@ -12,7 +12,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,7 +131,7 @@ def moments(images: Tensor, name: str) -> tuple[list[float], list[float]]:
 class Classifier(nn.Module):
     """A ResNet of transformers with its preprocessing, which maps uint8 pictures (B, C, H, W) to logits (B, K)."""
 
-    def __init__(self, config: ClassifierConfig, frame: Frame, classes: Sequence[str], mean: list, std: list):
+    def __init__(self, config: ClassifierConfig, frame: Frame, classes: tuple[str, ...], mean: list, std: list):
         super().__init__()
         try:
             from transformers import ResNetConfig, ResNetForImageClassification

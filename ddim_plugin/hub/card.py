@@ -39,15 +39,9 @@ def card(
 ) -> str:
     """Write the card of a model, as Markdown with its metadata in front.
 
-    Args:
-        unet, scheduler: the configs, with the name of the class under "_class_name".
-        parameters: number of the network's parameters.
-        license: the Hub's id of the licence of the weights.
-        variant, revision: what the snippets load: the variant, if there are no plain weights, and the branch.
-        pipeline: the stock pipeline that samples with the model.
-        samples: the caption of `samples.png`, if there is this picture.
-        sections: Markdown to put below the settings.
-        metadata: more arguments of `ModelCardData`.
+    `unet` and `scheduler` are the configs, with the name of the class under "_class_name". The snippets load `variant`,
+    if there are no plain weights, from the branch `revision`. `pipeline` is the stock one that samples with the model.
+    `samples` is the caption of samples.png, `sections` is Markdown to add, and `metadata` are more `ModelCardData`.
     """
     check_license(license)
     title = repo_id.split("/")[-1]

@@ -1,11 +1,8 @@
-"""Move files into place, read JSON, and tell weights apart."""
+"""Move files into place, and read JSON."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
-
-import torch
 
 
 def put(new: Path, path: Path) -> None:
@@ -30,13 +27,3 @@ def read_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} contains no JSON object: replace or remove it")
     return content
-
-
-def weights_digest(*modules: torch.nn.Module) -> str:
-    """Return the SHA-256 of the names, types, shapes and bytes of all weights."""
-    found = hashlib.sha256()
-    for module in modules:
-        for name, value in module.state_dict().items():
-            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()

@@ -8,13 +8,13 @@ from card_text import SCHEDULER, UNET, rows, section
 from cards.card import made, write_card
 from cards.records import TRAINING as TRAINING_JSON
 from cards.records import Records, public, read_records, read_results
+from cards.weights import weights_digest
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.hub.card import MARK, card, is_written_here
-from ddim_plugin.hub.files import weights_digest
 from ddim_plugin.hub.model import GRID
 
 RESULT = {"metric": "fid", "name": "FID", "value": 4.1613, "nfe": 100, "num_inference_steps": 100, "eta": 0.0}
