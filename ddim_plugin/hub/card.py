@@ -84,14 +84,6 @@ def check_license(license: str | None) -> None:
         raise ValueError(f"license must be as the Hub names it, such as mit or cc-by-4.0, not {license!r}")
 
 
-def license_of(text: str) -> str | None:
-    """Return the licence in a card's metadata."""
-    try:
-        return ModelCard(text).data.license
-    except ValueError:  # no valid metadata
-        return None
-
-
 def cell(value: Any) -> str:
     """Write a value for a table: of a long list its length, of a dictionary its keys."""
     if isinstance(value, float):

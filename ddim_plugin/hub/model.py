@@ -31,12 +31,6 @@ def variant_of(name: str) -> str | None:
     return None if match is None else match["variant"] or match["parts"] or ""
 
 
-def is_ours(index: dict[str, Any]) -> bool:
-    """Test whether a `model_index.json` was saved by the pipeline of this package, in any version."""
-    name = index.get(KEY, index.get("_class_name"))
-    return (name[-1] if isinstance(name, list) and name else name) == GeneralizedDDIMPipeline.__name__
-
-
 class Model:
     """Collect the files to push of a folder that loads, and the data for its card."""
 
@@ -46,10 +40,11 @@ class Model:
             raise ValueError(f"folder {folder} was not found: check the path")
         if not (folder / INDEX).is_file():
             raise OSError(f"{folder} has no {INDEX}: pass the folder of a saved pipeline")
-        if not is_ours(index := read_object(folder / INDEX)):
-            raise ValueError(
-                f"{folder} is a {index.get('_class_name')}: load it with GeneralizedDDIMPipeline, push that"
-            )
+        index = read_object(folder / INDEX)
+        name = index.get(KEY, index.get("_class_name"))
+        name = name[-1] if isinstance(name, list) and name else name  # version 0.1 saved a pair
+        if name != GeneralizedDDIMPipeline.__name__:
+            raise ValueError(f"{folder} is a {name}: load it with GeneralizedDDIMPipeline, push that")
         for name, entry in GeneralizedDDIMPipeline.load_config(folder).items():
             if isinstance(entry, list) and (name not in ("unet", "scheduler") or entry[0] != "diffusers"):
                 what = f"{entry[-1]} of {entry[0]} for {name}"

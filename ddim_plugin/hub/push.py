@@ -18,7 +18,7 @@ from ..schedulers.config import CLASSES
 from .card import adapt, check_license, is_written_here
 from .code import STALE
 from .files import read_object
-from .model import INDEX, README, UNET, Model, is_ours, variant_of
+from .model import README, UNET, Model, variant_of
 
 RECORDS = re.compile(r"(results|training|conversion)\.json|(samples|loss)\.png|\.eval_results/.+\.yaml")
 """Names of the records that any version of this package pushes."""
@@ -87,36 +87,32 @@ class _Repo:
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
         self.commit, self.model, self.has_card = info.sha, model, README in model.files
         self.files = {each.rfilename: each.lfs and each.lfs["sha256"] for each in info.siblings or ()}
-
-        def read(name: str) -> dict[str, Any]:
-            with suppress(ValueError):  # for a file that is no JSON object
-                return read_object(api.hf_hub_download(repo_id, name, revision=info.sha)) if name in self.files else {}
-            return {}
-
         path = README in self.files and api.hf_hub_download(repo_id, README, revision=info.sha)
         self.card = Path(path).read_text(encoding="utf-8", errors="replace") if path else ""
-        index, config = map(read, (INDEX, UNET))
-        self.card_is_ours, self.is_ours = is_written_here(self.card), is_ours(index)
-        self.pictures = set(PICTURE.findall(self.card)) if self.card_is_ours else set()
+        self.card_is_ours, self.is_same = is_written_here(self.card), False
         weights = {name: path for name, path in model.files.items() if name.endswith(".safetensors")}
         if {variant_of(name) for name in weights} & {variant_of(name) for name in self.files}:
             here = {name: sha256(path.read_bytes()).hexdigest() for name, path in weights.items()}
             self.is_same = here.items() <= self.files.items()
-        else:  # no variant is in both: compare the configs
-            new = json.loads(model.files[UNET])
-            self.is_same = all(config.get(key) == new.get(key) for key in config.keys() | new if key[0] != "_")
+        elif UNET in self.files:  # no variant is in both: compare the configs
+            with suppress(ValueError):  # for a file that is no JSON object
+                old = read_object(api.hf_hub_download(repo_id, UNET, revision=info.sha))
+                new = json.loads(model.files[UNET])
+                self.is_same = all(old.get(key) == new.get(key) for key in old.keys() | new if key[0] != "_")
 
     def stale(self) -> set[str]:
         """Return the files to delete: older code files, and those of another model, except pictures of a kept card."""
         found = {name for name in self.files if STALE.fullmatch(name)}
+        is_ours = bool(found)  # each push adds a code file
         if not self.is_same:
             found |= {name for name in self.files if variant_of(name) is not None}
             found |= {README} if self.card_is_ours else set()
-        if self.is_ours and (self.has_card or not self.is_same):
-            found |= {name for name in self.files if name in self.pictures or RECORDS.fullmatch(name)}
+        if is_ours and (self.has_card or not self.is_same):
+            shown = PICTURE.findall(self.card) if self.card_is_ours else ()
+            found |= {name for name in self.files if name in shown or RECORDS.fullmatch(name)}
         card = self.model.files.get(README, b"" if README in found else self.card.encode())
-        shown = card if isinstance(card, bytes) else card.read_bytes()
-        return {name for name in found if not (name.endswith(".png") and name.encode() in shown)}
+        text = card if isinstance(card, bytes) else card.read_bytes()
+        return {name for name in found if not (name.endswith(".png") and name.encode() in text)}
 
 
 def push_to_hub(

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from cards.card import fits, made
+from cards.card import fits, license_of, made
 from cards.records import read_records
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.hub.card import license_of
 from ddim_plugin.hub.model import Model
 
 GOLDEN = Path(__file__).parent

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from guard.writing import write_file
-from huggingface_hub import EvalResult
+from huggingface_hub import EvalResult, ModelCard
 from jinja2 import Template
 
 from ddim_plugin import GeneralizedDDIMPipeline
-from ddim_plugin.hub.card import LAYOUT, SYMBOLS, TASK, cell, check_license, is_written_here, license_of
+from ddim_plugin.hub.card import LAYOUT, SYMBOLS, TASK, cell, check_license, is_written_here
 from ddim_plugin.hub.model import CONFIGS, GRID, README, Model, variant_of
 
 from .records import CONVERSION, RESULTS, TRAINING, Records, read_records
@@ -84,6 +84,14 @@ def as_json(content: dict[str, Any], file: Path) -> str:
         return json.dumps(content, indent=2, allow_nan=False) + "\n"
     except ValueError as error:
         raise ValueError(f"{file} contains a non-finite number, which JSON cannot store: remove it") from error
+
+
+def license_of(text: str) -> str | None:
+    """Return the licence in a card's metadata."""
+    try:
+        return ModelCard(text).data.license
+    except ValueError:  # no valid metadata
+        return None
 
 
 def listed(entry: dict[str, Any]) -> EvalResult:
