@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM, at any time: one line, the status of the shell, and nothing half-written."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -89,6 +90,44 @@ def test_a_signal_that_became_another_error_is_still_a_signal(model, tmp_path, m
     monkeypatch.setattr(GeneralizedDDIMPipeline, "from_pretrained", wrapped)
     assert cli.main(["sample", str(model), "--output", str(tmp_path / "out")]) == 143
     assert capfd.readouterr().err.split("\n") == ["", "ddim-plugin sample: stopped by SIGTERM", ""]
+
+
+def test_a_signal_that_a_library_swallows_is_still_a_signal(model, tmp_path, monkeypatch, capfd):
+    load = GeneralizedDDIMPipeline.from_pretrained
+
+    def swallowing(*args, **kwargs):
+        with contextlib.suppress(KeyboardInterrupt):
+            interrupted(signal.SIGINT)()
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(GeneralizedDDIMPipeline, "from_pretrained", swallowing)
+    few = ["--num", "1", "--steps", "1", "--output", str(tmp_path / "out")]
+    assert cli.main(["sample", str(model), *few]) == 130
+    assert "ddim-plugin sample: stopped by SIGINT" in capfd.readouterr().err
+
+
+def test_a_second_signal_exits_at_once(model, tmp_path):
+    """In a process whose library swallows the first one, and then would wait for ever."""
+    code = f"""
+import os, signal, sys, time
+from ddim_plugin import GeneralizedDDIMPipeline, cli
+
+def swallowing(*args, **kwargs):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass
+    time.sleep(60)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+GeneralizedDDIMPipeline.from_pretrained = swallowing
+cli.main(["sample", {str(model)!r}, "--output", {str(tmp_path / "out")!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 143
+    assert done.stderr.splitlines()[-1] == "ddim-plugin sample: stopped by SIGTERM"
 
 
 def test_other_errors_keep_their_traceback(model, tmp_path, monkeypatch):
