@@ -11,6 +11,7 @@ import guard
 import numpy as np
 import pytest
 from accelerate import Accelerator
+from cards.records import public
 from diffusers import UNet2DModel
 from PIL import Image
 from trainer import loop as loop_
@@ -20,12 +21,16 @@ from trainer.loop import Loop
 from trainer.report import read_log
 from training_runs import SMALL, WEIGHTS, fit, python
 
+from ddim_plugin.hub.card import is_written_here
+
 
 def test_what_a_run_leaves(tmp_path):
     output = tmp_path / "run"
     result = fit(output, trackers=["tensorboard"], preview_every=3, preview_images=2, preview_steps=2)
     record = json.loads((output / "training.json").read_text())
-    assert record == json.loads(json.dumps(result))
+    assert record == json.loads(json.dumps(public(result)))
+    assert is_written_here((output / "README.md").read_text())
+    assert (output / "samples.png").read_bytes() == (output / "previews" / "step-00000006.png").read_bytes()
     assert record["status"] == "finished"
     assert record.keys() >= {"config", "revision", "versions", "machine", "device", "images_per_second", "seconds"}
     assert 0 <= record["loader_share"] < 1
