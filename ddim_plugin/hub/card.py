@@ -55,8 +55,8 @@ def adapt(text: str, repo_id: str, license: str | None = None) -> str:
     """Put the id of another repository, and the licence if one is given, into a card that `card` wrote."""
     check_license(license)
     written = ModelCard(text.replace("\r\n", "\n").rpartition(f"\n{MARK}")[0])
-    body, before = written.text, re.search(r'from_pretrained\("([^"]+)"', written.text)
-    body = re.sub(r"ddim_plugin_\d+_\d+\w*", code().name, body.replace(f'"{before[1]}"', f'"{repo_id}"'))
+    body = re.sub(r'(from_pretrained\(\s*")[^"]+', rf"\g<1>{repo_id}", written.text)
+    body = re.sub(r"ddim_plugin_\d+_\d+\w*", code().name, body)
     if license is not None:
         written.data.license = license
         body = re.sub(r"(?m)^The weights: .+?\. (?=The training data)", f"The weights: {license}. ", body)

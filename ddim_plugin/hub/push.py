@@ -9,7 +9,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    constants,
+    get_token,
+)
 
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..process.spacings import is_integer
@@ -72,6 +80,8 @@ def push_folder(
             model.files[README] = adapt(repo.card, repo_id, license).encode()
         elif repo.card_is_ours or not repo.card:
             details = {"samples": model.draw(samples)} if samples else {}
+            if repo.card_is_ours and repo.is_same:
+                license = license or ModelCard(repo.card).data.license
             model.files[README] = model.card(repo_id, license, None if create_pr else revision, **details).encode()
         changes = [CommitOperationDelete(name) for name in sorted(repo.stale() - model.files.keys())]
         changes += [CommitOperationAdd(name, content) for name, content in sorted(model.files.items())]

@@ -235,6 +235,14 @@ def test_a_card_is_written_beside_its_records(folder):
     assert ModelCard.load(folder / "README.md").data.license == "mit"
 
 
+def test_places_in_results_are_not_published(folder):
+    entry = RESULT | {"dataset": {"name": "/home/ada/faces", "split": "train"}}
+    (folder / "results.json").write_text(json.dumps({"results": [entry]}))
+    write_card(folder, "ada/digits")
+    assert "/home/ada" not in (folder / "results.json").read_text() + (folder / "README.md").read_text()
+    assert "**FID**, faces train" in (folder / "README.md").read_text()
+
+
 def test_a_card_of_somebody_stays_in_the_folder(folder):
     (folder / "README.md").write_text("# By hand\n")
     write_card(folder, "ada/digits", "mit")

@@ -80,8 +80,10 @@ def test_a_model_alone_gets_a_plain_card(hub, make_unet):
     weights = {"unet/diffusion_pytorch_model.safetensors"}
     assert hub.files(REPO).keys() == configs | weights | {f"{code().name}.py", "README.md"}
     assert "No sample grid was made" in card(hub)
+    pipe.push_to_hub(REPO, license="mit")
     pipe.push_to_hub(REPO, samples=2)
     assert "seeds 0 to 1." in card(hub)
+    assert ModelCard(card(hub)).data.license == "mit"
 
 
 def test_records_without_a_card_are_not_pushed(hub, folder):
