@@ -95,7 +95,6 @@ def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, eval
 def _settled(
     falls: list[NDArray[np.float64]], spent: NDArray[np.int64], window: int | NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Find images whose smallest residual made no `PROGRESS` over the last `window` of `spent` evaluations."""
     images, before = np.arange(len(spent)), spent - 1 - window
     earlier = np.stack(falls)[np.maximum(before, 0), images]
     return (before >= 0) & ~(falls[-1] < PROGRESS * earlier)

@@ -85,7 +85,6 @@ def few_sigmas(S: int, shifted: bool = False, noisy: bool = False) -> list[float
 
 
 def _descend(top: float, bottom: float, S: int, power: float) -> Array:
-    """Space S numbers evenly in their power 1/`power`, from `top` to `bottom`, with smaller uppermost gaps."""
     gaps = np.append(FIRST_GAPS, np.ones(S))[: S - 1]
     way = np.append(0, gaps.cumsum()) / (gaps.sum() or 1)
     top, bottom = top ** (1 / power), bottom ** (1 / power)

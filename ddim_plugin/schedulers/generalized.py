@@ -57,7 +57,6 @@ class GeneralizedDDIMScheduler(Planned):
     """
 
     _compatibles: ClassVar = [each.name for each in KarrasDiffusionSchedulers if not each.name.startswith("EDM")]
-    _any_order = True  # a step does not depend on earlier ones
     order = 1
 
     @with_settings_of(DDIMScheduler)
@@ -108,7 +107,6 @@ class GeneralizedDDIMScheduler(Planned):
             needed = "dynamic_thresholding_ratio in [0, 1] and sample_max_value ≥ 1"
             raise ValueError(f"thresholding needs {needed}, not {ratio!r} and {largest!r}")
         self._eps_mean_square = moves.eps_table(config.variance_type, config.eps_mean_square, T)
-        self._any_order = type(self)._any_order and not config.corrector_steps
         self.order = 1 + config.corrector_steps
         path, alpha_bar = self._make_path()
         if self._planned is None or path.T != self.path.T or type(path) is not type(self.path):
@@ -163,9 +161,7 @@ class GeneralizedDDIMScheduler(Planned):
             raise ValueError("no timesteps are set: call set_timesteps before step")
         if per_token_timesteps is not None:
             timestep, model_output = per_token_timesteps, -model_output
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
-            self._adopt()
+        self._adopt()
         output, variance = self._split(model_output, sample)
         kind = self._kind(eta or None)
         step = self._find(timestep, kind, sample)
@@ -179,10 +175,7 @@ class GeneralizedDDIMScheduler(Planned):
         x = evaluation.mean()
         if z is not None:
             x = accumulate(x, evaluation.std(), z)
-        x = x.to(sample.dtype)
-        if compiling and not return_dict:
-            return x, evaluation.pred_original_sample().to(sample.dtype)
-        result = GeneralizedDDIMSchedulerOutput(x, evaluation, counted=not compiling)
+        result = GeneralizedDDIMSchedulerOutput(x.to(sample.dtype), evaluation)
         return result if return_dict else StepTuple(result)
 
     def _make_pairs(self, times: spacings.Times) -> Pairs:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..process import betas as schedules
-from ..process import moves, paths
+from ..process import paths
 from .config import FLOW, OF_PATH, STOCK_SCHEDULES, VE, VP, StockConfig, defaults, path_of
-from .tensors import HALF, combine, number, numbers
+from .tensors import HALF, combine, numbers
 
 OF_FLOW = ("linear", "few_steps", "few_steps_noise")  # spacings of flow matching: stock, and for multistep methods
 PATHS = {VP: "the path of a β schedule", FLOW: "flow matching", VE: "variance exploding"}
@@ -41,9 +41,9 @@ class Levels(StockConfig):
             if len({*shifts}) > 1 or not all(isinstance(value, Real) and value > 0 for value in shifts):
                 raise ValueError(f"shift and flow_shift must be one positive number, not {shifts}")
             if config.timestep_spacing not in OF_FLOW:
+                spacing = f"timestep_spacing={config.timestep_spacing!r}"
                 raise ValueError(
-                    f"timestep_spacing={config.timestep_spacing!r} is for tables of β: for flow matching use "
-                    f"{' or '.join(OF_FLOW)}, or pass sigmas"
+                    f"{spacing} is for tables of β: for flow matching use {' or '.join(OF_FLOW)}, or sigmas"
                 )
             return paths.flow_matching(T, bool(config.get("invert_sigmas"))), None
         if kind == VE:
@@ -68,12 +68,9 @@ class Levels(StockConfig):
         else:
             betas = schedules.betas(schedule, T, config.beta_start, config.beta_end)
             if schedules.made_for_1000(schedule, T, config.beta_start, config.beta_end):
-                message = (
-                    f"beta_start={config.beta_start:g} and beta_end={config.beta_end:g} were made for 1000 steps; at "
-                    f"num_train_timesteps={T} they leave ᾱ_T = {np.prod(1 - betas):.3g}. Scale them by 1000/{T}, "
-                    "or use squaredcos_cap_v2."
-                )
-                warnings.warn(message, stacklevel=6)
+                ends = f"beta_start={config.beta_start:g} and beta_end={config.beta_end:g} were made for 1000 steps"
+                left = f"at num_train_timesteps={T} they leave ᾱ_T = {np.prod(1 - betas):.3g}. Scale them by 1000/{T}"
+                warnings.warn(f"{ends}; {left}, or use squaredcos_cap_v2.", stacklevel=6)
         alpha_bar = schedules.alpha_bar(betas)
         if config.rescale_betas_zero_snr:
             alpha_bar = schedules.rescale_zero_terminal_snr(alpha_bar)
@@ -124,9 +121,7 @@ class Levels(StockConfig):
         return combine(-deviation, x, signal, noise).to(sample.dtype)
 
     def _marginals(self, x: Tensor, noise: Tensor, timesteps: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
-            self._adopt()
+        self._adopt()
         if not x.is_floating_point():
             raise ValueError(f"samples must be floating point, not {x.dtype}")
         times = timesteps if isinstance(timesteps, Tensor) else torch.tensor(timesteps, device="cpu")
@@ -138,7 +133,7 @@ class Levels(StockConfig):
         except RuntimeError as error:
             given = f"{times.numel()} timesteps for samples {tuple(x.shape)} and noise {tuple(noise.shape)}"
             raise ValueError(f"{given}: give one timestep, or one for each sample") from error
-        if times.device.type == "cpu" and not compiling:
+        if times.device.type == "cpu":
             low, high = self.path.bounds
             if not (low <= times.min() * (1 + 1e-6) and times.max() * (1 - 1e-6) <= high):
                 raise ValueError(f"timesteps must lie in {low:g}..{high:g}, not {times.tolist()}")
@@ -166,11 +161,6 @@ class Levels(StockConfig):
         if self._sigmas is None:
             raise AttributeError("this scheduler has no sigmas: its levels are alphas_cumprod")
         return self._sigmas
-
-    def _get_variance(self, timestep: int | Tensor, prev_timestep: int | Tensor) -> Tensor:
-        """Compute β̃ between two network timesteps, as pipelines ask for it. −1 is the data."""
-        t, s = (self.path.level(max(number(each, whole=True) + 1, 0)) for each in (timestep, prev_timestep))
-        return torch.tensor(float(moves.beta_tilde(t, s)), device="cpu")
 
     @property
     def alphas_cumprod(self) -> Tensor:

@@ -47,8 +47,6 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             "few_steps_noise" in place of "few_steps". "learned_range" has η = 0 by default.
     """
 
-    _any_order = False
-
     @with_settings_of(GeneralizedDDIMScheduler)
     def __init__(
         self,
@@ -64,9 +62,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         if order is not None and not (spacings.is_integer(order) and 1 <= order <= 4):
             raise ValueError(f"solver_order must be 1, 2, 3 or 4, or None, not {order!r}")
         if steps := self.config.corrector_steps:
-            raise ValueError(
-                f"corrector_steps={steps} needs a GeneralizedDDIMScheduler: multistep schedulers have none"
-            )
+            raise ValueError(f"corrector_steps={steps} needs a GeneralizedDDIMScheduler: set it to 0")
         self._fitted = _check_fitted(fitted, self.path)
         if fitted is not None:  # JSON has strings as keys
             kept = {str(S): self.path.timestep(times[::-1]).tolist() for S, times in self._fitted.items()}
@@ -128,7 +124,6 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         return super().add_noise(original_samples, noise, timesteps)
 
     def _make_plan(self, kind: Kind) -> list[Step]:
-        """Make the steps, and compute the weights of a loop through all of them."""
         plan, times = super()._make_plan(kind), ()
         t, s = self._pairs[0]
         if t > s and self._starts_above(t) and not moves.adds_noise(*kind):
@@ -139,7 +134,6 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         return plan
 
     def _starts_above(self, top: float) -> bool:
-        """Return whether the first deterministic step starts from T, above `top`."""
         return self._from_noise and self._order != 1 and top < self.path.T and not self.path.explodes
 
     def _kind(self, eta: float | None) -> Kind:
@@ -190,7 +184,6 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         return evaluation.output.clone()  # the network may write its next output into the same memory
 
     def _weigh(self, plan: list[Step], kind: Kind, place: int, times: tuple[float, ...]) -> tuple[Any, ...]:
-        """Compute the step with the weight of the newest value in it, and the weights of the earlier ones."""
         key = kind, place, times
         if key not in self._weighted:
             step, of_x0 = plan[place], moves.adds_noise(*kind)

@@ -124,7 +124,6 @@ class Planned(Levels):
         return np.array(times[::-1]), dict(zip(times, timesteps, strict=True))
 
     def _own_sigmas(self, S: int) -> flow.Sigmas | None:
-        """Return the grid of σ before the shift, or None for that of the stock scheduler."""
         return None
 
     def _spaced(self, S: int | None, spacing: str | None = None) -> spacings.Times:
@@ -162,19 +161,9 @@ class Planned(Levels):
         """Find the step for `timestep`. The host reads no element of `self.timesteps`, and no (B,) of a table."""
         self._place = None
         timestep = torch.as_tensor(timestep, device="cpu") if isinstance(timestep, np.ndarray) else timestep
-        dtype, device, known = torch.promote_types(sample.dtype, torch.float32), sample.device, self._planned
         if not isinstance(timestep, Tensor) or timestep.numel() == 1:
-            if not torch.compiler.is_compiling() or not (self._any_order or isinstance(timestep, Tensor)):
-                return self._find_one(timestep, kind)
-            if not self._any_order:
-                return self._take(self._next, kind)
-            # One graph for all timesteps: the value is not known yet. A time outside the plan gives NaN.
-            if not isinstance(timestep, Tensor):
-                timestep = torch.full((), timestep, dtype=known.dtype, device=device)
-            here = known.to(device) == timestep.to(device)
-            plan = torch.tensor([tuple(step) for step in self._plan(kind)], dtype=dtype, device=device)
-            row = torch.where(here.any(), plan[here.long().argmax()[None]][0], torch.nan)
-            return Step(*row.view(-1, *[1] * sample.ndim).unbind())
+            return self._find_one(timestep, kind)
+        dtype, device = torch.promote_types(sample.dtype, torch.float32), sample.device
         times = numbers(timestep, whole=not self.path.continuous)
         if times.shape != sample.shape[: times.ndim]:
             shape = tuple(times.shape)
@@ -188,7 +177,6 @@ class Planned(Levels):
         return Step(*rows.T.reshape(-1, *times.shape, *[1] * (sample.ndim - times.ndim)).unbind())
 
     def _find_one(self, timestep: int | Tensor, kind: Kind) -> Step:
-        """Find the step at one timestep for all samples. If the plan repeats it, that is the next one."""
         if isinstance(timestep, Tensor):
             # An element of `self.timesteps` is looked up by position, without synchronising the device.
             if timestep._base is self._planned and not edits(self._planned):
@@ -217,7 +205,6 @@ class Planned(Levels):
         return self._off_plan[t, kind]
 
     def _all_steps(self, kind: Kind, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Make a table of the steps from all timesteps, NaN if one does not exist."""
         key = ("steps", kind, dtype, device)
         if key not in self._tables:
             rows = np.full((self.config.num_train_timesteps, len(Step._fields)), np.nan)

@@ -146,13 +146,13 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
 
     __eq__, __hash__ = object.__eq__, object.__hash__  # not those of a mapping
 
-    def __init__(self, prev_sample: Tensor, evaluation: Evaluation, counted: bool = True):
+    def __init__(self, prev_sample: Tensor, evaluation: Evaluation):
         sample, output = evaluation.sample, evaluation.output
         self._versions = None  # numbers of changes in place
-        if counted and (sample.is_inference() or output.is_inference()):
+        if sample.is_inference() or output.is_inference():
             variance = None if evaluation.variance is None else evaluation.variance.clone()
             evaluation = evaluation._replace(sample=sample.clone(), output=output.clone(), variance=variance)
-        elif counted:
+        else:
             self._versions = sample._version, output._version
         self.prev_sample, self._evaluation = prev_sample, evaluation
 

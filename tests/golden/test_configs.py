@@ -4,9 +4,10 @@ import json
 from inspect import signature
 from pathlib import Path
 
-import ddim_plugin
 import pytest
 from freeze_configs import CLASSES, read
+
+import ddim_plugin
 
 FROZEN = json.loads((Path(__file__).parent / "frozen" / "configs.json").read_text())
 CASES = FROZEN["cases"]
@@ -30,6 +31,8 @@ def test_configs_are_read_as_0_1_read_them(place, name):
     found = read(name, CASES[place]["config"])
     if expected is not None:
         later = {k: found.pop(k) for k in SINCE}
-        assert later == {k: each.default for k, each in signature(getattr(ddim_plugin, name)).parameters.items() if k in SINCE}
+        assert later == {
+            k: each.default for k, each in signature(getattr(ddim_plugin, name)).parameters.items() if k in SINCE
+        }
         expected = {k: v for k, v in expected.items() if k not in SINCE}  # settings of other samplers
     assert found == expected

@@ -75,5 +75,3 @@ def test_shapes_must_agree():
         slerp(x0, x1[:2], 0.5)
     with pytest.raises(ValueError, match=r"slerp needs a in \[0, 1\], not 1.5"):
         slerp(x0, x1, 1.5)
-
-
