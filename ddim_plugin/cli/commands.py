@@ -198,7 +198,7 @@ def locate(model: str, revision: str | None) -> tuple[str, str | None]:
 def _load(args: Namespace, changes: dict[str, Any]) -> GeneralizedDDIMPipeline:
     """Load the model, and change those settings of its scheduler that are not None."""
     try:
-        with explained(args.model, revision=args.revision):
+        with explained(args.model):
             pipe = GeneralizedDDIMPipeline.from_pretrained(args.model, revision=args.revision)
     except OSError as error:
         where = "" if Path(args.model).is_dir() else f"there is no folder {args.model}, and "

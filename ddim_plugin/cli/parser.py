@@ -96,7 +96,6 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     sub.add_argument("--message", dest="commit_message", metavar="TITLE", help="title of the commit")
     sub.add_argument("--license", help="licence of the weights, by its id on the Hub: mit, cc-by-4.0, …")
-    sub.add_argument("--samples", type=int, default=0, metavar="N", help="images to draw for the card (default: none)")
     sub.add_argument("--token", help="token with write access (default: HF_TOKEN, or that of `hf auth login`)")
 
     args, rest = top.parse_known_args(argv)

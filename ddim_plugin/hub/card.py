@@ -41,13 +41,12 @@ def card(
 
     `unet` and `scheduler` are the configs, with the name of the class under "_class_name". The snippets load `variant`,
     if there are no plain weights, from the branch `revision`. `pipeline` is the stock one that samples with the model.
-    `samples` is the caption of samples.png, `sections` is Markdown to add, and `metadata` are more `ModelCardData`.
+    `samples` is the caption of samples.png, which may be empty. `sections` and `metadata` are added.
     """
     check_license(license)
     title = repo_id.split("/")[-1]
-    tags = ["ddim", "diffusion", "ddim-plugin"]
-    known = {"library_name": "diffusers", "pipeline_tag": TASK, "license": license, "tags": tags, "model_name": title}
-    metadata = ModelCardData(**known, **metadata).to_yaml()
+    known = {"library_name": "diffusers", "pipeline_tag": TASK, "tags": ["ddim", "diffusion", "ddim-plugin"]}
+    metadata = ModelCardData(**known, license=license, model_name=title, **metadata).to_yaml()
     return _sign(TEMPLATE.render(locals(), code=code().name, settings=settings, cell=cell))
 
 

@@ -1,16 +1,12 @@
 """A folder of a pipeline as it is pushed: its files, and its card."""
 
-import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..pipelines.generation import GeneralizedDDIMPipeline
-from ..pipelines.images import grid
-from ..schedulers import KEY, InverseDDIMScheduler, sampler_class
+from ..schedulers import KEY
 from .card import card
 from .code import code
 from .files import read_object
@@ -36,8 +32,6 @@ class Model:
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        if not folder.is_dir():
-            raise ValueError(f"folder {folder} was not found: check the path")
         if not (folder / INDEX).is_file():
             raise OSError(f"{folder} has no {INDEX}: pass the folder of a saved pipeline")
         index = read_object(folder / INDEX)
@@ -57,12 +51,15 @@ class Model:
         self.variant = variants[0] or None
         for variant in reversed(variants):  # the first one is kept
             self.pipe = GeneralizedDDIMPipeline.from_pretrained(str(folder), variant=variant or None)
-        parts = {INDEX: self.pipe, UNET: self.pipe.unet, SCHEDULER: self.pipe.scheduler}
-        self.files: dict[str, Path | bytes] = {name: _config(part) for name, part in parts.items()} | weights
-        self.files[f"{code().name}.py"] = code().text.encode()
-        if (folder / README).is_file():  # pictures and records belong to the card
-            found = [folder / README, *folder.glob("*.png"), *(folder / name for name in RECORDS)]
-            self.files |= {path.name: path for path in found if path.is_file()}
+        self.files: dict[str, Path | bytes] = {f"{code().name}.py": code().text.encode(), **weights}
+        for name, part in {INDEX: self.pipe, UNET: self.pipe.unet, SCHEDULER: self.pipe.scheduler}.items():
+            config = json.loads(part.to_json_string())
+            config.pop("_name_or_path", None)  # where it was loaded from
+            self.files[name] = (json.dumps(config, indent=2) + "\n").encode()
+        found = [folder / GRID]
+        if (folder / README).is_file():  # other pictures and records belong to the card
+            found += [folder / README, *folder.glob("*.png"), *(folder / name for name in RECORDS)]
+        self.files |= {path.name: path for path in found if path.is_file()}
 
     def card(self, repo_id: str, license: str | None = None, revision: str | None = None, **details: Any) -> str:
         """Write the card, with more `details` for `card`."""
@@ -71,31 +68,3 @@ class Model:
         stock = json.loads(self.files[INDEX])["_class_name"]
         details |= {"pipeline": None if stock == GeneralizedDDIMPipeline.__name__ else stock}
         return card(repo_id, *configs, unet.num_parameters(), license, self.variant, revision, **details)
-
-    def draw(self, number: int) -> str:
-        """Add a grid of images, image i from seed i, and return its caption.
-
-        With a class-conditional network, i counts through the classes.
-        """
-        scheduler, unet = self.pipe.scheduler, self.pipe.unet
-        if isinstance(scheduler, InverseDDIMScheduler):
-            scheduler = sampler_class(scheduler).from_config(scheduler.config)
-        pipe = GeneralizedDDIMPipeline(unet, scheduler).to("cuda" if torch.cuda.is_available() else "cpu")
-        pipe.set_progress_bar_config(disable=True)
-        steps = min(20, scheduler.config.num_train_timesteps)
-        classes = unet.config.num_class_embeds
-        labels = [i % classes for i in range(number)] if classes else None
-        generators = [torch.Generator().manual_seed(i) for i in range(number)]
-        images = pipe(number, steps, generator=generators, class_labels=labels, output_type="np").images
-        file = io.BytesIO()
-        grid([images[i : i + 8] for i in range(0, number, 8)]).save(file, format="PNG")
-        self.files[GRID] = file.getvalue()
-        eta = f", η = {scheduler.config.eta:g}" if "eta" in scheduler.config else ""
-        return f"{type(scheduler).__name__}, S = {steps}{eta}, seeds 0 to {number - 1}."
-
-
-def _config(part: Any) -> bytes:
-    """Write the config of a pipeline, network or scheduler, without the path that it was loaded from."""
-    content = json.loads(part.to_json_string())
-    content.pop("_name_or_path", None)
-    return (json.dumps(content, indent=2) + "\n").encode()

@@ -84,7 +84,7 @@ def test_the_examples_run(monkeypatch, make_unet, tmp_path):
         assert names["flux"].scheduler.config["_class_name"] == "FlowMatchEulerDiscreteScheduler"
         exec(save, names)
         assert hub.repos["user/my-model"].private
-        assert {"README.md", "samples.png"} <= hub.files("user/my-model").keys()
+        assert "README.md" in hub.files("user/my-model")
         for source in ("my-model", "user/my-model"):
             again = GeneralizedDDIMPipeline.from_pretrained(source)
             assert again.scheduler.config.timestep_spacing == "quadratic"

@@ -65,8 +65,8 @@ def test_models_on_the_hub(model, tmp_path, capsys):
             assert (tmp_path / "out" / "samples.png").is_file()
             for wrong, said in {
                 "ada/modle": f"ada/modle, and ada/modle was not found on {hub.url}, or it is private: log in",
-                f"{hub.url}/ada/model/tree/gone": f"ada/model, and ada/model has no revision 'gone' on {hub.url}",
-                "ada/notes": f"ada/notes, and ada/notes on {hub.url} is no pipeline, since a file was not found",
+                f"{hub.url}/ada/model/tree/gone": f"ada/model, and ada/model was not found on {hub.url}",
+                "ada/notes": f"ada/notes, and ada/notes was not found on {hub.url}",
             }.items():
                 capsys.readouterr()
                 run("sample", wrong, *few, "--output", tmp_path / "not", ok=False)

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 from pushing import REPO, RESULTS, card, digest, pipeline, record
 
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, InverseDDIMScheduler
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.hub.code import code
 from ddim_plugin.hub.push import push_folder
 
@@ -51,21 +51,18 @@ def test_the_same_again_makes_no_commit(hub, folder):
     first = push_folder(folder, REPO)
     assert push_folder(folder, REPO).oid == first.oid
     assert len(hub.commits(REPO)) == 2
-    pipe = pipeline(folder)
-    pipe.push_to_hub(REPO)
-    assert len(hub.commits(REPO)) == 2
     record(folder, {"results": RESULTS["results"] * 2})
     push_folder(folder, REPO)
     assert len(hub.commits(REPO)) == 3
+    for _ in range(2):
+        pipeline(folder).push_to_hub(REPO)
+        assert len(hub.commits(REPO)) == 4
 
 
 def test_a_pipeline_in_memory(hub, make_unet):
     pipe = GeneralizedDDIMPipeline(make_unet(channels=3), GeneralizedDDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
-    pipe.push_to_hub(REPO, samples=16)
-    assert "16 pictures" not in card(hub)
-    assert "GeneralizedDDIMScheduler, S = 20, η = 0, seeds 0 to 15." in card(hub)
-    assert hub.files(REPO)["samples.png"].startswith(b"\x89PNG")
+    pipe.push_to_hub(REPO)
     assert "## Figures" not in card(hub)
     with pytest.raises(ValueError, match="pickles are not pushed"):
         pipe.push_to_hub(REPO, safe_serialization=False)
@@ -73,7 +70,6 @@ def test_a_pipeline_in_memory(hub, make_unet):
 
 
 def test_a_model_alone_gets_a_plain_card(hub, make_unet):
-    """No images are generated, unless they are asked for."""
     pipe = GeneralizedDDIMPipeline(make_unet(), GeneralizedDDIMScheduler())
     pipe.push_to_hub(REPO)
     configs = {"model_index.json", "unet/config.json", "scheduler/scheduler_config.json", ".gitattributes"}
@@ -81,17 +77,22 @@ def test_a_model_alone_gets_a_plain_card(hub, make_unet):
     assert hub.files(REPO).keys() == configs | weights | {f"{code().name}.py", "README.md"}
     assert "No sample grid was made" in card(hub)
     pipe.push_to_hub(REPO, license="mit")
-    pipe.push_to_hub(REPO, samples=2)
-    assert "seeds 0 to 1." in card(hub)
+    pipe.push_to_hub(REPO)
     assert ModelCard(card(hub)).data.license == "mit"
 
 
 def test_records_without_a_card_are_not_pushed(hub, folder):
-    """A card in the folder shows that its records are meant for the Hub."""
+    """A card in the folder shows that its records are meant for the Hub. A plain card shows samples.png alone."""
     (folder / "README.md").unlink()
     push_folder(folder, REPO)
-    assert not [name for name in hub.files(REPO) if name.endswith(".png") or name in ("results.json", "training.json")]
+    assert not {"loss.png", "results.json", "training.json"} & hub.files(REPO).keys()
+    assert hub.files(REPO)["samples.png"] == (folder / "samples.png").read_bytes()
+    assert "![samples.png](samples.png)\n\n## Use" in card(hub)
     assert "## Figures" not in card(hub)
+    (folder / "samples.png").unlink()
+    push_folder(folder, REPO)
+    assert "samples.png" not in hub.files(REPO)
+    assert "No sample grid was made" in card(hub)
 
 
 def test_save_pretrained_pushes_too(hub, make_unet, tmp_path):
@@ -108,7 +109,7 @@ def test_variants_go_along(hub, folder):
     pipe.save_pretrained(folder, variant="fp16")
     push_folder(folder, REPO)
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in hub.files(REPO)
-    pipe.push_to_hub("ada/half", variant="fp16", samples=0)
+    pipe.push_to_hub("ada/half", variant="fp16")
     names = {name for name in hub.files("ada/half") if name.endswith(".safetensors")}
     assert names == {"unet/diffusion_pytorch_model.fp16.safetensors"}
     again = GeneralizedDDIMPipeline.from_pretrained("ada/half", variant="fp16", torch_dtype=torch.float16)
@@ -165,13 +166,6 @@ def test_branches_and_requests(hub, folder):
     assert "/discussions/1" in commit.pr_url
 
 
-def test_images_of_an_inverse_scheduler_are_those_of_its_sampler(hub, make_unet):
-    for repo, scheduler in (("ada/up", InverseDDIMScheduler()), ("ada/down", GeneralizedDDIMScheduler())):
-        GeneralizedDDIMPipeline(make_unet(), scheduler).push_to_hub(repo, samples=2)
-    assert hub.files("ada/up")["samples.png"] == hub.files("ada/down")["samples.png"]
-    assert "GeneralizedDDIMScheduler, S = 20, η = 0" in hub.files("ada/up")["README.md"].decode()
-
-
 @pytest.mark.parametrize(
     ("settings", "pipeline_class", "said"),
     [
@@ -188,7 +182,7 @@ def test_models_of_other_paths(hub, make_unet, settings, pipeline_class, said):
     kind = "fourier" if "sigma_max" in settings else "positional"
     pipe = GeneralizedDDIMPipeline(make_unet(time_embedding_type=kind), GeneralizedDDIMScheduler(**settings))
     pipe.set_progress_bar_config(disable=True)
-    pipe.push_to_hub(REPO, samples=2)
+    pipe.push_to_hub(REPO)
     assert json.loads(hub.files(REPO)["model_index.json"])["_class_name"] == pipeline_class
     assert said in card(hub)
     again = pipeline(REPO)

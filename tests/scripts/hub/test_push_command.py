@@ -25,11 +25,9 @@ def test_the_command(hub, folder, tmp_path):
     assert not (tmp_path / "out" / "sample.json").exists()
 
 
-def test_the_command_draws_and_opens_requests(hub, folder, capsys):
-    (folder / "README.md").unlink()
-    assert cli.main(["push", str(folder), REPO, "--samples", "3", "--message", "Three"]) == 0
+def test_the_command_opens_requests(hub, folder, capsys):
+    assert cli.main(["push", str(folder), REPO, "--message", "Three"]) == 0
     assert hub.commits(REPO)[0].title == "Three"
-    assert "seeds 0 to 2." in card(hub)
     assert cli.main(["push", str(folder), REPO, "--create-pr", "--revision", "main", "--license", "mit"]) == 0
     assert "/discussions/1" in capsys.readouterr().out
 
@@ -37,10 +35,8 @@ def test_the_command_draws_and_opens_requests(hub, folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere", REPO], "folder nowhere was not found"),
+        (["nowhere", REPO], "nowhere has no model_index.json"),
         (["FOLDER", "a b"], "is no id of a repo"),
-        (["FOLDER", REPO, "--samples", "-1"], "samples must be a non-negative integer"),
-        (["FOLDER", REPO, "--samples", "2"], "leave out one of them"),
         (["FOLDER", REPO, "--token", "hf_nobody"], "refused the token for ada/digits"),
     ],
 )
