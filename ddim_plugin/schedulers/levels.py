@@ -41,10 +41,8 @@ class Levels(StockConfig):
             if len({*shifts}) > 1 or not all(isinstance(value, Real) and value > 0 for value in shifts):
                 raise ValueError(f"shift and flow_shift must be one positive number, not {shifts}")
             if config.timestep_spacing not in OF_FLOW:
-                spacing = f"timestep_spacing={config.timestep_spacing!r}"
-                raise ValueError(
-                    f"{spacing} is for tables of β: for flow matching use {' or '.join(OF_FLOW)}, or sigmas"
-                )
+                known, spacing = " or ".join(OF_FLOW), config.timestep_spacing
+                raise ValueError(f"timestep_spacing={spacing!r} is for tables of β: use {known}, or pass sigmas")
             return paths.flow_matching(T, bool(config.get("invert_sigmas"))), None
         if kind == VE:
             if config.sigma_min is None:  # the default of `ScoreSdeVeScheduler`
