@@ -69,6 +69,7 @@ class Latents(Loop):
         multistep = isinstance(self.scheduler, MultistepDDIMScheduler)
         upwards = InverseMultistepDDIMScheduler if multistep else InverseDDIMScheduler
         inverse = upwards.from_config(self.scheduler.config)
+        inverse._shift = self.scheduler._shift
         self._set_timesteps(inverse, num_inference_steps, timesteps)
         up = inverse.timesteps[:steps]
         tops = self.scheduler.timesteps[-steps:][:1] if multistep else up
@@ -123,7 +124,6 @@ class Latents(Loop):
     def _refine_path(
         self, image: Tensor, condition: Condition, inverse: Upwards, up: Tensor, refinements: int, tolerance: float
     ) -> Encoded:
-        """Encode images, move them by the error of decoding, and encode again."""
         down, iterations = self.scheduler.timesteps[-len(up) :], max(1, refinements // 2)
 
         def residual(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,6 @@ class Loop:
         return batch_size, self.unet.config.in_channels, *self.image_size
 
     def _check_latents(self, latents: Tensor, batch_size: int | None = None) -> tuple[int, ...]:
-        """Return the shape of latents, or raise ValueError unless they are some for this network."""
         if not isinstance(latents, Tensor) or latents.ndim != 4 or not len(latents):
             given = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
             raise ValueError(f"latents must be a torch tensor (B, C, H, W) with B ≥ 1, not {given}")
@@ -150,7 +149,6 @@ class Loop:
         return x
 
     def _images(self, x: Tensor, output_type: str) -> Any:
-        """Convert x_0 to images of an output type. Raises ValueError for "pil" and "np" if a number is not finite."""
         x = finite(x) if output_type in ("pil", "np") else x
         if getattr(self.scheduler, "image_range", None) == (0, 1) and output_type != "latent":
             x = 2 * x - 1

@@ -42,7 +42,7 @@ class Solution(NamedTuple):
 def step_size(t: Level, s: Level) -> float:
     """Compute γ = 2/(m + M) with f′ in [m, M] for Gaussian data of variance 0 to `VARIANCE` and the exact ε̂."""
     slopes = [(s.signal * t.signal * v + s.noise * t.noise) / (t.signal**2 * v + t.noise**2) for v in (0.0, VARIANCE)]
-    return float(2 / sum(slopes))
+    return float(2 / (sum(slopes) or 2))
 
 
 def solve(residual: Residual, guess: Tensor, step: float, tolerance: float, evaluations: int) -> Solution:

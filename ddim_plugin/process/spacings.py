@@ -93,7 +93,8 @@ def _descend(top: float, bottom: float, S: int, power: float) -> Array:
 
 def few_exploding(S: int, sigma_min: float, sigma_max: float) -> list[float]:
     """Space S values of σ for a multistep method and images in 0..1, geometric from 3·S, at least 10, to 0.4/S."""
-    return np.geomspace(min(sigma_max, max(10, 3 * S)), max(sigma_min, 0.4 / S), S).tolist()
+    top, bottom = min(sigma_max, max(10, 3 * S)), max(sigma_min, 0.4 / S)
+    return np.geomspace(*((top, bottom) if bottom < top else (sigma_max, sigma_min)), S).tolist()
 
 
 def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
@@ -104,7 +105,6 @@ def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
 
 
 def _spread(times: Array, T: int) -> Times:
-    """Round decreasing numbers to distinct increasing times in 1..T, moving those too near up, or down at T."""
     steps = np.arange(len(times))
     rounded = np.round(times[::-1]).astype(np.int64)
     up = np.maximum.accumulate(rounded - steps) + steps

@@ -83,7 +83,7 @@ class StockConfig(SchedulerMixin, ConfigMixin):
 
     def _own_settings(self) -> dict[str, Any]:
         names = ("eta", "eps_mean_square", "use_clipped_model_output", *SOLVER)
-        own = {key: self.config[key] for key in names if key in self.config}
+        own = {key: self.config[key] for key in names if key in defaults(type(self))}
         own |= {key: self.config[key] for key in self._foreign() if self.config[key] != defaults(type(self))[key]}
         if "prediction_type" in self._foreign():  # loading takes that of the path if none is named
             own["prediction_type"] = self.config.prediction_type
@@ -141,6 +141,8 @@ class StockConfig(SchedulerMixin, ConfigMixin):
                 of_stock = defaults(getattr(diffusers, writer or path))  # with settings that we have no name for
                 later = {key: kwargs.pop(key, config.pop(key, of_stock[key])) for key in of_stock.keys() - known}
                 config |= {"_writer": writer} if writer else {}
+                if SOLVER[2] in known:  # its timesteps are checked on the path of all settings
+                    later[SOLVER[2]] = kwargs.pop(SOLVER[2], own.pop(SOLVER[2], None))
             if path == FLOW and kwargs.get("prediction_type", "flow_prediction") != "flow_prediction":
                 kwargs.setdefault("use_flow_sigmas", True)  # on the same path
             config, own = cls._adapt(config, own)
@@ -228,7 +230,6 @@ def _path_of_stock(name: str, known: dict[str, Any], is_stock: bool) -> str:
 
 
 def _drop_removed(settings: dict[str, Any], own: dict[str, Any]) -> None:
-    """Drop settings that only version 0.1 had, with one warning if one of them had another value than its default."""
     lost = {}
     for place in (settings, own):
         found = {key: place.pop(key) for key in REMOVED if key in place}

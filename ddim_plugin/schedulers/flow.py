@@ -2,11 +2,13 @@
 
 import inspect
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import diffusers
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .config import defaults
 
@@ -22,7 +24,7 @@ def grid(
     `stock` is the name of its class, `shift` one from `set_shift`. S, `sigmas` and `given` (`mu`, `timesteps`) are
     arguments of its `set_timesteps`. Raises ValueError for σ that do not fall, and for arguments it refuses.
     """
-    sigmas = None if sigmas is None else check(sigmas)
+    sigmas = None if sigmas is None else check(sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)
     cls = getattr(diffusers, stock)
     shifts = [config[key] for key in SHIFTS if config[key] != 1] or [1.0]
     scheduler = cls.from_config(config, **{key: shifts[0] for key in SHIFTS if key in defaults(cls)})
@@ -30,8 +32,8 @@ def grid(
         scheduler.set_shift(shift)
     mu = given.pop("mu")
     if config["use_dynamic_shifting"]:  # some pipelines pass mu to all schedulers
-        if mu is None:
-            raise ValueError("use_dynamic_shifting=True needs mu, the shift for the size of the image: pass mu")
+        if not isinstance(mu, Real) or not abs(mu) < 100:
+            raise ValueError(f"use_dynamic_shifting=True needs mu, the shift for the image's size, not {mu!r}: pass mu")
         given["mu"] = mu
     accepted = inspect.signature(scheduler.set_timesteps).parameters
     given = {key: value for key, value in {"sigmas": sigmas, **given}.items() if value is not None}
@@ -40,6 +42,8 @@ def grid(
     scheduler.set_timesteps(S, device="cpu", **given)
     levels = scheduler.sigmas.double().numpy()[: len(scheduler.timesteps)]
     levels = 1 - levels if config.get("invert_sigmas") else levels
+    if np.isnan(levels).any():
+        raise ValueError(f"{stock} has no noise levels for {len(levels)} steps with these settings: use more steps")
     return check(levels), scheduler.timesteps.tolist()
 
 

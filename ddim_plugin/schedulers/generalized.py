@@ -109,7 +109,8 @@ class GeneralizedDDIMScheduler(Planned):
         self._eps_mean_square = moves.eps_table(config.variance_type, config.eps_mean_square, T)
         self.order = 1 + config.corrector_steps
         path, alpha_bar = self._make_path()
-        if self._planned is None or path.T != self.path.T or type(path) is not type(self.path):
+        moved = path.explodes and self._planned is not None and path.bounds != self.path.bounds
+        if self._planned is None or path.T != self.path.T or type(path) is not type(self.path) or moved:
             self.num_inference_steps, self._planned, self._sigmas = None, None, None
             self.timesteps = torch.tensor([path.timestep(t) for t in range(T, 0, -1)], device="cpu")
         self._use(path, alpha_bar)

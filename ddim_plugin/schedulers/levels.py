@@ -48,7 +48,7 @@ class Levels(StockConfig):
             if config.sigma_min is None:  # the default of `ScoreSdeVeScheduler`
                 super().register_to_config(sigma_min=0.01)
             low, high = self.config.sigma_min, self.config.sigma_max
-            if T < 2 or not 0 < low < high < float("inf"):
+            if T < 2 or not (isinstance(low, Real) and isinstance(high, Real) and 0 < low < high < float("inf")):
                 raise ValueError(f"sigma_min must be positive and less than sigma_max, T ≥ 2, not {low!r} and {high!r}")
             return paths.variance_exploding(T, low, high), None
         if config.beta_schedule == "sqrt":
@@ -139,7 +139,6 @@ class Levels(StockConfig):
         return x.expand(shape), *levels.view(2, *axes)
 
     def _levels_at(self, times: Tensor, dtype: torch.dtype) -> Tensor:
-        """Compute signal and noise at timesteps, (2, N). Those of the plan have its levels."""
         if isinstance(self.path, paths.FlowMatching | paths.VarianceExploding):
             sigma = self.path.sigma(times)
             if self._planned is not None and self._sigmas is not None:
@@ -202,7 +201,6 @@ class Levels(StockConfig):
             self._shown = shown.to(torch.float32, copy=True)
 
     def _adopt(self) -> None:
-        """Use what was written into `alphas_cumprod` or `sigmas` in place."""
         if self._shown is not None and edits(self._shown):
             self._assign(self._shown)
         if self._sigmas is not None and edits(self._sigmas):

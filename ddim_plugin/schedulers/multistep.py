@@ -85,7 +85,6 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     @property
     def _much_noise(self) -> bool:
-        """Whether "few_steps" becomes "few_steps_noise", and steps extrapolate further."""
         return self._kind(None)[1] >= MUCH_NOISE
 
     def _spaced(self, S: int | None, spacing: str | None = None) -> spacings.Times:
@@ -100,7 +99,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     def _flow_times(self, S: int | None, sigmas: Any, **given: Any) -> tuple[spacings.Times, dict[float, float]]:
         is_plain = sigmas is None and given["timesteps"] is None and not self._much_noise
-        if is_plain and S in self._fitted and self.config.timestep_spacing == "few_steps":
+        if is_plain and spacings.is_integer(S) and S in self._fitted and self.config.timestep_spacing == "few_steps":
             return self._fitted[S].astype(float), {}
         return super()._flow_times(S, sigmas, **given)
 
@@ -108,8 +107,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         if self.config.timestep_spacing == "linear":
             return None
         noisy = self._much_noise or self.config.timestep_spacing == "few_steps_noise"
-        shifted = self.config.use_dynamic_shifting or max(self.config.shift, self.config.flow_shift) > 1
-        return spacings.few_sigmas(S, shifted, noisy)
+        shift = max(self.config.shift, self.config.flow_shift, self._shift or 1)
+        return spacings.few_sigmas(S, self.config.use_dynamic_shifting or shift > 1, noisy)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         super().set_begin_index(begin_index)

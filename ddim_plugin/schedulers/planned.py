@@ -79,8 +79,6 @@ class Planned(Levels):
                     times += [end] if (times[-1] < end) == (times[0] < times[-1]) else []
                     levels = [self.path.level(t).noise for t in times]
                     self._sigmas = torch.tensor(levels, dtype=torch.float32, device="cpu")
-                if self.path.explodes:
-                    self.init_noise_sigma = self.path.level(self._tau[-1].item()).noise
             self._called = self._planned.tolist()
             self._first = {t: i for i, t in reversed(list(enumerate(self._called)))}
             self._moving = {self._called[i]: i for i, (t, s) in enumerate(self._pairs) if t != s}
@@ -98,6 +96,8 @@ class Planned(Levels):
         self._next, self._place = begin_index, None
 
     def _replan(self) -> None:
+        if self._planned is not None and self.path.explodes:
+            self.init_noise_sigma = self.path.level(self._tau[-1].item()).noise
         self._plans: dict[Kind, list[Step]] = {}
         self._off_plan: dict[tuple[float, Kind], Step] = {}  # steps from times outside the plan
         self._tables = {key: table for key, table in self._tables.items() if key[0] == "marginals"}

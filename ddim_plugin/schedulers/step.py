@@ -105,7 +105,7 @@ class Evaluation(NamedTuple):
         """
         eps, noise = self.pred_epsilon(), self.step.eps
         size = eps.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (eps.ndim - 1))
-        change = ratio / size.clamp_min(1e-12)
+        change = ratio / size.clamp_min(0.1)
         return self._replace(step=self.step._replace(eps=noise - 2 * noise * change**2, noise=2 * noise * change))
 
     def _first_order(self) -> Tensor:
@@ -175,10 +175,9 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
             raise ValueError(f"x has shape {tuple(x.shape)}, the step {tuple(self.prev_sample.shape)}")
         self._check_unchanged("log_prob")
         mean, std = self._evaluation.mean(), self._evaluation.std()
-        if not isinstance(std, Tensor):
-            if std == 0:
-                raise ValueError("a step without noise has no density: set eta above 0, and leave out the last step")
-            std = torch.full((), std, dtype=mean.dtype, device=mean.device)
+        std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
+        if bool((std == 0).any()):
+            raise ValueError("a step without noise has no density: set eta above 0, and leave out the last step")
         return Normal(mean, std, validate_args=False).log_prob(x.to(mean.dtype)).flatten(1).sum(1).float()
 
     def _check_unchanged(self, name: str) -> None:

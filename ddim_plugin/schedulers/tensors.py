@@ -67,7 +67,7 @@ def number(timestep: Any, whole: bool) -> float:
 
 def numbers(timesteps: Tensor, whole: bool) -> Tensor:
     """Convert timesteps to integers if they must be `whole`, else to float32 at least. Raises ValueError for others."""
-    if not whole:
+    if not whole and timesteps.dtype not in HALF:
         return timesteps.to(torch.promote_types(timesteps.dtype, torch.float32))
     if timesteps.dtype in (torch.float32, torch.float64):
         if timesteps.device.type != "cpu" or bool((timesteps == timesteps.floor()).all()):
