@@ -115,7 +115,7 @@ class Loop:
             kind = self.scheduler.config.variance_type
             needed = 2 * channels if kind == "learned_range" else channels
             if made != needed:
-                remedy = f"variance_type={kind!r} needs {needed}, 'learned_range' {2 * channels}"
+                remedy = f"variance_type={kind!r} needs {needed} ('learned_range' twice as many as images have)"
                 raise ValueError(f"the network predicts {made} channels from {channels}: {remedy}")
 
     def _check_deterministic(self, invertible: bool = False) -> None:

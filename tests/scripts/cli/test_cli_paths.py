@@ -86,7 +86,7 @@ def test_fit(model, tmp_path):
         (["--variance", "learned_range"], "needs a β schedule, not flow matching", "not variance exploding"),
         (["--timesteps", "10", "20"], "descending", "descending"),
         (["--timesteps", "1001.5"], "1000", "50"),
-        (["--spacing", "quadratic"], "is for tables of β: for flow matching use", None),
+        (["--spacing", "quadratic"], "is for tables of β: use linear", None),
     ],
 )
 def test_options_that_do_not_apply(model, is_flow, tmp_path, capsys, options, flow, exploding):

@@ -42,7 +42,7 @@ def test_presets_are_the_papers_settings():
         ({"schedulers": ("UNet2DModel",)}, "unknown scheduler 'UNet2DModel'"),
         ({"spacings": ("cubic",)}, "cubic"),
         ({"variances": ("-0.5",)}, "unknown variance '-0.5': use a number"),
-        ({"variances": ("learned_range",)}, "variance_type='learned_range' needs twice the channels"),
+        ({"variances": ("learned_range",)}, "variance_type='learned_range' needs 2"),
         ({"variances": ("optimal",)}, "variance_type='optimal' needs eps_mean_square"),
         ({"clip": "sometimes"}, "unknown clip 'sometimes'"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
