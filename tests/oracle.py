@@ -84,3 +84,15 @@ class Mixture:
 
     def eps(self, x, t):
         return self.eps_at(x, self.alpha[t])
+
+
+def outputs(level, x0, eps):
+    """What a perfect network of each prediction type gives at (a, b), from the definitions."""
+    a, b = level
+    return {
+        "epsilon": eps,
+        "sample": x0,
+        "v_prediction": a * eps - b * x0,
+        "flow_prediction": eps - x0,
+        "score": -eps / b,
+    }

@@ -35,7 +35,6 @@ from .parser import FILES, LATENTS, MODEL
 
 GUIDANCE = ("guidance_scale", "null_class_label")
 CALL = ("timesteps", *GUIDANCE)  # options that are keywords of the pipeline's call
-WITHOUT_NOISE = DETERMINISTIC | {"corrector_steps": 0}
 CODING = (*CALL, "strength", "batch_size")  # those of encode and decode
 KEPT = ("steps", "timesteps", "spacing", "multistep", "strength", "class_label", *GUIDANCE)  # saved with latents
 
@@ -73,7 +72,7 @@ def sample(args: Namespace) -> tuple:
     if args.latents:
         for name in _given(args, "num", "eta", "variance", "clip"):
             raise ValueError(f"--{name} has no effect on --latents, which determine the images: leave it out")
-        z, options, changes = _load_latents(args), CODING, WITHOUT_NOISE
+        z, options, changes = _load_latents(args), CODING, DETERMINISTIC
     args.num = len(z) if z is not None else 16 if args.num is None else args.num
     settings = _keywords(args, args.num, *options) | {"output_type": "np"}
     labels = settings.pop("class_labels")
@@ -128,7 +127,7 @@ def interpolate(args: Namespace) -> tuple:
     if args.images:
         pipe, _, z, record = _encode(args)
     else:
-        pipe, record = _load(args, WITHOUT_NOISE), {}
+        pipe, record = _load(args, DETERMINISTIC), {}
         z = ends if args.latents else pipe._noise(ends)[1]
     draw, ends = (pipe.interpolate, z) if len(z) == 2 else (pipe.interpolate_grid, [z])
     images = draw(*ends, args.points, **settings)
@@ -219,7 +218,7 @@ def _load(args: Namespace, changes: dict[str, Any]) -> GeneralizedDDIMPipeline:
 def _encode(args: Namespace) -> tuple[GeneralizedDDIMPipeline, list[Image.Image], Tensor, dict]:
     """Return the model, the images, their latents, and the record with the report, which is printed."""
     settings = _keywords(args, len(args.images), "tolerance", *CODING)
-    pipe = _load(args, WITHOUT_NOISE)
+    pipe = _load(args, DETERMINISTIC)
     shape = pipe.unet.config.in_channels, pipe.image_size
     images = [open_image(file, *shape, args.resize, hint=" (--resize)") for file in args.images]
     z, report = pipe.encode(images, args.steps, refinement_steps=args.refine, return_report=True, **settings)

@@ -4,6 +4,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import diffusers
@@ -135,8 +136,8 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         if removed := sorted(REMOVED.keys() & kwargs.keys()):
             raise ValueError(f"{removed[0]}={kwargs[removed[0]]!r} is no setting since version 0.2: leave it out")
         if isinstance(config, dict):
-            known, writer, (config, own, path) = defaults(cls), _flow_writer(config), _split(config)
-            writer = writer if path == FLOW else None
+            known, given, (config, own, path) = defaults(cls), config, _split(config)
+            writer = _flow_writer(given) if path == FLOW else None
             if path != VP:
                 of_stock = defaults(getattr(diffusers, writer or path))  # with settings that we have no name for
                 later = {key: kwargs.pop(key, config.pop(key, of_stock[key])) for key in of_stock.keys() - known}
@@ -166,6 +167,7 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         return settings, own
 
 
+@cache
 def defaults(cls: type | None) -> dict[str, Any]:
     """Return the settings of a scheduler's class with their defaults."""
     parameters = {} if cls is None else inspect.signature(cls.__init__).parameters

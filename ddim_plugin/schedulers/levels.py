@@ -139,9 +139,9 @@ class Levels(StockConfig):
         return x.expand(shape), *levels.view(2, *axes)
 
     def _levels_at(self, times: Tensor, dtype: torch.dtype) -> Tensor:
-        if isinstance(self.path, paths.FlowMatching | paths.VarianceExploding):
+        if self.path.continuous:
             sigma = self.path.sigma(times)
-            if self._planned is not None and self._sigmas is not None:
+            if self._planned is not None:
                 here = times[:, None] == self._planned.to(times)
                 planned = self._sigmas[: len(self._planned)].to(sigma)
                 sigma = torch.where(here.any(1), planned[here.long().argmax(1)], sigma)

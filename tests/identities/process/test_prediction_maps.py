@@ -4,23 +4,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import outputs
 from random_paths import chains, paths
 
 from ddim_plugin.process import moves
 from ddim_plugin.process import predictions as p
 from ddim_plugin.process.paths import Level, flow_matching, variance_exploding
-
-
-def outputs(level, x0, eps):
-    """What a perfect network of each type gives, from the definitions."""
-    a, b = level
-    return {
-        "epsilon": eps,
-        "sample": x0,
-        "v_prediction": a * eps - b * x0,
-        "flow_prediction": eps - x0,
-        "score": -eps / b,
-    }
 
 
 @given(paths(), st.data(), st.floats(-2, 2), st.floats(-2, 2))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from oracle import outputs
 from pictures.bits import discretized_log_likelihood, kl
 from torch.distributions import Normal, kl_divergence
 from trainer.objective import ImportanceTimes, Objective, draw_times
@@ -145,13 +146,7 @@ def output_on(path, kind, x0, noise, t, wrong):
     a, b = (torch.from_numpy(np.asarray(each))[t].view(-1, 1, 1, 1) for each in path.levels)
     guess = x0.double() + wrong
     eps = (a * x0.double() + b * noise.double() - a * guess) / b
-    return {
-        "epsilon": eps,
-        "sample": guess,
-        "v_prediction": a * eps - b * guess,
-        "flow_prediction": eps - guess,
-        "score": -eps / b,
-    }[kind].float()
+    return outputs((a, b), guess, eps)[kind].float()
 
 
 @pytest.mark.parametrize("name", PATHS)
