@@ -3,7 +3,6 @@
 from diffusers import ModelMixin as ModelMixin
 from diffusers import SchedulerMixin as SchedulerMixin
 
-from .pipelines.fit import fit_timesteps as fit_timesteps
 from .pipelines.generation import GeneralizedDDIMPipeline as GeneralizedDDIMPipeline
 from .schedulers import GeneralizedDDIMScheduler as GeneralizedDDIMScheduler
 from .schedulers import GeneralizedDDIMSchedulerOutput as GeneralizedDDIMSchedulerOutput

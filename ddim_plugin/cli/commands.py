@@ -1,4 +1,4 @@
-"""The commands: sample, encode, reconstruct, interpolate, fit and push."""
+"""The commands: sample, encode, reconstruct, interpolate and push."""
 
 import json
 import os
@@ -26,7 +26,6 @@ from torch import Tensor
 from ..hub.files import put
 from ..hub.model import INDEX
 from ..hub.push import explained, push_folder
-from ..pipelines.fit import fit_timesteps
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..pipelines.images import check_channels, grid, image_files, open_image
 from ..schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, MultistepDDIMScheduler, keep_learned, sampler_class
@@ -49,7 +48,7 @@ def run(args: Namespace) -> None:
     files = FILES[vars(args).get("format") or command]
     files = [file for file in files if file != LATENTS or not vars(args).get("latents")]
     places = [Path(args.output, file) for file in (*files, f"{command}.json")]
-    commands = {"sample": sample, "encode": encode, "reconstruct": reconstruct, "interpolate": interpolate, "fit": fit}
+    commands = {"sample": sample, "encode": encode, "reconstruct": reconstruct, "interpolate": interpolate}
     _check(args, places)
     parent = next(path for path in Path(args.output, MODEL).absolute().parents if path.exists())
     with tempfile.TemporaryDirectory(dir=parent, prefix=".ddim-plugin-") as scratch:
@@ -134,21 +133,6 @@ def interpolate(args: Namespace) -> tuple:
     return record, grid(np.split(images, range(args.points, len(images), args.points))), z
 
 
-def fit(args: Namespace) -> tuple:
-    """Fit the timesteps of a model at few steps."""
-    folder, model = Path(args.output) / MODEL, Path(args.model).resolve()
-    if folder.resolve() in (model, *model.parents):
-        raise ValueError(f"--output {args.output} would replace {args.model} by the fitted model: choose another one")
-    settings = _keywords(args, args.num, "teacher_steps", "seed", "batch_size", *GUIDANCE)
-    pipe = _load(args, {"eta": 0.0, "variance_type": "fixed_small"})
-    found = fit_timesteps(pipe, args.steps, args.num, **settings)
-    for S, each in found.items():
-        print(f"S = {S}: distance to the solution {each.error:.3g} (default {each.default_error:.3g})", file=sys.stderr)
-    if args.dtype != "float32":  # the weights are saved as they were loaded
-        pipe = GeneralizedDDIMPipeline.from_pretrained(args.model, revision=args.revision, scheduler=pipe.scheduler)
-    return {"fitted": {str(S): each._asdict() for S, each in found.items()}}, pipe
-
-
 def _check(args: Namespace, places: list[Path]) -> None:
     """Raise ValueError for settings that cannot work, before anything is loaded."""
     settings = {name: value for name, value in vars(args).items() if value is not None}
@@ -171,13 +155,13 @@ def _check(args: Namespace, places: list[Path]) -> None:
 
 
 def _check_places(places: list[Path], overwrite: bool) -> None:
-    """Raise ValueError for files that exist, or, with --overwrite, for folders that no command wrote."""
+    """Raise ValueError for files that exist, or, with --overwrite, for folders of anything but samples."""
     for place in filter(os.path.lexists, places):
         if not overwrite:
             raise ValueError(f"{place} exists: choose another --output, or pass --overwrite")
         names = os.listdir(place) if place.is_dir() else []
-        if INDEX not in names and not all(re.fullmatch(r"\d{6,}\.png", name) for name in names):
-            raise ValueError(f"--overwrite replaces models and samples only, not {place}: choose another --output")
+        if not all(re.fullmatch(r"\d{6,}\.png", name) for name in names):
+            raise ValueError(f"--overwrite replaces samples only, not {place}: choose another --output")
 
 
 def locate(model: str, revision: str | None) -> tuple[str, str | None]:
@@ -256,9 +240,7 @@ def _keywords(args: Namespace, num: int, *names: str) -> dict[str, Any]:
 
 def _write(path: Path, content: Any, args: Namespace) -> None:
     """Write one file or folder."""
-    if isinstance(content, GeneralizedDDIMPipeline):
-        content.save_pretrained(path)
-    elif isinstance(content, Tensor):
+    if isinstance(content, Tensor):
         kept = json.dumps({key: getattr(args, key) for key in KEPT})
         path.write_bytes(save({"latents": content.cpu().contiguous()}, {"ddim_plugin": kept}))
     elif isinstance(content, Image.Image):

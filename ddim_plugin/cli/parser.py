@@ -16,7 +16,6 @@ FILES = {  # what each command, or the --format of sample, writes into --output 
     "encode": (LATENTS,),
     "reconstruct": ("reconstruction.png", LATENTS),
     "interpolate": ("interpolation.png", LATENTS),
-    "fit": (MODEL,),
 }
 
 
@@ -81,12 +80,6 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub.add_argument("images", metavar="IMAGE", nargs="*", help="two or four image files, or a folder of them")
     sub.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="draw the ends from noise with these seeds")
     sub.add_argument("--points", type=int, default=11, help="images on a path (default: %(default)s)")
-
-    sub = command("fit", "fit a model's timesteps at few steps", "user/model --steps 5 8 10 --output out", model, seed)
-    sub.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20], metavar="S", help="numbers of steps")
-    sub.add_argument("--num", type=int, default=128, help="number of images to fit on (default: %(default)s)")
-    sub.add_argument("--teacher-steps", type=int, default=200, help="steps of the solutions (default: %(default)s)")
-    sub.set_defaults(multistep=True, spacing=None)
 
     sub = command("push", "push a saved pipeline to the Hub, with a card", "out/digits user/digits --license cc-by-4.0")
     sub.add_argument("folder", metavar="FOLDER", help="a folder written by save_pretrained or the training script")

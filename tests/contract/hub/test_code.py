@@ -115,7 +115,6 @@ def test_it_holds_what_the_pipeline_imports_and_no_more():
     assert modules[-1] == "pipelines_generation"
     assert {"process_moves", "schedulers_config", "schedulers_multistep", "pipelines_latents"} < set(modules)
     assert {name.split("_")[0] for name in modules} == {"process", "schedulers", "pipelines"}
-    assert "pipelines_fit" not in modules
     assert "ddim_plugin" not in re.findall(r"^\s*(?:from|import) (\w+)", builder.code().text, re.MULTILINE)
 
 

@@ -78,13 +78,11 @@ def test_every_way_in_finds_complete_classes():
 def test_the_public_names_are_those_of_their_modules():
     from diffusers import ModelMixin, SchedulerMixin
 
-    from ddim_plugin.pipelines.fit import fit_timesteps
     from ddim_plugin.pipelines.generation import GeneralizedDDIMPipeline
 
     namespace = {}
     exec("from ddim_plugin import *", namespace)
     assert {name for name in namespace if name != "__builtins__"} == {*ddim_plugin.__all__}
-    assert ddim_plugin.fit_timesteps is fit_timesteps
     assert ddim_plugin.GeneralizedDDIMPipeline is GeneralizedDDIMPipeline
     assert (ddim_plugin.ModelMixin, ddim_plugin.SchedulerMixin) == (ModelMixin, SchedulerMixin)
     with pytest.raises(ImportError, match="cannot import name 'DDIMScheduler'"):

@@ -24,7 +24,6 @@ from ddim_plugin import (
     GeneralizedDDIMScheduler,
     InverseDDIMScheduler,
     MultistepDDIMScheduler,
-    fit_timesteps,
 )
 
 FLOW = {"prediction_type": "flow_prediction", "shift": 3.0}
@@ -355,21 +354,3 @@ def test_a_stock_flow_scheduler_that_was_chosen_is_kept(make_pipe, tmp_path):
     assert index_of(tmp_path)["_class_name"] == "DDPMPipeline"  # `DDIMPipeline` would replace the scheduler
     again = GeneralizedDDIMPipeline.from_pretrained(tmp_path).scheduler
     assert (type(again), again.config.shift) == (diffusers.FlowMatchEulerDiscreteScheduler, 2.0)
-
-
-# ---- fitting -------------------------------------------------------------------------------------------------------
-
-
-@accurate
-def test_fitting(settings):
-    pipe = exact(GeneralizedDDIMScheduler(**settings))
-    found = fit_timesteps(pipe, [3], num_images=8, teacher_steps=100)[3]
-    assert found.error <= found.default_error
-    assert type(pipe.scheduler) is MultistepDDIMScheduler
-    pipe.scheduler.set_timesteps(3)
-    z = torch.cat([torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(4, 8)])
-    solution = pipe.decode(z, timesteps=None, num_inference_steps=500, output_type="latent")
-    low, high = pipe.scheduler.image_range
-    few, solution = (each.clamp(low, high) for each in (pipe.decode(z, 3, output_type="latent"), solution))
-    error = float((few - solution).flatten(1).square().mean(1).sqrt().mean())
-    assert error == pytest.approx(found.error, abs=0.01)

@@ -26,7 +26,7 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
         (["sample", "MODEL", "--latents", "TEXT"], "text.safetensors: File does not contain tensor latents"),
         (["sample", "MODEL", "--seed", "99999999999999999999"], "a seed must fit 64 bits"),
         (["sample", "MODEL", "--seed", str(2**64 - 1), "--num", "2"], "a seed must fit 64 bits"),
-        (["fit", "MODEL", "--seed", "-99999999999999999999"], "a seed must fit 64 bits"),
+        (["sample", "MODEL", "--seed", "-99999999999999999999"], "a seed must fit 64 bits"),
         (
             ["interpolate", "MODEL", "--seeds", "1", "2", "--tolerance", "0.1"],
             "--tolerance, --refine and --resize need",

@@ -112,7 +112,7 @@ def test_folders_of_somebody_are_not_overwritten(model, tmp_path, capsys):
     assert [file.name for file in folder.iterdir()] == ["000000.png"]
     (folder / "holiday.png").write_bytes(b"precious")
     run(*few, "--overwrite", ok=False)
-    assert "--overwrite replaces models and samples only" in capsys.readouterr().err
+    assert "--overwrite replaces samples only" in capsys.readouterr().err
     assert (folder / "holiday.png").read_bytes() == b"precious"
     (folder / "holiday.png").unlink()
     folder.rename(tmp_path / "kept")
@@ -178,22 +178,9 @@ def test_files_have_the_mode_that_the_umask_allows(model, tmp_path, umask):
     try:
         run("sample", model, "--num", 1, *FEW, "--output", tmp_path / "grid")
         run("sample", model, "--num", 1, *FEW, "--format", "png", "--output", tmp_path / "png")
-        few = ("--steps", 2, "--num", 2, "--teacher-steps", 4, "--batch-size", 2)
-        run("fit", model, *few, "--output", tmp_path / "fit")
     finally:
         os.umask(before)
     modes = {path: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
     assert {mode for path, mode in modes.items() if path.is_file()} == {0o666 & ~umask}
     assert {mode for path, mode in modes.items() if path.is_dir()} == {0o777 & ~umask}
-    assert "diffusion_pytorch_model.safetensors" in {path.name for path in modes}
-
-
-def test_a_saved_model_does_not_tell_where_it_came_from(model, tmp_path):
-    few = ("--steps", 2, "--num", 2, "--teacher-steps", 4, "--batch-size", 2)
-    run("fit", model, *few, "--output", tmp_path)
-    texts = [file.read_text() for file in (tmp_path / "model").rglob("*.json")]
-    assert len(texts) == 3
-    assert str(model) not in "".join(texts)
-    again = GeneralizedDDIMPipeline.from_pretrained(tmp_path / "model").unet.config
-    there = GeneralizedDDIMPipeline.from_pretrained(model).unet.config
-    assert {key: again[key] for key in again if key[0] != "_"} == {key: there[key] for key in there if key[0] != "_"}
+    assert "latents.safetensors" in {path.name for path in modes}

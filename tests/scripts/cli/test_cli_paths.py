@@ -8,7 +8,7 @@ import torch
 from cli_runs import latents, run
 from PIL import Image
 
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 
 PATHS = {
     "flow": {"prediction_type": "flow_prediction", "shift": 3.0},
@@ -68,16 +68,6 @@ def test_encode_reconstruct_and_interpolate(model, pictures, tmp_path, capsys):
     run("interpolate", model, pictures / "0.png", pictures / "1.png", "--steps", 3, "--output", tmp_path / "images")
     run("interpolate", model, "--seeds", 1, 2, 3, 4, "--points", 3, "--steps", 3, "--output", tmp_path / "seeds")
     assert latents(tmp_path / "seeds").shape == (4, 3, 8, 8)
-
-
-def test_fit(model, tmp_path):
-    settings = ("--num", 4, "--teacher-steps", 12, "--batch-size", 4)
-    run("fit", model, "--steps", 3, *settings, "--output", tmp_path)
-    found = json.loads((tmp_path / "fit.json").read_text())["fitted"]["3"]
-    assert found["error"] <= found["default_error"]
-    pipe = GeneralizedDDIMPipeline.from_pretrained(tmp_path / "model")
-    assert isinstance(pipe.scheduler, MultistepDDIMScheduler)
-    run("sample", tmp_path / "model", "--num", 1, "--steps", 3, "--output", tmp_path / "sampled")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from pictures import Frame, Reading, open_pictures
 from torch import Generator, Tensor
 
 from ddim_plugin import GeneralizedDDIMPipeline
-from ddim_plugin.pipelines.fit import TEACHER
 from ddim_plugin.process.paths import VarianceExploding
 
 from ..extractors import open_extractor
@@ -28,6 +27,7 @@ from ..metrics import Gaussian, check_count, fit, frechet
 from ..parts import DTYPES, digest, start_processes
 from ..references import open_reference
 from ..references import statistics as statistics_of
+from .fitting import TEACHER
 from .samplers import SIGMAS, Sampler, Unfit, make_scheduler
 
 FAILURES = (

@@ -1,24 +1,30 @@
-"""Times fitted to a model: what they are worth, how they are kept, and what is refused."""
+"""Times fitted to a model: what they are worth, what the script writes, and what is refused."""
 
 import itertools
+import json
 
+import fit
 import numpy as np
 import pytest
 import torch
 from exact import exact_pipe
+from measure.comparison.fitting import Fitted, descend, fit_timesteps, spread_labels
 from oracle import Mixture
+from trainer.settings import build
 
 from ddim_plugin import (
     GeneralizedDDIMPipeline,
     GeneralizedDDIMScheduler,
-    InverseMultistepDDIMScheduler,
     MultistepDDIMScheduler,
-    fit_timesteps,
 )
-from ddim_plugin.pipelines.fit import Fitted, _labels, descend
 
 ALPHA = GeneralizedDDIMScheduler().alpha_bar
 DATA = Mixture((0.3, 0.7), (-0.6, 0.5), (0.01, 0.02), ALPHA)
+OTHER_PATHS = {
+    "flow": {"prediction_type": "flow_prediction", "shift": 3.0},
+    "exploding": {"prediction_type": "score", "sigma_max": 50.0},
+    "ε": {"prediction_type": "epsilon", "sigma_max": 50.0},
+}
 FEW = {"num_images": 16, "teacher_steps": 60}
 
 
@@ -55,45 +61,6 @@ def test_it_depends_on_the_seed_and_on_nothing_else():
     assert found(seed=50).error != first.error
 
 
-def test_they_are_used_saved_and_carried(make_unet, tmp_path):
-    fitted = {"3": [900, 400, 30], "1": [700]}
-    scheduler = MultistepDDIMScheduler(fitted_timesteps=fitted)
-
-    def times(each, S):
-        each.set_timesteps(S)
-        return each.timesteps.tolist()
-
-    assert MultistepDDIMScheduler(fitted_timesteps={3: np.array([900, 400, 30]), 1: (700,)}).config == scheduler.config
-    assert times(scheduler, 3) == [900, 400, 30]
-    assert times(scheduler, 1) == [700]
-    assert times(scheduler, 4) == times(MultistepDDIMScheduler(), 4)
-    assert times(MultistepDDIMScheduler.from_config(scheduler.config, timestep_spacing="linear"), 3) == [999, 665, 332]
-    assert times(InverseMultistepDDIMScheduler.from_config(scheduler.config), 3) == [30, 30, 400]
-    GeneralizedDDIMPipeline(make_unet(), scheduler).save_pretrained(tmp_path)
-    loaded = GeneralizedDDIMPipeline.from_pretrained(tmp_path).scheduler
-    assert times(loaded, 3) == [900, 400, 30]
-    assert loaded.config.fitted_timesteps == fitted
-
-
-def test_they_are_for_the_deterministic_process(make_unet):
-    """With noise τ is that of the spacing, whether the scheduler says so or the call."""
-    fitted = {"fitted_timesteps": {"3": [900, 400, 30]}}
-    usual = MultistepDDIMScheduler(timestep_spacing="few_steps_noise")
-    usual.set_timesteps(3)
-    noisy = MultistepDDIMScheduler(eta=1.0, **fitted)
-    noisy.set_timesteps(3)
-    assert noisy.timesteps.tolist() == usual.timesteps.tolist()
-    noisy.set_timesteps(3, eta=0.0)
-    assert noisy.timesteps.tolist() == [900, 400, 30]
-    pipe = GeneralizedDDIMPipeline(make_unet(), MultistepDDIMScheduler(**fitted))
-    pipe.set_progress_bar_config(disable=True)
-    for eta, times in ((None, [900, 400, 30]), (0.0, [900, 400, 30]), (1.0, usual.timesteps.tolist())):
-        pipe(num_inference_steps=3, eta=eta, output_type="pt")
-        assert pipe.scheduler.timesteps.tolist() == times
-    with pytest.raises(ValueError, match="eta"):
-        noisy.set_timesteps(3, eta=-1.0)
-
-
 def test_what_was_fitted_before_stays():
     pipe = exact_pipe(DATA, MultistepDDIMScheduler(fitted_timesteps={"3": [900, 400, 30], "4": [950, 700, 300, 20]}))
     found = fit_timesteps(pipe, [4], **FEW)
@@ -116,6 +83,21 @@ def test_the_error_is_the_distance_to_the_true_solution(order):
     found = fit_timesteps(pipe, [5], num_images=32, teacher_steps=100)
     assert found[5].error <= found[5].default_error
     assert found[5].error == pytest.approx(2 * distance(pipe.scheduler, 5, range(16, 32)), rel=0.1)  # on −1..1
+
+
+@pytest.mark.parametrize("settings", OTHER_PATHS.values(), ids=OTHER_PATHS)
+def test_the_error_on_other_paths(make_unet, settings):
+    unet = make_unet(time_embedding_type="positional" if "shift" in settings else "fourier")
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.01, generator=torch.Generator().manual_seed(0))
+    pipe = GeneralizedDDIMPipeline(unet, GeneralizedDDIMScheduler(**settings))
+    pipe.set_progress_bar_config(disable=True)
+    found = fit_timesteps(pipe, [3], num_images=8, teacher_steps=100)[3]
+    assert found.error <= found.default_error
+    assert type(pipe.scheduler) is MultistepDDIMScheduler
+    low, high = pipe.scheduler.image_range
+    z = torch.cat([torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(4, 8)])
+    few, solution = (pipe.decode(z, S, output_type="latent").clamp(low, high) for S in (3, 500))
+    assert float((few - solution).flatten(1).square().mean(1).sqrt().mean()) == pytest.approx(found.error, abs=0.01)
 
 
 def test_zero_terminal_snr():
@@ -165,8 +147,8 @@ def test_labels_and_guidance():
     pipe._predict = lambda x, t, condition: calls.append(condition) or original(x, t, condition)
     fit_timesteps(pipe, [3], **FEW | {"teacher_steps": 10})
     assert calls[0].labels[0].tolist() == [i % 3 for i in range(16)]
-    assert _labels(1000, 4, 1.0, None) == [0, 250, 500, 750]
-    assert _labels(3, 4, 2.0, 0) == [1, 2, 1, 2]
+    assert spread_labels(1000, 4, 1.0, None) == [0, 250, 500, 750]
+    assert spread_labels(3, 4, 2.0, 0) == [1, 2, 1, 2]
     calls.clear()
     fit_timesteps(pipe, [3], **FEW | {"teacher_steps": 10}, guidance_scale=2.0)
     assert calls[0].labels[0].tolist() == [i % 2 for i in range(16)]
@@ -189,13 +171,9 @@ def test_small_T():
     [
         ({"steps": []}, r"steps must be a list of integers from 1 to 100, half .*, not \[\]"),
         ({"steps": [5, 0]}, r"not \[5, 0\]"),
-        ({"steps": [5, 2.5]}, r"not \[5, 2.5\]"),
-        ({"steps": 5}, "steps must be a list of integers .*, not 5"),
-        ({"steps": [5], "num_images": 1}, "num_images must be an integer of at least 2, not 1"),
         ({"steps": [5], "batch_size": 0}, "batch_size must be an integer of at least 1, not 0"),
         ({"steps": [5, 50], "teacher_steps": 99}, "from 1 to 49, half of teacher_steps=99"),
         ({"steps": [600], "teacher_steps": 2000}, "from 1 to 500, .* of the 1000 timesteps"),
-        ({"steps": [5], "teacher_steps": 99.5}, "teacher_steps must be an integer of at least 2, not 99.5"),
     ],
 )
 def test_bad_input(settings, said):
@@ -218,22 +196,6 @@ def test_noise_is_refused_and_an_interrupt_leaves_the_scheduler():
     assert pipe.scheduler is before
 
 
-@pytest.mark.parametrize(
-    ("fitted", "said"),
-    [
-        ({"two": [500]}, "has the key 'two', which is no step count"),
-        ({2.5: [500]}, r"has the key 2\.5, which is no step count"),
-        ([[500]], "must be a dictionary of lists"),
-        ({"2": [500]}, "fitted_timesteps has 1 timesteps for 2 steps"),
-        ({"2": [5, 500]}, "descending order"),
-        ({"1": [1000]}, "outside 0..999"),
-    ],
-)
-def test_bad_times(fitted, said):
-    with pytest.raises(ValueError, match=said):
-        MultistepDDIMScheduler(fitted_timesteps=fitted)
-
-
 def test_half_precision():
     pipe = exact_pipe(DATA, MultistepDDIMScheduler(), dtype=torch.bfloat16)
     found = fit_timesteps(pipe, [4], **FEW)
@@ -252,3 +214,81 @@ def test_the_descent_goes_down_and_stays_in_order():
     assert cost(tau) == min(map(cost, list(seen)))
     assert np.abs(np.array(tau) - goal).max() <= 10
     assert descend((1,), 1, lambda tau: 0.0) == (1,)
+
+
+# ---- the script ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(make_unet, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fit") / "model"
+    GeneralizedDDIMPipeline(make_unet(), GeneralizedDDIMScheduler(eta=1.0)).save_pretrained(folder)
+    return folder
+
+
+def run(model, output, **settings):
+    quick = {"steps": (2, 3), "images": 4, "teacher_steps": 12, "batch_size": 4}
+    return fit.main(build(fit.FitConfig, quick | {"model": str(model), "output": str(output)} | settings))
+
+
+def test_the_model_has_the_times_of_the_record(model, tmp_path, capsys):
+    done = run(model, tmp_path)
+    assert "S = 3: distance to the solution" in capsys.readouterr().err
+    result = json.loads((tmp_path / "fit.json").read_text())
+    assert result == json.loads(json.dumps(done))
+    words = result["command"].split()
+    assert words[:6] == ["python", "training/fit.py", "--model", str(model), "--output", str(tmp_path)]
+    pipe = GeneralizedDDIMPipeline.from_pretrained(tmp_path / "model")
+    assert isinstance(pipe.scheduler, MultistepDDIMScheduler)
+    for S in (2, 3):
+        pipe.scheduler.set_timesteps(S)
+        assert pipe.scheduler.timesteps.tolist() == result["fitted"][str(S)]["timesteps"]
+    assert str(model) not in "".join(file.read_text() for file in (tmp_path / "model").rglob("*.json"))
+
+
+def test_an_earlier_fit_is_replaced_if_asked(model, tmp_path):
+    run(model, tmp_path)
+    with pytest.raises(ValueError, match="model exists: choose another output, or pass --overwrite"):
+        run(model, tmp_path, steps=(2,))
+    run(model, tmp_path, steps=(2,), overwrite=True)
+    assert list(json.loads((tmp_path / "fit.json").read_text())["fitted"]) == ["2"]
+    with pytest.raises(ValueError, match="by the fitted model: choose another"):
+        run(tmp_path / "model", tmp_path, overwrite=True)
+    (tmp_path / "other" / "model").mkdir(parents=True)
+    (tmp_path / "other" / "model" / "thesis.txt").write_text("all of it")
+    with pytest.raises(ValueError, match="--overwrite replaces models only, not"):
+        run(model, tmp_path / "other", overwrite=True)
+    assert (tmp_path / "other" / "model" / "thesis.txt").exists()
+
+
+def test_weights_are_saved_as_they_were_loaded(model, tmp_path):
+    run(model, tmp_path, dtype="bfloat16")
+    folders = (model, tmp_path / "model")
+    assert torch.equal(*(GeneralizedDDIMPipeline.from_pretrained(each).unet.conv_in.weight for each in folders))
+
+
+def test_labels_and_guidance_of_the_script(make_unet, tmp_path):
+    pipe = GeneralizedDDIMPipeline(make_unet(num_class_embeds=3), GeneralizedDDIMScheduler())
+    pipe.save_pretrained(tmp_path / "model")
+    for i, labels in enumerate([(), (1,), (0, 1, 0, 1)]):
+        run(tmp_path / "model", tmp_path / str(i), steps=(2,), class_label=labels, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="2 class labels for 4 images: give one or all"):
+        run(tmp_path / "model", tmp_path / "bad", class_label=(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"steps": (0,)}, r"steps must be a list of integers from 1 to 6, half .*, not \[0\]"),
+        ({"images": 1}, "images must be at least 2, not 1"),
+        ({"teacher_steps": 1}, "teacher_steps must be at least 2, not 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"seed": 2**63 - 4}, "a seed must fit 64 bits with its sign, not"),
+        ({"class_label": (1,)}, "unconditional"),
+        ({"dtype": "float64"}, "unknown dtype 'float64': use one of float32"),
+    ],
+)
+def test_bad_settings_leave_nothing(model, tmp_path, settings, said):
+    with pytest.raises(ValueError, match=said):
+        run(model, tmp_path / "out", **settings)
+    assert list(tmp_path.iterdir()) == []

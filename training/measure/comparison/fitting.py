@@ -7,14 +7,12 @@ from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..process import spacings
-from ..schedulers import MultistepDDIMScheduler
-from .generation import GeneralizedDDIMPipeline
-from .loop import batches, check_count, finite
+from ddim_plugin import GeneralizedDDIMPipeline, MultistepDDIMScheduler
+from ddim_plugin.pipelines.loop import finite
+from ddim_plugin.process import spacings
 
 Times = tuple[int, ...]  # τ, increasing
 Cost = Callable[[Times], float]
@@ -30,7 +28,6 @@ class Fitted(NamedTuple):
     default_error: float  # that of the spacing "few_steps"
 
 
-@torch.no_grad()
 def fit_timesteps(
     pipe: GeneralizedDDIMPipeline,
     steps: Sequence[int] = (5, 8, 10, 15, 20),
@@ -58,35 +55,27 @@ def fit_timesteps(
             without the label of "no class" if guidance is on.
         batch_size, guidance_scale, null_class_label: as for `encode` and the pipeline's call.
 
-    Raises ValueError for numbers out of range, a scheduler that adds noise, and images that are not finite.
+    Raises:
+        ValueError: for numbers out of range, a scheduler that adds noise, and images that are not finite.
     """
     scheduler = MultistepDDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="few_steps")
     T = scheduler.config.num_train_timesteps
-    check_count("num_images", num_images)
-    check_count("teacher_steps", teacher_steps)
-    check_count("batch_size", batch_size, 1)
     most = min(teacher_steps, T) // 2
-    if (
-        not isinstance(steps, Sequence)
-        or not steps
-        or not all(spacings.is_integer(S) and 1 <= S <= most for S in steps)
-    ):
+    if not steps or not all(1 <= S <= most for S in steps):
         limits = f"half of teacher_steps={teacher_steps} and of the {T} timesteps"
-        raise ValueError(f"steps must be a list of integers from 1 to {most}, {limits}, not {steps!r}")
-    fitting = copy(pipe)
-    fitting.scheduler = scheduler
-    fitting._check_deterministic()
+        raise ValueError(f"steps must be a list of integers from 1 to {most}, {limits}, not {[*steps]}")
     if class_labels is None:
-        class_labels = _labels(pipe.unet.config.num_class_embeds, num_images, guidance_scale, null_class_label)
-    condition = fitting._condition(class_labels, guidance_scale, null_class_label, num_images)
-    noise = fitting._noise(range(seed, seed + num_images))[1].to(condition.device, condition.state_dtype)
+        class_labels = spread_labels(pipe.unet.config.num_class_embeds, num_images, guidance_scale, null_class_label)
+    decoding = {"batch_size": batch_size, "guidance_scale": guidance_scale, "null_class_label": null_class_label}
+    noise = pipe._noise(range(seed, seed + num_images))[1]
+    fitting = copy(pipe)
+    fitting.set_progress_bar_config(disable=True)
 
     def sample(scheduler: MultistepDDIMScheduler, tau: Sequence[int], images: range) -> Tensor:
         scheduler._fitted[len(tau)] = np.array(tau)  # a spacing's own plan: the loop begins with x_T
-        scheduler.set_timesteps(len(tau), device=noise.device, eta=0.0)
-        x, times = noise * scheduler.init_noise_sigma, scheduler.timesteps
-        rows = batches(images, batch_size)
-        return torch.cat([fitting._run(scheduler, x[i], times, condition.rows(i)) for i in rows])
+        fitting.scheduler, rows = scheduler, slice(images.start, images.stop)
+        labels = None if class_labels is None else class_labels[rows]
+        return fitting.decode(noise[rows], len(tau), class_labels=labels, output_type="latent", **decoding)
 
     @cache
     def error(images: range, tau: Times) -> float:
@@ -98,22 +87,24 @@ def fit_timesteps(
     tau = spacings.linear(min(teacher_steps, T), T)
     solutions = finite(sample(teacher, tau, range(num_images))).clamp(*scheduler.image_range)
     seen, held = (partial(error, images) for images in (range(num_images // 2), range(num_images // 2, num_images)))
-    found = {S: _search(S, scheduler, seen, held) for S in tqdm(sorted(set(steps)), desc="fitting τ")}
+    found = {S: search(S, scheduler, seen, held) for S in tqdm(sorted(set(steps)), desc="fitting τ")}
     known = {S: times for S, times in (scheduler.config.fitted_timesteps or {}).items() if int(S) not in found}
     known |= {str(S): fitted.timesteps for S, fitted in found.items() if fitted.error < fitted.default_error}
     pipe.scheduler = MultistepDDIMScheduler.from_config(scheduler.config, fitted_timesteps=known or None)
     return found
 
 
-def _labels(classes: int | None, num: int, guidance_scale: float, null_class_label: int | None) -> list[int] | None:
+def spread_labels(classes: int | None, num: int, guidance_scale: float, null_label: int | None) -> list[int] | None:
+    """Spread the labels of `num` images over all classes, without that of "no class" if guidance is on."""
     if not classes:
         return None
-    null = classes - 1 if null_class_label is None else null_class_label
+    null = classes - 1 if null_label is None else null_label
     used = [label for label in range(classes) if guidance_scale == 1 or classes == 1 or label != null]
     return [used[i * max(1, len(used) // num) % len(used)] for i in range(num)]
 
 
-def _search(S: int, scheduler: MultistepDDIMScheduler, seen: Cost, held: Cost) -> Fitted:
+def search(S: int, scheduler: MultistepDDIMScheduler, seen: Cost, held: Cost) -> Fitted:
+    """Search τ of S times by the cost on images that are seen, and choose by that on images that are held out."""
     plain = MultistepDDIMScheduler.from_config(scheduler.config, fitted_timesteps=None)
     plain.set_timesteps(S, eta=0.0)
     T = scheduler.config.num_train_timesteps
