@@ -47,7 +47,7 @@ class ReconstructConfig(Reading):
     steps: tuple[int, ...] = field(default=(10, 20, 50, 100, 200, 500, 1000), metadata={"help": "rows of the table, S"})
     refinement_steps: tuple[int, ...] = field(
         default=(),
-        metadata={"help": "evaluations to refine a move with: one for each S, or for all; by default 14, 9 or 5"},
+        metadata={"help": "refinements of a step: one number for each S, or for all; by default 14, 9 or 5"},
     )
     tolerance: float = field(default=1e-5, metadata={"help": "residual at which a move is solved"})
     spacing: str | None = field(default=None, metadata={"help": "τ by name; by default the model's"})
@@ -144,7 +144,7 @@ def measure(
     made = {}
     for S, refinement in refinements.items():
         for refined in (False, True):
-            row, made[S, refined] = round_trip(bench, images, S, refinement if refined else 0)
+            row, made[S, refined] = round_trip(bench, images, S, refinement if refined else None)
             if not result["table"]:
                 for name in WRITTEN:
                     (output / name).unlink(missing_ok=True)  # nothing stays beside results of another run
@@ -166,7 +166,7 @@ def draw_strip(
     rows, labels = [images.float() / 255], ["image"]
     for S, refined in ((steps[0], False), (steps[0], True), (steps[1], False)):
         if (S, refined) not in made:
-            made[S, refined] = round_trip(bench, images, S, refinement if refined else 0)[1]
+            made[S, refined] = round_trip(bench, images, S, refinement if refined else None)[1]
         rows.append(made[S, refined][: len(images)])
         labels.append(f"{'refined' if refined else 'naive'} S = {S}")
     grid(arrays(rows), labels).save(output / "reconstructions.png")

@@ -60,7 +60,7 @@ def _reconstruction(folder: Path, name: str) -> Row | None:
     """Return the row of the reconstruction error at ten steps, if it was measured."""
     record = f"{MEASURED}/reconstruct.json"
     found = _read(folder / record)
-    of_ten = {each["refinement_steps"] > 0: each for each in found.get("table", ()) if each["S"] == 10}
+    of_ten = {bool(each["refinement_steps"]): each for each in found.get("table", ()) if each["S"] == 10}
     if len(of_ten) < 2:
         return None
     naive, refined = (f"{of_ten[kind]['mean_squared_error']:.1e}" for kind in (False, True))

@@ -10,6 +10,7 @@ from measure import likelihood, reconstructions
 from measure.comparison import tables as comparison
 from measure.grid import tables as grid
 from measure.grid.settings import PRESETS
+from measure.inversion import tables as inversion
 from measure.records import headline
 
 ROOT = Path(__file__).parents[3]
@@ -18,6 +19,7 @@ TABLES = {
     "nll": ("nll.md", likelihood.table),
     "reconstruct": ("table2.md", reconstructions.table),
     "few_steps": ("few_steps.md", comparison.table),
+    "inversion": ("inversion.md", inversion.table),
     "results": ("table.md", grid.table),
     "speed": ("speed.md", timing.table),
 }
