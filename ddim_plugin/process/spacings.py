@@ -18,43 +18,6 @@ FIRST_GAPS = (0.7, 0.85)  # uppermost gaps of `few_steps` relative to the others
 NOISE = 0.004  # largest ᾱ at which a network can be evaluated with x_T in place of the sample
 
 
-def linear(S: int, T: int) -> Times:
-    """τ_i = ⌊T·i/S⌋, i = 1..S (Appendix D.2, with c = T/S, so that τ_S = T)."""
-    i = np.arange(1, S + 1, dtype=np.int64)
-    return T * i // S
-
-
-def quadratic(S: int, T: int) -> Times:
-    """τ_i = max(i, ⌊T·i²/S²⌋), i = 1..S (Appendix D.2 with c = T/S²; the maximum keeps small times distinct)."""
-    i = np.arange(1, S + 1, dtype=np.int64)
-    return np.maximum(i, T * i * i // (S * S))
-
-
-def leading(S: int, T: int) -> Times:
-    """τ_i = 1 + (i − 1)·⌊T/S⌋, as diffusers' "leading"; an offset is added by `tau`."""
-    return 1 + np.arange(S, dtype=np.int64) * (T // S)
-
-
-def trailing(S: int, T: int) -> Times:
-    """τ_i = round(T·i/S), half to even, as diffusers' "trailing": the top is T."""
-    return np.round(T * np.arange(1, S + 1) / S).astype(np.int64)
-
-
-def linspace(S: int, T: int) -> Times:
-    """S times evenly spaced from 1 to T, rounded half to even, as diffusers' "linspace" (S = 1 gives 1)."""
-    return 1 + np.round(np.linspace(0, T - 1, S)).astype(np.int64)
-
-
-def paper_linear(S: int, T: int) -> Times:
-    """The authors' "uniform" to the letter: every ⌊T/S⌋-th time from 1 on, more than S if S does not divide T."""
-    return 1 + np.arange(0, T, T // S, dtype=np.int64)
-
-
-def paper_quadratic(S: int, T: int) -> Times:
-    """The authors' "quad" to the letter: 1 + ⌊u²⌋, u evenly spaced on [0, √(0.8 T)]. Small times may repeat."""
-    return 1 + (np.linspace(0, np.sqrt(T * 0.8), S) ** 2).astype(np.int64)
-
-
 def few_steps(S: int, alpha_bar: Array, power: float = 1.25) -> Times:
     """Space S times evenly in t^(1/power), with smaller uppermost gaps, for a multistep method that starts from T.
 
@@ -111,10 +74,23 @@ def _spread(times: Array, T: int) -> Times:
     return np.minimum(up, T + 1 - len(times) + steps)
 
 
-SPACINGS: dict[str, Callable[[int, int], Times]] = {
-    f.__name__: f for f in (linear, quadratic, leading, trailing, linspace, paper_linear, paper_quadratic)
+# τ_i for i = 1..S by name, as functions of i, S and T.
+SPACINGS: dict[str, Callable[[Times, int, int], NDArray]] = {
+    # ⌊T·i/S⌋ (Appendix D.2, with c = T/S, so that τ_S = T).
+    "linear": lambda i, S, T: T * i // S,
+    # max(i, ⌊T·i²/S²⌋) (Appendix D.2 with c = T/S²; the maximum keeps small times distinct).
+    "quadratic": lambda i, S, T: np.maximum(i, T * i * i // (S * S)),
+    # 1 + (i − 1)·⌊T/S⌋, as diffusers' "leading"; an offset is added by `tau`.
+    "leading": lambda i, S, T: 1 + (i - 1) * (T // S),
+    # round(T·i/S), half to even, as diffusers' "trailing": the top is T.
+    "trailing": lambda i, S, T: np.round(T * i / S),
+    # Evenly spaced from 1 to T, rounded half to even, as diffusers' "linspace" (S = 1 gives 1).
+    "linspace": lambda i, S, T: 1 + np.round(np.linspace(0, T - 1, S)),
+    # The authors' "uniform" to the letter: every ⌊T/S⌋-th time from 1 on, more than S if S does not divide T.
+    "paper_linear": lambda i, S, T: 1 + np.arange(0, T, T // S),
+    # The authors' "quad" to the letter: 1 + ⌊u²⌋, u evenly spaced on [0, √(0.8 T)]. Small times may repeat.
+    "paper_quadratic": lambda i, S, T: 1 + np.floor(np.linspace(0, np.sqrt(T * 0.8), S) ** 2),
 }
-
 # Spacings that depend on ᾱ.
 OF_ALPHA_BAR: dict[str, Callable[[int, Array], Times]] = {f.__name__: f for f in (few_steps, few_steps_noise)}
 NAMES = (*SPACINGS, *OF_ALPHA_BAR)
@@ -136,7 +112,7 @@ def tau(spacing: str, S: int, T: int, steps_offset: int = 0, alpha_bar: Array | 
         if alpha_bar is None or len(alpha_bar) != T + 1:
             raise ValueError(f"the spacing {spacing!r} depends on ᾱ: give alpha_bar, ᾱ_0..ᾱ_{T}")
         return OF_ALPHA_BAR[spacing](int(S), alpha_bar)
-    times = SPACINGS[spacing](int(S), T)
+    times = SPACINGS[spacing](np.arange(1, S + 1, dtype=np.int64), int(S), T).astype(np.int64)
     if spacing != "leading":
         return times
     room = T - int(times[-1])

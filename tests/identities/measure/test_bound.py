@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ from trainer.objective import Objective
 
 from ddim_plugin.process.moves import beta_tilde, sigma, x0_weight
 from ddim_plugin.process.paths import flow_matching, square_root, variance_preserving
-from ddim_plugin.process.spacings import linear, quadratic
+from ddim_plugin.process.spacings import tau as tau_of
+
+linear, quadratic = (partial(tau_of, name) for name in ("linear", "quadratic"))
 
 
 def exact_errors(path):

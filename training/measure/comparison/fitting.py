@@ -84,7 +84,7 @@ def fit_timesteps(
         return float((sampled - solutions[images.start : images.stop]).flatten(1).square().mean(1).sqrt().mean())
 
     teacher = MultistepDDIMScheduler.from_config(scheduler.config, **TEACHER)
-    tau = spacings.linear(min(teacher_steps, T), T)
+    tau = spacings.tau("linear", min(teacher_steps, T), T)
     solutions = finite(sample(teacher, tau, range(num_images))).clamp(*scheduler.image_range)
     seen, held = (partial(error, images) for images in (range(num_images // 2), range(num_images // 2, num_images)))
     found = {S: search(S, scheduler, seen, held) for S in tqdm(sorted(set(steps)), desc="fitting τ")}
