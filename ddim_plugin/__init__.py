@@ -8,11 +8,11 @@ from typing import Any
 from .version import __version__
 
 __all__ = ["GeneralizedDDIMPipeline", "GeneralizedDDIMScheduler", "GeneralizedDDIMSchedulerOutput"]
-__all__ += ["InverseDDIMScheduler", "InverseMultistepDDIMScheduler", "ModelMixin", "MultistepDDIMScheduler"]
-__all__ += ["SchedulerMixin", "__version__", "restore_scheduler"]
+__all__ += ["InverseDDIMScheduler", "InverseMultistepDDIMScheduler", "Inverted", "ModelMixin", "MultistepDDIMScheduler"]
+__all__ += ["SchedulerMixin", "__version__", "invert", "restore_scheduler"]
 
 # Folders of version 0.1 name this package for components, and diffusers looks for its base classes here too.
-_SOURCES = (".schedulers", ".pipelines.generation", "diffusers")
+_SOURCES = (".schedulers", ".pipelines.generation", ".pipelines.invert", "diffusers")
 _PARTS = ("process", "schedulers", "pipelines", "hub")
 
 

@@ -4,6 +4,8 @@ from diffusers import ModelMixin as ModelMixin
 from diffusers import SchedulerMixin as SchedulerMixin
 
 from .pipelines.generation import GeneralizedDDIMPipeline as GeneralizedDDIMPipeline
+from .pipelines.invert import Inverted as Inverted
+from .pipelines.invert import invert as invert
 from .schedulers import GeneralizedDDIMScheduler as GeneralizedDDIMScheduler
 from .schedulers import GeneralizedDDIMSchedulerOutput as GeneralizedDDIMSchedulerOutput
 from .schedulers import InverseDDIMScheduler as InverseDDIMScheduler

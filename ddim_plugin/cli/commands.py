@@ -1,4 +1,4 @@
-"""The commands: sample, encode, reconstruct, interpolate and push."""
+"""The commands: sample, encode, reconstruct, interpolate, invert, edit and push."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from zipfile import ZipFile
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils import numpy_to_pil
 from huggingface_hub import constants
 from PIL import Image
@@ -26,9 +27,11 @@ from torch import Tensor
 from ..hub.files import put
 from ..hub.model import INDEX
 from ..hub.push import explained, push_folder
+from ..pipelines import invert as inversion
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..pipelines.images import check_channels, grid, image_files, open_image
 from ..schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, MultistepDDIMScheduler, keep_learned, sampler_class
+from ..schedulers.config import restored
 from ..version import __version__
 from .parser import FILES, LATENTS, MODEL
 
@@ -48,7 +51,7 @@ def run(args: Namespace) -> None:
     files = FILES[vars(args).get("format") or command]
     files = [file for file in files if file != LATENTS or not vars(args).get("latents")]
     places = [Path(args.output, file) for file in (*files, f"{command}.json")]
-    commands = {"sample": sample, "encode": encode, "reconstruct": reconstruct, "interpolate": interpolate}
+    commands = {each.__name__: each for each in (sample, encode, reconstruct, interpolate, invert, edit)}
     _check(args, places)
     parent = next(path for path in Path(args.output, MODEL).absolute().parents if path.exists())
     with tempfile.TemporaryDirectory(dir=parent, prefix=".ddim-plugin-") as scratch:
@@ -133,6 +136,32 @@ def interpolate(args: Namespace) -> tuple:
     return record, grid(np.split(images, range(args.points, len(images), args.points))), z
 
 
+def invert(args: Namespace) -> tuple:
+    """Invert images in the pipeline of a text-to-image model."""
+    _, _, inverted, record = _invert(args)
+    return record, inverted
+
+
+def edit(args: Namespace) -> tuple:
+    """Decode inverted images again, and with another prompt."""
+    if bool(args.images) == bool(args.latents):
+        raise ValueError("give either images, or --latents FILE that `ddim-plugin invert` wrote")
+    if args.latents:
+        own = ("prompt", "guidance_scale", "steps", "timesteps", "spacing", "multistep", "strength", "tolerance")
+        for name in _given(args, *own):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect on --latents: leave it out")
+        inverted, images, record = inversion.Inverted.load(args.latents), [], {}
+        pipe = _load(args, {}, DiffusionPipeline)
+    else:
+        pipe, images, inverted, record = _invert(args)
+    scale = {} if args.new_guidance_scale is None else {"guidance_scale": args.new_guidance_scale}
+    again = inverted.decode(pipe, output_type="np")
+    edited = inverted.decode(pipe, args.new_prompt, output_type="np", **scale)
+    shown = [np.stack(images).reshape(again.shape) / np.float32(255)] if images else []
+    title = " | ".join(["image", "decoded", "edited"][-len(shown) - 2 :])
+    return record, grid([*np.stack([*shown, again, edited], 1)], title=title), inverted
+
+
 def _check(args: Namespace, places: list[Path]) -> None:
     """Raise ValueError for settings that cannot work, before anything is loaded."""
     settings = {name: value for name, value in vars(args).items() if value is not None}
@@ -178,15 +207,17 @@ def locate(model: str, revision: str | None) -> tuple[str, str | None]:
     return model, revision
 
 
-def _load(args: Namespace, changes: dict[str, Any]) -> GeneralizedDDIMPipeline:
+def _load(args: Namespace, changes: dict[str, Any], kind: type[DiffusionPipeline] = GeneralizedDDIMPipeline) -> Any:
     """Load the model, and change those settings of its scheduler that are not None."""
     try:
         with explained(args.model):
-            pipe = GeneralizedDDIMPipeline.from_pretrained(args.model, revision=args.revision)
+            pipe = kind.from_pretrained(args.model, revision=args.revision)
     except OSError as error:
         where = "" if Path(args.model).is_dir() else f"there is no folder {args.model}, and "
         raise OSError(f"{where}{error}") from error
-    check_channels(pipe.unet.config.in_channels)
+    if isinstance(pipe, GeneralizedDDIMPipeline):
+        check_channels(pipe.unet.config.in_channels)
+    pipe.scheduler = restored(pipe.scheduler)
     before, changes = pipe.scheduler.config, changes | {"timestep_spacing": args.spacing}
     changes = keep_learned(before, {key: value for key, value in changes.items() if value is not None})
     classes = {None: sampler_class(pipe.scheduler), True: MultistepDDIMScheduler, False: GeneralizedDDIMScheduler}
@@ -196,7 +227,8 @@ def _load(args: Namespace, changes: dict[str, Any]) -> GeneralizedDDIMPipeline:
             print(f"note: {key}={value}, the model has {before[key]}", file=sys.stderr)
     pipe.set_progress_bar_config(desc="steps", leave=False, disable=None)  # None: unless stderr is a terminal
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return pipe.to(args.device or accelerator or "cpu", getattr(torch, args.dtype))
+    dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)  # diffusers warns of each cast
+    return pipe.to(args.device or accelerator or "cpu", dtype=dtype)
 
 
 def _encode(args: Namespace) -> tuple[GeneralizedDDIMPipeline, list[Image.Image], Tensor, dict]:
@@ -208,6 +240,24 @@ def _encode(args: Namespace) -> tuple[GeneralizedDDIMPipeline, list[Image.Image]
     z, report = pipe.encode(images, args.steps, refinement_steps=args.refine, return_report=True, **settings)
     print(report, file=sys.stderr)
     return pipe, images, z, {"report": report.to_dict(), "images": args.images}
+
+
+def _invert(args: Namespace) -> tuple[Any, list[Image.Image], inversion.Inverted, dict]:
+    """Return the pipeline, the images, their inversion, and the record with the report, which is printed."""
+    pipe, size = _load(args, DETERMINISTIC, DiffusionPipeline), None
+    if args.resize:
+        side = (
+            getattr(pipe, "default_sample_size", None)
+            or (getattr(pipe, "transformer", None) or pipe.unet).config.sample_size
+        )
+        size = tuple(int(each) * getattr(pipe, "vae_scale_factor", 1) for each in np.broadcast_to(side, 2))
+    channels = pipe.vae.config.get("in_channels", 3) if hasattr(pipe, "vae") else 3
+    images = [open_image(file, channels, size, args.resize) for file in args.images]
+    settings = _given(args, "guidance_scale", "timesteps", "strength", "tolerance")
+    settings |= {} if args.steps is None else {"num_inference_steps": args.steps}
+    inverted = inversion.invert(pipe, images, args.prompt, args.refine, **settings)
+    print(inverted.report, file=sys.stderr)
+    return pipe, images, inverted, {"report": inverted.report.to_dict(), "images": args.images}
 
 
 def _load_latents(args: Namespace) -> Tensor:
@@ -240,7 +290,9 @@ def _keywords(args: Namespace, num: int, *names: str) -> dict[str, Any]:
 
 def _write(path: Path, content: Any, args: Namespace) -> None:
     """Write one file or folder."""
-    if isinstance(content, Tensor):
+    if isinstance(content, inversion.Inverted):
+        content.save(path)
+    elif isinstance(content, Tensor):
         kept = json.dumps({key: getattr(args, key) for key in KEPT})
         path.write_bytes(save({"latents": content.cpu().contiguous()}, {"ddim_plugin": kept}))
     elif isinstance(content, Image.Image):

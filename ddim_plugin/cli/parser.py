@@ -16,6 +16,8 @@ FILES = {  # what each command, or the --format of sample, writes into --output 
     "encode": (LATENTS,),
     "reconstruct": ("reconstruction.png", LATENTS),
     "interpolate": ("interpolation.png", LATENTS),
+    "invert": (LATENTS,),
+    "edit": ("edited.png", LATENTS),
 }
 
 
@@ -26,17 +28,19 @@ def number(text: str) -> float:
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the arguments of a command."""
-    model, timesteps, latents, images, refine, seed, columns = (ArgumentParser(add_help=False) for _ in range(7))
-    model.add_argument("model", metavar="MODEL", help="a folder written by save_pretrained, or a Hub id")
+    stock, timesteps, latents, images, refine, text, seed, columns = (ArgumentParser(add_help=False) for _ in range(8))
+    stock.add_argument("model", metavar="MODEL", help="a folder written by save_pretrained, or a Hub id")
+    stock.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the pipeline's)")
+    stock.add_argument("--device", help="cpu, cuda, … (default: an accelerator if there is one)")
+    stock.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    stock.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    stock.add_argument("--output", default="out", metavar="FOLDER", help="folder for the files (default: out)")
+    stock.add_argument("--overwrite", action="store_true", help="replace files of an earlier run")
+
+    model = ArgumentParser(add_help=False, parents=[stock])
     model.add_argument("--class-label", type=int, nargs="+", metavar="C", help="one for all images, or one for each")
-    model.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: none)")
     model.add_argument("--null-class-label", type=int, metavar="C", help="the label of no class (default: the last)")
     model.add_argument("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
-    model.add_argument("--device", help="cpu, cuda, … (default: an accelerator if there is one)")
-    model.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    model.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
-    model.add_argument("--output", default="out", metavar="FOLDER", help="folder for the files (default: out)")
-    model.add_argument("--overwrite", action="store_true", help="replace files of an earlier run")
 
     steps = timesteps.add_mutually_exclusive_group()
     steps.add_argument("--steps", type=int, help="number of steps S (default: 50)")
@@ -47,9 +51,13 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 
     latents.add_argument("--latents", metavar="FILE", help="use these latents, with the settings in the file (η = 0)")
     images.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or folders of them")
-    refine.add_argument("--resize", action="store_true", help="crop and resize images to the network's size")
-    refine.add_argument("--refine", type=int, default=0, metavar="K", help="evaluations to refine a step with, at most")
-    refine.add_argument("--tolerance", type=float, help="residual of a step (default: 1e-5)")
+    for each, k, tolerance in ((refine, 0, "1e-5"), (text, 4, "5e-3")):
+        each.add_argument("--resize", action="store_true", help="crop and resize images to the network's size")
+        each.add_argument(
+            "--refine", type=int, default=k, metavar="K", help=f"evaluations to refine a step (default: {k})"
+        )
+        each.add_argument("--tolerance", type=float, help=f"residual of a step (default: {tolerance})")
+    text.add_argument("--prompt", action="append", metavar="TEXT", help="text of all images, or again for each image")
     seed.add_argument("--seed", type=int, default=0, help="image i is drawn with seed + i (default: %(default)s)")
     columns.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default: %(default)s)")
 
@@ -81,6 +89,15 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="draw the ends from noise with these seeds")
     sub.add_argument("--points", type=int, default=11, help="images on a path (default: %(default)s)")
 
+    shared = stock, timesteps, text
+    example = "user/model a.png --prompt cat"
+    command("invert", "find the latents of images in a text-to-image pipeline", example, *shared, images)
+    example += " --new-prompt dog"
+    sub = command("edit", "edit images: invert them, and decode them with another prompt", example, *shared, latents)
+    sub.add_argument("images", metavar="IMAGE", nargs="*", help="image files, or folders of them, without --latents")
+    sub.add_argument("--new-prompt", action="append", required=True, metavar="TEXT", help="as --prompt, to decode with")
+    sub.add_argument("--new-guidance-scale", type=float, metavar="W", help="with the new prompt (default: the old)")
+
     sub = command("push", "push a saved pipeline to the Hub, with a card", "out/digits user/digits --license cc-by-4.0")
     sub.add_argument("folder", metavar="FOLDER", help="a folder written by save_pretrained or the training script")
     sub.add_argument("repo_id", metavar="USER/MODEL", help="id of the repo, which is created if it does not exist")
@@ -92,7 +109,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub.add_argument("--token", help="token with write access (default: HF_TOKEN, or that of `hf auth login`)")
 
     args, rest = top.parse_known_args(argv)
-    if args.command == "interpolate" and not args.images and not any(word.startswith("-") for word in rest):
+    if args.command in ("interpolate", "edit") and not args.images and not any(word.startswith("-") for word in rest):
         args.images = rest  # argparse leaves over images that follow an option
     elif rest:
         top.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -1,0 +1,160 @@
+"""Invert pictures in the pipelines of diffusers that begin with latents, and decode them with another prompt."""
+
+import inspect
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import SchedulerMixin
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ..process.inversion import InversionReport
+from ..schedulers import InverseDDIMScheduler, InverseMultistepDDIMScheduler, MultistepDDIMScheduler, sampler_class
+from ..schedulers.config import CLASSES, CONSTRAINTS, KEY
+from .images import Images, read
+
+DEFAULTS = ("num_inference_steps", "guidance_scale")  # arguments whose defaults are kept with the latents
+FLOAT32 = ("Wan", "ZImage")  # pipelines whose latents are float32 in half precision too
+LOST = "not kept"  # stands for a tensor
+
+logger = logging.getLogger("ddim_plugin")
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """Latents of pictures, with a report (None for the plain inverse) and the settings that decode them.
+
+    `settings` are ready for JSON: "scheduler" (config of the sampler), "strength", "call" (arguments of the call with
+    the prompt), and "left_out" (names of its tensors and pictures, which are not kept).
+    """
+
+    latents: Tensor
+    report: InversionReport | None
+    settings: dict[str, Any]
+
+    def decode(self, pipe: Any, prompt: str | list[str] | None = None, **changes: Any) -> Any:
+        """Decode the latents: to the pictures themselves, or with another prompt to edited ones.
+
+        `changes` are arguments of the pipeline's call, such as `guidance_scale`, instead of those of the inversion.
+        Pass tensors and pictures in its call, such as `prompt_embeds`, again.
+        """
+        changes |= {} if prompt is None else {"prompt": prompt}
+        lost = [key for key in self.settings["left_out"] if key not in changes and not (prompt and "prompt" in key)]
+        if lost:
+            raise ValueError(f"the inversion had {', '.join(lost)}, which is not kept with latents: pass it again")
+        replaced = {key.removesuffix("_embeds") for key in changes}
+        call = {key: None if key in replaced else value for key, value in self.settings["call"].items()} | changes
+        config = self.settings["scheduler"]
+        sampler = CLASSES[config[KEY]["class"]].from_config(config)
+        return _run(pipe, sampler, self.latents, **call)
+
+    def save(self, path: str | Path) -> None:
+        """Save as a safetensors file."""
+        known = json.dumps({"settings": self.settings, "report": self.report and self.report.to_dict()})
+        Path(path).write_bytes(save({"latents": self.latents.cpu().contiguous()}, {"ddim_plugin": known}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Inverted":
+        """Load a file that `save` wrote. Raises ValueError for other latents."""
+        with safe_open(path, "pt") as file:
+            latents, known = file.get_tensor("latents"), json.loads((file.metadata() or {}).get("ddim_plugin", "{}"))
+        if "settings" not in known:
+            raise ValueError(f"{path} has no settings of an inversion: use a file that Inverted.save wrote")
+        report = known["report"] or {}
+        report = {k: np.array(v, float if k == "residual" else None) for k, v in report.items()}
+        return cls(latents, InversionReport(**report) if report else None, known["settings"])
+
+
+@torch.no_grad()
+def invert(
+    pipe: Any,
+    images: Images,
+    prompt: str | list[str] | None = None,
+    refinement_steps: int | None = 4,
+    strength: float = 1.0,
+    tolerance: float = 5e-3,
+    **call: Any,
+) -> Inverted:
+    """Find the latents from which a pipeline makes pictures, in its own loop with an inverse scheduler.
+
+    Args:
+        pipe: a pipeline with a `vae` whose call takes `latents`: Stable Diffusion, XL, 3, Flux, PixArt, Qwen-Image, …
+        images: PIL images, arrays (B, H, W, C), tensors (B, C, H, W), one of them or a list; bytes, or in [0, 1].
+        prompt: a description of all pictures, or a list with one for each. None is the empty prompt.
+        refinement_steps: network evaluations of a step beyond the first; None is the plain inverse (Section 5.4).
+        strength: share of the process to invert, in (0, 1]. Less keeps more of a picture in an edit.
+        tolerance: residual of a step, in units of latents (of deviation 1), above which a warning is logged.
+        call: other arguments of the pipeline's call. Guidance makes steps without an inverse: 1 is the most exact.
+
+    Raises ValueError for what does not fit, before a network runs.
+    """
+    parameters, packs = inspect.signature(pipe.__call__).parameters, hasattr(pipe, "_pack_latents")
+    form = 5 if not packs else len(inspect.signature(pipe._pack_latents).parameters)  # 5 arguments in Flux, Qwen-Image
+    if "latents" not in parameters or "strength" in parameters or getattr(pipe, "vae", None) is None or form != 5:
+        remedy = "use a text-to-image pipeline with a vae, or GeneralizedDDIMPipeline.encode for a model of pixels"
+        raise ValueError(f"{type(pipe).__name__} does not begin with latents of a form that invert knows: {remedy}")
+    if not 0 < strength <= 1 or "denoising_end" in call:
+        raise ValueError(f"strength must lie in (0, 1], not {strength!r}, and replaces denoising_end")
+    kind = InverseMultistepDDIMScheduler if isinstance(pipe.scheduler, MultistepDDIMScheduler) else InverseDDIMScheduler
+    part = {"refinement_steps": refinement_steps, "denoising_start": 1 - strength}
+    up, network = kind.from_config(pipe.scheduler.config, **part), getattr(pipe, "transformer", None) or pipe.unet
+    x = read(images, pipe.vae.config.get("in_channels", 3), None)
+    scale = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", 8)
+    factor = scale * max(int(np.max(network.config.get("patch_size") or 1)), 2 if packs else 1)
+    fitting = [max(side // factor, 1) * factor for side in x.shape[2:]]
+    if fitting != [*x.shape[2:]]:
+        sizes, size = "×".join(map(str, x.shape[2:])), tuple(fitting[::-1])
+        raise ValueError(f"{sizes} (height × width) are no multiples of {factor}: use e.g. image.resize({size})")
+    if prompt is not None or call.get("prompt_embeds") is None:
+        call["prompt"] = prompt or ""
+    size = {"height": x.shape[2], "width": x.shape[3], "use_resolution_binning": False}
+    call = {key: size.get(key, parameters[key].default) for key in (*DEFAULTS, *size) if key in parameters} | call
+
+    z = _encode(pipe, x).to(torch.float32 if type(pipe).__name__.startswith(FLOAT32) else network.dtype)
+    z = _run(pipe, up, z, output_type="latent", **call)
+    report = None if refinement_steps is None else up.report(tolerance)
+    if report is not None and not report.converged.all():
+        many, remedy = (~report.converged.all(0)).sum(), "more steps or refinement_steps, or less guidance, may help"
+        logger.warning("%d of %d images did not converge (%.1e): %s", many, len(x), report.residual.max(), remedy)
+    kept = {key: value for key, value in call.items() if LOST not in json.dumps(value, default=lambda _: LOST)}
+    left_out = [key for key, value in call.items() if key not in kept and not callable(value)]
+    sampler = sampler_class(pipe.scheduler).from_config(up.config, **dict.fromkeys(CONSTRAINTS, False))
+    settings = {"strength": strength, "call": kept, "left_out": left_out}
+    return Inverted(z, report, {"scheduler": json.loads(sampler.to_json_string()), **settings})
+
+
+def _encode(pipe: Any, x: Tensor) -> Tensor:
+    """Encode pictures by the VAE: the mode of its distribution, in the units and form of the pipeline, in float32."""
+    vae, config, kind = pipe.vae, pipe.vae.config, pipe.vae.dtype
+    upcast = config.get("force_upcast") and kind.itemsize < 4  # half precision would overflow
+    x = x[:, :, None] if max(weight.ndim for weight in vae.parameters()) == 5 else x  # a video of one frame
+    try:
+        torch.nn.Module.to(vae, torch.float32 if upcast else kind)  # without diffusers' warnings
+        coded = vae.encode(x.to(pipe._execution_device, vae.dtype))
+    finally:
+        torch.nn.Module.to(vae, kind)
+    z = (coded.latent_dist.mode() if "latent_dist" in coded else coded[0]).float()
+    mean, std = config.get("latents_mean") or config.get("shift_factor") or 0.0, config.get("latents_std") or 1.0
+    mean, std = (torch.as_tensor(each, device=z.device).view(-1, *[1] * (z.ndim - 2)) for each in (mean, std))
+    z = (z - mean) * (config.get("scaling_factor") or 1.0) / std
+    return pipe._pack_latents(z, *z.shape[:2], *z.shape[-2:]) if hasattr(pipe, "_pack_latents") else z
+
+
+def _run(pipe: Any, scheduler: SchedulerMixin, latents: Tensor, **call: Any) -> Any:
+    """Run the pipeline with another scheduler, and with one prompt for all latents or one for each."""
+    prompts = next(each for each in (call.get("prompt"), call.get("prompt_embeds"), "") if each is not None)
+    count = 1 if isinstance(prompts, str) else len(prompts)
+    if len(latents) % count:
+        raise ValueError(f"{count} prompts do not fit {len(latents)} pictures: pass one, or a list with one for each")
+    copies = next(key for key in inspect.signature(pipe.__call__).parameters if key.endswith("s_per_prompt"))
+    before, pipe.scheduler = pipe.scheduler, scheduler
+    try:
+        return pipe(latents=latents, return_dict=False, **{copies: len(latents) // count} | call)[0]
+    finally:
+        pipe.scheduler = before

@@ -1,0 +1,99 @@
+"""The commands invert and edit, on a tiny Stable Diffusion."""
+
+import json
+
+import diffusers
+import numpy as np
+import pytest
+import tiny_stable_diffusion
+import torch
+from cli_runs import latents, run
+from PIL import Image
+
+from ddim_plugin import GeneralizedDDIMScheduler, Inverted, MultistepDDIMScheduler, invert
+
+SHORT = ["--steps", 3, "--guidance-scale", 1.5]
+
+
+@pytest.fixture(scope="module")
+def text_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text_to_image")
+    scheduler = GeneralizedDDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    pipe = tiny_stable_diffusion.build(folder / "tokenizer", scheduler)
+    torch.nn.init.normal_(pipe.unet.conv_out.weight, std=0.01, generator=torch.Generator().manual_seed(0))
+    pipe.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture
+def cat(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "cat.png")
+    return tmp_path / "cat.png"
+
+
+def test_invert(text_model, cat, tmp_path, capsys):
+    run("invert", text_model, cat, "--prompt", "a cat", *SHORT, "--refine", 2, "--output", tmp_path / "out")
+    said = capsys.readouterr()
+    assert said.out.split() == [str(tmp_path / "out" / name) for name in ("latents.safetensors", "invert.json")]
+    assert "evaluations for an image" in said.err
+    record = json.loads((tmp_path / "out" / "invert.json").read_text())
+    assert record["images"] == [str(cat)]
+    assert np.shape(record["report"]["residual"]) == (3, 1)
+    assert (record["settings"]["prompt"], record["settings"]["refine"]) == (["a cat"], 2)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(text_model)
+    pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config)
+    call = {"num_inference_steps": 3, "guidance_scale": 1.5}
+    expected = invert(pipe, Image.open(cat), "a cat", 2, **call)
+    assert torch.allclose(latents(tmp_path / "out"), expected.latents, atol=1e-4)
+    kept = Inverted.load(tmp_path / "out" / "latents.safetensors").settings
+    assert kept["call"] == expected.settings["call"] | {"prompt": ["a cat"]}
+    assert kept["scheduler"] == expected.settings["scheduler"]
+
+
+def test_edit(text_model, cat, tmp_path):
+    words = ["--prompt", "a cat", "--new-prompt", "a dog", "--new-guidance-scale", 9]
+    run("edit", text_model, cat, *words, *SHORT, "--refine", 9, "--output", tmp_path / "first")
+    picture = np.asarray(Image.open(tmp_path / "first" / "edited.png")).astype(int)
+    cells = [picture[-66:-2, i : i + 64] for i in (2, 68, 134)]
+    assert np.abs(cells[1] - cells[2]).max() > 0
+    record = json.loads((tmp_path / "first" / "edit.json").read_text())
+    assert record["settings"]["new_prompt"] == ["a dog"]
+    assert "report" in record
+
+    file = tmp_path / "first" / "latents.safetensors"
+    words = ["--new-prompt", "a dog", "--new-guidance-scale", 9]
+    run("edit", text_model, "--latents", file, *words, "--output", tmp_path / "again")
+    assert not (tmp_path / "again" / "latents.safetensors").exists()
+    again = np.asarray(Image.open(tmp_path / "again" / "edited.png")).astype(int)
+    assert np.abs(again[-66:-2, 68:132] - cells[2]).max() <= 1
+
+
+def test_many_images_and_the_scheduler(text_model, cat, tmp_path):
+    Image.new("L", (40, 30), 90).save(tmp_path / "wide.png")
+    texts = ["--prompt", "a cat", "--prompt", "a dog", "--multistep", "--strength", 0.5, "--steps", 6]
+    run("invert", text_model, cat, tmp_path / "wide.png", "--resize", *texts, "--output", tmp_path / "out")
+    inverted = Inverted.load(tmp_path / "out" / "latents.safetensors")
+    assert inverted.latents.shape == (2, 4, 8, 8)
+    assert inverted.settings["strength"] == 0.5
+    assert inverted.settings["call"]["prompt"] == ["a cat", "a dog"]
+    assert inverted.settings["scheduler"]["_ddim_plugin"]["class"] == MultistepDDIMScheduler.__name__
+
+
+def test_errors(text_model, model, cat, tmp_path, capsys):
+    Image.new("RGB", (17, 16)).save(tmp_path / "odd.png")
+    edit = ["--new-prompt", "a dog", *SHORT]
+    run("encode", model, cat, "--resize", "--steps", 2, "--output", tmp_path / "other")
+    other = tmp_path / "other" / "latents.safetensors"
+    for command, words, message in (
+        ("invert", [text_model, tmp_path / "odd.png"], "multiples of 2"),
+        ("invert", [text_model, cat, "--strength", 2], "strength must lie in (0, 1], not 2.0"),
+        ("invert", [model, cat], "DDIMPipeline does not begin with latents"),
+        ("edit", [text_model, *edit], "give either images, or --latents"),
+        ("edit", [text_model, cat, "--latents", other, *edit], "give either images, or --latents"),
+        ("edit", [text_model, "--latents", other, *edit], "--guidance-scale has no effect on --latents"),
+        ("edit", [text_model, "--latents", other, *edit[:2]], "has no settings of an inversion"),
+    ):
+        run(command, *words, "--output", tmp_path / "out", ok=False)
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
