@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from cards.weights import weights_digest
+from guard.reading import read_object
 from guard.writing import replace_folder
 from measure.parts import start_processes
 from pictures import Feed, Frame, Pictures, Reading, Share, as_dataset, find_frame, held_out, in_memory, open_pictures
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from trainer.settings import MACHINES, command, parse, record, write_json
-
-from ddim_plugin.hub.files import read_object
 
 TRAINING, MODEL = "training.json", "config.json"
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 from cards.weights import weights_digest
+from guard.reading import read_object
 from guard.writing import write_file
 from measure.bound import DECODERS, Errors, VariationalBound
 from measure.likelihood import Bench, entry, kept_errors, search, table
 from pictures import Reading, choose_split
 from trainer.settings import command, parse, record, write_json
 
-from ddim_plugin.hub.files import read_object
 from ddim_plugin.process import spacings
 from ddim_plugin.process.moves import ETA_FREE, VARIANCES
 

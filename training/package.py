@@ -19,6 +19,7 @@ from typing import Any
 from cards.card import write_card
 from cards.records import LOSS, RESULTS, SAMPLE, TRAINING, listed_pictures, public, read_results
 from cards.weights import weights_digest
+from guard.reading import read_object
 from guard.writing import replace_folder, write_file
 from measure.extractors import slug
 from measure.records import COMMANDS, MEASURED, headline
@@ -26,7 +27,6 @@ from trainer.settings import parse, write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline
 from ddim_plugin.hub.card import is_written_here
-from ddim_plugin.hub.files import read_object
 from ddim_plugin.hub.model import GRID, README
 
 HEADLINE = "headline.md"

@@ -45,34 +45,26 @@ def join(entry: str, read: Callable[[str], str | None]) -> str:
     are made once, although diffusers runs the file at each load, so that the classes of earlier pipelines stay valid.
     """
     functions: dict[str, str] = {}
-    libraries: dict[str, set[str]] = {}  # names that are imported from each, for all functions
 
     def add(module: str) -> None:
-        text = read(module) or ""
-        lines = text.splitlines()
-        for node in reversed(ast.parse(text).body):
+        lines = (read(module) or "").splitlines()
+        for node in reversed(ast.parse("\n".join(lines)).body):
             if isinstance(node, ast.ImportFrom) and node.level:
-                base = ".".join([*module.split(".")[: -node.level], *filter(None, [node.module])])
-                names, values = [], []
+                base, parts = ".".join([*module.split(".")[: -node.level], *filter(None, [node.module])]), []
                 for each in node.names:
                     inner = f"{base}.{each.name}".removeprefix(".")
                     source = next(name for name in (inner, base, f"{base}.__init__") if read(name) is not None)
                     if _flat(source) not in functions:
                         add(source)
-                    names.append(each.asname or each.name)
-                    values.append(_flat(source) if source == inner else f"{_flat(source)}.{each.name}")
-                lines[node.lineno - 1 : node.end_lineno] = [f"{', '.join(names)} = {', '.join(values)}"]
-            elif isinstance(node, ast.Import | ast.ImportFrom):
-                lines[node.lineno - 1 : node.end_lineno] = []
-                start = f"from {node.module} import" if isinstance(node, ast.ImportFrom) else "import"
-                libraries.setdefault(start, set()).update(map(ast.unparse, node.names))
+                    value = _flat(source) if source == inner else f"{_flat(source)}.{each.name}"
+                    parts.append(f"{each.asname or each.name} = {value}")
+                lines[node.lineno - 1 : node.end_lineno] = ["; ".join(parts)]
         body = textwrap.indent("\n".join(lines), "    ")
         functions[_flat(module)] = f"\n\ndef _{_flat(module)}():\n{body}\n    return SimpleNamespace(**locals())\n"
 
     add(entry)
     calls = [f"    {name} = _{name}()\n" for name in functions]
-    imports = [f"{start} {', '.join(sorted(names))}\n" for start, names in sorted(libraries.items())]
-    return "".join([*imports, *functions.values(), f'\n\nif "{_flat(entry)}" not in globals():\n', *calls])
+    return "".join([*functions.values(), f'\n\nif "{_flat(entry)}" not in globals():\n', *calls])
 
 
 def _read(module: str) -> str | None:

@@ -1,8 +1,6 @@
-"""Move files into place, and read JSON."""
+"""Move files into place."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 
 def put(new: Path, path: Path) -> None:
@@ -16,14 +14,3 @@ def put(new: Path, path: Path) -> None:
         if old.exists() and not path.exists():
             old.rename(path)
         raise
-
-
-def read_object(path: str | Path) -> dict[str, Any]:
-    """Read a JSON object. Raises ValueError for any other content."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} contains no JSON object: replace or remove it")
-    return content

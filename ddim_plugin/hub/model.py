@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..pipelines.generation import GeneralizedDDIMPipeline
-from ..schedulers import KEY
 from .card import card
 from .code import code
-from .files import read_object
 
 README, GRID = "README.md", "samples.png"
 RECORDS = ("results.json", "training.json", "conversion.json")  # of the training scripts, pushed as they are
@@ -34,12 +32,10 @@ class Model:
         folder = Path(folder)
         if not (folder / INDEX).is_file():
             raise OSError(f"{folder} has no {INDEX}: pass the folder of a saved pipeline")
-        index = read_object(folder / INDEX)
-        name = index.get(KEY, index.get("_class_name"))
-        name = name[-1] if isinstance(name, list) and name else name  # version 0.1 saved a pair
-        if name != GeneralizedDDIMPipeline.__name__:
+        index = GeneralizedDDIMPipeline.load_config(folder)
+        if (name := index["_saved_as"][0]) != GeneralizedDDIMPipeline.__name__:
             raise ValueError(f"{folder} is a {name}: load it with GeneralizedDDIMPipeline, push that")
-        for name, entry in GeneralizedDDIMPipeline.load_config(folder).items():
+        for name, entry in index.items():
             if isinstance(entry, list) and (name not in ("unet", "scheduler") or entry[0] != "diffusers"):
                 what = f"{entry[-1]} of {entry[0]} for {name}"
                 raise ValueError(f"{folder} has a {what}: only a unet and a scheduler of diffusers are pushed")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import numpy_to_pil
+from diffusers.utils import load_image, numpy_to_pil
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
@@ -26,12 +26,10 @@ def read(images: Images, channels: int, size: Size, low: float = -1.0, high: flo
     if not many:
         raise ValueError("an empty list of images: give at least one")
     batch = [_read(image, channels, f"image {i}" if len(many) > 1 else "the image") for i, image in enumerate(many)]
-    H, W = size or batch[0].shape[2:]
+    (H, W), other = size or batch[0].shape[2:], "network" if size else "first"
     for i, x in enumerate(batch):
         if x.shape[2:] != (H, W):
-            sizes = (
-                f"{x.shape[2]}×{x.shape[3]} (height × width), not {H}×{W} as the {'network' if size else 'first'} is"
-            )
+            sizes = f"{x.shape[2]}×{x.shape[3]} (height × width), not {H}×{W} as the {other} is"
             raise ValueError(f"image {i} is {sizes}: crop or resize it, e.g. image.resize({(W, H)})")
     return torch.cat(batch) * (high - low) + low
 
@@ -78,9 +76,7 @@ def image_files(folder: str | Path) -> list[str]:
 def open_image(file: str | Path, channels: int, size: Size, resize: bool = False, hint: str = "") -> Image.Image:
     """Open an image file for a network, upright according to its EXIF; other arguments as in `fit`."""
     try:
-        with Image.open(file) as opened:
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
+        image = load_image(str(file), lambda image: image)
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise ValueError(f"cannot read the image {file}: {error}") from error
     return fit(image, channels, size, resize, str(file), hint)

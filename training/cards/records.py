@@ -6,7 +6,8 @@ from numbers import Real
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from ddim_plugin.hub.files import read_object
+from guard.reading import read_object
+
 from ddim_plugin.hub.model import GRID, RECORDS
 
 RESULTS, TRAINING, CONVERSION = RECORDS

@@ -5,8 +5,7 @@ from typing import Any
 
 import huggingface_hub
 from cards.records import TRAINING
-
-from ddim_plugin.hub.files import read_object
+from guard.reading import read_object
 
 
 def count_classes(model: str, unet: Any, given: int | None = None) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from cards.records import TRAINING
+from guard.reading import read_object
 from numpy.typing import NDArray
 from pictures import as_dataset, load_images, to_model
 from pictures.bits import BIN, discretized_log_likelihood
@@ -19,7 +20,6 @@ from tqdm.auto import tqdm
 from trainer.settings import write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.hub.files import read_object
 from ddim_plugin.process import spacings
 from ddim_plugin.process.paths import FlowMatching, Path
 from ddim_plugin.process.predictions import prediction

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cards.records import RESULTS
+from guard.reading import read_object
 from trainer.settings import MACHINES
-
-from ddim_plugin.hub.files import read_object
 
 from .extractors import slug
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from guard.reading import read_object
 from pictures import Frame, Pictures, as_dataset, origin
 from pictures.folders import walk
 from trainer.settings import write_json
 
-from ddim_plugin.hub.files import read_object
 from ddim_plugin.pipelines.images import MODES
 
 from .extractors import Extractor

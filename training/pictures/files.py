@@ -6,8 +6,7 @@ from typing import Any
 
 import datasets
 from guard.names import check_address
-
-from ddim_plugin.hub.files import read_object
+from guard.reading import read_object
 
 from .folders import FORMATS, scan, split_named, splits
 

@@ -12,13 +12,13 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
+from guard.reading import read_object
 from pictures import Feed, Pictures, Share, Stream, to_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.hub.files import read_object
 
 from .config import TrainConfig, learning_rate
 from .objective import ImportanceTimes, Objective, draw_times

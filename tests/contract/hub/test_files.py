@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from diffusers import UNet2DModel
+from guard.reading import read_object
 from guard.writing import replace_folder, write_file
 
-from ddim_plugin.hub.files import read_object
 from ddim_plugin.pipelines.generation import GeneralizedDDIMPipeline
 from ddim_plugin.schedulers import GeneralizedDDIMScheduler
 

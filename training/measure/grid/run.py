@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from guard.reading import read_object
 from pictures import Frame, choose_split, open_pictures, split_names
 from trainer.settings import record, write_json
 
 from ddim_plugin import GeneralizedDDIMScheduler
-from ddim_plugin.hub.files import read_object
 from ddim_plugin.schedulers import KEY
 
 from ..extractors import INCEPTION, Extractor, extract, open_extractor
