@@ -23,7 +23,7 @@ from measure.parts import DTYPES
 from trainer.settings import command, parse, record, write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline, MultistepDDIMScheduler
-from ddim_plugin.hub.model import INDEX
+from ddim_plugin.hub.push import INDEX
 from ddim_plugin.schedulers import keep_learned
 
 MODEL, RECORD = "model", "fit.json"

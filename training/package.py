@@ -27,7 +27,7 @@ from trainer.settings import parse, write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline
 from ddim_plugin.hub.card import is_written_here
-from ddim_plugin.hub.model import GRID, README
+from ddim_plugin.hub.push import GRID, README
 
 HEADLINE = "headline.md"
 

@@ -25,8 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..hub.files import put
-from ..hub.model import INDEX
-from ..hub.push import explained, push_folder
+from ..hub.push import INDEX, explained, push_folder
 from ..pipelines import invert as inversion
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..pipelines.images import check_channels, grid, image_files, open_image

@@ -52,7 +52,6 @@ def card(
 
 def adapt(text: str, repo_id: str, license: str | None = None) -> str:
     """Put the id of another repository, and the licence if one is given, into a card that `card` wrote."""
-    check_license(license)
     written = ModelCard(text.replace("\r\n", "\n").rpartition(f"\n{MARK}")[0])
     body = re.sub(r'(from_pretrained\(\s*")[^"]+', rf"\g<1>{repo_id}", written.text)
     body = re.sub(r"ddim_plugin_\d+_\d+\w*", code().name, body)

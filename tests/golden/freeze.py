@@ -18,7 +18,7 @@ from cards.records import read_records
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.hub.model import Model
+from ddim_plugin.hub.push import Model
 
 GOLDEN = Path(__file__).parent
 SAVED, CARDS = GOLDEN / "saved", GOLDEN.parents[1] / "model_cards"

@@ -11,7 +11,7 @@ from jinja2 import Template
 
 from ddim_plugin import GeneralizedDDIMPipeline
 from ddim_plugin.hub.card import LAYOUT, SYMBOLS, TASK, cell, check_license, is_written_here
-from ddim_plugin.hub.model import CONFIGS, GRID, README, Model, variant_of
+from ddim_plugin.hub.push import CONFIGS, GRID, README, Model, variant_of
 
 from .records import CONVERSION, RESULTS, TRAINING, Records, read_records
 from .weights import weights_digest

@@ -8,7 +8,7 @@ from typing import Any
 
 from guard.reading import read_object
 
-from ddim_plugin.hub.model import GRID, RECORDS
+from ddim_plugin.hub.push import GRID, RECORDS
 
 RESULTS, TRAINING, CONVERSION = RECORDS
 LOSS, SAMPLE = "loss.png", "sample.json"

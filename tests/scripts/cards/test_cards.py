@@ -15,7 +15,7 @@ from PIL import Image
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.hub.card import MARK, card, is_written_here
-from ddim_plugin.hub.model import GRID
+from ddim_plugin.hub.push import GRID
 
 RESULT = {"metric": "fid", "name": "FID", "value": 4.1613, "nfe": 100, "num_inference_steps": 100, "eta": 0.0}
 RESULT |= {"variance_type": "fixed_small", "timestep_spacing": "quadratic", "images": 50000, "seed": 3}

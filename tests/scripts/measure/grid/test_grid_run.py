@@ -12,7 +12,7 @@ from measuring import python, values
 from PIL import Image
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.hub.model import Model
+from ddim_plugin.hub.push import Model
 
 
 def test_what_is_written(measure, tmp_path, places):
