@@ -255,8 +255,8 @@ def _invert(args: Namespace) -> tuple[Any, list[Image.Image], inversion.Inverted
     settings = _given(args, "guidance_scale", "timesteps", "strength", "tolerance")
     settings |= {} if args.steps is None else {"num_inference_steps": args.steps}
     inverted = inversion.invert(pipe, images, args.prompt, args.refine, **settings)
-    print(inverted.report, file=sys.stderr)
-    return pipe, images, inverted, {"report": inverted.report.to_dict(), "images": args.images}
+    print(inverted.report or "no residual was measured: pass --refine K", file=sys.stderr)
+    return pipe, images, inverted, {"report": inverted.report and inverted.report.to_dict(), "images": args.images}
 
 
 def _load_latents(args: Namespace) -> Tensor:

@@ -51,7 +51,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 
     latents.add_argument("--latents", metavar="FILE", help="use these latents, with the settings in the file (η = 0)")
     images.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or folders of them")
-    for each, k, tolerance in ((refine, 0, "1e-5"), (text, 4, "5e-3")):
+    for each, k, tolerance in ((refine, 0, "1e-5"), (text, 4, "1e-2")):
         each.add_argument("--resize", action="store_true", help="crop and resize images to the network's size")
         each.add_argument(
             "--refine", type=int, default=k, metavar="K", help=f"evaluations to refine a step (default: {k})"

@@ -23,12 +23,10 @@ DEFAULTS = ("num_inference_steps", "guidance_scale")  # arguments whose defaults
 FLOAT32 = ("Wan", "ZImage")  # pipelines whose latents are float32 in half precision too
 LOST = "not kept"  # stands for a tensor
 
-logger = logging.getLogger("ddim_plugin")
-
 
 @dataclass(frozen=True)
 class Inverted:
-    """Latents of pictures, with a report (None for the plain inverse) and the settings that decode them.
+    """Latents of pictures, with a report (None if no residual was measured) and the settings that decode them.
 
     `settings` are ready for JSON: "scheduler" (config of the sampler), "strength", "call" (arguments of the call with
     the prompt), and "left_out" (names of its tensors and pictures, which are not kept).
@@ -51,8 +49,7 @@ class Inverted:
         replaced = {key.removesuffix("_embeds") for key in changes}
         call = {key: None if key in replaced else value for key, value in self.settings["call"].items()} | changes
         config = self.settings["scheduler"]
-        sampler = CLASSES[config[KEY]["class"]].from_config(config)
-        return _run(pipe, sampler, self.latents, **call)
+        return _run(pipe, CLASSES[config[KEY]["class"]].from_config(config), self.latents, **call)
 
     def save(self, path: str | Path) -> None:
         """Save as a safetensors file."""
@@ -66,8 +63,7 @@ class Inverted:
             latents, known = file.get_tensor("latents"), json.loads((file.metadata() or {}).get("ddim_plugin", "{}"))
         if "settings" not in known:
             raise ValueError(f"{path} has no settings of an inversion: use a file that Inverted.save wrote")
-        report = known["report"] or {}
-        report = {k: np.array(v, float if k == "residual" else None) for k, v in report.items()}
+        report = {k: np.array(v, float if k == "residual" else None) for k, v in (known["report"] or {}).items()}
         return cls(latents, InversionReport(**report) if report else None, known["settings"])
 
 
@@ -78,7 +74,7 @@ def invert(
     prompt: str | list[str] | None = None,
     refinement_steps: int | None = 4,
     strength: float = 1.0,
-    tolerance: float = 5e-3,
+    tolerance: float = 1e-2,
     **call: Any,
 ) -> Inverted:
     """Find the latents from which a pipeline makes pictures, in its own loop with an inverse scheduler.
@@ -86,13 +82,13 @@ def invert(
     Args:
         pipe: a pipeline with a `vae` whose call takes `latents`: Stable Diffusion, XL, 3, Flux, PixArt, Qwen-Image, …
         images: PIL images, arrays (B, H, W, C), tensors (B, C, H, W), one of them or a list; bytes, or in [0, 1].
-        prompt: a description of all pictures, or a list with one for each. None is the empty prompt.
+        prompt: for all pictures, or a list with one for each. None is the empty prompt.
         refinement_steps: network evaluations of a step beyond the first; None is the plain inverse (Section 5.4).
         strength: share of the process to invert, in (0, 1]. Less keeps more of a picture in an edit.
         tolerance: residual of a step, in units of latents (of deviation 1), above which a warning is logged.
-        call: other arguments of the pipeline's call. Guidance makes steps without an inverse: 1 is the most exact.
+        call: other arguments of the pipeline's call. `guidance_scale=1` is the most exact.
 
-    Raises ValueError for what does not fit, before a network runs.
+    Raises ValueError for arguments that do not fit, before any long work.
     """
     parameters, packs = inspect.signature(pipe.__call__).parameters, hasattr(pipe, "_pack_latents")
     form = 5 if not packs else len(inspect.signature(pipe._pack_latents).parameters)  # 5 arguments in Flux, Qwen-Image
@@ -107,38 +103,35 @@ def invert(
     x = read(images, pipe.vae.config.get("in_channels", 3), None)
     scale = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", 8)
     factor = scale * max(int(np.max(network.config.get("patch_size") or 1)), 2 if packs else 1)
-    fitting = [max(side // factor, 1) * factor for side in x.shape[2:]]
-    if fitting != [*x.shape[2:]]:
-        sizes, size = "×".join(map(str, x.shape[2:])), tuple(fitting[::-1])
-        raise ValueError(f"{sizes} (height × width) are no multiples of {factor}: use e.g. image.resize({size})")
-    if prompt is not None or call.get("prompt_embeds") is None:
-        call["prompt"] = prompt or ""
-    size = {"height": x.shape[2], "width": x.shape[3], "use_resolution_binning": False}
+    H, W = x.shape[2:]
+    if H % factor or W % factor:
+        raise ValueError(f"pictures are {H}×{W} (height × width): crop or resize them to multiples of {factor}")
+    call |= {} if prompt is None and "prompt_embeds" in call else {"prompt": prompt or ""}
+    size = {"height": H, "width": W, "use_resolution_binning": False}
     call = {key: size.get(key, parameters[key].default) for key in (*DEFAULTS, *size) if key in parameters} | call
-
     z = _encode(pipe, x).to(torch.float32 if type(pipe).__name__.startswith(FLOAT32) else network.dtype)
     z = _run(pipe, up, z, output_type="latent", **call)
-    report = None if refinement_steps is None else up.report(tolerance)
+    report = up.report(tolerance) if up._records else None
     if report is not None and not report.converged.all():
-        many, remedy = (~report.converged.all(0)).sum(), "more steps or refinement_steps, or less guidance, may help"
-        logger.warning("%d of %d images did not converge (%.1e): %s", many, len(x), report.residual.max(), remedy)
+        text = "%d of %d images did not converge (residual %.1e): use more steps or refinement_steps, or less guidance"
+        logging.getLogger("ddim_plugin").warning(text, (~report.converged.all(0)).sum(), len(x), report.residual.max())
     kept = {key: value for key, value in call.items() if LOST not in json.dumps(value, default=lambda _: LOST)}
     left_out = [key for key, value in call.items() if key not in kept and not callable(value)]
     sampler = sampler_class(pipe.scheduler).from_config(up.config, **dict.fromkeys(CONSTRAINTS, False))
-    settings = {"strength": strength, "call": kept, "left_out": left_out}
-    return Inverted(z, report, {"scheduler": json.loads(sampler.to_json_string()), **settings})
+    known = {"strength": strength, "call": kept, "left_out": left_out}
+    return Inverted(z, report, known | {"scheduler": json.loads(sampler.to_json_string())})
 
 
 def _encode(pipe: Any, x: Tensor) -> Tensor:
     """Encode pictures by the VAE: the mode of its distribution, in the units and form of the pipeline, in float32."""
     vae, config, kind = pipe.vae, pipe.vae.config, pipe.vae.dtype
-    upcast = config.get("force_upcast") and kind.itemsize < 4  # half precision would overflow
     x = x[:, :, None] if max(weight.ndim for weight in vae.parameters()) == 5 else x  # a video of one frame
+    upcast = [vae] if config.get("force_upcast") and kind.itemsize < 4 else []  # it overflows in half precision
     try:
-        torch.nn.Module.to(vae, torch.float32 if upcast else kind)  # without diffusers' warnings
+        torch.nn.ModuleList(upcast).to(torch.float32)
         coded = vae.encode(x.to(pipe._execution_device, vae.dtype))
     finally:
-        torch.nn.Module.to(vae, kind)
+        torch.nn.ModuleList(upcast).to(kind)
     z = (coded.latent_dist.mode() if "latent_dist" in coded else coded[0]).float()
     mean, std = config.get("latents_mean") or config.get("shift_factor") or 0.0, config.get("latents_std") or 1.0
     mean, std = (torch.as_tensor(each, device=z.device).view(-1, *[1] * (z.ndim - 2)) for each in (mean, std))
@@ -152,9 +145,9 @@ def _run(pipe: Any, scheduler: SchedulerMixin, latents: Tensor, **call: Any) -> 
     count = 1 if isinstance(prompts, str) else len(prompts)
     if len(latents) % count:
         raise ValueError(f"{count} prompts do not fit {len(latents)} pictures: pass one, or a list with one for each")
-    copies = next(key for key in inspect.signature(pipe.__call__).parameters if key.endswith("s_per_prompt"))
+    names = [key for key in inspect.signature(pipe.__call__).parameters if key.endswith("s_per_prompt")]  # of images
     before, pipe.scheduler = pipe.scheduler, scheduler
     try:
-        return pipe(latents=latents, return_dict=False, **{copies: len(latents) // count} | call)[0]
+        return pipe(latents=latents, return_dict=False, **dict.fromkeys(names, len(latents) // count) | call)[0]
     finally:
         pipe.scheduler = before
