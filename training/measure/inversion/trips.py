@@ -149,14 +149,17 @@ class Latents:
         self.pipe, self.prompts, self.tolerance, self.batch_size = pipe, prompts, tolerance, batch_size
         changes = {"eta": 0.0} | ({} if spacing is None else {"timestep_spacing": spacing})
         self.sampler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config, **UNCLAMPED, **changes)
-        self.spacing, self.digest = self.sampler.config.timestep_spacing, weights_digest(pipe.unet, pipe.vae)
+        self.spacing = self.sampler.config.timestep_spacing
+        self.digest = weights_digest(pipe.vae, pipe.unet, pipe.text_encoder)
         self.latents = torch.cat([self._encoded(images[rows]) for rows in parts(len(images), batch_size)])
         pipe.set_progress_bar_config(disable=True)
 
     @classmethod
     def load(cls, model: str, device: str) -> StableDiffusionPipeline:
         """Load the pipeline in float32, without its safety checker."""
-        return StableDiffusionPipeline.from_pretrained(model, safety_checker=None).to(device, torch.float32)
+        pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+        pipe.text_encoder.float()  # transformers may load it in the precision of its file
+        return pipe.to(device)
 
     @classmethod
     def size_of(cls, pipe: StableDiffusionPipeline) -> tuple[int, tuple[int, int]]:
