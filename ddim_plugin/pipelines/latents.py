@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..process.gaussian import slerp
-from ..process.inversion import InversionReport, solve, step_size
+from ..process.inversion import InversionReport
 from ..schedulers import InverseDDIMScheduler, InverseMultistepDDIMScheduler, MultistepDDIMScheduler
 from ..schedulers.inverse import Upwards
 from .images import Images, read
@@ -35,7 +35,7 @@ class Latents(Loop):
         class_labels: Labels = None,
         guidance_scale: float = 1.0,
         null_class_label: int | None = None,
-        refinement_steps: int = 0,
+        refinement_steps: int | None = 0,
         tolerance: float = TOLERANCE,
         batch_size: int | None = None,
         return_report: bool = False,
@@ -59,7 +59,6 @@ class Latents(Loop):
         Returns latents (B, C, H, W), in float32 at least. Raises ValueError for arguments that do not fit, for a
         scheduler whose steps have no inverse, and for latents that are not finite.
         """
-        check_count("refinement_steps", refinement_steps, 0)
         if not isinstance(tolerance, Real) or not 0 <= tolerance < math.inf:
             raise ValueError(f"tolerance must be a non-negative number, not {tolerance!r}")
         self._check_deterministic(invertible=True)
@@ -68,74 +67,48 @@ class Latents(Loop):
         x, condition, steps, unit = self._prepare(x, num_inference_steps, timesteps, strength, *labels)
         multistep = isinstance(self.scheduler, MultistepDDIMScheduler)
         upwards = InverseMultistepDDIMScheduler if multistep else InverseDDIMScheduler
-        inverse = upwards.from_config(self.scheduler.config)
-        inverse._shift = self.scheduler._shift
+        inverse = upwards.from_config(self.scheduler.config, refinement_steps=refinement_steps)
+        inverse._shift, inverse._image_range = self.scheduler._shift, self.scheduler.image_range
+        inverse._most = steps
         self._set_timesteps(inverse, num_inference_steps, timesteps)
-        up = inverse.timesteps[:steps]
-        tops = self.scheduler.timesteps[-steps:][:1] if multistep else up
-        refine = self._refine_path if multistep else self._refine_steps
-        parts: list[Encoded] = []
-        for rows in batches(range(len(x)), batch_size):
-            image, given = x[rows], condition.rows(rows)
-            if refinement_steps:
-                parts.append(refine(image, given, inverse, up, refinement_steps, tolerance))
-            else:
-                z, shape = self._ascend(image, given, inverse, self.progress_bar(up)), (len(tops), len(image))
-                evaluations = np.full(shape, condition.evaluations * steps // len(tops))
-                parts.append((z, np.full(shape, np.nan), evaluations, np.zeros(shape, bool)))
+        rows = batches(range(len(x)), batch_size)
+        parts = [self._ascend(x[each], condition.rows(each), inverse, tolerance) for each in rows]
         self.maybe_free_model_hooks()
-        latents, *records = zip(*parts, strict=True)
+        latents, timesteps, residual, evaluations = zip(*parts, strict=True)
         z = finite(torch.cat(latents)) / unit
         if not return_report:
             return z
-        residual, evaluations, at_floor = (np.concatenate(each, axis=1) for each in records)
-        known = tops.cpu().numpy(), residual, evaluations, residual <= tolerance, at_floor
-        pixels = z.cpu().double().flatten(1).numpy()
-        return z, InversionReport(*known, tolerance, pixels.mean(1), pixels.std(1))
+        residual, evaluations = (np.concatenate(each, axis=1) for each in (residual, evaluations))
+        return z, InversionReport.of(timesteps[0], residual, evaluations, tolerance, z)
 
-    def _ascend(self, x: Tensor, condition: Condition, inverse: Upwards, up: Iterable[Tensor]) -> Tensor:
+    def _ascend(self, x: Tensor, condition: Condition, inverse: Upwards, tolerance: float) -> Encoded:
+        """Run the loop of the inverse. The network is evaluated at images that are not solved yet."""
         inverse.set_begin_index(0)  # a new loop
-        return self._run(inverse, x, up, condition)
-
-    def _refine_steps(
-        self, image: Tensor, condition: Condition, inverse: Upwards, up: Tensor, refinements: int, tolerance: float
-    ) -> Encoded:
-
-        def residual(x_s: Tensor, t: Tensor, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            """Return x_s − f(x) and the output at x, with f the step at `t`."""
-            output = self._predict(x, t, condition.rows(rows))
-            sampled = self.scheduler.step(output, t, x).prev_sample
-            return x_s[rows] - (sampled.clamp(*self.scheduler.image_range) if x_s is image else sampled), output
-
-        x, at_x, records = image, None, []  # `at_x` is the sampler's step from x, if known
-        for i, t in enumerate(self.progress_bar(up)):
-            start, end = inverse.move(i).start, inverse.move(i).end
-            if at_x is None:
-                guess = self._step(inverse, x, t, condition).prev_sample
-            else:
-                guess = start.signal * at_x.pred_original_sample + start.noise * at_x.pred_epsilon
-            down, gamma = self.scheduler.timesteps[-1 - i], step_size(start, end)
-            found = solve(partial(residual, x, down), guess, gamma, tolerance * end.signal, refinements)
-            evaluations = (found.evaluations + (at_x is None)) * condition.evaluations
-            records.append((found.residual / end.signal, evaluations, found.at_floor))
-            x, at_x = found.x, self.scheduler.step(found.output, down, found.x)
-        return x, *map(np.stack, zip(*records, strict=True))
-
-    def _refine_path(
-        self, image: Tensor, condition: Condition, inverse: Upwards, up: Tensor, refinements: int, tolerance: float
-    ) -> Encoded:
-        down, iterations = self.scheduler.timesteps[-len(up) :], max(1, refinements // 2)
-
-        def residual(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            bar.update()
-            z = self._ascend(x, condition.rows(rows), inverse, up)
-            decoded = self._run(self.scheduler, z, down, condition.rows(rows))
-            return image[rows] - decoded.clamp(*self.scheduler.image_range), z
-
-        with self.progress_bar(total=iterations) as bar:
-            found = solve(residual, image, 1.0, tolerance, iterations)
-        evaluations = 2 * condition.evaluations * len(up) * found.evaluations
-        return found.output, found.residual[None], evaluations[None], found.at_floor[None]
+        times, residuals, evaluations, left, output = [], [], [], np.ones(len(x), bool), torch.empty(0)
+        for places in self.progress_bar(inverse.searches()):
+            left = left if inverse.is_joint else np.ones(len(x), bool)
+            spent = np.zeros(len(x), int)
+            for t in inverse.timesteps[places]:
+                if left.any():
+                    rows = torch.as_tensor(left, device=x.device)
+                    made = self._predict(inverse.scale_model_input(x, t)[rows], t, condition.rows(rows))
+                    output = made if left.all() else output.index_put((rows,), made)
+                spent += left * condition.evaluations
+                inverse.keep(~torch.as_tensor(left, device=x.device))
+                x = inverse.step(output, t, x).prev_sample
+                known = inverse.residual
+                residual = np.full(len(x), np.nan) if known is None else known.cpu().double().numpy()
+                if not inverse.is_joint:
+                    left = left & ~(residual <= tolerance)
+            left = left & ~(residual <= tolerance)
+            times.append(t.item())
+            residuals.append(residual)
+            evaluations.append(spent)
+            if inverse.is_joint and not left.any():
+                break
+        if inverse.is_joint:  # one row for the whole path
+            times, residuals, evaluations = times[:1], residuals[-1:], [sum(evaluations)]
+        return x, np.array(times), np.stack(residuals), np.stack(evaluations)
 
     @torch.no_grad()
     def decode(
@@ -170,7 +143,7 @@ class Latents(Loop):
         self,
         images: Images,
         num_inference_steps: int | None = None,
-        refinement_steps: int = 0,
+        refinement_steps: int | None = 0,
         tolerance: float = TOLERANCE,
         output_type: str = "pil",
         return_report: bool = False,

@@ -1,9 +1,9 @@
 """Schedulers for the loop of any pipeline of diffusers."""
 
-from . import stock
 from .config import KEY, STOCK_SPACINGS, restore_scheduler, restored
 from .generalized import DETERMINISTIC, GeneralizedDDIMScheduler
 from .inverse import InverseDDIMScheduler
-from .multistep import InverseMultistepDDIMScheduler, MultistepDDIMScheduler, keep_learned, sampler_class
+from .inverse_multistep import InverseMultistepDDIMScheduler
+from .multistep import MultistepDDIMScheduler, keep_learned, sampler_class
 from .step import GeneralizedDDIMSchedulerOutput
 from .tensors import Randomness, check_generators

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import diffusers
-from diffusers import SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 
 KEY = "_ddim_plugin"  # entry of a scheduler's config with our settings, which stock schedulers keep but do not read
@@ -270,3 +270,16 @@ def restore_scheduler(pipe: Any) -> Any:
             "GeneralizedDDIMScheduler.from_config(pipe.scheduler.config)"
         )
     return pipe
+
+
+def to_json_string(self: DiffusionPipeline) -> str:
+    """Write `model_index.json` with the stock class of our scheduler, which `restore_scheduler` brings back."""
+    index = json.loads(_written(self))
+    for name, each in index.items():
+        component = getattr(self, name, None) if isinstance(each, list) else None
+        if isinstance(component, StockConfig):
+            index[name] = ["diffusers", component.config["_class_name"]]
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+_written, DiffusionPipeline.to_json_string = DiffusionPipeline.to_json_string, to_json_string

@@ -52,6 +52,8 @@ class GeneralizedDDIMScheduler(Planned):
         sigma_min, sigma_max: variance exploding, for a network that is evaluated at σ. `sigma_min` None is 0.01.
         corrector_steps, corrector_snr: Langevin steps before each step, and their signal-to-noise ratio r (Song et al.
             2021, Algorithms 4 and 5). Each takes one evaluation more: `timesteps` repeats its time.
+        denoising_start, denoising_end: part of the process that the plan makes, shares of T counted from noise, as in the
+            pipelines of SDXL. With `denoising_start` 0.4 the first sample is x_t at t = 0.6·T.
 
     Raises ValueError for unknown names, values out of range, and combinations that do not exist.
     """
@@ -76,6 +78,8 @@ class GeneralizedDDIMScheduler(Planned):
         sigma_max: float | None = None,
         corrector_steps: int = 0,
         corrector_snr: float = 0.16,
+        denoising_start: float = 0.0,
+        denoising_end: float = 1.0,
     ): ...
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -106,6 +110,9 @@ class GeneralizedDDIMScheduler(Planned):
         if config.thresholding and not (0 <= ratio <= 1 and largest >= 1):
             needed = "dynamic_thresholding_ratio in [0, 1] and sample_max_value ≥ 1"
             raise ValueError(f"thresholding needs {needed}, not {ratio!r} and {largest!r}")
+        if not 0 <= config.denoising_start < config.denoising_end <= 1:
+            given = f"denoising_start={config.denoising_start!r} and denoising_end={config.denoising_end!r}"
+            raise ValueError(f"{given} must satisfy 0 ≤ start < end ≤ 1")
         self._eps_mean_square = moves.eps_table(config.variance_type, config.eps_mean_square, T)
         self.order = 1 + config.corrector_steps
         path, alpha_bar = self._make_path()
@@ -173,11 +180,14 @@ class GeneralizedDDIMScheduler(Planned):
         evaluation = self._evaluate(kind, step, sample, output, variance, use_clipped_model_output)
         if corrects:
             evaluation = evaluation.langevin(self.config.corrector_snr)
-        x = evaluation.mean()
+        x = self._advance(evaluation)
         if z is not None:
             x = accumulate(x, evaluation.std(), z)
         result = GeneralizedDDIMSchedulerOutput(x.to(sample.dtype), evaluation)
         return result if return_dict else StepTuple(result)
+
+    def _advance(self, evaluation: Evaluation) -> Tensor:
+        return evaluation.mean()
 
     def _make_pairs(self, times: spacings.Times) -> Pairs:
         return [(t, r) for t, s in super()._make_pairs(times) for r in (*[t] * self.config.corrector_steps, s)]

@@ -1,16 +1,85 @@
 """The deterministic process upwards, from an image to its latent."""
 
+from itertools import pairwise
 from typing import Any
 
-from ..process import moves, spacings
-from .config import CONSTRAINTS, SAMPLER, StockConfig
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..process import inversion, moves, spacings
+from ..process.paths import Level
+from .config import CONSTRAINTS, SAMPLER, StockConfig, with_settings_of
 from .generalized import GeneralizedDDIMScheduler
 from .planned import Kind, Pairs
 from .step import Evaluation, Step
+from .tensors import at_least_float32, combine
 
 
 class Upwards(StockConfig):
-    """Encode without noise, and without a constraint on x̂0 unless it is passed."""
+    """Encode without noise, and without a constraint on x̂0 unless it is passed.
+
+    Between steps the pipeline has the x_t at which the network is evaluated next. The state itself is float32 at least.
+    """
+
+    _image_range: tuple[float, float] | None = None  # f of the step to the data is clamped to this
+    _most: int | None = None  # number of steps to plan, from the data
+    is_joint = False  # all steps are solved together
+
+    def _build(self) -> None:
+        k = self.config.refinement_steps
+        if k is not None and not (spacings.is_integer(k) and k >= 0):
+            raise ValueError(f"refinement_steps must be 0 or more, or None for the plain inverse, not {k!r}")
+        super()._build()
+        self.order = 1 + (k or 0)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        super().set_begin_index(begin_index)
+        self._x: Tensor | None = None  # where the network is evaluated next, and the same in the type of the pipeline
+        self._handed: Tensor | None = None
+        self._kept: Tensor | None = None
+        self.residual: Tensor | None = None  # root mean square of (x_s − f(x_t))/a_s, the smallest evaluated, (B,)
+        self._solution: Tensor | None = None  # x_t of the last step that is solved
+        self._seen: torch.Size | None = None  # shape of a sample that the network saw with noise
+        self._done: int | None = None  # place of the last evaluation
+        self._records: list[tuple[float, int, Tensor]] = []  # timestep, evaluations and residual of each step
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
+        """Compute x_t as in the sampler; but x_0 at the first time of the plan, where encoding begins with x_0."""
+        if self._planned is not None and self._done is None:
+            first = self._called[self._span.start]
+            if bool((torch.as_tensor(timesteps, device="cpu") == first).all()):
+                return original_samples
+        return super().add_noise(original_samples, noise, timesteps)
+
+    def _replan(self) -> None:
+        super()._replan()
+        self.init_noise_sigma = 1.0  # the loop begins with x_0
+
+    def report(self, tolerance: float = inversion.TOLERANCE) -> inversion.InversionReport:
+        """Report the last loop, with `tolerance` the residual of a converged step. It reads the device.
+
+        Raises ValueError if no step was solved, and for the plain inverse, which measures no residual.
+        """
+        if not self._records or self._x is None:
+            raise ValueError("no residual was measured: run a loop, with refinement_steps that are not None")
+        times, spent, residual = zip(*self._records, strict=True)
+        residual = torch.stack(residual).cpu().double().numpy()
+        evaluations = np.repeat(np.array(spent)[:, None], residual.shape[1], 1)
+        return inversion.InversionReport.of(times, residual, evaluations, tolerance, self._x)
+
+    def keep(self, samples: Tensor) -> None:
+        """Leave these samples, a mask (B,), as they are in this search: they are solved."""
+        self._kept = samples
+
+    def _receive(self, sample: Tensor) -> Tensor:
+        """Return the state for the sample of a pipeline, which may have a lower precision."""
+        self._type = sample.dtype
+        return self._x if sample is self._handed and self._x is not None else at_least_float32(sample)
+
+    def _hand(self, x: Tensor) -> Tensor:
+        self._x, self._done, self._handed = x, self._place, x.to(self._type)
+        return self._handed
 
     def _check_noise(self, variance_type: str, eta: float) -> None:
         super()._check_noise(variance_type, eta)
@@ -48,20 +117,135 @@ class Upwards(StockConfig):
 
 
 class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
-    """The steps of `GeneralizedDDIMScheduler` solved for x_t: from an image x_0 to its latent x_T (Section 5.4).
+    """Encode an image x_0 as the latent x_T that `GeneralizedDDIMScheduler` decodes, in the loop of any pipeline.
 
-    `timesteps` ascend, and `step(model_output, t − 1, x_s)` computes x_t, the output's `prev_sample`, for neighbours
-    s < t on τ. Each step is the exact inverse of the sampler's for the same `model_output`, unless the sampler's hardly
-    depends on x_t (`ddim_plugin.process.predictions.unfold`). The network is evaluated at x_s, since x_t is not known
-    yet. `GeneralizedDDIMPipeline.encode` can refine each step.
+    Each step x_s = f(x_t) of the sampler is solved for x_t with `refinement_steps` + 1 evaluations of the (guided)
+    network at t, the sampler's own time: `timesteps` ascend, each repeated. The first x_t of a step lies on the line
+    through the last two solutions, x/a over b/a. A step that contracts slowly takes a multiple of the evaluations
+    (`ddim_plugin.process.inversion.rounds`). `report` returns the residuals.
 
-    `from_config` takes the config of any sampler, and a sampler's takes this one's. Noise is refused. Args and errors
-    are those of `GeneralizedDDIMScheduler`.
+    The step from b_s = 0 does not determine the noise in x_t, and starts from a_t·x_0 + b_t·z with one fixed draw of z,
+    which `scale_model_input` shows to the network. Without a call of it, as in the pipelines of flow matching, the first
+    evaluation is not used. With `refinement_steps` 0 this step takes up to 3 evaluations, and the last steps none: the
+    line gives their x_t.
+
+    Args:
+        refinement_steps: evaluations of a step beyond the first, or None for the plain inverse of Section 5.4, which
+            evaluates the network at x_s, and whose error is that of Table 2.
+        The others, and errors, are those of `GeneralizedDDIMScheduler`. Noise is refused. `from_config` takes the
+            config of any sampler, and a sampler's takes this one's.
     """
 
+    @with_settings_of(GeneralizedDDIMScheduler)
+    def __init__(self, refinement_steps: int | None = 0): ...
+
     def _make_pairs(self, times: spacings.Times) -> Pairs:
-        return moves.downwards(times)[::-1]
+        pairs, k = moves.downwards(times)[::-1][: self._most], self.config.refinement_steps
+        self._top, counts = pairs[-1][0], [1] * len(pairs)
+        if k is not None:
+            rounds = [inversion.rounds(self.path.level(t), self.path.level(s)) for t, s in pairs]
+            counts = [(k + 1) * each for each in rounds] if k else self._spread(rounds)
+        return [pair for pair, count in zip(pairs, counts, strict=True) for _ in range(count)]
+
+    def _spread(self, rounds: list[int]) -> list[int]:
+        """Spread as many evaluations as there are steps: those of the last one or two go to the hardest."""
+        hardest, counts = rounds.index(max(rounds)), [1] * len(rounds)
+        more = min(2 if self._from_data else 1, max(rounds) - 1, (len(rounds) - 1) // 2 - hardest)
+        if more > 0:
+            counts[hardest], counts[-more:] = 1 + more, [0] * more
+        return counts
+
+    @property
+    def _from_data(self) -> bool:
+        """Whether the first step does not determine the noise."""
+        return self.path.level(0).noise == 0
 
     def _make_step(self, t: float, s: float, kind: Kind) -> Step:
         move = moves.move(self.path, t, s)
         return Step.up(move, self._prediction(move.start))
+
+    def _make_plan(self, kind: Kind) -> list[Step]:
+        plan = super()._make_plan(kind)  # raises ValueError for a step without an inverse
+        if self.config.refinement_steps is None:
+            return plan
+        return [Step.down(move, self._prediction(move.start)) for move in map(self.move, range(len(plan)))]
+
+    @property
+    def _searches(self) -> bool:
+        return self.config.refinement_steps is not None and self._place is not None
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """Return x_t at which the network is evaluated: `sample`, but a_t·x_0 + b_t·z at the beginning of a loop."""
+        begins = self._planned is not None and self._done is None and self._span.start == 0
+        if not begins or not self._from_data or self.config.refinement_steps is None:
+            return sample
+        self._seen = sample.shape[1:]
+        return self._noised(at_least_float32(sample)).to(sample.dtype)
+
+    def _noised(self, x: Tensor) -> Tensor:
+        level, z = self.move(0).start, torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))
+        return combine(level.signal, x, level.noise, z.to(x.device).expand(x.shape))
+
+    def _evaluate(self, kind: Kind, step: Step, sample: Tensor, *args: Any) -> Evaluation:
+        if not self._searches:
+            return super()._evaluate(kind, step, sample, *args)
+        i, x = self._place, self._receive(sample)
+        follows = self._done is not None and self._done == i - 1
+        self._is_blind = self._is_new(i) and not follows  # the network was evaluated at x_s
+        if self._is_new(i):
+            move, self._below = self.move(i), self._solution.view(x.shape) if follows else x  # x_s
+            self._search = inversion.Search(inversion.step_size(move.start, move.end))
+            if self._is_blind and self._seen == x.shape[1:]:
+                x, self._is_blind = self._noised(x), False
+        elif not follows:
+            raise ValueError(
+                f"timestep {self._called[i]:g} continues a step of another loop: step along scheduler.timesteps, with "
+                "one scheduler for each loop"
+            )
+        return super()._evaluate(kind, step, x, *args)
+
+    def _advance(self, evaluation: Evaluation) -> Tensor:
+        if not self._searches:
+            return super()._advance(evaluation)
+        i, x, made = self._place, evaluation.sample, super()._advance(evaluation)
+        move, is_last = self.move(i), i + 1 == self._span.stop
+        ends = is_last or self._is_new(i + 1)
+        if self._image_range is not None and move.s == 0:
+            made = made.clamp(*self._image_range)
+        if self._is_blind and self._from_data and move.s == 0 and not ends:
+            return self._hand(self._noised(x))
+        kept = None if self._kept is None else self._kept.view(-1, *[1] * (x.ndim - 1))
+        r = self._below - made
+        found = self._search.next(x, r if kept is None else torch.where(kept, torch.nan, r))
+        if self._is_blind:
+            found = evaluation._replace(step=self._make_step(move.t, move.s, self._kind(None))).mean()
+        found = found if kept is None else torch.where(kept, x, found)
+        self.residual = (self._search.best[0].flatten() / x[0].numel()).sqrt() / move.end.signal
+        if not ends:
+            return self._hand(found)
+        self._records.append((self._called[i], self._pairs[: i + 1].count(self._pairs[i]), self.residual))
+        self._solution, self._kept = found, None
+        if not is_last:
+            return self._hand(self._on_line(evaluation, self.move(i + 1).start))
+        above = i + 1 == len(self._pairs) and self._top > move.t
+        return self._hand(self._on_line(evaluation, self.path.level(self._top)) if above else found)
+
+    def _on_line(self, evaluation: Evaluation, level: Level) -> Tensor:
+        """Continue the line through the last two solutions, x/a over b/a, to a higher level."""
+        x, move = self._solution, self.move(self._place)
+        start, end = move.start, move.end
+        if start == end:
+            eps = evaluation.pred_epsilon()
+        else:
+            gap = start.ratio - end.ratio
+            eps = combine(1 / (start.signal * gap), x, -1 / (end.signal * gap), self._below)
+        scale = level.signal / start.signal
+        return combine(scale, x, level.noise - scale * start.noise, eps)
+
+    def searches(self) -> list[slice]:
+        """List the places in the plan of the evaluations of each step."""
+        starts = [i for i in range(len(self._pairs)) if self._is_new(i)]
+        return [slice(*ends) for ends in pairwise([*starts, len(self._pairs)])]
+
+    def _is_new(self, i: int) -> bool:
+        return i == 0 or self._pairs[i] != self._pairs[i - 1]

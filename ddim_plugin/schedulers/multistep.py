@@ -1,8 +1,7 @@
-"""Solve the ODE of DDIM (Eq. 14) with a multistep method, in both directions."""
+"""Solve the ODE of DDIM (Eq. 14) with a multistep method."""
 
 from collections.abc import Sequence
 from functools import lru_cache, partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from ..process import moves, multistep, spacings
 from ..process.paths import Path, VarianceExploding
 from .config import FLOW, SAMPLER, SOLVER, StockConfig, path_of, with_settings_of
 from .generalized import GeneralizedDDIMScheduler
-from .inverse import Upwards
 from .planned import Kind, Pairs
 from .step import Evaluation, Step
 
@@ -214,36 +212,6 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             weights = REACH * weights
             weights[0] += 1 - REACH
         return weights
-
-
-class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
-    """Encode images x_0 into x_T in few steps, with a multistep method.
-
-    It solves the ODE of Eq. 14 upwards, in the loop of any pipeline. The network is evaluated at the lower end of a
-    step, and at τ_1 for the first step. If the sampler starts from T and has more than one step, the last step ends at
-    T. `from_config` accepts the config of a `MultistepDDIMScheduler`, and vice versa. Args and errors are those of that
-    class and of `InverseDDIMScheduler`.
-    """
-
-    def _make_pairs(self, times: spacings.Times) -> Pairs:
-        path = [0, *times.tolist()]
-        if len(times) > 1 and self._starts_above(path[-1]):
-            path[-1] = self.path.T  # a single step ends at τ_1, where the network was evaluated
-        return list(pairwise(path))
-
-    def _evaluated_at(self, pairs: Pairs) -> list[float]:
-        return [t or s for t, s in pairs]
-
-    def _make_step(self, t: float, s: float, kind: Kind) -> Step:
-        move = moves.move(self.path, t, s)
-        build, called = (Step.down, move.start) if t else (Step.from_data, move.end)
-        return build(move, self._prediction(called))
-
-    def _step_at(self, timestep: float, kind: Kind) -> Step:
-        raise ValueError(f"timestep {timestep:g} is not in the plan, or not the same for all samples: encode along τ")
-
-    def _all_steps(self, kind: Kind, dtype: torch.dtype, device: torch.device) -> Tensor:
-        raise ValueError("inverse multistep steps need one timestep for all samples: use those of scheduler.timesteps")
 
 
 def sampler_class(scheduler: object) -> type[GeneralizedDDIMScheduler]:

@@ -61,7 +61,7 @@ class Planned(Levels):
         self._adopt()
         before = dict(self.__dict__)
         try:
-            self._eta, self._from_noise, known = eta, values is None and sigmas is None, {}
+            self._eta, self._from_noise, known = eta, values is None and sigmas is None and not self._begins_below, {}
             if values is not None and sigmas is None:
                 self._tau = self.path.times(values)
             elif flows:
@@ -85,11 +85,31 @@ class Planned(Levels):
             self._replan()
             self._plan(self._kind(None))
             self.num_inference_steps = len(self._tau)
-            self.timesteps = self._planned = self._planned.to(device)
-            self.set_begin_index(0)
+            self._planned = self._planned.to(device)
+            self._span = self._make_span()
+            self.timesteps = self._planned[self._span]
+            self.set_begin_index(self._span.start)
         except BaseException:  # the old plan is kept
             self.__dict__ = before
             raise
+
+    @property
+    def _begins_below(self) -> bool:
+        """Whether the first sample of a loop is not x_T."""
+        return self.config.denoising_start > 0
+
+    def _make_span(self) -> slice:
+        """Find the part of the plan from `denoising_start` to `denoising_end`, as the pipelines of SDXL do."""
+        start, end = self.config.denoising_start, self.config.denoising_end
+        high, low = (round(self.path.T * (1 - share)) for share in (start, end))
+        times = np.array([max(pair) for pair in self._pairs]) - (not self.path.continuous)
+        inside = np.flatnonzero((times >= low) & ((times < high) | (start == 0)))
+        if not len(inside):
+            raise ValueError(
+                f"no step lies between denoising_start={self.config.denoising_start:g} and "
+                f"denoising_end={self.config.denoising_end:g}: use more steps, or a larger part"
+            )
+        return slice(int(inside[0]), int(inside[-1]) + 1)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin a loop at this position of the plan, as image-to-image pipelines do."""
@@ -97,7 +117,7 @@ class Planned(Levels):
 
     def _replan(self) -> None:
         if self._planned is not None and self.path.explodes:
-            self.init_noise_sigma = self.path.level(self._tau[-1].item()).noise
+            self.init_noise_sigma = 1.0 if self._begins_below else self.path.level(self._tau[-1].item()).noise
         self._plans: dict[Kind, list[Step]] = {}
         self._off_plan: dict[tuple[float, Kind], Step] = {}  # steps from times outside the plan
         self._tables = {key: table for key, table in self._tables.items() if key[0] == "marginals"}

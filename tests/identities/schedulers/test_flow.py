@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from ddim_plugin import GeneralizedDDIMScheduler, InverseDDIMScheduler, MultistepDDIMScheduler
-from ddim_plugin.schedulers.multistep import InverseMultistepDDIMScheduler
+from ddim_plugin.schedulers import InverseMultistepDDIMScheduler
 
 FLOW = {"prediction_type": "flow_prediction"}
 SIGMAS = [1.0, 0.93, 0.8, 0.55, 0.31, 0.1]
