@@ -86,10 +86,9 @@ class Upwards(StockConfig):
         if self.config.corrector_steps:
             raise ValueError(f"encoding has no corrector: set corrector_steps to 0, not {self.config.corrector_steps}")
         if moves.adds_noise(variance_type, eta):
-            raise ValueError(
-                f"encoding needs the deterministic process: with noise (eta={eta:g}, variance_type={variance_type!r}) "
-                "many x_t lead to one x_s. Pass eta=0.0, variance_type='fixed_small'"
-            )
+            problem = f"with noise (eta={eta:g}, variance_type={variance_type!r}) many x_t lead to one x_s"
+            remedy = "Pass eta=0.0, variance_type='fixed_small'"
+            raise ValueError(f"encoding needs the deterministic process: {problem}. {remedy}")
 
     def _kind(self, eta: float | None) -> Kind:
         if moves.effective_eta("fixed_small", eta, 0.0)[1] > 0:
@@ -125,9 +124,9 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
     (`ddim_plugin.process.inversion.rounds`). `report` returns the residuals.
 
     The step from b_s = 0 does not determine the noise in x_t, and starts from a_t·x_0 + b_t·z with one fixed draw of z,
-    which `scale_model_input` shows to the network. Without a call of it, as in the pipelines of flow matching, the first
-    evaluation is not used. With `refinement_steps` 0 this step takes up to 3 evaluations, and the last steps none: the
-    line gives their x_t.
+    which `scale_model_input` shows to the network. Without a call of it, as in the pipelines of flow matching, the
+    first evaluation is not used. With `refinement_steps` 0 this step takes up to 3 evaluations, and the last steps
+    none: the line gives their x_t.
 
     Args:
         refinement_steps: evaluations of a step beyond the first, or None for the plain inverse of Section 5.4, which
@@ -195,13 +194,12 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         if self._is_new(i):
             move, self._below = self.move(i), self._solution.view(x.shape) if follows else x  # x_s
             self._search = inversion.Search(inversion.step_size(move.start, move.end))
+            self._records = self._records if follows else []
             if self._is_blind and self._seen == x.shape[1:]:
                 x, self._is_blind = self._noised(x), False
         elif not follows:
-            raise ValueError(
-                f"timestep {self._called[i]:g} continues a step of another loop: step along scheduler.timesteps, with "
-                "one scheduler for each loop"
-            )
+            problem = f"timestep {self._called[i]:g} continues a step of another loop"
+            raise ValueError(f"{problem}: step along scheduler.timesteps, with one scheduler for each loop")
         return super()._evaluate(kind, step, x, *args)
 
     def _advance(self, evaluation: Evaluation) -> Tensor:
