@@ -1,6 +1,7 @@
 """Load a saved pipeline and draw two grids: samples by the number of steps (the paper's Fig. 5), and by η.
 
 python training/sample.py --model out/digits --output out/digits-pictures
+python training/sample.py --model out/digits --output out/digits-arrays --steps 10 --npz 10000
 """
 
 import guard
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from guard.writing import write_file
 from measure.labels import check_label
@@ -24,6 +26,7 @@ from trainer.settings import parse, record, write_json
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.pipelines.images import grid
 
+BATCH = 64  # pictures of an array at a time
 WRITTEN = ("samples_by_steps.png", "samples_by_eta.png", "sample.json")
 
 
@@ -42,6 +45,9 @@ class SampleConfig(Reading):
     eta_steps: tuple[int, ...] = field(default=(10, 100), metadata={"help": "S in the second grid"})
     columns: int = field(default=16, metadata={"help": "pictures in a row"})
     class_label: tuple[int, ...] = field(default=(), metadata={"help": "label of all pictures, or one for each column"})
+    npz: int = field(
+        default=0, metadata={"help": "pictures in samples-S*.npz, bytes arr_0 (N, H, W, C), for each of steps"}
+    )
     seed: int = field(default=0, metadata={"help": "picture i starts from seed + i"})
     device: str | None = field(default=None, metadata={"help": "cpu, cuda, …; by default an accelerator if any"})
     overwrite: bool = field(default=False, metadata={"help": "replace pictures of an earlier run"})
@@ -49,13 +55,14 @@ class SampleConfig(Reading):
 
 def check(config: SampleConfig) -> None:
     """Raise ValueError for settings out of range, and for pictures that must not be replaced."""
-    if config.columns < 1:
-        raise ValueError(f"columns must be positive, not {config.columns}")
+    if config.columns < 1 or config.npz < 0:
+        raise ValueError(f"columns must be positive, not {config.columns}, and npz 0 or more, not {config.npz}")
     if len(config.class_label) not in (0, 1, config.columns):
         raise ValueError(
             f"{len(config.class_label)} class labels for {config.columns} columns: give one, or one for each"
         )
-    for file in (Path(config.output) / name for name in WRITTEN):
+    arrays = [f"samples-S{S}.npz" for S in config.steps] if config.npz else []
+    for file in (Path(config.output) / name for name in (*WRITTEN, *arrays)):
         if file.exists() and not config.overwrite:
             raise ValueError(f"{file} exists: choose another output, or pass --overwrite")
 
@@ -81,11 +88,11 @@ def main(config: SampleConfig) -> dict[str, Any]:
     larger = GeneralizedDDIMScheduler.from_config(stock, variance_type="fixed_large", eta=0.0)
     smaller = GeneralizedDDIMScheduler.from_config(stock, variance_type="fixed_small", eta=0.0)
 
-    def draw(S: int, eta: float | None, scheduler: GeneralizedDDIMScheduler) -> Any:
-        pipe.scheduler = scheduler
-        labels = list(config.class_label) * (config.columns // max(1, len(config.class_label))) or None
-        generators = [Generator().manual_seed(config.seed + i) for i in range(config.columns)]  # x_T, then each z
-        return pipe(config.columns, S, eta=eta, generator=generators, class_labels=labels, output_type="np").images
+    def draw(S: int, eta: float | None, scheduler: GeneralizedDDIMScheduler, start: int = 0, stop: int = 0) -> Any:
+        pipe.scheduler, seeds = scheduler, range(start, stop or config.columns)
+        labels = [config.class_label[i % len(config.class_label)] for i in seeds] if config.class_label else None
+        generators = [Generator().manual_seed(config.seed + i) for i in seeds]  # x_T, then each z
+        return pipe(len(seeds), S, eta=eta, generator=generators, class_labels=labels, output_type="np").images
 
     seconds = {"load": time.perf_counter() - start}
     start = time.perf_counter()
@@ -104,6 +111,10 @@ def main(config: SampleConfig) -> dict[str, Any]:
     seconds["samples_by_eta"] = time.perf_counter() - start
 
     made = {Path(config.output) / name: content for name, content in zip(WRITTEN, (by_steps, by_eta), strict=False)}
+    for S in config.steps if config.npz else ():
+        parts = (draw(S, 0.0, smaller, i, min(i + BATCH, config.npz)) for i in range(0, config.npz, BATCH))
+        np.savez(file := io.BytesIO(), np.concatenate([(part * 255).round().astype(np.uint8) for part in parts]))
+        made[Path(config.output) / f"samples-S{S}.npz"] = file.getvalue()
     for path, content in made.items():
         write_file(path, content)
     result = record(config) | {"pictures": [str(path) for path in made], "seconds": seconds, "device": device}

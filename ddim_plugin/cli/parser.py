@@ -9,12 +9,9 @@ from ..version import __version__
 
 LATENTS, MODEL = "latents.safetensors", "model"
 
-FILES = {  # what each command, or the --format of sample, writes into --output beside the record COMMAND.json
+FILES = {  # what each command writes into --output beside the record COMMAND.json
     "sample": ("samples.png", LATENTS),
-    "png": ("samples",),
-    "npz": ("samples.npz",),
     "encode": (LATENTS,),
-    "reconstruct": ("reconstruction.png", LATENTS),
     "interpolate": ("interpolation.png", LATENTS),
     "invert": (LATENTS,),
     "edit": ("edited.png", LATENTS),
@@ -76,12 +73,10 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub.add_argument("--num", type=int, help="number of images (default: 16)")
     sub.add_argument("--eta", type=float, help="η of Eq. 16: 0 is DDIM, 1 is DDPM (default: the model's)")
     sub.add_argument("--variance", choices=VARIANCES, help="variance of the noise (default: the model's)")
-    sub.add_argument("--format", choices=("png", "npz"), help="separate files, or an array arr_0 (default: a grid)")
     sub.add_argument("--clip", action=BooleanOptionalAction, help="clip x̂0 in each step (default: the model's)")
 
     example = "user/model pictures/ --steps 10 --refine 14"
     command("encode", "encode images as latents", example, model, timesteps, images, refine)
-    command("reconstruct", "encode images and decode them again", example, model, timesteps, images, refine, columns)
 
     shared = model, timesteps, latents, refine
     sub = command("interpolate", "interpolate between two or four images", "user/model a.png b.png --steps 50", *shared)

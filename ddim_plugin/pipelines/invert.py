@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -53,18 +53,32 @@ class Inverted:
 
     def save(self, path: str | Path) -> None:
         """Save as a safetensors file."""
-        known = json.dumps({"settings": self.settings, "report": self.report and self.report.to_dict()})
-        Path(path).write_bytes(save({"latents": self.latents.cpu().contiguous()}, {"ddim_plugin": known}))
+        report = self.report and self.report.to_dict()
+        save_latents(path, self.latents, {"settings": self.settings, "report": report})
 
     @classmethod
     def load(cls, path: str | Path) -> "Inverted":
         """Load a file that `save` wrote. Raises ValueError for other latents."""
-        with safe_open(path, "pt") as file:
-            latents, known = file.get_tensor("latents"), json.loads((file.metadata() or {}).get("ddim_plugin", "{}"))
+        latents, known = load_latents(path)
         if "settings" not in known:
             raise ValueError(f"{path} has no settings of an inversion: use a file that Inverted.save wrote")
         report = {k: np.array(v, float if k == "residual" else None) for k, v in (known["report"] or {}).items()}
         return cls(latents, InversionReport(**report) if report else None, known["settings"])
+
+
+def save_latents(path: str | Path, latents: Tensor, known: dict[str, Any]) -> None:
+    """Save latents as a safetensors file, with what is known of them."""
+    content = {"latents": latents.cpu().contiguous()}
+    Path(path).write_bytes(save(content, {"ddim_plugin": json.dumps(known)}))
+
+
+def load_latents(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
+    """Load latents and what was saved with them. Raises ValueError for a file without latents."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor("latents"), json.loads((file.metadata() or {}).get("ddim_plugin", "{}"))
+    except SafetensorError as error:
+        raise ValueError(f"cannot read latents from {path}: {error}") from error
 
 
 @torch.no_grad()

@@ -196,6 +196,26 @@ def test_samples_of_a_class_and_those_that_are_not_finite(make_unet, tmp_path):
     assert not (tmp_path / "4").exists()
 
 
+def test_arrays_of_samples(make_unet, tmp_path):
+    pipe = GeneralizedDDIMPipeline(make_unet(channels=3, num_class_embeds=2), GeneralizedDDIMScheduler())
+    pipe.save_pretrained(tmp_path / "model")
+    quick = {"columns": 2, "steps": (1, 2), "etas": (0.0,), "eta_steps": (2,), "class_label": [0, 1], "npz": 67}
+    settings = {"model": str(tmp_path / "model"), "output": str(tmp_path / "out")} | quick
+    made = sample.main(build(sample.SampleConfig, settings))
+    assert [Path(path).name for path in made["pictures"][2:]] == ["samples-S1.npz", "samples-S2.npz"]
+    with np.load(tmp_path / "out" / "samples-S2.npz") as loaded:  # as guided-diffusion reads it
+        assert loaded.files == ["arr_0"]
+        pictures = loaded["arr_0"]
+    assert (pictures.dtype, pictures.shape) == (np.uint8, (67, 8, 8, 3))
+    last = pipe(1, 2, generator=[torch.Generator().manual_seed(66)], class_labels=0).images[0]
+    assert np.abs(pictures[66].astype(int) - np.asarray(last).astype(int)).max() <= 1
+    (tmp_path / "out" / "sample.json").unlink()
+    for name in sample.WRITTEN[:2]:
+        (tmp_path / "out" / name).unlink()
+    with pytest.raises(ValueError, match=r"samples-S1\.npz exists: choose another output, or pass --overwrite"):
+        sample.main(build(sample.SampleConfig, settings))
+
+
 def test_a_demo_replaces_nothing_unasked(tmp_path, monkeypatch):
     (tmp_path / "thesis.txt").write_text("all of it")
     with pytest.raises(ValueError, match="is not empty: choose another output, or pass --overwrite"):

@@ -1,4 +1,4 @@
-"""Guards that all scripts share: signals, errors, output folders, processes. Only `writing` imports slow libraries."""
+"""Guards that all scripts share: signals, errors, output folders, processes. None imports slow libraries at the top."""
 
 from .folder import LOCK, output, owned
 from .processes import check_processes, is_first

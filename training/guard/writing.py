@@ -1,12 +1,10 @@
-"""Write files and folders completely, or not at all. It imports the package, and so torch."""
+"""Write files and folders completely, or not at all."""
 
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from ddim_plugin.hub.files import put
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
@@ -38,6 +36,19 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         yield new
         share(new)
         put(new, path)
+
+
+def put(new: Path, path: Path) -> None:
+    """Move a complete file or folder to `path`. What is there is moved beside `new`, and back if that fails."""
+    old = new.with_name(f"{new.name}.old")
+    try:
+        if path.is_dir():
+            path.rename(old)
+        new.replace(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
 
 
 def share(folder: Path) -> None:

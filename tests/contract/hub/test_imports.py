@@ -50,7 +50,7 @@ def test_every_way_in_finds_complete_classes():
     ways = [
         "from ddim_plugin.schedulers import GeneralizedDDIMScheduler",
         "from ddim_plugin.pipelines.generation import GeneralizedDDIMPipeline",
-        "import ddim_plugin.hub.files",
+        "import ddim_plugin.hub.code",
         "import pickle; pickle.loads(b'cddim_plugin\\nMultistepDDIMScheduler\\n.')",
         "import ddim_plugin; ddim_plugin.process.moves",
         "import ddim_plugin; ddim_plugin.SchedulerMixin",

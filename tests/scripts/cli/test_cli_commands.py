@@ -41,9 +41,12 @@ def test_noise_does_not_depend_on_the_batch(model, tmp_path, noise):
     assert np.abs(pictures[0][4:68, 4:68] - np.asarray(expected).astype(int)).max() <= 1
 
 
-def test_encode_then_sample_its_latents(model, pictures, tmp_path):
+def test_encode_then_sample_its_latents(model, pictures, tmp_path, capsys):
     half = ["--strength", 0.5, "--steps", 10]
     run("encode", model, pictures, *half, "--refine", 8, "--batch-size", 3, "--output", tmp_path)
+    said = capsys.readouterr()
+    assert "evaluations for an image" in said.err
+    assert said.out.split() == [str(tmp_path / name) for name in ("latents.safetensors", "encode.json")]
     record = json.loads((tmp_path / "encode.json").read_text())
     before = (tmp_path / "latents.safetensors").read_bytes()
     run("sample", model, "--latents", tmp_path / "latents.safetensors", "--steps", 2, "--output", tmp_path)
@@ -70,20 +73,6 @@ def test_encode_then_sample_its_latents(model, pictures, tmp_path):
         )
         other = np.asarray(Image.open(tmp_path / str(flags[1]) / "samples.png")).astype(int)
         assert np.abs(other - grid).max() > 20
-
-
-def test_reconstruct(model, pictures, tmp_path, capsys):
-    files = sorted(pictures.iterdir())[:3]
-    run("reconstruct", model, *files, "--strength", 0.5, "--steps", 10, "--refine", 8, "--output", tmp_path)
-    record = json.loads((tmp_path / "reconstruct.json").read_text())
-    assert len(record["mean_squared_error"]) == 3
-    assert max(record["mean_squared_error"]) < 1e-6
-    grid = np.asarray(Image.open(tmp_path / "reconstruction.png")).astype(int)
-    above, below = grid[4:68, -200:], grid[72:136, -200:]
-    assert np.abs(above - below).max() <= 2
-    said = capsys.readouterr()
-    assert "evaluations for an image" in said.err
-    assert str(tmp_path / "reconstruction.png") in said.out
 
 
 def test_interpolate(model, pictures, tmp_path):
@@ -118,8 +107,8 @@ def test_the_multistep_method(model, pictures, tmp_path):
     run("sample", model, "--latents", latent, "--output", tmp_path / "again")  # by the method they came with
     assert np.array_equal(np.asarray(Image.open(tmp_path / "again" / "samples.png")), made[1])
 
-    run("reconstruct", tmp_path / "model", pictures, "--steps", 3, "--refine", 4, "--output", tmp_path / "back")
-    assert len(json.loads((tmp_path / "back" / "reconstruct.json").read_text())["report"]["timesteps"]) == 1
+    run("encode", tmp_path / "model", pictures, "--steps", 3, "--refine", 4, "--output", tmp_path / "back")
+    assert len(json.loads((tmp_path / "back" / "encode.json").read_text())["report"]["timesteps"]) == 1
 
 
 def test_a_stock_model_opens_without_clipping(make_unet, pictures, tmp_path, capsys):
@@ -133,7 +122,8 @@ def test_labels_and_guidance(make_unet, pictures, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     guided = ["--guidance-scale", 2, "--steps", 2]
     run("sample", tmp_path / "model", "--num", 3, "--class-label", 0, 1, 2, *guided, "--output", tmp_path / "s")
-    run("reconstruct", tmp_path / "model", pictures, "--class-label", 1, *guided, "--output", tmp_path / "r")
+    run("encode", tmp_path / "model", pictures, "--class-label", 1, *guided, "--output", tmp_path / "e")
+    run("sample", tmp_path / "model", "--latents", tmp_path / "e" / "latents.safetensors", "--output", tmp_path / "r")
     run("interpolate", tmp_path / "model", "--seeds", 0, 1, "--class-label", 1, *guided, "--output", tmp_path / "i")
 
 

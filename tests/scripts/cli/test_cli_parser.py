@@ -20,7 +20,7 @@ def test_it_is_installed():
         assert done.stdout.strip() == ddim_plugin.__version__
 
 
-@pytest.mark.parametrize("command", ["sample", "encode", "reconstruct", "interpolate", "invert", "edit", "push"])
+@pytest.mark.parametrize("command", ["sample", "encode", "interpolate", "invert", "edit", "push"])
 def test_help_shows_an_example_that_parses(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])

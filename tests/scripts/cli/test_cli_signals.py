@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from ddim_plugin import GeneralizedDDIMPipeline, cli
-from ddim_plugin.cli import commands
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -26,7 +26,7 @@ def in_the_foreground():
 def test_a_signal_that_is_ignored_stays_so(model, tmp_path, monkeypatch):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     handlers = []
-    monkeypatch.setattr(commands, "put", lambda *files: handlers.append(signal.getsignal(signal.SIGINT)))
+    monkeypatch.setattr(Path, "replace", lambda *paths: handlers.append(signal.getsignal(signal.SIGINT)))
     assert cli.main(["sample", str(model), "--num", "1", "--steps", "1", "--output", str(tmp_path)]) == 0
     assert handlers[0] == signal.SIG_IGN
 
@@ -45,7 +45,7 @@ def interrupted(number):
         (signal.SIGINT, GeneralizedDDIMPipeline, "from_pretrained"),
         (signal.SIGTERM, GeneralizedDDIMPipeline, "__call__"),
         (signal.SIGINT, Image.Image, "save"),  # the first file is being written
-        (signal.SIGTERM, commands, "put"),  # all are complete, but not in place
+        (signal.SIGTERM, Path, "replace"),  # all are complete, but not in place
     ],
 )
 def test_a_signal_is_one_line(model, tmp_path, monkeypatch, capfd, number, place, name):
@@ -60,22 +60,6 @@ def test_a_signal_is_one_line(model, tmp_path, monkeypatch, capfd, number, place
     assert not output.exists() or not any(output.iterdir())
     assert {path.name for path in tmp_path.iterdir()} <= {"out"}
     assert [signal.getsignal(each) for each in STATUS] == before
-
-
-@pytest.mark.parametrize("form", ["png", "npz"])
-def test_separate_pictures_are_all_there_or_none(model, tmp_path, monkeypatch, capfd, form):
-    """The second batch is interrupted, when the first was written."""
-    real, calls = GeneralizedDDIMPipeline.__call__, []
-
-    def call(*args, **kwargs):
-        calls.append(1)
-        return real(*args, **kwargs) if len(calls) == 1 else interrupted(signal.SIGINT)()
-
-    monkeypatch.setattr(GeneralizedDDIMPipeline, "__call__", call)
-    few = ["--num", "4", "--batch-size", "2", "--steps", "1", "--format", form]
-    assert cli.main(["sample", str(model), *few, "--output", str(tmp_path)]) == 130
-    assert "stopped by SIGINT" in capfd.readouterr().err
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_signal_that_became_another_error_is_still_a_signal(model, tmp_path, monkeypatch, capfd):
