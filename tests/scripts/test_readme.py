@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
+import numpy as np
 import pytest
 import tiny_stable_diffusion
 import torch
@@ -47,7 +48,7 @@ def add_repo(hub, name, pipe, folder):
 
 
 def test_the_examples_run(monkeypatch, make_unet, tmp_path):
-    text, load, process, few, latents, convert, flow, save, restore = blocks(README)
+    text, load, process, few, latents, edit, convert, flow, save, restore = blocks(README)
     monkeypatch.chdir(tmp_path)
     stock = diffusers.DDPMScheduler(clip_sample=True, variance_type="fixed_large")
     unet = make_unet(channels=3)
@@ -74,6 +75,9 @@ def test_the_examples_run(monkeypatch, make_unet, tmp_path):
         assert isinstance(names["fast"].scheduler, MultistepDDIMScheduler)
         exec(latents, names)
         assert [len(names[name]) for name in ("again", "path", "grid", "variants")] == [4, 11, 25, 4]
+        names["picture"] = names["image"]
+        exec(edit.replace("num_inference_steps=20", "num_inference_steps=4"), names)
+        assert names["edited"].size == (16, 16)
         exec(convert, names)
         assert type(names["stock"]) is diffusers.DDIMScheduler
         assert names["same"].config == names["pipe"].scheduler.config
@@ -101,7 +105,7 @@ def test_the_examples_run(monkeypatch, make_unet, tmp_path):
 
 
 def test_the_examples_of_the_reference_run(make_unet):
-    density, latents, convert = blocks(REFERENCE)
+    density, latents, _, _, convert = blocks(REFERENCE)
     unet = make_unet(channels=3)
     torch.nn.init.normal_(unet.conv_out.weight, std=0.01, generator=torch.Generator().manual_seed(0))
     pipe = GeneralizedDDIMPipeline(unet, GeneralizedDDIMScheduler(timestep_spacing="quadratic"))
@@ -116,6 +120,28 @@ def test_the_examples_of_the_reference_run(make_unet):
     assert names["evaluations"].shape == (2,)
     exec(convert, names)
     assert names["ours"].config.timestep_spacing == "quadratic"
+
+
+def test_the_recipes_for_editing_run(monkeypatch, tmp_path):
+    """On the committed model, in fewer steps: reconstructions near the pictures, and edits that are not."""
+    _, _, pictures, latents, _ = (block.replace("steps=20", "steps=5") for block in blocks(REFERENCE))
+    monkeypatch.chdir(ROOT)
+    sd = diffusers.StableDiffusionPipeline.from_pretrained("model_cards/sd-mnist-32", safety_checker=None)
+    drawn = sd(["a three", "a seven"], num_inference_steps=10, generator=torch.Generator().manual_seed(0)).images
+    names = {"pictures": drawn}
+    exec(pictures.replace("found.safetensors", str(tmp_path / "found.safetensors")), names)
+    original, again, edited, near = (
+        np.stack([np.asarray(image, np.float32) / 255 for image in images])
+        for images in (drawn, names["again"], names["edited"], names["near"])
+    )
+    assert np.square(again - original).mean() < 0.01 < np.square(edited - original).mean()
+    assert np.square(near - original).mean() < np.square(edited - original).mean()
+    assert names["Inverted"].load(tmp_path / "found.safetensors").settings == names["found"].settings
+    assert len(names["between"]) == 1
+    names["x_0"] = names["found"].latents[:1]
+    exec(latents, names)
+    assert names["report"].evaluations.sum() >= 25
+    assert (names["again"] - names["x_0"]).square().mean().sqrt() < 0.05
 
 
 @pytest.mark.parametrize(("document", "path"), LINKS)
