@@ -215,7 +215,8 @@ def run(case: Case, nudge: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps of a case, and `KEPT` after the selected steps: (steps, 5, 8), float64."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        scheduler = case.scheduler(**case.config)
+        plain = {"refinement_steps": None} if case.scheduler is InverseDDIMScheduler else {}  # 0.1 had no other inverse
+        scheduler = case.scheduler(**case.config, **plain)
         scheduler.set_timesteps(**case.plan)
     x, rows = numbers(0), []
     places = selected(len(scheduler.timesteps))
