@@ -5,6 +5,7 @@ embeddings, so that no tokenizer is needed. `STOCK` has the scheduler of each fa
 """
 
 import functools
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import diffusers
@@ -14,6 +15,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 SIZE = {"height": 16, "width": 16}
 FLOW_FAMILIES: dict[str, Any] = {}
 STOCK: dict[str, Any] = {}
+IN_SIGMA = tuple(getattr(diffusers, f"{name}Pipeline") for name in ("Flux", "FluxImg2Img", "QwenImage", "ZImage"))
+"""Pipelines whose networks take σ, not 1000·σ."""
 
 
 def family(name, stock=FlowMatchEulerDiscreteScheduler, **settings):
@@ -221,8 +224,31 @@ def z_image(scheduler, dtype):
     return pipe, {"prompt_embeds": [words(dtype, 5, 16)], "guidance_scale": 0.0, **SIZE}
 
 
-def run_flow(name, scheduler, dtype=torch.float32, steps=6, seed=11, **more):
-    """Call a pipeline, and return the timesteps and samples of its steps, and its picture."""
+@contextmanager
+def flow_denoiser(pipe, share=0.3):
+    """Make the random network a part of a denoiser: the velocity of N(0, 1) data, plus `share` of its output."""
+
+    def mixed(module, args, kwargs, output):
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        t = (kwargs["timestep"] if "timestep" in kwargs else args[1]).float().flatten()[0]
+        out, sign = output[0], 1
+        if isinstance(pipe, diffusers.ZImagePipeline):  # its time and its output are turned around, and x is a list
+            t, sign = 1 - t, -1
+        σ = t if isinstance(pipe, IN_SIGMA) else t / 1000
+        slope = (2 * σ - 1) / ((1 - σ) ** 2 + σ**2)
+        if isinstance(out, list):
+            return ([sign * slope.to(o) * each + share * o for each, o in zip(x, out, strict=True)],)
+        return (slope.to(out) * x + share * out,)
+
+    hook = pipe.transformer.register_forward_hook(mixed, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def run_flow(name, scheduler, dtype=torch.float32, steps=6, seed=11, within=lambda pipe: nullcontext(), **more):
+    """Call a pipeline within a context, and return the timesteps and samples of its steps, and its picture."""
     pipe, call = FLOW_FAMILIES[name](scheduler, dtype)
     pipe.set_progress_bar_config(disable=True)
     times, samples, step = [], [], scheduler.step
@@ -237,7 +263,8 @@ def run_flow(name, scheduler, dtype=torch.float32, steps=6, seed=11, **more):
     scheduler.step = recorded
     call |= {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed), "output_type": "pt"}
     try:
-        made = pipe(**call | more)
+        with within(pipe):
+            made = pipe(**call | more)
     finally:
         del scheduler.step
     return times, samples, torch.as_tensor(made[0] if hasattr(made, "frames") else made.images)

@@ -4,6 +4,7 @@
 """
 
 import functools
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,8 @@ import tiny_stable_diffusion
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from transformers import GPT2Config, GPT2LMHeadModel, SpeechT5HifiGan, SpeechT5HifiGanConfig, T5Config, T5EncoderModel
+
+from ddim_plugin import GeneralizedDDIMPipeline
 
 SIZE = {"height": 16, "width": 16}
 FAMILIES: dict[str, Any] = {}
@@ -54,6 +57,40 @@ class Parts:
     @cached_property
     def upscale(self):
         return self.conditional_unet(in_channels=7, num_class_embeds=8)
+
+    @cached_property
+    def inpaint(self):
+        """A network that also reads a mask and the latents of the masked picture."""
+        return self.conditional_unet(in_channels=9)
+
+    @cached_property
+    def adapter(self):
+        """Features of a picture, for `adapted`."""
+        torch.manual_seed(2)
+        return diffusers.T2IAdapter(in_channels=3, channels=[8, 16], num_res_blocks=1, downscale_factor=2).eval()
+
+    @cached_property
+    def adapted(self):
+        cross = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
+        return self.conditional_unet(**cross)
+
+    @cached_property
+    def pixart(self):
+        torch.manual_seed(2)
+        net = diffusers.PixArtTransformer2DModel(
+            sample_size=8,
+            num_layers=1,
+            patch_size=2,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            cross_attention_dim=16,
+            caption_channels=16,
+        ).eval()
+        for weight in net.parameters():
+            torch.nn.init.normal_(weight, std=0.1)
+        return net
 
     @cached_property
     def learned(self):
@@ -188,6 +225,14 @@ def inpainting(parts, scheduler):
     return pipe, {"prompt": "a cat", "strength": 0.8, "output_type": "latent", **pictures, **SIZE}
 
 
+@family("Stable Diffusion, inpainting with 9 channels")
+def inpainting_9(parts, scheduler):
+    """The network reads the mask and the masked picture, and the pipeline replaces nothing."""
+    networks = parts.stable_diffusion | {"unet": parts.inpaint}
+    pipe = diffusers.StableDiffusionInpaintPipeline(scheduler=scheduler, **networks)
+    return pipe, inpainting(parts, scheduler)[1] | {"strength": 1.0}
+
+
 @family("InstructPix2Pix")
 def instruct_pix2pix(parts, scheduler):
     parts, unet = parts.stable_diffusion, parts.edit
@@ -219,11 +264,24 @@ def refiner(parts, scheduler):
     return pipe, {"output_type": "latent", **_xl_prompt()}
 
 
+@family("Stable Diffusion XL, image to image")
+def xl_image_to_image(parts, scheduler):
+    pipe, call = refiner(parts, scheduler)
+    return pipe, call | {"image": uniform(1, 3, 16, 16), "strength": 0.7}
+
+
 @family("ControlNet")
 def controlnet(parts, scheduler):
     pipe = diffusers.StableDiffusionControlNetPipeline(
         scheduler=scheduler, controlnet=parts.controlnet, **parts.stable_diffusion
     )
+    return pipe, {"prompt": "a cat", "image": uniform(1, 3, 16, 16), "output_type": "latent", **SIZE}
+
+
+@family("T2I-Adapter")
+def t2i_adapter(parts, scheduler):
+    networks = {**parts.stable_diffusion, "unet": parts.adapted, "adapter": parts.adapter}
+    pipe = diffusers.StableDiffusionAdapterPipeline(scheduler=scheduler, **networks)
     return pipe, {"prompt": "a cat", "image": uniform(1, 3, 16, 16), "output_type": "latent", **SIZE}
 
 
@@ -270,6 +328,18 @@ def marigold(parts, scheduler):
     return pipe, {"image": uniform(1, 3, 16, 16), "processing_resolution": 0, "output_type": "pt"}
 
 
+@family("PixArt-Σ")
+def pixart(parts, scheduler):
+    """The network also predicts a variance, which the pipeline drops."""
+    vae = parts.stable_diffusion["vae"]
+    pipe = diffusers.PixArtSigmaPipeline(None, None, vae, parts.pixart, scheduler)
+    names = ("", "negative_")
+    prompts = {f"{name}prompt_embeds": normal(1, 7, 16, seed=i) for i, name in enumerate(names)}
+    masks = {f"{name}prompt_attention_mask": torch.ones(1, 7) for name in names}
+    call = {"negative_prompt": None, "use_resolution_binning": False, "output_type": "latent"}
+    return pipe, call | prompts | masks | SIZE
+
+
 @family("DiT")
 def dit(parts, scheduler):
     pipe = diffusers.DiTPipeline(transformer=parts.transformer, vae=parts.stable_diffusion["vae"], scheduler=scheduler)
@@ -294,6 +364,11 @@ def ledits(parts, scheduler):
     return diffusers.LEditsPPPipelineStableDiffusion(scheduler=scheduler, **parts.stable_diffusion), {}
 
 
+def unconditional(parts, scheduler):
+    """The pipeline of this package, with images of the network as latents."""
+    return GeneralizedDDIMPipeline(parts.unconditional, scheduler), {"output_type": "latent"}
+
+
 def panorama(parts, scheduler, views=1):
     """All views are the whole picture: their mean is what one view gives."""
     pipe = diffusers.StableDiffusionPanoramaPipeline(scheduler=scheduler, **parts.stable_diffusion)
@@ -315,6 +390,58 @@ def audio(parts, scheduler):
     return diffusers.DanceDiffusionPipeline(unet, scheduler), {}
 
 
+INVERTED = {
+    "Stable Diffusion, text to image": {},
+    "Stable Diffusion, image to image": {"strength": 1.0},
+    "Stable Diffusion, inpainting with 9 channels": {},
+    "InstructPix2Pix": {},
+    "Stable Diffusion XL": {},
+    "Stable Diffusion XL, image to image": {"strength": 1.0},
+    "ControlNet": {},
+    "T2I-Adapter": {},
+    "PAG": {},
+    "Upscaling": {},
+    "AnimateDiff": {"num_frames": 2},
+    "AudioLDM2": {},
+    "Marigold": {"generator": None},
+    "PixArt-Σ": {},
+}
+"""Families whose loop encodes latents, with arguments of the call that it needs."""
+
+DECODED_BY = {
+    "Stable Diffusion, image to image": "Stable Diffusion, text to image",
+    "Stable Diffusion XL, image to image": "Stable Diffusion XL",
+}
+"""An image-to-image pipeline takes x_0 as its image, and would add noise to x_T: the pipeline of text decodes it."""
+
+LATENTS = {"AnimateDiff": (1, 4, 2, 8, 8), "AudioLDM2": (1, 4, 8, 4)}
+
+
+@contextmanager
+def denoiser(pipe, share=0.3):
+    """Make the random network a part of a denoiser: ε̂ (or v̂) of N(0, 1) data, plus `share` of its output.
+
+    A network that is random only removes the noise of no picture: x_t grows or shrinks, and no inverse is hard.
+    """
+    net = getattr(pipe, "unet", None) or pipe.transformer
+    slope = (1 - pipe.scheduler.alphas_cumprod).sqrt()  # of ε̂; v̂ is 0
+    slope = slope * (pipe.scheduler.config.prediction_type == "epsilon")
+
+    def mixed(module, args, kwargs, output):
+        x, t = (*args, *kwargs.values())[:2] if len(args) != 1 else (args[0], kwargs["timestep"])
+        x = x[:, -4:] if isinstance(pipe, diffusers.MarigoldDepthPipeline) else x[:, :4]  # others of the input follow
+        out = output[0]
+        base = (slope[int(torch.as_tensor(t).flatten()[0])] * x).to(out.dtype)
+        made = torch.cat([base + share * out[:, :4], out[:, 4:]], 1)
+        return (made,) if isinstance(output, tuple) else type(output)(sample=made)
+
+    hook = net.register_forward_hook(mixed, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class Recorder:
     """Record the timesteps and results of a scheduler's steps."""
 
@@ -332,13 +459,14 @@ class Recorder:
         scheduler.step = recorded
 
 
-def run(build, parts, scheduler, steps=6, seed=11, **more):
-    """Call a pipeline, and return the timesteps of its steps and its last sample."""
+def run(build, parts, scheduler, steps=6, seed=11, within=lambda pipe: nullcontext(), **more):
+    """Call a pipeline within a context, and return the timesteps of its steps and its last sample."""
     pipe, call = build(parts, scheduler)
     pipe.set_progress_bar_config(disable=True)
     record = Recorder(scheduler)
     try:
-        pipe(**call | {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed)} | more)
+        with within(pipe):
+            pipe(**call | {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed)} | more)
     finally:
         del scheduler.step
     return record.times, record.samples[-1]

@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
-from tiny_flow_pipelines import FLOW_FAMILIES, STOCK, normal, run_flow
+from tiny_flow_pipelines import FLOW_FAMILIES, STOCK, run_flow
 
 from ddim_plugin import (
     GeneralizedDDIMScheduler,
@@ -14,7 +14,6 @@ from ddim_plugin import (
 )
 
 OURS = (GeneralizedDDIMScheduler, MultistepDDIMScheduler, InverseDDIMScheduler)
-WITH_LATENTS = [name for name in FLOW_FAMILIES if "image" not in name and "inpainting" not in name]
 HALF = torch.bfloat16
 
 
@@ -84,18 +83,6 @@ def test_multistep(name, order):
     assert samples[-1].isfinite().all()
     again = run_flow(name, ours(name, MultistepDDIMScheduler, solver_order=order))[2]
     assert torch.equal(picture, again)
-
-
-@pytest.mark.parametrize("name", WITH_LATENTS)
-def test_inverse(name):
-    """The pipeline decodes latents, and with the inverse scheduler encodes them back."""
-    start = normal(*run_flow(name, ours(name), steps=2)[1][0].shape)
-    decoded = run_flow(name, ours(name), steps=25, latents=start)
-    inverse = ours(name, InverseDDIMScheduler)
-    times, samples, _ = run_flow(name, inverse, steps=25, latents=decoded[1][-1])
-    assert times == decoded[0][::-1]
-    error = (samples[-1] - start).pow(2).mean().sqrt()
-    assert error < 0.3 * (decoded[1][-1] - start).pow(2).mean().sqrt()  # of first order, in 25 steps
 
 
 @pytest.mark.parametrize("name", FLOW_FAMILIES)

@@ -10,7 +10,7 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from tiny_pipelines import FAMILIES, run
+from tiny_pipelines import FAMILIES, INVERTED, run
 
 from ddim_plugin import (
     GeneralizedDDIMScheduler,
@@ -30,24 +30,12 @@ SD = {
 }
 SPLIT, LEDITS = "Stable Diffusion XL, base and refiner", "LEDITS++"
 SAMPLED = [name for name in FAMILIES if name != LEDITS]
-INVERTED = [
-    "Stable Diffusion, text to image",
-    "InstructPix2Pix",
-    "Stable Diffusion XL",
-    "ControlNet",
-    "PAG",
-    "Upscaling",
-    "AnimateDiff",
-    "AudioLDM2",
-    "Marigold",
-]
-SHAPES = {"AnimateDiff": (1, 4, 3, 8, 8), "AudioLDM2": (1, 4, 8, 4)}  # of latents
 WORKS = {
     "GeneralizedDDIMScheduler": [*SAMPLED, SPLIT],
     "MultistepDDIMScheduler": [*SAMPLED, SPLIT],
-    "InverseDDIMScheduler": INVERTED,
+    "InverseDDIMScheduler": [*INVERTED, SPLIT],
 }
-"""The families that the tests below run with each scheduler."""
+"""The families that the tests below run with each scheduler, and `test_inverse_pipelines` with the inverse one."""
 
 
 def seeded():
@@ -115,23 +103,9 @@ def test_multistep(parts, family, no_complaints):
     assert torch.equal(sample, same)
 
 
-@pytest.mark.parametrize("family", WORKS["InverseDDIMScheduler"])
-def test_inverse(parts, family, no_complaints):
-    """The pipeline decodes latents, and with the inverse scheduler encodes them back."""
-    call = {"generator": None} if family == "Marigold" else {"guidance_scale": 1.0}
-    sampler = GeneralizedDDIMScheduler.from_config(DDIMScheduler(**SD).config, timestep_spacing="trailing")
-    start = tiny.normal(*SHAPES.get(family, (1, 4, 8, 8)))
-    times, decoded = run(FAMILIES[family], parts, sampler, 25, latents=start, **call)
-    inverse = InverseDDIMScheduler.from_config(sampler.config)
-    back, encoded = run(FAMILIES[family], parts, inverse, 25, latents=decoded, **call)
-    assert back == times[::-1] == inverse.timesteps.tolist()
-    near(encoded, start, 0.07)  # of first order, in 25 steps
-    assert (decoded - start).abs().max() > 0.5
-
-
 @pytest.mark.parametrize("family", [name for name in SAMPLED if name not in INVERTED])
 def test_pipelines_that_cannot_encode(parts, family):
-    """They draw x_T themselves, or add noise to a picture and step from there."""
+    """They draw x_T themselves, or replace a part of the picture in each step."""
     pipe, _ = FAMILIES[family](parts, DDIMScheduler(**SD))
     arguments = inspect.signature(type(pipe).__call__).parameters
     assert "latents" not in arguments or "strength" in arguments
@@ -179,9 +153,9 @@ def test_base_and_refiner_of_first_order(parts):
     near(run(tiny.refiner, parts, first, denoising_start=0.6, image=begun)[1], expected)
 
 
-def test_an_inverse_scheduler_cannot_be_split(parts):
-    """The base takes the first times, and those of an inverse scheduler are the part that the refiner made."""
-    inverse = InverseDDIMScheduler.from_config(DDIMScheduler(**SD).config)
+def test_an_inverse_scheduler_is_split_by_its_settings(parts):
+    """Not by the argument of the call: the base takes the first times, and those are the part of the refiner."""
+    inverse = InverseDDIMScheduler.from_config(DDIMScheduler(**SD).config, refinement_steps=None)
     early, _ = run(FAMILIES["Stable Diffusion XL"], parts, inverse, denoising_end=0.5)
     assert early == inverse.timesteps.tolist()[:3]
     assert max(early) < 500
