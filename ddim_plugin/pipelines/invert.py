@@ -3,7 +3,10 @@
 import inspect
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +32,14 @@ class Inverted:
     """Latents of pictures, with a report (None if no residual was measured) and the settings that decode them.
 
     `settings` are ready for JSON: "scheduler" (config of the sampler), "strength", "call" (arguments of the call with
-    the prompt), and "left_out" (names of its tensors and pictures, which are not kept).
+    the prompt), and "left_out" (names of its tensors and pictures, which are not kept). `corrections` (S, B, …) are
+    what each step of the sampler misses in the call of `decode_with`, and are added to its x_s.
     """
 
     latents: Tensor
     report: InversionReport | None
     settings: dict[str, Any]
+    corrections: Tensor | None = None
 
     def decode(self, pipe: Any, prompt: str | list[str] | None = None, **changes: Any) -> Any:
         """Decode the latents: to the pictures themselves, or with another prompt to edited ones.
@@ -48,35 +53,40 @@ class Inverted:
             raise ValueError(f"the inversion had {', '.join(lost)}, which is not kept with latents: pass it again")
         replaced = {key.removesuffix("_embeds") for key in changes}
         call = {key: None if key in replaced else value for key, value in self.settings["call"].items()} | changes
-        config = self.settings["scheduler"]
-        return _run(pipe, CLASSES[config[KEY]["class"]].from_config(config), self.latents, **call)
+        if fixed := self.corrections is not None and changes.keys() & {"num_inference_steps", "timesteps", "sigmas"}:
+            raise ValueError(f"the corrections are those of other steps: leave out {', '.join(fixed)}, or invert again")
+        change = None if self.corrections is None else lambda i, x: x + self.corrections[i].to(x.device)
+        return _run(pipe, _sampler(self.settings, change), self.latents, **call)
 
     def save(self, path: str | Path) -> None:
         """Save as a safetensors file."""
         report = self.report and self.report.to_dict()
-        save_latents(path, self.latents, {"settings": self.settings, "report": report})
+        kept = {} if self.corrections is None else {"corrections": self.corrections}
+        save_latents(path, self.latents, {"settings": self.settings, "report": report}, **kept)
 
     @classmethod
     def load(cls, path: str | Path) -> "Inverted":
         """Load a file that `save` wrote. Raises ValueError for other latents."""
-        latents, known = load_latents(path)
+        latents, known, *kept = load_latents(path, "corrections")
         if "settings" not in known:
             raise ValueError(f"{path} has no settings of an inversion: use a file that Inverted.save wrote")
         report = {k: np.array(v, float if k == "residual" else None) for k, v in (known["report"] or {}).items()}
-        return cls(latents, InversionReport(**report) if report else None, known["settings"])
+        return cls(latents, InversionReport(**report) if report else None, known["settings"], *kept)
 
 
-def save_latents(path: str | Path, latents: Tensor, known: dict[str, Any]) -> None:
-    """Save latents as a safetensors file, with what is known of them."""
-    content = {"latents": latents.cpu().contiguous()}
+def save_latents(path: str | Path, latents: Tensor, known: dict[str, Any], **more: Tensor) -> None:
+    """Save latents and more tensors as a safetensors file, with what is known of them."""
+    content = {name: each.cpu().contiguous() for name, each in {"latents": latents, **more}.items()}
     Path(path).write_bytes(save(content, {"ddim_plugin": json.dumps(known)}))
 
 
-def load_latents(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
-    """Load latents and what was saved with them. Raises ValueError for a file without latents."""
+def load_latents(path: str | Path, *more: str) -> tuple[Any, ...]:
+    """Load latents, what was saved with them, and `more` tensors if they exist. Raises ValueError for other files."""
     try:
         with safe_open(path, "pt") as file:
-            return file.get_tensor("latents"), json.loads((file.metadata() or {}).get("ddim_plugin", "{}"))
+            known = json.loads((file.metadata() or {}).get("ddim_plugin", "{}"))
+            kept = [file.get_tensor(name) for name in more if name in file.keys()]  # noqa: SIM118
+            return file.get_tensor("latents"), known, *kept
     except SafetensorError as error:
         raise ValueError(f"cannot read latents from {path}: {error}") from error
 
@@ -89,6 +99,7 @@ def invert(
     refinement_steps: int | None = 4,
     strength: float = 1.0,
     tolerance: float = 1e-2,
+    decode_with: dict[str, Any] | None = None,
     **call: Any,
 ) -> Inverted:
     """Find the latents from which a pipeline makes pictures, in its own loop with an inverse scheduler.
@@ -100,6 +111,8 @@ def invert(
         refinement_steps: network evaluations of a step beyond the first; None is the plain inverse (Section 5.4).
         strength: share of the process to invert, in (0, 1]. Less keeps more of a picture in an edit.
         tolerance: residual of a step, in units of latents (of deviation 1), above which a warning is logged.
+        decode_with: arguments of the call that decodes, if they differ: {"guidance_scale": 7.5}. What its steps miss of
+            the picture is kept as `corrections`, at two evaluations more for each step.
         call: other arguments of the pipeline's call. `guidance_scale=1` is the most exact.
 
     Raises ValueError for arguments that do not fit, before any long work.
@@ -123,17 +136,60 @@ def invert(
     call |= {} if prompt is None and "prompt_embeds" in call else {"prompt": prompt or ""}
     size = {"height": H, "width": W, "use_resolution_binning": False}
     call = {key: size.get(key, parameters[key].default) for key in (*DEFAULTS, *size) if key in parameters} | call
-    z = _encode(pipe, x).to(torch.float32 if type(pipe).__name__.startswith(FLOAT32) else network.dtype)
-    z = _run(pipe, up, z, output_type="latent", **call)
+    z_0 = _encode(pipe, x).to(torch.float32 if type(pipe).__name__.startswith(FLOAT32) else network.dtype)
+    z = _run(pipe, up, z_0, output_type="latent", **call)
     report = up.report(tolerance) if up._records else None
     if report is not None and not report.converged.all():
         text = "%d of %d images did not converge (residual %.1e): use more steps or refinement_steps, or less guidance"
         logging.getLogger("ddim_plugin").warning(text, (~report.converged.all(0)).sum(), len(x), report.residual.max())
+    sampler = sampler_class(pipe.scheduler).from_config(up.config, **dict.fromkeys(CONSTRAINTS, False))
+    known = {"scheduler": json.loads(sampler.to_json_string()), "strength": strength}
+    corrections = None
+    if decode_with is not None:
+        corrections = _missed(pipe, known, z, z_0, call, decode_with)
+        call |= decode_with
     kept = {key: value for key, value in call.items() if LOST not in json.dumps(value, default=lambda _: LOST)}
     left_out = [key for key, value in call.items() if key not in kept and not callable(value)]
-    sampler = sampler_class(pipe.scheduler).from_config(up.config, **dict.fromkeys(CONSTRAINTS, False))
-    known = {"strength": strength, "call": kept, "left_out": left_out}
-    return Inverted(z, report, known | {"scheduler": json.loads(sampler.to_json_string())})
+    return Inverted(z, report, known | {"call": kept, "left_out": left_out}, corrections)
+
+
+def _missed(
+    pipe: Any, known: dict[str, Any], z: Tensor, z_0: Tensor, call: dict[str, Any], decode_with: dict[str, Any]
+) -> Tensor:
+    """Decode z, and return what each step of the call with `decode_with` misses of the way to z_0, (S, B, …)."""
+    states: list[Tensor] = []
+    missed: list[Tensor] = []
+
+    def record(i: int, x: Tensor) -> Tensor:
+        states.append(x)
+        return x
+
+    def follow(i: int, x: Tensor) -> Tensor:
+        missed.append(states[i].float() - x.float())
+        return states[i]
+
+    _run(pipe, _sampler(known, record), z, output_type="latent", **call)
+    states[-1] = z_0
+    _run(pipe, _sampler(known, follow), z, output_type="latent", **call | decode_with)
+    return torch.stack(missed)
+
+
+def _sampler(settings: dict[str, Any], change: Callable[[int, Tensor], Tensor] | None) -> SchedulerMixin:
+    """Make the sampler that decodes. `change` replaces x_s after step i of the loop."""
+    config = settings["scheduler"]
+    scheduler = CLASSES[config[KEY]["class"]].from_config(config)
+    if change is not None:
+        step, places = scheduler.step, count()
+
+        @wraps(step)  # pipelines read its signature
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            output = getattr(result, "_result", result)
+            output.prev_sample = change(next(places), output.prev_sample).to(output.prev_sample.dtype)
+            return result
+
+        scheduler.step = changed
+    return scheduler
 
 
 def _encode(pipe: Any, x: Tensor) -> Tensor:
@@ -156,12 +212,12 @@ def _encode(pipe: Any, x: Tensor) -> Tensor:
 def _run(pipe: Any, scheduler: SchedulerMixin, latents: Tensor, **call: Any) -> Any:
     """Run the pipeline with another scheduler, and with one prompt for all latents or one for each."""
     prompts = next(each for each in (call.get("prompt"), call.get("prompt_embeds"), "") if each is not None)
-    count = 1 if isinstance(prompts, str) else len(prompts)
-    if len(latents) % count:
-        raise ValueError(f"{count} prompts do not fit {len(latents)} pictures: pass one, or a list with one for each")
+    number = 1 if isinstance(prompts, str) else len(prompts)
+    if len(latents) % number:
+        raise ValueError(f"{number} prompts do not fit {len(latents)} pictures: pass one, or a list with one for each")
     names = [key for key in inspect.signature(pipe.__call__).parameters if key.endswith("s_per_prompt")]  # of images
     before, pipe.scheduler = pipe.scheduler, scheduler
     try:
-        return pipe(latents=latents, return_dict=False, **dict.fromkeys(names, len(latents) // count) | call)[0]
+        return pipe(latents=latents, return_dict=False, **dict.fromkeys(names, len(latents) // number) | call)[0]
     finally:
         pipe.scheduler = before

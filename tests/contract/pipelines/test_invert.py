@@ -340,3 +340,28 @@ def test_the_scheduler_comes_back_after_an_error(parts, trained, pictures):
     with pytest.raises(KeyboardInterrupt):
         inverted.decode(pipe, callback_on_step_end=stop)
     assert pipe.scheduler is before
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("cls", [GeneralizedDDIMScheduler, MultistepDDIMScheduler])
+def test_corrections_close_the_round_trip_at_another_guidance(cls, strength, parts, trained, pictures, tmp_path):
+    pipe, _ = tiny.text_to_image(parts, cls(**SD))
+    pipe.set_progress_bar_config(disable=True)
+    trained(pipe.unet)
+    z_0 = _encode(
+        pipe, torch.stack([torch.tensor(np.array(each)) for each in pictures]).permute(0, 3, 1, 2) / 127.5 - 1
+    )
+    call = {"num_inference_steps": S, "guidance_scale": 1.0, "strength": strength}
+    plain = invert(pipe, pictures, "a cat", **call)
+    found = invert(pipe, pictures, "a cat", decode_with={"guidance_scale": 7.5}, **call)
+    assert torch.equal(found.latents, plain.latents)
+    assert found.corrections.shape == (S * strength, *z_0.shape)
+    found.save(tmp_path / "found.safetensors")
+    found = Inverted.load(tmp_path / "found.safetensors")
+    missed = plain.decode(pipe, guidance_scale=7.5, output_type="latent") - z_0
+    closed = found.decode(pipe, output_type="latent") - z_0
+    assert closed.abs().max() < 1e-2 * missed.abs().max()  # this network amplifies rounding at guidance 7.5
+    assert pipe.scheduler.step.__name__ == "step"
+    assert not torch.equal(found.decode(pipe, "a dog", output_type="latent"), found.decode(pipe, output_type="latent"))
+    with pytest.raises(ValueError, match="corrections are those of other steps: leave out num_inference_steps"):
+        found.decode(pipe, num_inference_steps=S + 1)
