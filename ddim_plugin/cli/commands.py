@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import get_device
 from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor
@@ -22,7 +23,7 @@ from ..hub.push import INDEX, explained, push_folder
 from ..pipelines import invert as inversion
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..pipelines.images import check_channels, grid, image_files, open_image
-from ..pipelines.loop import batches
+from ..pipelines.loop import batches, check_count
 from ..schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, MultistepDDIMScheduler, keep_learned, sampler_class
 from ..schedulers.config import restored
 from ..version import __version__
@@ -42,7 +43,7 @@ def run(args: Namespace) -> None:
         return
     files = [file for file in FILES[command] if file != LATENTS or not vars(args).get("latents")]
     places = [Path(args.output, file) for file in (*files, f"{command}.json")]
-    commands = {each.__name__: each for each in (sample, encode, interpolate, invert, edit)}
+    commands = {"sample": sample, "encode": encode, "invert": encode, "interpolate": interpolate, "edit": edit}
     _check(args, places)
     parent = next(path for path in Path(args.output, MODEL).absolute().parents if path.exists())
     with tempfile.TemporaryDirectory(dir=parent, prefix=".ddim-plugin-") as scratch:
@@ -67,15 +68,12 @@ def sample(args: Namespace) -> tuple:
     if args.latents:
         _refuse(args, "num", "eta", "variance", "clip")
         z = _load_latents(args)
-        args.num, changes = len(z), DETERMINISTIC
+        args.num, settings = len(z), _keywords(args, len(z), *CODING)
+        images = _load(args).decode(z, output_type="np", **settings)
     else:
         args.num = 16 if args.num is None else args.num
-        changes = {"eta": args.eta, "variance_type": args.variance, "clip_sample": args.clip}
-    settings = _keywords(args, args.num, *(CODING if args.latents else CALL)) | {"output_type": "np"}
-    pipe = _load(args, changes)
-    if args.latents:
-        images = pipe.decode(z, **settings)
-    else:
+        settings = _keywords(args, args.num, *CALL) | {"output_type": "np"}
+        pipe = _load(args, {"eta": args.eta, "variance_type": args.variance, "clip_sample": args.clip})
         generators, z = pipe._noise(range(args.seed, args.seed + args.num))
         labels, images = settings.pop("class_labels", None), []
         for rows in batches(range(args.num), args.batch_size):
@@ -85,14 +83,8 @@ def sample(args: Namespace) -> tuple:
 
 
 def encode(args: Namespace) -> tuple:
-    """Encode images as latents."""
+    """Encode images as latents, or invert them in the pipeline of a text-to-image model."""
     _, _, z, record = _encode(args)
-    return record, z
-
-
-def invert(args: Namespace) -> tuple:
-    """Invert images in the pipeline of a text-to-image model."""
-    _, _, z, record = _encode(args, DiffusionPipeline)
     return record, z
 
 
@@ -103,17 +95,13 @@ def interpolate(args: Namespace) -> tuple:
     if not args.images and (args.refine or args.resize or args.tolerance is not None):
         raise ValueError("--tolerance, --refine and --resize need images: leave them out with --latents and --seeds")
     ends = _load_latents(args) if args.latents else args.seeds or args.images
-    settings = _keywords(args, 1, *CODING) | {"output_type": "np"}
-    settings["class_labels"] = args.class_label and args.class_label[0]
+    settings = _keywords(args, 1, *CODING) | {"class_labels": args.class_label and args.class_label[0]}
     if len(ends) not in (2, 4):
         raise ValueError(f"give two ends for a path or four for a grid, not {len(ends)}")
-    if args.images:
-        pipe, _, z, record = _encode(args)
-    else:
-        pipe, record = _load(args, DETERMINISTIC), {}
-        z = ends if args.latents else pipe._noise(ends)[1]
+    pipe, _, z, record = _encode(args) if args.images else (_load(args), [], ends, {})
+    z = pipe._noise(ends)[1] if args.seeds else z
     draw, ends = (pipe.interpolate, z) if len(z) == 2 else (pipe.interpolate_grid, [z])
-    return record, _rows(draw(*ends, args.points, **settings), args.points), z
+    return record, _rows(draw(*ends, args.points, output_type="np", **settings), args.points), z
 
 
 def edit(args: Namespace) -> tuple:
@@ -123,13 +111,13 @@ def edit(args: Namespace) -> tuple:
     if args.latents:
         _refuse(args, "prompt", "guidance_scale", "steps", "timesteps", "spacing", "multistep", "strength", "tolerance")
         inverted, images, record = inversion.Inverted.load(args.latents), [], {}
-        pipe = _load(args, {}, DiffusionPipeline)
+        pipe = _load(args)
     else:
-        pipe, images, inverted, record = _encode(args, DiffusionPipeline)
+        pipe, images, inverted, record = _encode(args)
     scale = {} if args.new_guidance_scale is None else {"guidance_scale": args.new_guidance_scale}
     again = inverted.decode(pipe, output_type="np")
     edited = inverted.decode(pipe, args.new_prompt, output_type="np", **scale)
-    shown = [np.stack(images).reshape(again.shape) / np.float32(255)] if images else []
+    shown = [np.stack([*map(np.asarray, images)]).reshape(again.shape) / np.float32(255)] if images else []
     title = " | ".join(["image", "decoded", "edited"][-len(shown) - 2 :])
     return record, grid([*np.stack([*shown, again, edited], 1)], title=title), inverted
 
@@ -138,8 +126,7 @@ def _check(args: Namespace, places: list[Path]) -> None:
     """Raise ValueError for settings that cannot work, before anything is loaded."""
     settings = {name: value for name, value in vars(args).items() if value is not None}
     for name, least in {"num": 1, "batch_size": 1, "columns": 1, "points": 2}.items():
-        if settings.get(name, least) < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {settings[name]}")
+        check_count(f"--{name.replace('_', '-')}", settings.get(name, least), least)
     for seed in settings.get("seeds", [settings.get("seed", 0)]):
         if abs(seed) >= 2**63:
             raise ValueError(f"a seed must fit 64 bits with its sign, not {seed}")
@@ -177,11 +164,12 @@ def locate(model: str, revision: str | None) -> tuple[str, str | None]:
     return model, revision
 
 
-def _load(args: Namespace, changes: dict[str, Any], kind: type[DiffusionPipeline] = GeneralizedDDIMPipeline) -> Any:
-    """Load the model, and change those settings of its scheduler that are not None."""
+def _load(args: Namespace, changes: dict[str, Any] = DETERMINISTIC) -> Any:
+    """Load the model on its device, and change those settings of its scheduler that are not None."""
+    kind = DiffusionPipeline if "prompt" in vars(args) else GeneralizedDDIMPipeline
     try:
         with explained(args.model):
-            pipe = kind.from_pretrained(args.model, revision=args.revision)
+            pipe: Any = kind.from_pretrained(args.model, revision=args.revision, torch_dtype=getattr(torch, args.dtype))
     except OSError as error:
         where = "" if Path(args.model).is_dir() else f"there is no folder {args.model}, and "
         raise OSError(f"{where}{error}") from error
@@ -196,19 +184,18 @@ def _load(args: Namespace, changes: dict[str, Any], kind: type[DiffusionPipeline
         if key in before and before[key] != value:
             print(f"note: {key}={value}, the model has {before[key]}", file=sys.stderr)
     pipe.set_progress_bar_config(desc="steps", leave=False, disable=None)  # None: unless stderr is a terminal
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)  # diffusers warns of each cast
-    return pipe.to(args.device or accelerator or "cpu", dtype=dtype)
+    return pipe.to(args.device or get_device())
 
 
-def _encode(args: Namespace, kind: type[DiffusionPipeline] = GeneralizedDDIMPipeline) -> tuple[Any, list, Any, dict]:
+def _encode(args: Namespace) -> tuple[Any, list[Image.Image], Any, dict[str, Any]]:
     """Return the model, the images, their latents or inversion, and the record with the report, which is printed."""
     settings = _keywords(args, len(args.images), "tolerance", *CODING)
-    pipe, pixels = _load(args, DETERMINISTIC, kind), kind is GeneralizedDDIMPipeline
+    pipe, pixels = _load(args), "prompt" not in vars(args)
     network = getattr(pipe, "transformer", None) or pipe.unet
     side = getattr(pipe, "default_sample_size", None) or network.config.get("sample_size")
     scale = getattr(pipe, "vae_scale_factor", 1)
-    size = tuple(int(each) * scale for each in np.broadcast_to(side, 2)) if side and (pixels or args.resize) else None
+    height, width = (int(each) * scale for each in np.broadcast_to(side or 0, 2))
+    size = (height, width) if side and (pixels or args.resize) else None
     channels = (getattr(pipe, "vae", None) or network).config.get("in_channels", 3)
     images = [open_image(file, channels, size, args.resize, " (--resize)") for file in args.images]
     if pixels:

@@ -9,13 +9,9 @@ from ..version import __version__
 
 LATENTS, MODEL = "latents.safetensors", "model"
 
-FILES = {  # what each command writes into --output beside the record COMMAND.json
-    "sample": ("samples.png", LATENTS),
-    "encode": (LATENTS,),
-    "interpolate": ("interpolation.png", LATENTS),
-    "invert": (LATENTS,),
-    "edit": ("edited.png", LATENTS),
-}
+# What each command writes into --output beside the record COMMAND.json.
+FILES = {"sample": ("samples.png", LATENTS), "encode": (LATENTS,), "interpolate": ("interpolation.png", LATENTS)}
+FILES |= {"invert": (LATENTS,), "edit": ("edited.png", LATENTS)}
 
 
 def number(text: str) -> float:
@@ -25,7 +21,7 @@ def number(text: str) -> float:
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the arguments of a command."""
-    stock, timesteps, latents, images, refine, text, seed, columns = (ArgumentParser(add_help=False) for _ in range(8))
+    stock, timesteps, latents, images, refine, text = (ArgumentParser(add_help=False) for _ in range(6))
     stock.add_argument("model", metavar="MODEL", help="a folder written by save_pretrained, or a Hub id")
     stock.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the pipeline's)")
     stock.add_argument("--device", help="cpu, cuda, … (default: an accelerator if there is one)")
@@ -50,13 +46,9 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     images.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or folders of them")
     for each, k, tolerance in ((refine, 0, "1e-5"), (text, 4, "1e-2")):
         each.add_argument("--resize", action="store_true", help="crop and resize images to the network's size")
-        each.add_argument(
-            "--refine", type=int, default=k, metavar="K", help=f"evaluations to refine a step (default: {k})"
-        )
+        each.add_argument("--refine", type=int, default=k, metavar="K", help=f"refinements of a step (default: {k})")
         each.add_argument("--tolerance", type=float, help=f"residual of a step (default: {tolerance})")
     text.add_argument("--prompt", action="append", metavar="TEXT", help="text of all images, or again for each image")
-    seed.add_argument("--seed", type=int, default=0, help="image i is drawn with seed + i (default: %(default)s)")
-    columns.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default: %(default)s)")
 
     top = ArgumentParser("ddim-plugin", description="Sample images with diffusion models, and encode images (DDIM).")
     top.add_argument("--version", action="version", version=__version__)
@@ -68,8 +60,10 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         texts["epilog"] = f"example:\n  ddim-plugin {name} {example}{writes}"
         return commands.add_parser(name, parents=parents, formatter_class=RawDescriptionHelpFormatter, **texts)
 
-    shared = model, timesteps, latents, seed, columns
+    shared = model, timesteps, latents
     sub = command("sample", "sample images from noise, or decode latents", "user/model --num 16 --steps 20", *shared)
+    sub.add_argument("--seed", type=int, default=0, help="image i is drawn with seed + i (default: %(default)s)")
+    sub.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default: %(default)s)")
     sub.add_argument("--num", type=int, help="number of images (default: 16)")
     sub.add_argument("--eta", type=float, help="η of Eq. 16: 0 is DDIM, 1 is DDPM (default: the model's)")
     sub.add_argument("--variance", choices=VARIANCES, help="variance of the noise (default: the model's)")
@@ -78,8 +72,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     example = "user/model pictures/ --steps 10 --refine 14"
     command("encode", "encode images as latents", example, model, timesteps, images, refine)
 
-    shared = model, timesteps, latents, refine
-    sub = command("interpolate", "interpolate between two or four images", "user/model a.png b.png --steps 50", *shared)
+    example = "user/model a.png b.png --steps 50"
+    sub = command("interpolate", "interpolate between two or four images", example, *shared, refine)
     sub.add_argument("images", metavar="IMAGE", nargs="*", help="two or four image files, or a folder of them")
     sub.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="draw the ends from noise with these seeds")
     sub.add_argument("--points", type=int, default=11, help="images on a path (default: %(default)s)")

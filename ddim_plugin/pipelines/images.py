@@ -36,7 +36,7 @@ def read(images: Images, channels: int, size: Size, low: float = -1.0, high: flo
 
 def _read(image: Any, channels: int, name: str) -> Tensor:
     if isinstance(image, Image.Image):
-        mode, image = MODES.get(channels), image if is_transparent(image) else without_alpha(image)
+        mode, image = MODES.get(channels), opaque(image) or image
         if image.mode != mode:
             convert = f'image.convert("{mode}")' if mode else f"pass a tensor with {channels} channels"
             remedy = "scale it to 0..255 first" if image.mode.startswith(DEEP) else convert
@@ -90,9 +90,9 @@ def fit(image: Image.Image, channels: int, size: Size, resize: bool, name: str, 
     mode = check_channels(channels)
     if image.mode.startswith(DEEP):
         raise ValueError(f"{name} has mode {image.mode!r}, more than 8 bits: scale it to 0..255 first")
-    if is_transparent(image):
+    if (plain := opaque(image)) is None:
         raise ValueError(f"{name} has transparency, which the network cannot use: put it on a background")
-    image = without_alpha(image).convert(mode)
+    image = plain.convert(mode)
     if size is not None and image.size != size[::-1]:
         if not resize:
             sizes = f"{image.width}×{image.height}, the network takes {size[1]}×{size[0]} (width × height)"
@@ -101,16 +101,12 @@ def fit(image: Image.Image, channels: int, size: Size, resize: bool, name: str, 
     return image
 
 
-def is_transparent(image: Image.Image) -> bool:
-    """Test whether any pixel of an image is transparent."""
-    return image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
-
-
-def without_alpha(image: Image.Image) -> Image.Image:
-    """Drop an alpha channel, whose pixels must all be opaque."""
+def opaque(image: Image.Image) -> Image.Image | None:
+    """Drop an alpha channel, or return None if any pixel of the image is transparent."""
     if not image.has_transparency_data:
         return image
-    return image.convert("RGBA").convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    rgba = image.convert("RGBA")
+    return rgba.convert("L" if image.mode in ("1", "L", "LA") else "RGB") if rgba.getextrema()[3][0] == 255 else None
 
 
 def check_channels(channels: int) -> str:

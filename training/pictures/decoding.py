@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 from PIL import Image, ImageColor
 
-from ddim_plugin.pipelines.images import is_transparent, without_alpha
+from ddim_plugin.pipelines.images import opaque
 
 DARK = 1 / 4
 """Share of 16 bits that a picture must reach to count as one of 16 bits."""
@@ -146,8 +146,8 @@ def flatten(image: Image.Image, name: str, background: str | None) -> Image.Imag
 
     Raises ValueError for a transparent picture without a background.
     """
-    if not is_transparent(image):
-        return without_alpha(image)
+    if (plain := opaque(image)) is not None:
+        return plain
     if background is None:
         raise ValueError(f"{name} has transparency: pass --background COLOUR, such as white, or drop its alpha channel")
     colour = ImageColor.getrgb(background)

@@ -16,8 +16,8 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sample", "MODEL", "--num", "0"], "--num must be at least 1, not 0"),
-        (["sample", "MODEL", "--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+        (["sample", "MODEL", "--num", "0"], "--num must be an integer of at least 1, not 0"),
+        (["sample", "MODEL", "--batch-size", "0"], "--batch-size must be an integer of at least 1, not 0"),
         (["sample", "PICTURES"], "has no model_index.json: pass the folder of a whole saved pipeline"),
         (["sample", "MODEL", "--latents", "none.safetensors"], "No such file or directory: none.safetensors"),
         (["sample", "MODEL", "--latents", "PICTURES/0.png"], "0.png"),
@@ -53,7 +53,7 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
         (["interpolate", "MODEL"], "give the ends in one way"),
         (["interpolate", "MODEL", "PICTURES/0.png", "--seeds", "1", "2"], "give the ends in one way"),
         (["interpolate", "MODEL", "--seeds", "1", "2", "3"], "two ends for a path or four for a grid, not 3"),
-        (["interpolate", "MODEL", "--seeds", "1", "2", "--points", "1"], "--points must be at least 2"),
+        (["interpolate", "MODEL", "--seeds", "1", "2", "--points", "1"], "--points must be an integer of at least 2"),
         (["push", "nowhere", "user/model"], "nowhere"),
     ],
 )
