@@ -22,23 +22,17 @@ def slerp(x0: Tensor, x1: Tensor, a: float) -> Tensor:
     work = precise(x0)
     p, q = x0.to(work).flatten(1), x1.to(work).flatten(1)
     norm_p, norm_q = p.norm(dim=1, keepdim=True), q.norm(dim=1, keepdim=True)
-    u, v = _unit(p, norm_p), _unit(q, norm_q)
+    u, v = (x / norm.masked_fill(norm == 0, 1) for x, norm in ((p, norm_p), (q, norm_q)))
     angle = 2 * torch.atan2((u - v).norm(dim=1, keepdim=True), (u + v).norm(dim=1, keepdim=True))
-    sine = angle.sin()
     parallel = (angle < 1e-8) | (norm_p == 0) | (norm_q == 0)
-    opposite = torch.pi - angle < OPPOSITE
-    if bool((opposite & ~parallel).any()):
+    if bool(((torch.pi - angle < OPPOSITE) & ~parallel).any()):
         raise ValueError("two latents are opposite, and no path between them is the shortest: replace one of them")
-    safe = torch.where(parallel, torch.ones_like(sine), sine)
-    weight_p = torch.where(parallel, 1 - a, ((1 - a) * angle).sin() / safe)
-    weight_q = torch.where(parallel, a, (a * angle).sin() / safe)
+    sine = angle.sin().masked_fill(parallel, 1)
+    weight_p = torch.where(parallel, 1 - a, ((1 - a) * angle).sin() / sine)
+    weight_q = torch.where(parallel, a, (a * angle).sin() / sine)
     return (weight_p * p + weight_q * q).view_as(x0).to(x0.dtype)
 
 
 def precise(x: Tensor) -> torch.dtype:
     """Return float64, or float32 on a device without float64."""
     return torch.float32 if x.device.type == "mps" else torch.float64
-
-
-def _unit(x: Tensor, norm: Tensor) -> Tensor:
-    return x / torch.where(norm == 0, torch.ones_like(norm), norm)

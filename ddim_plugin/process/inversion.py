@@ -45,7 +45,7 @@ class Search:
 
     def __init__(self, step: float):
         self.gamma: float | Tensor = step
-        self.changes: list[tuple[Tensor, Tensor]] = []  # changes of x and of r, the latter orthonormal
+        self.changes: list[tuple[Tensor, ...]] = []  # changes of x and of r, the latter orthonormal
         self.best: tuple[Tensor, ...] = ()  # ‖r‖², x and r
         self.last: tuple[Tensor, ...] = ()  # x and r
 
@@ -105,9 +105,9 @@ class InversionReport:
     latent_std: NDArray[np.float64]
 
     @classmethod
-    def of(cls, timesteps: Any, residual: Any, evaluations: Any, tolerance: float, latents: Tensor) -> "InversionReport":
-        """Report on latents (B, …)."""
-        residual, pixels = np.asarray(residual, np.float64), latents.detach().cpu().double().flatten(1).numpy()
+    def of(cls, timesteps: Any, residual: Any, evaluations: Any, tolerance: float, z: Tensor) -> "InversionReport":
+        """Report on latents z, (B, …)."""
+        residual, pixels = np.asarray(residual, np.float64), z.detach().cpu().double().flatten(1).numpy()
         spread = pixels.mean(1), pixels.std(1)
         return cls(np.asarray(timesteps), residual, np.asarray(evaluations), residual <= tolerance, tolerance, *spread)
 

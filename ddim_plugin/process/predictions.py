@@ -41,10 +41,8 @@ def prediction(prediction_type: str, level: Level) -> Prediction:
     if determinant == 0:
         if prediction_type == "sample":
             raise ValueError("prediction_type='sample' gives no ε̂ at the data: use timesteps above it")
-        raise ValueError(
-            f"prediction_type={prediction_type!r} divides by zero at ᾱ = 0 or σ = 1, pure noise: use a network that "
-            "predicts v, x0 or the flow, or timesteps below the top"
-        )
+        problem = f"prediction_type={prediction_type!r} divides by zero at ᾱ = 0 or σ = 1, pure noise"
+        raise ValueError(f"{problem}: use a network that predicts v, x0 or the flow, or timesteps below the top")
     unit = -b if prediction_type == "score" else 1.0  # the score is ε in units of −b
     return Prediction(d / determinant, -unit * b / determinant, -c / determinant, unit * a / determinant)
 
@@ -72,10 +70,8 @@ def unfold(prediction: Prediction, move: Move) -> tuple[float, float]:
     if abs(x) >= FLAT or (start.signal == 0 and x):
         return 1 / x, -out / x
     if start.signal == 0:
-        raise ValueError(
-            f"the step from time {move.t:g} to {move.s:g} does not depend on x_{move.t:g}, so it has no inverse: use "
-            "more steps, or timesteps at which the sample has a part of the image"
-        )
+        problem = f"the step from time {move.t:g} to {move.s:g} does not depend on x_{move.t:g}, so it has no inverse"
+        raise ValueError(f"{problem}: use more steps, or timesteps at which the sample has a part of the image")
     scale = start.signal / end.signal
     eps = start.noise - scale * end.noise
     return float(scale + eps * prediction.eps_x), float(eps * prediction.eps_out)

@@ -32,8 +32,7 @@ def few_steps_noise(S: int, alpha_bar: Array) -> Times:
 
     The last noise is added at the bottom. In few steps, noise added later degrades the image.
     """
-    T = len(alpha_bar) - 1
-    top = _ends(S, alpha_bar)[0]
+    T, top = len(alpha_bar) - 1, _ends(S, alpha_bar)[0]
     return _spread(np.linspace(top, min(top, max(1, T / max(8, S))), S), T)
 
 
@@ -117,8 +116,7 @@ def tau(spacing: str, S: int, T: int, steps_offset: int = 0, alpha_bar: Array | 
         return times
     room = T - int(times[-1])
     if check_offset(steps_offset) > room:
-        message = f"steps_offset={steps_offset} does not fit {S} of {T} steps: {room} is used instead"
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(f"steps_offset={steps_offset} does not fit {S} of {T} steps: {room} is used", stacklevel=2)
     return times + min(steps_offset, room)
 
 
