@@ -90,14 +90,6 @@ class FlowMatching(Path):
     def time(self, timestep: Number) -> Number:
         return timestep
 
-    def sigma(self, timesteps: Number) -> Number:
-        """Compute b at timesteps."""
-        return self.time(timesteps) / self.T
-
-    def signal(self, sigma: Number) -> Number:
-        """Compute a at levels with this b."""
-        return 1 - sigma
-
 
 class InvertedFlow(FlowMatching):
     """Flow matching for networks that are evaluated at T·(1 − σ), and predict x_0 − ε."""
@@ -137,12 +129,6 @@ class VarianceExploding(Path):
     def time(self, timestep: Number) -> Number:
         low, high = self.bounds
         return 1 + (self.T - 1) * math.log(timestep / low) / math.log(high / low)
-
-    def sigma(self, timesteps: Number) -> Number:
-        return timesteps
-
-    def signal(self, sigma: Number) -> Number:
-        return 0 * sigma + 1
 
 
 def variance_preserving(alpha_bar: Array) -> Path:

@@ -26,8 +26,7 @@ def grid(
     """
     sigmas = None if sigmas is None else check(sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)
     cls = getattr(diffusers, stock)
-    shifts = [config[key] for key in SHIFTS if config[key] != 1] or [1.0]
-    scheduler = cls.from_config(config, **{key: shifts[0] for key in SHIFTS if key in defaults(cls)})
+    scheduler = cls.from_config(config, **{key: shift_of(config) for key in SHIFTS if key in defaults(cls)})
     if shift is not None:
         scheduler.set_shift(shift)
     mu = given.pop("mu")
@@ -45,6 +44,14 @@ def grid(
     if np.isnan(levels).any():
         raise ValueError(f"{stock} has no noise levels for {len(levels)} steps with these settings: use more steps")
     return check(levels), scheduler.timesteps.tolist()
+
+
+def shift_of(config: dict[str, Any]) -> float:
+    """Return the shift of the noise levels, a setting with two names. Raises ValueError if they disagree."""
+    shifts = [config[key] for key in SHIFTS if config[key] != 1] or [1.0]
+    if len({*shifts}) > 1 or not all(isinstance(value, Real) and value > 0 for value in shifts):
+        raise ValueError(f"shift and flow_shift must be one positive number, not {shifts}")
+    return shifts[0]
 
 
 def check(sigmas: Sigmas) -> NDArray[np.float64]:

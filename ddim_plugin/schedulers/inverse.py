@@ -35,8 +35,7 @@ class Upwards(StockConfig):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         super().set_begin_index(begin_index)
-        self._x: Tensor | None = None  # where the network is evaluated next, and the same in the type of the pipeline
-        self._handed: Tensor | None = None
+        self._x = self._handed = None  # where the network is evaluated next, and the same in the type of the pipeline
         self._kept: Tensor | None = None
         self.residual: Tensor | None = None  # root mean square of (x_s − f(x_t))/a_s, the smallest evaluated, (B,)
         self._solution: Tensor | None = None  # x_t of the last step that is solved
@@ -46,15 +45,15 @@ class Upwards(StockConfig):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
         """Compute x_t as in the sampler; but x_0 at the first time of the plan, where encoding begins with x_0."""
-        if self._planned is not None and self._done is None:
-            first = self._called[self._span.start]
-            if bool((torch.as_tensor(timesteps, device="cpu") == first).all()):
-                return original_samples
+        begins = self._planned is not None and self._done is None
+        if begins and bool((torch.as_tensor(timesteps, device="cpu") == self._called[self._span.start]).all()):
+            return original_samples
         return super().add_noise(original_samples, noise, timesteps)
 
     def _replan(self) -> None:
         super()._replan()
         self.init_noise_sigma = 1.0  # the loop begins with x_0
+        self._from_data = self.path.level(0).noise == 0  # the first step does not determine the noise
 
     def report(self, tolerance: float = inversion.TOLERANCE) -> inversion.InversionReport:
         """Report the last loop, with `tolerance` the residual of a converged step. It reads the device.
@@ -153,11 +152,6 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         if more > 0:
             counts[hardest], counts[-more:] = 1 + more, [0] * more
         return counts
-
-    @property
-    def _from_data(self) -> bool:
-        """Whether the first step does not determine the noise."""
-        return self.path.level(0).noise == 0
 
     def _make_step(self, t: float, s: float, kind: Kind) -> Step:
         move = moves.move(self.path, t, s)

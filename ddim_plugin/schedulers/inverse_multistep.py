@@ -10,7 +10,7 @@ from ..process import inversion, moves, spacings
 from .config import with_settings_of
 from .inverse import Upwards
 from .multistep import MultistepDDIMScheduler
-from .planned import Kind, Pairs
+from .planned import Kind, Pairs, Planned
 from .step import Evaluation, Step
 
 
@@ -31,6 +31,7 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
     """
 
     is_joint = True
+    _make_plan = Planned._make_plan
 
     @with_settings_of(MultistepDDIMScheduler)
     def __init__(self, refinement_steps: int | None = 0): ...
@@ -54,9 +55,6 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
     def _make_span(self) -> slice:
         return slice(0, len(self._pairs))
 
-    def _evaluated_at(self, pairs: Pairs) -> list[float]:
-        return [t if t > s else t or s for t, s in pairs]
-
     def _make_step(self, t: float, s: float, kind: Kind) -> Step:
         if t > s:  # of the sampler
             step = super()._make_step(t, s, kind)
@@ -64,9 +62,6 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
         move = moves.move(self.path, t, s)
         build, called = (Step.down, move.start) if t else (Step.from_data, move.end)
         return build(move, self._prediction(called))
-
-    def _make_plan(self, kind: Kind) -> list[Step]:
-        return [self._make_step(t, s, kind) for t, s in self._pairs]
 
     def searches(self) -> list[slice]:
         """List the places in the plan of the first pass, and of each that decodes and encodes."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..process import betas as schedules
 from ..process import paths
+from . import flow
 from .config import FLOW, OF_PATH, STOCK_SCHEDULES, VE, VP, StockConfig, defaults, path_of
 from .tensors import HALF, combine, numbers
 
@@ -28,18 +29,15 @@ class Levels(StockConfig):
     _sigmas: Tensor | None = None  # b at its levels, not for the paper's path
 
     def _make_path(self) -> tuple[paths.Path, np.ndarray | None]:
-        config, kind = self.config, path_of(self.config)
+        config, kind, T = self.config, path_of(self.config), self.config.num_train_timesteps
         for other, keys in OF_PATH.items():
             for key in keys if other != kind else ():
                 if isinstance(config[key], list | np.ndarray) or config[key] != defaults(type(self))[key]:
                     raise ValueError(f"{key}={config[key]!r} has no effect on {PATHS[kind]}: leave it out")
         if kind != VP and (config.variance_type in ("learned_range", "optimal")):
             raise ValueError(f"variance_type={config.variance_type!r} needs a β schedule, not {PATHS[kind]}")
-        T = config.num_train_timesteps
         if kind == FLOW:
-            shifts = [value for value in (config.shift, config.flow_shift) if value != 1]
-            if len({*shifts}) > 1 or not all(isinstance(value, Real) and value > 0 for value in shifts):
-                raise ValueError(f"shift and flow_shift must be one positive number, not {shifts}")
+            flow.shift_of(config)
             if config.timestep_spacing not in OF_FLOW:
                 known, spacing = " or ".join(OF_FLOW), config.timestep_spacing
                 raise ValueError(f"timestep_spacing={spacing!r} is for tables of β: use {known}, or pass sigmas")
@@ -140,12 +138,13 @@ class Levels(StockConfig):
 
     def _levels_at(self, times: Tensor, dtype: torch.dtype) -> Tensor:
         if self.path.continuous:
-            sigma = self.path.sigma(times)
+            explodes = self.path.explodes
+            sigma = times if explodes else self.path.time(times) / self.path.T
             if self._planned is not None:
                 here = times[:, None] == self._planned.to(times)
                 planned = self._sigmas[: len(self._planned)].to(sigma)
                 sigma = torch.where(here.any(1), planned[here.long().argmax(1)], sigma)
-            return torch.stack([self.path.signal(sigma), sigma])
+            return torch.stack([torch.ones_like(sigma) if explodes else 1 - sigma, sigma])
         key = ("marginals", dtype, times.device)
         if key not in self._tables:
             table = torch.tensor(np.stack(self.path.levels)[:, 1:], device="cpu")
@@ -166,9 +165,7 @@ class Levels(StockConfig):
             raise AttributeError("this scheduler has no ᾱ: its levels are sigmas")
         return self._shown
 
-    @alphas_cumprod.setter
-    def alphas_cumprod(self, value: Any) -> None:
-        self._assign(value)
+    alphas_cumprod = alphas_cumprod.setter(lambda self, value: self._assign(value))
 
     alphas = property(lambda self: 1 - self.betas, lambda self, value: self._assign(np.cumprod(_numbers(value))))
     betas = property(

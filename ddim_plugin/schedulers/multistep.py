@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ..process import moves, multistep, spacings
 from ..process.paths import Path, VarianceExploding
+from . import flow
 from .config import FLOW, SAMPLER, SOLVER, StockConfig, path_of, with_settings_of
 from .generalized import GeneralizedDDIMScheduler
-from .planned import Kind, Pairs
+from .planned import FlowTimes, Kind
 from .step import Evaluation, Step
 
 MUCH_NOISE = 0.5  # least η for which "few_steps" becomes "few_steps_noise", and a step extrapolates further
@@ -56,16 +57,15 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
 
     def _build(self) -> None:
         super()._build()
-        order, fitted = self.config.solver_order, self.config.fitted_timesteps
-        if order is not None and not (spacings.is_integer(order) and 1 <= order <= 4):
-            raise ValueError(f"solver_order must be 1, 2, 3 or 4, or None, not {order!r}")
+        self._order, fitted = self.config.solver_order, self.config.fitted_timesteps
+        if self._order is not None and not (spacings.is_integer(self._order) and 1 <= self._order <= 4):
+            raise ValueError(f"solver_order must be 1, 2, 3 or 4, or None, not {self._order!r}")
         if steps := self.config.corrector_steps:
             raise ValueError(f"corrector_steps={steps} needs a GeneralizedDDIMScheduler: set it to 0")
         self._fitted = _check_fitted(fitted, self.path)
         if fitted is not None:  # JSON has strings as keys
             kept = {str(S): self.path.timestep(times[::-1]).tolist() for S, times in self._fitted.items()}
             StockConfig.register_to_config(self, fitted_timesteps=kept)
-        self._order = order
         self._forget()
 
     @classmethod
@@ -95,18 +95,15 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
                 return self.path.times(spacings.few_exploding(S, *self.path.bounds))
         return super()._spaced(S, spacing)
 
-    def _flow_times(self, S: int | None, sigmas: Any, **given: Any) -> tuple[spacings.Times, dict[float, float]]:
-        is_plain = sigmas is None and given["timesteps"] is None and not self._much_noise
-        if is_plain and spacings.is_integer(S) and S in self._fitted and self.config.timestep_spacing == "few_steps":
-            return self._fitted[S].astype(float), {}
-        return super()._flow_times(S, sigmas, **given)
-
-    def _own_sigmas(self, S: int) -> list[float] | None:
-        if self.config.timestep_spacing == "linear":
-            return None
-        noisy = self._much_noise or self.config.timestep_spacing == "few_steps_noise"
-        shift = max(self.config.shift, self.config.flow_shift, self._shift or 1)
-        return spacings.few_sigmas(S, self.config.use_dynamic_shifting or shift > 1, noisy)
+    def _flow_times(self, S: int | None, sigmas: Any, stock: str = "", **given: Any) -> FlowTimes:
+        spacing, noisy = self.config.timestep_spacing, self._much_noise
+        if sigmas is None and spacing != "linear" and spacings.is_integer(S) and S > 0:
+            if given["timesteps"] is None and not noisy and S in self._fitted and spacing == "few_steps":
+                return self._fitted[S].astype(float), {}
+            shifted = self.config.use_dynamic_shifting or max(flow.shift_of(self.config), self._shift or 1) > 1
+            sigmas = spacings.few_sigmas(S, shifted, noisy or spacing == "few_steps_noise")
+            stock = FLOW  # not all solvers take sigmas
+        return super()._flow_times(S, sigmas, stock, **given)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         super().set_begin_index(begin_index)
@@ -155,10 +152,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         if place is None or self._order == 1:
             return evaluation
         if place in self._stepped:
-            raise ValueError(
-                f"a second step at timestep {self._called[place]:g}: the scheduler keeps the values of one loop. Use "
-                "one scheduler for each loop, or call set_timesteps or set_begin_index before a new loop"
-            )
+            problem = f"a second step at timestep {self._called[place]:g}: the scheduler keeps the values of a loop"
+            raise ValueError(f"{problem}. Use one scheduler for each loop, or set_timesteps or set_begin_index first")
         of_x0, t, like = moves.adds_noise(*kind), self._pairs[place][0], evaluation.sample
         follows = self._last == (of_x0, place - 1, like.shape)
         earlier = [each for each in self._history if each[0] != t] if follows else []  # a plan may repeat a time

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..process import moves, paths, predictions, spacings
 from . import flow
-from .config import FLOW
 from .levels import Levels, edits
 from .step import Step
 from .tensors import number, numbers
 
 Kind = tuple[str, float]  # variance type and η of a step
 Pairs = list[tuple[float, float]]  # times (t, s) of the steps
+FlowTimes = tuple[spacings.Times, dict[float, float]]  # increasing times, and the network's timesteps at them
 
 
 class Planned(Levels):
@@ -51,7 +51,6 @@ class Planned(Levels):
         predictions that divide by zero at a level, and arguments of another path.
         """
         values = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else timesteps
-        values = None if values is None else list(values) if isinstance(values, Sequence) else values
         if sigmas is None and (num_inference_steps is None) == (values is None):
             raise ValueError("set_timesteps takes either num_inference_steps or timesteps=[...], not both or neither")
         flows = isinstance(self.path, paths.FlowMatching)
@@ -61,7 +60,8 @@ class Planned(Levels):
         self._adopt()
         before = dict(self.__dict__)
         try:
-            self._eta, self._from_noise, known = eta, values is None and sigmas is None and not self._begins_below, {}
+            self._eta, known = eta, {}
+            self._from_noise = values is None and sigmas is None and not self.config.denoising_start
             if values is not None and sigmas is None:
                 self._tau = self.path.times(values)
             elif flows:
@@ -69,10 +69,10 @@ class Planned(Levels):
             else:
                 self._tau = self._spaced(num_inference_steps)
             self._pairs = self._make_pairs(self._tau)
-            evaluated = self._evaluated_at(self._pairs)  # times at which the network is evaluated
             with torch.inference_mode(False):  # counts changes in place
                 dtype = torch.float32 if self.path.continuous else torch.int64
-                planned = [known.get(t, self.path.timestep(t)) for t in evaluated]
+                times = [t or s for t, s in self._pairs]  # a network is not evaluated at the data
+                planned = [known.get(t, self.path.timestep(t)) for t in times]
                 self._planned = torch.tensor(planned, dtype=dtype, device="cpu")
                 if self._shown is None:
                     times, end = [t for t, _ in self._pairs], self._pairs[-1][1]
@@ -93,11 +93,6 @@ class Planned(Levels):
             self.__dict__ = before
             raise
 
-    @property
-    def _begins_below(self) -> bool:
-        """Whether the first sample of a loop is not x_T."""
-        return self.config.denoising_start > 0
-
     def _make_span(self) -> slice:
         """Find the part of the plan from `denoising_start` to `denoising_end`, as the pipelines of SDXL do."""
         start, end = self.config.denoising_start, self.config.denoising_end
@@ -105,10 +100,8 @@ class Planned(Levels):
         times = np.array([max(pair) for pair in self._pairs]) - (not self.path.continuous)
         inside = np.flatnonzero((times >= low) & ((times < high) | (start == 0)))
         if not len(inside):
-            raise ValueError(
-                f"no step lies between denoising_start={self.config.denoising_start:g} and "
-                f"denoising_end={self.config.denoising_end:g}: use more steps, or a larger part"
-            )
+            part = f"denoising_start={start:g} and denoising_end={end:g}"
+            raise ValueError(f"no step lies between {part}: use more steps, or a larger part")
         return slice(int(inside[0]), int(inside[-1]) + 1)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -117,7 +110,7 @@ class Planned(Levels):
 
     def _replan(self) -> None:
         if self._planned is not None and self.path.explodes:
-            self.init_noise_sigma = 1.0 if self._begins_below else self.path.level(self._tau[-1].item()).noise
+            self.init_noise_sigma = 1.0 if self.config.denoising_start else self.path.level(self._tau[-1].item()).noise
         self._plans: dict[Kind, list[Step]] = {}
         self._off_plan: dict[tuple[float, Kind], Step] = {}  # steps from times outside the plan
         self._tables = {key: table for key, table in self._tables.items() if key[0] == "marginals"}
@@ -132,30 +125,19 @@ class Planned(Levels):
             raise ValueError(f"set_shift takes a positive number, for flow matching only, not {shift!r}")
         self._shift = shift
 
-    def _flow_times(
-        self, S: int | None, sigmas: flow.Sigmas | None, **given: Any
-    ) -> tuple[spacings.Times, dict[float, float]]:
+    def _flow_times(self, S: int | None, sigmas: flow.Sigmas | None, stock: str = "", **given: Any) -> FlowTimes:
         if S is not None and not (spacings.is_integer(S) and S > 0):
             raise ValueError(f"num_inference_steps must be a positive integer, not {S!r}")
-        own = self._own_sigmas(S) if sigmas is None and S is not None else None
-        stock, sigmas = (self._stock, sigmas) if own is None else (FLOW, own)  # not all solvers take sigmas
-        levels, timesteps = flow.grid(self.config, stock, self._shift, S, sigmas, **given)
+        levels, timesteps = flow.grid(self.config, stock or self._stock, self._shift, S, sigmas, **given)
         times = (levels * self.path.T).tolist()
         return np.array(times[::-1]), dict(zip(times, timesteps, strict=True))
 
-    def _own_sigmas(self, S: int) -> flow.Sigmas | None:
-        return None
-
     def _spaced(self, S: int | None, spacing: str | None = None) -> spacings.Times:
-        config = self.config
-        T, offset = config.num_train_timesteps, config.steps_offset
-        return spacings.tau(spacing or config.timestep_spacing, S, T, offset, self._alpha_bar)
+        spacing, offset = spacing or self.config.timestep_spacing, self.config.steps_offset
+        return spacings.tau(spacing, S, self.path.T, offset, self._alpha_bar)
 
     def _make_pairs(self, times: spacings.Times) -> Pairs:
         return moves.downwards(times)
-
-    def _evaluated_at(self, pairs: Pairs) -> list[float]:
-        return [t for t, _ in pairs]
 
     def _make_step(self, t: float, s: float, kind: Kind) -> Step:
         move = moves.move(self.path, t, s, kind[1], kind[0], self._eps_mean_square)
@@ -174,8 +156,7 @@ class Planned(Levels):
         return [self._make_step(t, s, kind) for t, s in self._pairs]
 
     def _kind(self, eta: float | None) -> Kind:
-        eta = self._eta if eta is None else eta
-        return moves.effective_eta(self.config.variance_type, eta, self.config.eta)
+        return moves.effective_eta(self.config.variance_type, self._eta if eta is None else eta, self.config.eta)
 
     def _find(self, timestep: int | Tensor, kind: Kind, sample: Tensor) -> Step:
         """Find the step for `timestep`. The host reads no element of `self.timesteps`, and no (B,) of a table."""
@@ -186,8 +167,8 @@ class Planned(Levels):
         dtype, device = torch.promote_types(sample.dtype, torch.float32), sample.device
         times = numbers(timestep, whole=not self.path.continuous)
         if times.shape != sample.shape[: times.ndim]:
-            shape = tuple(times.shape)
-            raise ValueError(f"timestep has shape {shape}: give one, or one for each of {sample.shape[0]} samples")
+            given = f"timestep has shape {tuple(times.shape)}"
+            raise ValueError(f"{given}: give one, or one for each of {sample.shape[0]} samples")
         if times.device.type == "cpu" or self.path.continuous:
             values, rows = times.flatten().unique(return_inverse=True)
             steps = [self._step_at(t, kind) for t in values.tolist()]
@@ -198,7 +179,6 @@ class Planned(Levels):
 
     def _find_one(self, timestep: int | Tensor, kind: Kind) -> Step:
         if isinstance(timestep, Tensor):
-            # An element of `self.timesteps` is looked up by position, without synchronising the device.
             if timestep._base is self._planned and not edits(self._planned):
                 return self._take(timestep.storage_offset(), kind)
             if timestep.is_meta:  # it has no value
