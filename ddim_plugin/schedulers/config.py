@@ -54,8 +54,7 @@ def with_settings_of(base: type) -> Callable[[Callable], Callable]:
     """Decorate an `__init__` without a body, which then takes the settings of `base` too, in front of its own."""
 
     def decorate(init: Callable) -> Callable:
-        own = inspect.signature(init).parameters
-        known = dict(inspect.signature(base.__init__).parameters) | dict(own)
+        known = {**inspect.signature(base.__init__).parameters, **inspect.signature(init).parameters}
         signature = inspect.Signature([*known.values()])
 
         def configured(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -88,10 +87,8 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         own |= {key: self.config[key] for key in self._foreign() if self.config[key] != defaults(type(self))[key]}
         if "prediction_type" in self._foreign():  # loading takes that of the path if none is named
             own["prediction_type"] = self.config.prediction_type
-        if self.config.timestep_spacing not in STOCK_SPACINGS:
-            own["timestep_spacing"] = self.config.timestep_spacing
-        if self.config.variance_type not in STOCK_VARIANCES:
-            own["variance_type"] = self.config.variance_type
+        named = {"timestep_spacing": STOCK_SPACINGS, "variance_type": STOCK_VARIANCES}
+        own |= {key: self.config[key] for key, stock in named.items() if self.config[key] not in stock}
         if self._derived_betas:
             own["trained_betas"] = None
         return own
@@ -186,9 +183,8 @@ def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]
     path = _path_of_stock(name, known, bool(of_writer))
     for key, neutral in OTHER_PROCESS.items():
         if known.get(key, neutral) != neutral:
-            remedy = "it is not supported"
-            if key == "stochastic_sampling":
-                remedy = "pass stochastic_sampling=False, and eta=1.0 for noise"
+            noisy = key == "stochastic_sampling"
+            remedy = "pass stochastic_sampling=False, and eta=1.0 for noise" if noisy else "it is not supported"
             raise ValueError(f"{key}={known[key]!r} of {name} is of another process: {remedy}")
     settings = {key: known[key] for key in PROCESS if key in known} | dict(config)
     dropped = {key for other, keys in OF_PATH.items() if other != path for key in keys}
@@ -265,10 +261,9 @@ def restore_scheduler(pipe: Any) -> Any:
             setattr(pipe, name, restored(part))
     scheduler = pipe.scheduler
     if not isinstance(scheduler, StockConfig):
-        raise ValueError(
-            f"the config of this {type(scheduler).__name__} has no {KEY!r} entry: create a scheduler with "
-            "GeneralizedDDIMScheduler.from_config(pipe.scheduler.config)"
-        )
+        problem = f"the config of this {type(scheduler).__name__} has no {KEY!r} entry"
+        remedy = "create a scheduler with GeneralizedDDIMScheduler.from_config(pipe.scheduler.config)"
+        raise ValueError(f"{problem}: {remedy}")
     return pipe
 
 

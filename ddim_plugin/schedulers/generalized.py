@@ -9,9 +9,7 @@ from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
-from ..process import betas as schedules
-from ..process import moves, spacings
-from ..process import predictions as p
+from ..process import betas, moves, predictions, spacings
 from .config import with_settings_of
 from .planned import Kind, Pairs, Planned
 from .step import Evaluation, GeneralizedDDIMSchedulerOutput, Step, StepTuple
@@ -52,8 +50,8 @@ class GeneralizedDDIMScheduler(Planned):
         sigma_min, sigma_max: variance exploding, for a network that is evaluated at σ. `sigma_min` None is 0.01.
         corrector_steps, corrector_snr: Langevin steps before each step, and their signal-to-noise ratio r (Song et al.
             2021, Algorithms 4 and 5). Each takes one evaluation more: `timesteps` repeats its time.
-        denoising_start, denoising_end: part of the process that the plan makes, shares of T counted from noise, as in the
-            pipelines of SDXL. With `denoising_start` 0.4 the first sample is x_t at t = 0.6·T.
+        denoising_start, denoising_end: part of the process that the plan makes, shares of T counted from noise, as in
+            the pipelines of SDXL. With `denoising_start` 0.4 the first sample is x_t at t = 0.6·T.
 
     Raises ValueError for unknown names, values out of range, and combinations that do not exist.
     """
@@ -99,8 +97,8 @@ class GeneralizedDDIMScheduler(Planned):
 
     def _build(self) -> None:
         config, T = self.config, self.config.num_train_timesteps
-        schedules.check_length(T)
-        p.check_prediction(config.prediction_type)
+        betas.check_length(T)
+        predictions.check_prediction(config.prediction_type)
         spacings.check_spacing(config.timestep_spacing)
         spacings.check_offset(config.steps_offset)
         self._check_noise(config.variance_type, config.eta)
@@ -124,9 +122,7 @@ class GeneralizedDDIMScheduler(Planned):
         self._replan()
 
     def _check_noise(self, variance_type: str, eta: float) -> None:
-        moves.effective_eta(variance_type, None, eta)
-        if variance_type in moves.ETA_FREE and eta not in (0, 1):
-            raise ValueError(f"variance_type={variance_type!r} requires eta=1 (or 0, the default), not eta={eta!r}")
+        moves.effective_eta(variance_type, eta or None, eta)
         steps, ratio = self.config.corrector_steps, self.config.corrector_snr
         if not spacings.is_integer(steps) or steps < 0 or not (isinstance(ratio, Real) and 0 < ratio < float("inf")):
             raise ValueError(f"corrector_steps must be 0 or more, corrector_snr positive, not {steps!r} and {ratio!r}")
@@ -207,10 +203,9 @@ class GeneralizedDDIMScheduler(Planned):
         if made == twice and learned:
             return split_variance(model_output, shape[1])
         hint = "; a network with twice the channels needs variance_type='learned_range'" if made == twice else ""
-        raise ValueError(
-            f"model_output has shape {tuple(made)}, and a sample of shape {tuple(shape)} with "
-            f"variance_type={self.config.variance_type!r} needs {twice if learned else tuple(shape)}{hint}"
-        )
+        given = f"a sample of shape {tuple(shape)} with variance_type={self.config.variance_type!r}"
+        needed = f"{twice if learned else tuple(shape)}{hint}"
+        raise ValueError(f"model_output has shape {tuple(made)}, and {given} needs {needed}")
 
     def _evaluate(
         self, kind: Kind, step: Step, sample: Tensor, output: Tensor, variance: Tensor | None, recompute: bool | None

@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.distributions import Normal
 from torch.utils._pytree import register_pytree_node
 
-from ..process import moves
-from ..process import predictions as p
+from ..process import moves, predictions
 from ..process.paths import Level
 from .tensors import Coefficient, accumulate, at_least_float32, combine, learned_log_variance, threshold
 
@@ -32,20 +31,20 @@ class Step(NamedTuple):
     log_high: Coefficient = 0.0
 
     @classmethod
-    def down(cls, move: moves.Move, m: p.Prediction) -> "Step":
+    def down(cls, move: moves.Move, m: predictions.Prediction) -> "Step":
         """Build the step x_t → x_s (Eq. 12) for the prediction at t."""
         noise = (move.noise,) if move.log_variance is None else (1.0, *move.log_variance)
         return cls(*m, move.x0, move.eps, *noise)
 
     @classmethod
-    def up(cls, move: moves.Move, m: p.Prediction) -> "Step":
+    def up(cls, move: moves.Move, m: predictions.Prediction) -> "Step":
         """Build the step x_s → x_t: `down` solved for x_t, for a given output."""
-        x, out = p.unfold(m, move)
+        x, out = predictions.unfold(m, move)
         prediction = (m.x0_x * x, m.x0_x * out + m.x0_out, m.eps_x * x, m.eps_x * out + m.eps_out)
         return cls(*prediction, *move.start)
 
     @classmethod
-    def from_data(cls, move: moves.Move, called: p.Prediction) -> "Step":
+    def from_data(cls, move: moves.Move, called: predictions.Prediction) -> "Step":
         """Build the step x_0 → x_s with ε̂ from the network at the upper end. x̂0 follows from x_0 and ε̂."""
         signal, noise = move.start
         x0 = (1 - noise * called.eps_x) / signal, -noise * called.eps_out / signal
@@ -53,7 +52,7 @@ class Step(NamedTuple):
 
     def from_top(self, top: Level) -> "Step":
         """Replace ε̂ by (x_T − a_T·x̂0)/b_T, for a sample x_T evaluated at a lower timestep."""
-        a, b = p.eps_from_x0(top)
+        a, b = predictions.eps_from_x0(top)
         return self._replace(eps_x=a + b * self.x0_x, eps_out=b * self.x0_out)
 
     def eps_of_x0(self) -> tuple[Coefficient, Coefficient]:
@@ -93,7 +92,16 @@ class Evaluation(NamedTuple):
 
     def mean(self) -> Tensor:
         """Compute the mean of x_s, in two passes over memory without clipping and history."""
-        mean = self._first_order()
+        s = self.step
+        w, x, out = s.x0, s.eps * s.eps_x, s.eps * s.eps_out  # the mean is w·x̂0 + x·x_t + out·output
+        if self.limit is None and self.thresholding is None:
+            mean = combine(w * s.x0_x + x, self.sample, w * s.x0_out + out, self.output)
+        else:
+            if self.recompute_eps:
+                a, b = s.eps_of_x0()
+                w, x, out = w + s.eps * b, s.eps * a, 0.0
+            mean = accumulate(self.pred_original_sample().mul_(w), out, self.output)
+            mean = accumulate(mean, x, self.sample)
         for weight, value in self.history:
             mean = accumulate(mean, weight, value)
         return mean
@@ -107,18 +115,6 @@ class Evaluation(NamedTuple):
         size = eps.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (eps.ndim - 1))
         change = ratio / size.clamp_min(0.1)
         return self._replace(step=self.step._replace(eps=noise - 2 * noise * change**2, noise=2 * noise * change))
-
-    def _first_order(self) -> Tensor:
-        s = self.step
-        if self.limit is None and self.thresholding is None:
-            x, out = s.x0 * s.x0_x + s.eps * s.eps_x, s.x0 * s.x0_out + s.eps * s.eps_out
-            return combine(x, self.sample, out, self.output)
-        w, x, out = s.x0, s.eps * s.eps_x, s.eps * s.eps_out  # the mean is w·x̂0 + x·x_t + out·output
-        if self.recompute_eps:
-            a, b = s.eps_of_x0()
-            w, x, out = s.x0 + s.eps * b, s.eps * a, 0.0
-        mean = accumulate(self.pred_original_sample().mul_(w), out, self.output)
-        return accumulate(mean, x, self.sample)
 
     def std(self) -> Coefficient:
         """Compute the standard deviation of x_s."""
@@ -147,8 +143,7 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
     __eq__, __hash__ = object.__eq__, object.__hash__  # not those of a mapping
 
     def __init__(self, prev_sample: Tensor, evaluation: Evaluation):
-        sample, output = evaluation.sample, evaluation.output
-        self._versions = None  # numbers of changes in place
+        sample, output, self._versions = evaluation.sample, evaluation.output, None  # numbers of changes in place
         if sample.is_inference() or output.is_inference():
             variance = None if evaluation.variance is None else evaluation.variance.clone()
             evaluation = evaluation._replace(sample=sample.clone(), output=output.clone(), variance=variance)
@@ -183,10 +178,8 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
     def _check_unchanged(self, name: str) -> None:
         sample, output = self._evaluation.sample, self._evaluation.output
         if self._versions is not None and self._versions != (sample._version, output._version):
-            raise RuntimeError(
-                f"{name} is computed when it is read, and sample or model_output was changed in place since the step: "
-                "read it before, or pass clones to step"
-            )
+            changed = "sample or model_output was changed in place since the step"
+            raise RuntimeError(f"{changed}, so {name} is lost: read it before, or pass clones to step")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_versions": None}  # copies have counts of their own

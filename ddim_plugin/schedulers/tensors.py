@@ -31,8 +31,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def split_variance(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """Split the output (B, 2C, H, W) of a network into prediction and variance, each (B, C, H, W)."""
-    mean, variance = torch.split(output, channels, dim=1)
-    return mean, variance
+    return torch.split(output, channels, dim=1)
 
 
 def learned_log_variance(variance: Tensor, log_variance: tuple[Coefficient, Coefficient]) -> Tensor:
@@ -56,13 +55,10 @@ def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
 
 def number(timestep: Any, whole: bool) -> float:
     """Convert a number of Python, NumPy or torch. Raises ValueError for half precision, and if it must be `whole`."""
-    value = timestep
-    if isinstance(value, Tensor) and value.dtype not in HALF:
-        value = value.item()
+    value = timestep.item() if isinstance(timestep, Tensor) and timestep.dtype not in HALF else timestep
     if isinstance(value, Real) and not isinstance(value, bool) and (not whole or float(value).is_integer()):
         return int(value) if whole else float(value)
-    expected = "an integer" if whole else "a number, in float32 at least"
-    raise ValueError(f"timestep must be {expected}, not {timestep!r}")
+    raise ValueError(f"timestep must be {'an integer' if whole else 'a number, in float32 at least'}, not {timestep!r}")
 
 
 def numbers(timesteps: Tensor, whole: bool) -> Tensor:
