@@ -1,8 +1,6 @@
 """Encode, decode, reconstruct and interpolate latents x_T (Sections 5.3 and 5.4)."""
 
 import math
-from collections.abc import Iterable
-from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -11,15 +9,14 @@ import torch
 from torch import Tensor
 
 from ..process.gaussian import slerp
-from ..process.inversion import InversionReport
+from ..process.inversion import TOLERANCE, InversionReport
 from ..schedulers import InverseDDIMScheduler, InverseMultistepDDIMScheduler, MultistepDDIMScheduler
 from ..schedulers.inverse import Upwards
 from .images import Images, read
 from .loop import Condition, Labels, Loop, Timesteps, batches, check_count, check_output_type, finite
 
 Prepared = tuple[Tensor, Condition, int, float]  # x on the device, its condition, ⌊strength·S⌋, the unit of latents
-Encoded = tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]  # latents; residuals, evaluations and floors, (steps, B)
-TOLERANCE = 1e-5  # residual of a step, in units of the network's images, at which its refinement ends
+Encoded = tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]  # latents; timesteps; residuals and evaluations, (steps, B)
 
 
 class Latents(Loop):
@@ -42,16 +39,16 @@ class Latents(Loop):
     ) -> Tensor | tuple[Tensor, InversionReport]:
         """Encode images as the latents x_T that they are decoded from.
 
-        The naive inverse (`refinement_steps=0`) evaluates the network at the lower end of each step, so that decoding
-        returns the image only as S grows (Table 2). With `refinement_steps` each step is solved for its upper end, and
-        decoding at the same S returns the image. A `MultistepDDIMScheduler` refines all steps together.
+        Each step x_s = f(x_t) of the sampler is solved for x_t, as by `InverseDDIMScheduler`, so that decoding at the
+        same S returns the image. The plain inverse of the paper (`refinement_steps=None`) evaluates the network at x_s:
+        decoding returns the image only as S grows (Table 2). A `MultistepDDIMScheduler` refines all steps together.
 
         Args, the others as in the call:
             images: PIL images, arrays (B, H, W, C), tensors (B, C, H, W), one of them or a list; bytes, or in [0, 1].
             strength: part of the S steps to make, ⌊strength·S⌋ from the image. Less than 1 gives x_t of that t,
                 and 1 gives x_T/b_T, which resembles noise of deviation 1.
-            refinement_steps: network evaluations to refine each step with, at most; the first step needs one more. A
-                multistep path takes two for each of its steps at a time, and the first two only measure its error.
+            refinement_steps: evaluations of a step beyond the first, at most; hard steps take a multiple. 0 costs as
+                much as None, the plain inverse. A multistep path takes two for each of its steps at a time, if not 0.
             tolerance: root mean square of (x_s − f(x_t))/a_s at which a step is solved.
             batch_size: images to encode together; all by default. Images do not depend on each other.
             return_report: also return an `InversionReport`, which has one row for a whole multistep path.
@@ -68,8 +65,7 @@ class Latents(Loop):
         multistep = isinstance(self.scheduler, MultistepDDIMScheduler)
         upwards = InverseMultistepDDIMScheduler if multistep else InverseDDIMScheduler
         inverse = upwards.from_config(self.scheduler.config, refinement_steps=refinement_steps)
-        inverse._shift, inverse._image_range = self.scheduler._shift, self.scheduler.image_range
-        inverse._most = steps
+        inverse._shift, inverse._image_range, inverse._most = self.scheduler._shift, self.scheduler.image_range, steps
         self._set_timesteps(inverse, num_inference_steps, timesteps)
         rows = batches(range(len(x)), batch_size)
         parts = [self._ascend(x[each], condition.rows(each), inverse, tolerance) for each in rows]
@@ -133,9 +129,8 @@ class Latents(Loop):
         self._check_latents(latents)
         labels = class_labels, guidance_scale, null_class_label
         x, condition, steps, unit = self._prepare(latents, num_inference_steps, timesteps, strength, *labels)
-        last, run = self.scheduler.timesteps[-steps:], partial(self._run, self.scheduler)
-        rows = batches(range(len(x)), batch_size)
-        parts = [run(x[each] * unit, self.progress_bar(last), condition.rows(each)) for each in rows]
+        last, rows = self.scheduler.timesteps[-steps:], batches(range(len(x)), batch_size)
+        parts = [self._run(self.scheduler, x[i] * unit, self.progress_bar(last), condition.rows(i)) for i in rows]
         self.maybe_free_model_hooks()
         return self._images(torch.cat(parts), output_type)
 
