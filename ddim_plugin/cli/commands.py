@@ -169,22 +169,23 @@ def _load(args: Namespace, changes: dict[str, Any] = DETERMINISTIC) -> Any:
     kind = DiffusionPipeline if "prompt" in vars(args) else GeneralizedDDIMPipeline
     try:
         with explained(args.model):
-            pipe: Any = kind.from_pretrained(args.model, revision=args.revision, torch_dtype=getattr(torch, args.dtype))
+            pipe = kind.from_pretrained(args.model, revision=args.revision)
     except OSError as error:
         where = "" if Path(args.model).is_dir() else f"there is no folder {args.model}, and "
         raise OSError(f"{where}{error}") from error
     if isinstance(pipe, GeneralizedDDIMPipeline):
         check_channels(pipe.unet.config.in_channels)
-    pipe.scheduler = restored(pipe.scheduler)
-    before, changes = pipe.scheduler.config, changes | {"timestep_spacing": args.spacing}
+    scheduler: Any = restored(pipe.scheduler)
+    before, changes = scheduler.config, changes | {"timestep_spacing": args.spacing}
     changes = keep_learned(before, {key: value for key, value in changes.items() if value is not None})
-    classes = {None: sampler_class(pipe.scheduler), True: MultistepDDIMScheduler, False: GeneralizedDDIMScheduler}
+    classes = {None: sampler_class(scheduler), True: MultistepDDIMScheduler, False: GeneralizedDDIMScheduler}
     pipe.scheduler = classes[args.multistep].from_config(before, **changes)
     for key, value in changes.items():
         if key in before and before[key] != value:
             print(f"note: {key}={value}, the model has {before[key]}", file=sys.stderr)
     pipe.set_progress_bar_config(desc="steps", leave=False, disable=None)  # None: unless stderr is a terminal
-    return pipe.to(args.device or get_device())
+    dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)  # diffusers warns of each cast
+    return pipe.to(args.device or get_device(), dtype=dtype)
 
 
 def _encode(args: Namespace) -> tuple[Any, list[Image.Image], Any, dict[str, Any]]:
