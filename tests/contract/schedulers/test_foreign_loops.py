@@ -331,14 +331,16 @@ def test_threads_that_share_a_scheduler_are_told():
     assert "a second step" in errors[0]
 
 
-@pytest.mark.parametrize("cls", [GeneralizedDDIMScheduler, InverseDDIMScheduler])
-def test_one_call_schedulers_serve_loops_that_take_turns(cls):
-    shared, x, *outputs = planned(4, cls), *draws(4)
+@pytest.mark.parametrize(
+    ("cls", "config"), [(GeneralizedDDIMScheduler, {}), (InverseDDIMScheduler, {"refinement_steps": None})]
+)
+def test_one_call_schedulers_serve_loops_that_take_turns(cls, config):
+    shared, x, *outputs = planned(4, cls, **config), *draws(4)
     first, second = x, -x
     for t, output in zip(shared.timesteps, outputs, strict=True):
         first, second = (shared.step(output, t, each).prev_sample for each in (first, second))
-    assert torch.equal(first, run(planned(4, cls), outputs, x))
-    assert torch.equal(second, run(planned(4, cls), outputs, -x))
+    assert torch.equal(first, run(planned(4, cls, **config), outputs, x))
+    assert torch.equal(second, run(planned(4, cls, **config), outputs, -x))
 
 
 def test_a_new_loop_after_a_whole_one_or_a_new_plan():

@@ -15,9 +15,9 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, Inver
     [(S, "epsilon") for S in (1, 7, 50, 999, 1000)] + [(S, "v_prediction") for S in (2, 7, 50, 999, 1000)],
 )
 def test_the_stock_loop_encodes(network, S, prediction_type):
-    """Up and down again with outputs remembered: the identity, whatever the network says."""
+    """The plain inverse, up and down again with outputs remembered: the identity, whatever the network says."""
     down = GeneralizedDDIMScheduler(prediction_type=prediction_type)
-    up = InverseDDIMScheduler.from_config(down.config)
+    up = InverseDDIMScheduler.from_config(down.config, refinement_steps=None)
     up.set_timesteps(S)
     assert up.timesteps.tolist() == sorted(up.timesteps.tolist())
     x0 = x = torch.randn(2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -41,18 +41,18 @@ def test_a_stock_pipeline_runs_it(make_unet):
 
 def test_our_pipeline_runs_it(make_unet):
     unet = make_unet()
-    pipe = GeneralizedDDIMPipeline(unet, InverseDDIMScheduler())
+    pipe = GeneralizedDDIMPipeline(unet, InverseDDIMScheduler(refinement_steps=None))
     pipe.set_progress_bar_config(disable=True)
     images = torch.rand(2, 1, 8, 8)
     z = pipe(latents=images * 2 - 1, num_inference_steps=7, output_type="latent").images
     encoder = GeneralizedDDIMPipeline(unet, GeneralizedDDIMScheduler())
     encoder.set_progress_bar_config(disable=True)
-    assert torch.equal(encoder.encode(images, num_inference_steps=7), z)
+    assert torch.equal(encoder.encode(images, num_inference_steps=7, refinement_steps=None), z)
 
 
 def test_times_of_any_kind(network):
     """Elements, integers, one for each sample, and times off the plan: from the nearest one below."""
-    up = InverseDDIMScheduler()
+    up = InverseDDIMScheduler(refinement_steps=None)
     up.set_timesteps(4)
     x = torch.randn(2, 1, 4, 4, dtype=torch.float64)
     out = network(x, 0)
@@ -62,7 +62,7 @@ def test_times_of_any_kind(network):
     each = up.step(out, torch.tensor([499, 249]), x).prev_sample
     assert torch.allclose(each[0], by_element[0])
     assert torch.allclose(each[1], up.step(out, 249, x).prev_sample[1])
-    fine = InverseDDIMScheduler()
+    fine = InverseDDIMScheduler(refinement_steps=None)
     fine.set_timesteps(timesteps=[599, 499])
     assert torch.allclose(up.step(out, 599, x).prev_sample, fine.step(out, 599, x).prev_sample)
 
@@ -70,7 +70,7 @@ def test_times_of_any_kind(network):
 @pytest.mark.parametrize("kind", ["element", "integer"])
 def test_repeated_times_move_once(network, kind):
     """paper_quadratic names some times twice: one step moves, the other stays."""
-    up = InverseDDIMScheduler(timestep_spacing="paper_quadratic")
+    up = InverseDDIMScheduler(timestep_spacing="paper_quadratic", refinement_steps=None)
     up.set_timesteps(50)
     times = up.timesteps if kind == "element" else up.timesteps.tolist()
     x = torch.randn(1, 1, 4, 4)
@@ -137,8 +137,8 @@ def test_constraints_switched_elsewhere_in_between_win():
 def test_clipping_where_it_is_asked_for(network):
     clipping = GeneralizedDDIMScheduler(clip_sample=True)
     free, asked = (
-        InverseDDIMScheduler.from_config(clipping.config),
-        InverseDDIMScheduler.from_config(clipping.config, clip_sample=True),
+        InverseDDIMScheduler.from_config(clipping.config, refinement_steps=None),
+        InverseDDIMScheduler.from_config(clipping.config, refinement_steps=None, clip_sample=True),
     )
     assert InverseDDIMScheduler(clip_sample=True).config.clip_sample
     assert InverseDDIMScheduler.from_config(asked.config).config.clip_sample

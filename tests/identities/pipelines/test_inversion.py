@@ -33,7 +33,8 @@ def test_a_move_and_its_inverse_are_the_identity(prediction_type, t, data):
     """For the same output of the network, at any pair (t, s); where x_s hardly depends on x_t, see the next test."""
     s = data.draw(st.integers(0, t - 1))
     times = [t - 1] if s == 0 else [t - 1, s - 1]
-    down, up = (cls(prediction_type=prediction_type) for cls in (GeneralizedDDIMScheduler, InverseDDIMScheduler))
+    down = GeneralizedDDIMScheduler(prediction_type=prediction_type)
+    up = InverseDDIMScheduler(prediction_type=prediction_type, refinement_steps=None)
     down.set_timesteps(timesteps=times)
     up.set_timesteps(timesteps=times)
     slope, _ = fold(prediction(prediction_type, down.path.level(t)), down.move(0))
@@ -54,7 +55,7 @@ def test_a_move_and_its_inverse_are_the_identity(prediction_type, t, data):
 )
 def test_a_flat_move_takes_its_noise_from_x_s(prediction_type, t, s):
     """Dividing by a slope of almost 0 would blow up any error of the network; Eq. 13 with ε̂ at x_s does not."""
-    up = InverseDDIMScheduler(prediction_type=prediction_type)
+    up = InverseDDIMScheduler(prediction_type=prediction_type, refinement_steps=None)
     up.set_timesteps(timesteps=[t - 1] if s == 0 else [t - 1, s - 1])
     x_s, output = torch.randn(2, 2, 1, 3, 3, dtype=torch.float64).unbind(0)
     a, b = ALPHA[t], ALPHA[s]
@@ -70,7 +71,7 @@ def test_a_flat_move_takes_its_noise_from_x_s(prediction_type, t, s):
 @pytest.mark.parametrize("S", [1, 7, 50, 999, 1000])
 def test_the_same_tau_the_other_way(spacing, S):
     down = GeneralizedDDIMScheduler(timestep_spacing=spacing)
-    up = InverseDDIMScheduler.from_config(down.config)
+    up = InverseDDIMScheduler.from_config(down.config, refinement_steps=None)
     down.set_timesteps(S)
     up.set_timesteps(S)
     assert up.timesteps.tolist() == down.timesteps.tolist()[::-1]
@@ -90,7 +91,7 @@ def test_encode_and_decode_are_inverse_at_five_steps(data):
     assert z.dtype == torch.float64
     again = pipe.decode(z, num_inference_steps=5, output_type="latent")
     assert (again / 2 + 0.5 - images).abs().max() < 1e-10, str(report)
-    naive = pipe.reconstruct(images, num_inference_steps=5, output_type="pt")
+    naive = pipe.reconstruct(images, num_inference_steps=5, refinement_steps=None, output_type="pt")
     assert (naive - images).abs().max() > 1e-2
 
 
@@ -106,7 +107,7 @@ def test_decode_and_encode_are_inverse_at_five_steps():
 
 def encoded(S, x0):
     """The naive latents of `x0`, in float64."""
-    scheduler = InverseDDIMScheduler()
+    scheduler = InverseDDIMScheduler(refinement_steps=None)
     scheduler.set_timesteps(S)
     x = torch.tensor(x0)
     for t in scheduler.timesteps:
@@ -124,7 +125,7 @@ def test_the_naive_inverse_has_order_1():
     assert measured[-2] == pytest.approx(1, abs=0.2)
 
 
-@pytest.mark.parametrize("refinement_steps", [0, 30])
+@pytest.mark.parametrize("refinement_steps", [None, 30])
 def test_the_round_trip_error_falls_with_S_or_not_at_all(refinement_steps):
     """Naive: order 1 (Table 2). Refined: closed at any S."""
     pipe = exact_pipe(GAUSSIAN, GeneralizedDDIMScheduler())
@@ -151,7 +152,7 @@ def test_latents_of_gaussian_data_are_gaussian():
         assert report.latent_mean.mean() == pytest.approx(0, abs=0.05)
 
 
-# ---- the solver ------------------------------------------------------------------------------------------------
+# ---- the search ------------------------------------------------------------------------------------------------
 
 
 def linear_problem(eigenvalues, B=2, seed=0):
@@ -162,108 +163,90 @@ def linear_problem(eigenvalues, B=2, seed=0):
     A = Q @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ Q.T
     x = torch.randn(B, 1, 1, n, dtype=torch.float64, generator=generator)
     b = x @ A
-    return lambda y, rows: (b[rows] - y @ A, y), x
+    return lambda y: b - y @ A, x
+
+
+def search(residual, x, step, evaluations):
+    """The x after so many evaluations, and the smallest norm of the residuals of each sample."""
+    found = inversion.Search(step)
+    for _ in range(evaluations):
+        x = found.next(x, residual(x))
+    return x, found.best[0].flatten().sqrt()
 
 
 def test_acceleration_is_exact_after_as_many_steps_as_eigenvalues():
     """On a linear problem Anderson acceleration is GMRES (Walker & Ni 2011, Theorem 2.2)."""
     residual, x = linear_problem([0.2] * 4 + [0.7] * 4 + [1.3] * 4)
-    solution = inversion.solve(residual, torch.zeros_like(x), 1.0, 1e-8, 8)
-    assert (solution.evaluations <= 5).all()
-    assert (solution.residual <= 1e-8).all()
-    assert torch.allclose(solution.x, x, atol=1e-6)
+    assert torch.allclose(search(residual, torch.zeros_like(x), 1.0, 4)[0], x, atol=1e-9)
+    assert not torch.allclose(search(residual, torch.zeros_like(x), 1.0, 3)[0], x, atol=1e-3)
 
 
 def test_it_converges_where_the_plain_iteration_diverges():
     residual, x = linear_problem([-0.5, 0.3, 0.8, 2.5, 4.0])
     y = torch.zeros_like(x)
     for _ in range(30):
-        y = y + residual(y, torch.arange(2))[0]
+        y = y + residual(y)
     assert (y - x).abs().max() > 1e3
-    solution = inversion.solve(residual, torch.zeros_like(x), 1.0, 1e-10, 30)
-    assert torch.allclose(solution.x, x, atol=1e-7)
+    assert torch.allclose(search(residual, torch.zeros_like(x), 1.0, 30)[0], x, atol=1e-7)
 
 
 def test_a_growing_iteration_is_taken_back_with_half_the_step():
     """x ← x + 1.9·sign-flipping slope: without halving the steps grow for ever."""
-
-    def residual(y, rows):
-        return -y * 3 * (1 + torch.tanh(y) ** 2), y
-
     guess = torch.tensor([0.3, 0.5], dtype=torch.float64).view(2, 1, 1, 1)
-    solution = inversion.solve(residual, guess, 1.9, 1e-8, 40)
-    assert (solution.residual <= 1e-8).all()
+    _, size = search(lambda y: -y * 3 * (1 + torch.tanh(y) ** 2), guess, 1.9, 40)
+    assert (size <= 1e-8).all()
 
 
-def test_the_result_is_never_worse_than_the_guess():
-    def residual(y, rows):
-        return torch.where(y == guess[rows], torch.ones_like(y), torch.full_like(y, float("nan"))), y
-
-    guess = torch.randn(3, 1, 2, 2)
-    solution = inversion.solve(residual, guess, 1.0, 1e-8, 10)
-    assert torch.equal(solution.x, guess)
-    assert (solution.residual == 1).all()
-    assert (solution.at_floor | (solution.evaluations == 10)).all()
-
-
-def test_a_floor_is_told_from_a_budget():
-    """x² = −1 has no solution: the residual stops at 1. A solvable problem with too few evaluations is at no floor."""
-    floor = inversion.solve(lambda y, rows: (-1 - y**2, y), torch.full((2, 1, 1, 1), 0.1), 0.1, 1e-6, 50)
-    assert floor.at_floor.all()
-    assert (floor.evaluations < 50).all()
-    assert floor.residual == pytest.approx(1, abs=0.02)
-    residual, x = linear_problem(np.linspace(0.1, 1, 16).tolist())
-    budget = inversion.solve(residual, torch.zeros_like(x), 1.0, 1e-12, 4)
-    assert not budget.at_floor.any()
-    assert (budget.evaluations == 4).all()
-
-
-def test_slow_progress_is_no_floor():
-    """An ill-conditioned problem with a solution: the residual falls by a few per cent an evaluation, and goes on."""
-    residual, x = linear_problem(np.geomspace(1e-3, 1, 200).tolist(), B=1)
-    solution = inversion.solve(residual, torch.zeros_like(x), 1.0, 1e-8, 120)
-    assert (solution.evaluations == 120).all()
-    assert not solution.at_floor.any()
-
-
-def test_a_floor_shows_within_a_few_evaluations():
-    floor = inversion.solve(lambda y, rows: (-1 - y**2, y), torch.full((2, 1, 1, 1), 0.1), 0.1, 1e-6, 5)
-    assert floor.at_floor.all()
+def test_the_smallest_residual_is_kept():
+    """x² = −1 has no solution: the residual is 1 at best. The other sample has one."""
+    guess = torch.tensor([0.1, 1.5], dtype=torch.float64).view(2, 1, 1, 1)
+    wanted = torch.tensor([-1.0, 4.0], dtype=torch.float64).view(2, 1, 1, 1)
+    x, size = search(lambda y: wanted - y**2, guess, 0.1, 50)
+    assert 1 <= size[0] < 1.02
+    assert size[1] < 1e-9
+    assert x.isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_an_image_without_finite_residuals_spoils_no_other(bad):
+    """It returns to its best x with half the step, and the others are as if they were alone."""
     residual, x = linear_problem(np.linspace(0.2, 1.2, 6).tolist(), B=3)
+    calls = iter(range(30))
 
-    def broken(y, rows):
-        r, output = residual(y, rows)
-        r[rows == 1] = bad
-        return r, output
+    def broken(y):
+        r = residual(y)
+        r[1] = bad if next(calls) else 1.0
+        return r
 
-    solution = inversion.solve(broken, torch.zeros_like(x), 1.0, 1e-9, 30)
-    assert np.isinf(solution.residual[1])
-    assert (solution.residual[[0, 2]] <= 1e-9).all()
+    found, size = search(broken, torch.zeros_like(x), 1.0, 30)
+    assert torch.allclose(found[1], torch.full_like(found[1], 0.5**29))
+    assert torch.equal(size[1], torch.tensor(6.0, dtype=torch.float64).sqrt())
+    assert (size[[0, 2]] <= 1e-9).all()
+    for i in (0, 2):
+        alone = search(lambda y, i=i: residual(y.expand(3, 1, 1, 6))[i : i + 1], torch.zeros_like(x[:1]), 1.0, 30)[0]
+        assert torch.allclose(alone[0], found[i], atol=1e-12)
 
 
-def test_single_precision_devices(monkeypatch):
-    """Where there is no float64 (here: pretended), repeated residuals make no singular matrix."""
-    monkeypatch.setattr(inversion, "precise", lambda x: torch.float32)
-    residual = lambda y, rows: (torch.sin(50 * y) * 0.1 + 0.3, y)  # noqa: E731 - it never gets below 0.2
-    solution = inversion.solve(residual, torch.rand(4, 1, 3, 3), 1.0, 0.0, 40)
-    assert np.isfinite(solution.residual).all()
-    problem, x = linear_problem([0.2, 0.5, 0.9, 1.4], B=2)
-    solution = inversion.solve(lambda y, rows: (problem(y.double(), rows)[0].float(), y), x.float() * 0, 1.0, 1e-5, 30)
-    assert torch.allclose(solution.x.double(), x, atol=1e-3)
+def test_a_known_direction_makes_no_division_by_zero():
+    """In float32, with a residual that never gets below 0.2, and one that does not change."""
+    for residual in (lambda y: torch.sin(50 * y) * 0.1 + 0.3, lambda y: torch.full_like(y, 0.5)):
+        x, size = search(residual, torch.rand(4, 1, 3, 3, generator=torch.Generator().manual_seed(0)), 1.0, 40)
+        assert x.isfinite().all()
+        assert size.isfinite().all()
+    problem, x = linear_problem([0.2, 0.5, 0.9, 1.4])
+    found, _ = search(lambda y: problem(y.double()).float(), x.float() * 0, 1.0, 12)
+    assert torch.allclose(found.double(), x, atol=1e-4)
 
 
 def test_images_stop_on_their_own():
-    """One starts at the solution; its neighbours' trouble costs it nothing, and theirs does not depend on it."""
-    residual, x = linear_problem(np.linspace(0.2, 1.2, 6).tolist(), B=3)
-    guess = torch.zeros_like(x)
-    guess[1] = x[1]
-    together = inversion.solve(residual, guess, 1.0, 1e-9, 30)
-    assert together.evaluations[1] == 1
-    assert (together.evaluations[[0, 2]] > 3).all()
-    alone = inversion.solve(lambda y, rows: residual(y, rows + 2), guess[2:], 1.0, 1e-9, 30)
-    assert torch.allclose(alone.x[0], together.x[2], atol=1e-12)
-    assert alone.evaluations[0] == together.evaluations[2]
+    """Encoded together or alone, an image takes as many evaluations, and has the same latent."""
+    pipe = exact_pipe(MIXTURE, GeneralizedDDIMScheduler())
+    images = pictures()
+    images[1] = 0.5 + 0.5 * GAUSSIAN.mean  # an easy one
+    settings = {"num_inference_steps": 10, "refinement_steps": 12, "tolerance": 1e-9, "return_report": True}
+    z, report = pipe.encode(images, **settings)
+    assert len(set(report.total_evaluations.tolist())) > 1
+    for i in range(3):
+        alone, own = pipe.encode(images[i : i + 1], **settings)
+        assert torch.allclose(alone[0], z[i], atol=1e-12)
+        assert own.evaluations[:, 0].tolist() == report.evaluations[:, i].tolist()

@@ -114,8 +114,9 @@ def test_grids_of_other_solvers(name, flow_shift):
 def test_the_plan_is_that_of_the_class_of_the_config(name):
     stock = getattr(diffusers, name)(**FLOW, use_flow_sigmas=True, flow_shift=3.0)
     stock.set_timesteps(8)
-    for cls in (GeneralizedDDIMScheduler, InverseDDIMScheduler):
-        ours = planned(cls, stock.config, 8)
+    plain = InverseDDIMScheduler.from_config(stock.config, refinement_steps=None)
+    for cls, config in ((GeneralizedDDIMScheduler, stock.config), (InverseDDIMScheduler, plain.config)):
+        ours = planned(cls, config, 8)
         times = ours.timesteps if cls is GeneralizedDDIMScheduler else ours.timesteps.flip(0)
         assert times.tolist() == pytest.approx(stock.timesteps.tolist())
 
@@ -264,7 +265,11 @@ def test_the_multistep_scheduler_is_ten_times_nearer_than_euler(config):
 def test_the_inverse_scheduler_is_the_sampler_backwards():
     """For one output in both directions, and for the exact velocity with an error that falls as 1/S."""
     classes = GeneralizedDDIMScheduler, InverseDDIMScheduler
-    sampler, inverse = (planned(cls, {**FLOW, "shift": 3.0}, 20) for cls in classes)
+    plain = {"refinement_steps": None}
+    sampler, inverse = (
+        planned(classes[0], {**FLOW, "shift": 3.0}, 20),
+        planned(classes[1], {**FLOW, "shift": 3.0, **plain}, 20),
+    )
     assert inverse.timesteps.tolist() == sampler.timesteps.tolist()[::-1]
     x = noise(dtype=torch.float64)
     for t in sampler.timesteps:
@@ -273,7 +278,7 @@ def test_the_inverse_scheduler_is_the_sampler_backwards():
         assert torch.allclose(inverse.step(out, float(t), below).prev_sample, x, atol=1e-9)
     off = []
     for S in (40, 160):
-        sampler, inverse = (planned(cls, FLOW, S) for cls in classes)
+        sampler, inverse = planned(classes[0], FLOW, S), planned(classes[1], FLOW | plain, S)
         image = trajectory(sampler, x, DATA.network)[-1]
         off.append(float((trajectory(inverse, image, DATA.network)[-1] - x).abs().max()))
     assert off[1] < 0.35 * off[0]
