@@ -124,8 +124,8 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
 
     The step from b_s = 0 does not determine the noise in x_t, and starts from a_t·x_0 + b_t·z with one fixed draw of z,
     which `scale_model_input` shows to the network. Without a call of it, as in the pipelines of flow matching, the
-    first evaluation is not used. With `refinement_steps` 0 this step takes up to 3 evaluations, and the last steps
-    none: the line gives their x_t.
+    first evaluation is not used. With `refinement_steps` 0 the hardest step of a β schedule takes up to 3
+    evaluations, and the last steps none: the line gives their x_t.
 
     Args:
         refinement_steps: evaluations of a step beyond the first, or None for the plain inverse of Section 5.4, which
@@ -146,10 +146,10 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         return [pair for pair, count in zip(pairs, counts, strict=True) for _ in range(count)]
 
     def _spread(self, rounds: list[int]) -> list[int]:
-        """Spread as many evaluations as there are steps: those of the last one or two go to the hardest."""
+        """Spread as many evaluations as there are steps: those of the last one or two of a table go to the hardest."""
         hardest, counts = rounds.index(max(rounds)), [1] * len(rounds)
         more = min(2 if self._from_data else 1, max(rounds) - 1, (len(rounds) - 1) // 2 - hardest)
-        if more > 0:
+        if more > 0 and not self.path.continuous:
             counts[hardest], counts[-more:] = 1 + more, [0] * more
         return counts
 

@@ -126,7 +126,7 @@ def test_the_guess_is_better_than_the_plain_inverse(name):
     free = InverseDDIMScheduler.from_config(STOCK[name]().config, refinement_steps=0)
     plain = InverseDDIMScheduler.from_config(free.config, refinement_steps=None)
     errors = {up: flow_trip(name, up, 10, **FLOWS[name])[0] for up in (free, plain)}
-    assert errors[free] < 0.6 * errors[plain]
+    assert errors[free] < 0.75 * errors[plain]
     assert len(free.timesteps) == len(plain.timesteps)
 
 
