@@ -89,8 +89,10 @@ def test_five_steps_of_gaussian_data_are_closed_to_rounding(path):
     assert error(5, 4, MIXTURE, **PATHS[path]) < 1e-20
 
 
-@pytest.mark.parametrize("path", ["epsilon", "flow", "exploding"])
-@pytest.mark.parametrize("S", [1, 2, 7, 999, 1000])
+@pytest.mark.parametrize(
+    ("S", "path"),
+    [(S, path) for S in (1, 2, 7) for path in ("epsilon", "flow", "exploding")] + [(999, "epsilon"), (1000, "flow")],
+)
 def test_any_number_of_steps(path, S):
     assert len(planned(S, **PATHS[path]).timesteps) == S
     limit = {1: 0.2, 2: 0.2, 7: 5e-3}.get(S, 1e-6)
@@ -123,20 +125,22 @@ def test_loops_of_other_pipelines(how, path):
     assert error(10, 4, MIXTURE, **how, **PATHS[path]) < 1e-12
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 1e-3), (torch.float16, 2e-5)])
-def test_half_precision_keeps_its_state(dtype, limit):
-    """The error is that of the sampler's samples, which are rounded to `dtype`."""
-    assert error(10, 4, dtype=dtype) < limit
-    up = planned(10, refinement_steps=4)
-    z = loop(up, IMAGES.to(dtype))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_its_state(dtype):
+    """With a linear network the latent is as exact as its type, and the rest is the rounding of the sampler."""
+    up, exact = planned(10, refinement_steps=4), planned(10, refinement_steps=4)
+    x0 = IMAGES.to(dtype)
+    z, truth = loop(up, x0), loop(exact, x0.double())
     assert (z.dtype, up._x.dtype) == (dtype, torch.float32)
     assert torch.equal(z, up._x.to(dtype))
+    assert (z - truth).abs().max() < 2 * torch.finfo(dtype).eps * truth.abs().max()
+    again, least = (loop(sampler_of(up, 10), each.to(dtype)).double() - x0.double() for each in (z, truth))
+    assert again.square().mean() < 2 * least.square().mean()
 
 
-@pytest.mark.parametrize("k", [None, 0, 3])
-@pytest.mark.parametrize("path", ["epsilon", "flow"])
-def test_no_value_is_read(path, k):
-    up = planned(5, refinement_steps=k, **PATHS[path])
+@pytest.mark.parametrize("k", [0, 2])
+def test_no_value_is_read_for_flow(k):
+    up = planned(3, refinement_steps=k, **PATHS["flow"])
     times = up.timesteps.tolist()
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.randn(2, 4, 8, 8, dtype=torch.float16)
