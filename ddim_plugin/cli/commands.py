@@ -1,4 +1,4 @@
-"""The commands: sample, encode, interpolate, invert, edit and push."""
+"""The commands: sample, encode, invert, edit and push."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..hub.push import INDEX, explained, push_folder
 from ..pipelines import invert as inversion
 from ..pipelines.generation import GeneralizedDDIMPipeline
-from ..pipelines.images import check_channels, grid, image_files, open_image
+from ..pipelines.images import check_channels, grid, open_image
 from ..pipelines.loop import batches, check_count
 from ..schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, MultistepDDIMScheduler, keep_learned, sampler_class
 from ..schedulers.config import restored
@@ -43,7 +43,7 @@ def run(args: Namespace) -> None:
         return
     files = [file for file in FILES[command] if file != LATENTS or not vars(args).get("latents")]
     places = [Path(args.output, file) for file in (*files, f"{command}.json")]
-    commands = {"sample": sample, "encode": encode, "invert": encode, "interpolate": interpolate, "edit": edit}
+    commands = {"sample": sample, "encode": encode, "invert": encode, "edit": edit}
     _check(args, places)
     parent = next(path for path in Path(args.output, MODEL).absolute().parents if path.exists())
     with tempfile.TemporaryDirectory(dir=parent, prefix=".ddim-plugin-") as scratch:
@@ -79,29 +79,13 @@ def sample(args: Namespace) -> tuple:
         for rows in batches(range(args.num), args.batch_size):
             settings |= {"class_labels": labels and labels[rows], "generator": generators[rows]}
             images.extend(pipe(None, latents=z[rows], **settings).images)
-    return {"images": args.num}, _rows(images, args.columns), z
+    return {"images": args.num}, grid(np.split(np.asarray(images), range(args.columns, args.num, args.columns))), z
 
 
 def encode(args: Namespace) -> tuple:
     """Encode images as latents, or invert them in the pipeline of a text-to-image model."""
     _, _, z, record = _encode(args)
     return record, z
-
-
-def interpolate(args: Namespace) -> tuple:
-    """Interpolate between two images or latents, or on the grid between four."""
-    if sum(map(bool, (args.images, args.latents, args.seeds))) != 1:
-        raise ValueError("give the ends in one way: two or four images, --latents FILE, or --seeds")
-    if not args.images and (args.refine or args.resize or args.tolerance is not None):
-        raise ValueError("--tolerance, --refine and --resize need images: leave them out with --latents and --seeds")
-    ends = _load_latents(args) if args.latents else args.seeds or args.images
-    settings = _keywords(args, 1, *CODING) | {"class_labels": args.class_label and args.class_label[0]}
-    if len(ends) not in (2, 4):
-        raise ValueError(f"give two ends for a path or four for a grid, not {len(ends)}")
-    pipe, _, z, record = _encode(args) if args.images else (_load(args), [], ends, {})
-    z = pipe._noise(ends)[1] if args.seeds else z
-    draw, ends = (pipe.interpolate, z) if len(z) == 2 else (pipe.interpolate_grid, [z])
-    return record, _rows(draw(*ends, args.points, output_type="np", **settings), args.points), z
 
 
 def edit(args: Namespace) -> tuple:
@@ -125,11 +109,10 @@ def edit(args: Namespace) -> tuple:
 def _check(args: Namespace, places: list[Path]) -> None:
     """Raise ValueError for settings that cannot work, before anything is loaded."""
     settings = {name: value for name, value in vars(args).items() if value is not None}
-    for name, least in {"num": 1, "batch_size": 1, "columns": 1, "points": 2}.items():
-        check_count(f"--{name.replace('_', '-')}", settings.get(name, least), least)
-    for seed in settings.get("seeds", [settings.get("seed", 0)]):
-        if abs(seed) >= 2**63:
-            raise ValueError(f"a seed must fit 64 bits with its sign, not {seed}")
+    for name in ("num", "batch_size", "columns"):
+        check_count(f"--{name.replace('_', '-')}", settings.get(name, 1), 1)
+    if abs(seed := settings.get("seed", 0)) >= 2**63:
+        raise ValueError(f"a seed must fit 64 bits with its sign, not {seed}")
     if "strength" in settings and not (settings.get("latents") or settings.get("images")):
         raise ValueError("--strength needs --latents or images: sampling from noise makes all steps")
     _check_places(places, args.overwrite)
@@ -138,8 +121,6 @@ def _check(args: Namespace, places: list[Path]) -> None:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device} is not available: {str(error).splitlines()[0]}") from error
     args.model, args.revision = locate(args.model, args.revision)
-    if "images" in settings:
-        args.images = [file for path in args.images for file in (image_files(path) if Path(path).is_dir() else [path])]
 
 
 def _check_places(places: list[Path], overwrite: bool) -> None:
@@ -238,7 +219,3 @@ def _keywords(args: Namespace, num: int, *names: str) -> dict[str, Any]:
             raise ValueError(f"{len(labels)} class labels for {num} images: give one, or one for each")
         known["class_labels"] = labels * (num // len(labels))
     return known | _given(args, *names)
-
-
-def _rows(images: Any, columns: int) -> Image.Image:
-    return grid(np.split(np.asarray(images), range(columns, len(images), columns)))

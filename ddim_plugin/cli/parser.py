@@ -10,7 +10,7 @@ from ..version import __version__
 LATENTS, MODEL = "latents.safetensors", "model"
 
 # What each command writes into --output beside the record COMMAND.json.
-FILES = {"sample": ("samples.png", LATENTS), "encode": (LATENTS,), "interpolate": ("interpolation.png", LATENTS)}
+FILES = {"sample": ("samples.png", LATENTS), "encode": (LATENTS,)}
 FILES |= {"invert": (LATENTS,), "edit": ("edited.png", LATENTS)}
 
 
@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     timesteps.add_argument("--strength", type=float, help="share of the steps to make, in (0, 1] (default: 1)")
 
     latents.add_argument("--latents", metavar="FILE", help="use these latents, with the settings in the file (η = 0)")
-    images.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or folders of them")
+    images.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
     for each, k, tolerance in ((refine, 0, "1e-5"), (text, 4, "1e-2")):
         each.add_argument("--resize", action="store_true", help="crop and resize images to the network's size")
         each.add_argument("--refine", type=int, default=k, metavar="K", help=f"refinements of a step (default: {k})")
@@ -69,21 +69,15 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub.add_argument("--variance", choices=VARIANCES, help="variance of the noise (default: the model's)")
     sub.add_argument("--clip", action=BooleanOptionalAction, help="clip x̂0 in each step (default: the model's)")
 
-    example = "user/model pictures/ --steps 10 --refine 14"
+    example = "user/model a.png --steps 10 --refine 4"
     command("encode", "encode images as latents", example, model, timesteps, images, refine)
-
-    example = "user/model a.png b.png --steps 50"
-    sub = command("interpolate", "interpolate between two or four images", example, *shared, refine)
-    sub.add_argument("images", metavar="IMAGE", nargs="*", help="two or four image files, or a folder of them")
-    sub.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="draw the ends from noise with these seeds")
-    sub.add_argument("--points", type=int, default=11, help="images on a path (default: %(default)s)")
 
     shared = stock, timesteps, text
     example = "user/model a.png --prompt cat"
     command("invert", "find the latents of images in a text-to-image pipeline", example, *shared, images)
     example += " --new-prompt dog"
     sub = command("edit", "edit images: invert them, and decode them with another prompt", example, *shared, latents)
-    sub.add_argument("images", metavar="IMAGE", nargs="*", help="image files, or folders of them, without --latents")
+    sub.add_argument("images", metavar="IMAGE", nargs="*", help="image files, without --latents")
     sub.add_argument("--new-prompt", action="append", required=True, metavar="TEXT", help="as --prompt, to decode with")
     sub.add_argument("--new-guidance-scale", type=float, metavar="W", help="with the new prompt (default: the old)")
 
@@ -98,7 +92,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub.add_argument("--token", help="token with write access (default: HF_TOKEN, or that of `hf auth login`)")
 
     args, rest = top.parse_known_args(argv)
-    if args.command in ("interpolate", "edit") and not args.images and not any(word.startswith("-") for word in rest):
+    if args.command == "edit" and not args.images and not any(word.startswith("-") for word in rest):
         args.images = rest  # argparse leaves over images that follow an option
     elif rest:
         top.error(f"unrecognized arguments: {' '.join(rest)}")

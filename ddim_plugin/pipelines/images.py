@@ -14,7 +14,6 @@ Images = Any  # a PIL image, an array (H, W), (H, W, C) or (B, H, W, C), a tenso
 Size = tuple[int, int] | None  # (H, W), or None for any
 MODES = {1: "L", 3: "RGB"}  # of PIL images, by the number of channels
 DEEP = ("I", "F")  # beginnings of modes of more than 8 bits
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp")  # of the names of image files
 
 
 def read(images: Images, channels: int, size: Size, low: float = -1.0, high: float = 1.0) -> Tensor:
@@ -62,15 +61,6 @@ def _read(image: Any, channels: int, name: str) -> Tensor:
         remedy = "; pass (image + 1)/2" if low >= -1.001 and high <= 1.001 else ""
         raise ValueError(f"{name} lies in [{low:g}, {high:g}]: floating-point images must lie in [0, 1]{remedy}")
     return x
-
-
-def image_files(folder: str | Path) -> list[str]:
-    """List the image files in a folder, by name. Raises ValueError if it has none."""
-    files = (file for file in Path(folder).iterdir() if not file.name.startswith("."))
-    found = sorted(str(file) for file in files if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not found:
-        raise ValueError(f"folder {folder} contains no images: add files such as .png or .jpg")
-    return found
 
 
 def open_image(file: str | Path, channels: int, size: Size, resize: bool = False, hint: str = "") -> Image.Image:

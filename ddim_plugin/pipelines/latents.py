@@ -90,7 +90,7 @@ class Latents(Loop):
                     made = self._predict(inverse.scale_model_input(x, t)[rows], t, condition.rows(rows))
                     output = made if left.all() else output.index_put((rows,), made)
                 spent += left * condition.evaluations
-                inverse.keep(~torch.as_tensor(left, device=x.device))
+                inverse.kept = ~torch.as_tensor(left, device=x.device)
                 x = inverse.step(output, t, x).prev_sample
                 known = inverse.residual
                 residual = np.full(len(x), np.nan) if known is None else known.cpu().double().numpy()

@@ -125,7 +125,9 @@ class Loop:
             given = f"{type(scheduler).__module__}.{type(scheduler).__name__}"
             raise ValueError(f"latents need a GeneralizedDDIMScheduler of ddim_plugin, not {given}: {remedy})")
         needed = {"eta": 0.0, "variance_type": "fixed_small"} if adds_noise(config.variance_type, config.eta) else {}
-        needed |= {"corrector_steps": 0} | ({"clip_sample": False, "thresholding": False} if invertible else {})
+        needed |= {"corrector_steps": 0, "denoising_start": 0.0, "denoising_end": 1.0} | (
+            {"clip_sample": False, "thresholding": False} if invertible else {}
+        )
         changes = [key for key in needed if config[key] != needed[key]]
         if changes:
             wrong, right = (", ".join(f"{key}={each[key]!r}" for key in changes) for each in (config, needed))

@@ -19,7 +19,7 @@ def slerp(x0: Tensor, x1: Tensor, a: float) -> Tensor:
         raise ValueError(f"slerp needs two batches of one shape, not {tuple(x0.shape)} and {tuple(x1.shape)}")
     if a == 0 or a == 1:
         return (x1 if a else x0).clone()
-    work = precise(x0)
+    work = torch.float32 if x0.device.type == "mps" else torch.float64  # which mps lacks
     p, q = x0.to(work).flatten(1), x1.to(work).flatten(1)
     norm_p, norm_q = p.norm(dim=1, keepdim=True), q.norm(dim=1, keepdim=True)
     u, v = (x / norm.masked_fill(norm == 0, 1) for x, norm in ((p, norm_p), (q, norm_q)))
@@ -31,8 +31,3 @@ def slerp(x0: Tensor, x1: Tensor, a: float) -> Tensor:
     weight_p = torch.where(parallel, 1 - a, ((1 - a) * angle).sin() / sine)
     weight_q = torch.where(parallel, a, (a * angle).sin() / sine)
     return (weight_p * p + weight_q * q).view_as(x0).to(x0.dtype)
-
-
-def precise(x: Tensor) -> torch.dtype:
-    """Return float64, or float32 on a device without float64."""
-    return torch.float32 if x.device.type == "mps" else torch.float64

@@ -116,10 +116,6 @@ class InversionReport:
         """Sum the network evaluations of each image, (B,)."""
         return self.evaluations.sum(0)
 
-    def where(self, flags: NDArray[np.bool_]) -> list[float]:
-        """List the network timesteps of the steps at which any image has this flag."""
-        return self.timesteps[flags.any(1)].tolist()
-
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers and lists for JSON. Values that are not finite become None."""
         known = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in asdict(self).items()}
@@ -130,10 +126,9 @@ class InversionReport:
         """Format a table with a line for each step, with the largest residual and evaluations of any image."""
         lines = ["timestep  residual  evaluations"]
         for i, t in enumerate(self.timesteps):
-            left, is_plain = ~self.converged[i], np.isnan(self.residual[i]).any()
-            residual = "       –" if is_plain else f"{self.residual[i].max():8.1e}"
-            mark = f"not converged ({left.sum()} of {len(left)})" if left.any() and not is_plain else ""
-            lines.append(f"{t:8g}  {residual}  {self.evaluations[i].max():11d}  {mark}".rstrip())
+            left = (self.residual[i] > self.tolerance).sum()  # NaN of a plain step is not
+            mark = f"not converged ({left} of {len(self.residual[i])})" if left else ""
+            lines.append(f"{t:8g}  {self.residual[i].max():8.1e}  {self.evaluations[i].max():11d}  {mark}".rstrip())
         latents = f"mean {self.latent_mean.mean():.3f}, standard deviation {self.latent_std.mean():.3f}"
         evaluations = f"evaluations for an image: {self.total_evaluations.mean():.1f}"
         return "\n".join([*lines, f"{evaluations}; tolerance {self.tolerance:g}; latents: {latents}"])

@@ -11,6 +11,7 @@ from ..process import inversion, moves, spacings
 from ..process.paths import Level
 from .config import CONSTRAINTS, SAMPLER, StockConfig, with_settings_of
 from .generalized import GeneralizedDDIMScheduler
+from .levels import edits
 from .planned import Kind, Pairs
 from .step import Evaluation, Step
 from .tensors import at_least_float32, combine
@@ -36,7 +37,7 @@ class Upwards(StockConfig):
     def set_begin_index(self, begin_index: int = 0) -> None:
         super().set_begin_index(begin_index)
         self._x = self._handed = None  # where the network is evaluated next, and the same in the type of the pipeline
-        self._kept: Tensor | None = None
+        self.kept: Tensor | None = None  # mask (B,) of samples that this search leaves as they are: they are solved
         self.residual: Tensor | None = None  # root mean square of (x_s − f(x_t))/a_s, the smallest evaluated, (B,)
         self._solution: Tensor | None = None  # x_t of the last step that is solved
         self._seen: torch.Size | None = None  # shape of a sample that the network saw with noise
@@ -67,14 +68,10 @@ class Upwards(StockConfig):
         evaluations = np.repeat(np.array(spent)[:, None], residual.shape[1], 1)
         return inversion.InversionReport.of(times, residual, evaluations, tolerance, self._x)
 
-    def keep(self, samples: Tensor) -> None:
-        """Leave these samples, a mask (B,), as they are in this search: they are solved."""
-        self._kept = samples
-
     def _receive(self, sample: Tensor) -> Tensor:
         """Return the state for the sample of a pipeline, which may have a lower precision."""
         self._type = sample.dtype
-        return self._x if sample is self._handed and self._x is not None else at_least_float32(sample)
+        return self._x if sample is self._handed and not edits(sample) else at_least_float32(sample)
 
     def _hand(self, x: Tensor) -> Tensor:
         self._x, self._done, self._handed = x, self._place, x.to(self._type)
@@ -163,10 +160,6 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
             return plan
         return [Step.down(move, self._prediction(move.start)) for move in map(self.move, range(len(plan)))]
 
-    @property
-    def _searches(self) -> bool:
-        return self.config.refinement_steps is not None and self._place is not None
-
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """Return x_t at which the network is evaluated: `sample`, but a_t·x_0 + b_t·z at the beginning of a loop."""
         begins = self._planned is not None and self._done is None and self._span.start == 0
@@ -180,6 +173,7 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         return combine(level.signal, x, level.noise, z.to(x.device).expand(x.shape))
 
     def _evaluate(self, kind: Kind, step: Step, sample: Tensor, *args: Any) -> Evaluation:
+        self._searches = self.config.refinement_steps is not None and self._place is not None
         if not self._searches:
             return super()._evaluate(kind, step, sample, *args)
         i, x = self._place, self._receive(sample)
@@ -206,7 +200,7 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
             made = made.clamp(*self._image_range)
         if self._is_blind and self._from_data and move.s == 0 and not ends:
             return self._hand(self._noised(x))
-        kept = None if self._kept is None else self._kept.view(-1, *[1] * (x.ndim - 1))
+        kept = None if self.kept is None else self.kept.view(-1, *[1] * (x.ndim - 1))
         r = self._below - made
         found = self._search.next(x, r if kept is None else torch.where(kept, torch.nan, r))
         if self._is_blind:
@@ -216,7 +210,7 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         if not ends:
             return self._hand(found)
         self._records.append((self._called[i], self._pairs[: i + 1].count(self._pairs[i]), self.residual))
-        self._solution, self._kept = found, None
+        self._solution, self.kept = found, None
         if not is_last:
             return self._hand(self._on_line(evaluation, self.move(i + 1).start))
         above = i + 1 == len(self._pairs) and self._top > move.t

@@ -91,8 +91,8 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
             self.residual = size if self.residual is None else torch.minimum(size, self.residual)
             self._records = [(self._called[i], len(self._pairs), self.residual)]
             return self._hand(self._begin)
-        if self._kept is not None and self._solution is not None:
-            x = torch.where(self._kept.view(-1, *[1] * (x.ndim - 1)), self._solution, x)
+        if self.kept is not None and self._solution is not None:
+            x = torch.where(self.kept.view(-1, *[1] * (x.ndim - 1)), self._solution, x)
         self._solution = x
         return self._hand(x)
 

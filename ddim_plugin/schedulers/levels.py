@@ -1,6 +1,5 @@
 """The levels of noise of a scheduler: its path, what diffusers reads of it, and samples with noise."""
 
-import warnings
 from itertools import pairwise
 from numbers import Real
 from typing import Any
@@ -63,10 +62,6 @@ class Levels(StockConfig):
             betas = schedules.check(known, T)
         else:
             betas = schedules.betas(schedule, T, config.beta_start, config.beta_end)
-            if schedules.made_for_1000(schedule, T, config.beta_start, config.beta_end):
-                ends = f"beta_start={config.beta_start:g} and beta_end={config.beta_end:g} were made for 1000 steps"
-                left = f"at num_train_timesteps={T} they leave ᾱ_T = {np.prod(1 - betas):.3g}. Scale them by 1000/{T}"
-                warnings.warn(f"{ends}; {left}, or use squaredcos_cap_v2.", stacklevel=6)
         alpha_bar = schedules.alpha_bar(betas)
         if config.rescale_betas_zero_snr:
             alpha_bar = schedules.rescale_zero_terminal_snr(alpha_bar)
@@ -177,12 +172,6 @@ class Levels(StockConfig):
     def final_alpha_cumprod(self) -> Tensor:
         """Return ᾱ_0, float32."""
         return torch.tensor(self._alpha_bar[0], dtype=torch.float32, device="cpu")
-
-    @final_alpha_cumprod.setter
-    def final_alpha_cumprod(self, value: Any) -> None:
-        if float(value) not in (1.0, float(self.alphas_cumprod[0])):
-            raise ValueError(f"final_alpha_cumprod must be 1 or ᾱ_1 = {self.alphas_cumprod[0]:g}, not {float(value):g}")
-        self.register_to_config(set_alpha_to_one=float(value) == 1)
 
     def _assign(self, value: Any) -> None:
         alpha_bar, dtype = _numbers(value), value.dtype if getattr(value, "dtype", None) in HALF else torch.float32

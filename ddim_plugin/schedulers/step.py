@@ -220,9 +220,6 @@ class StepTuple(tuple):
     def __iter__(self) -> Iterator[Tensor]:
         return (self._result[i] for i in range(2))
 
-    def __add__(self, other: tuple) -> tuple:
-        return (*self, *other)
-
     def __reduce__(self) -> Any:
         return tuple, (list(self),)
 

@@ -115,7 +115,7 @@ def round_trip(bench: Bench, images: Tensor, S: int, refinement_steps: int | Non
         "seconds": seconds,
     }
     if refinement_steps:
-        row["not_converged"] = report.where(~report.converged)
+        row["not_converged"] = report.timesteps[~report.converged.all(1)].tolist()
         row["largest_residual"] = float(report.residual.max())
     return row, again
 

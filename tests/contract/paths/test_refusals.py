@@ -113,7 +113,7 @@ def test_arguments_of_set_timesteps(cls, config, given, message):
     assert torch.equal(scheduler.timesteps, before)
     assert scheduler.num_inference_steps == state
     x = torch.randn(1, 1, 2, 2)
-    assert scheduler.step(x, scheduler.timesteps[2], x).prev_sample.isfinite().all()
+    assert scheduler.step(x, scheduler.timesteps[0], x).prev_sample.isfinite().all()
 
 
 def test_pure_noise_says_nothing_about_the_image_through_epsilon():

@@ -1,13 +1,12 @@
 """Images on their way into a network: what is taken, and what is refused."""
 
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ddim_plugin.pipelines.images import grid, image_files, open_image, read
+from ddim_plugin.pipelines.images import grid, open_image, read
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (8, 6), dtype=np.uint8)
@@ -114,15 +113,6 @@ def test_transparency_is_judged_by_content(tmp_path, mode):
     opaque.save(tmp_path / "clear.png", **({} if used is None else {"transparency": used}))
     with pytest.raises(ValueError, match="clear.png has transparency, which the network cannot use"):
         open_image(tmp_path / "clear.png", channels, None)
-
-
-def test_hidden_files_are_no_images(tmp_path):
-    for name in ("b.png", "a.GIF", "c.jfif", "._b.png", ".hidden.jpg", "notes.txt"):
-        (tmp_path / name).write_bytes(b"x")
-    assert [Path(file).name for file in image_files(tmp_path)] == ["a.GIF", "b.png", "c.jfif"]
-    for name in ("b.png", "a.GIF", "c.jfif"):
-        with pytest.raises(ValueError, match=f"cannot read the image .*{name}"):
-            open_image(tmp_path / name, 3, None)
 
 
 def test_a_grid_without_labels():

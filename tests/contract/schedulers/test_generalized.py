@@ -245,22 +245,3 @@ def test_bad_marginals(name):
 def test_bad_settings(config, message):
     with pytest.raises(ValueError, match=message):
         GeneralizedDDIMScheduler(**config)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"num_train_timesteps": 100},
-        {"num_train_timesteps": 4000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
-    ],
-)
-def test_beta_made_for_1000_steps_is_warned_of(config):
-    with pytest.warns(UserWarning, match=r"were made for 1000 steps; at num_train_timesteps=\d+ they leave"):
-        GeneralizedDDIMScheduler(**config)
-
-
-def test_no_warning_where_beta_fits(recwarn):
-    GeneralizedDDIMScheduler()
-    GeneralizedDDIMScheduler(num_train_timesteps=100, beta_start=1e-3, beta_end=0.2)
-    GeneralizedDDIMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2")
-    assert len(recwarn) == 0
