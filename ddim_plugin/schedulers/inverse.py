@@ -119,10 +119,10 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
     through the last two solutions, x/a over b/a. A step that contracts slowly takes a multiple of the evaluations
     (`ddim_plugin.process.inversion.rounds`). `report` returns the residuals.
 
-    The step from b_s = 0 does not determine the noise in x_t, and starts from a_t·x_0 + b_t·z with one fixed draw of z,
-    which `scale_model_input` shows to the network. Without a call of it, as in the pipelines of flow matching, the
-    first evaluation is not used. With `refinement_steps` 0 the hardest step of a β schedule takes up to 3
-    evaluations, and the last steps none: the line gives their x_t.
+    The step from b_s = 0 does not determine the noise in x_t. With several evaluations it starts from a_t·x_0 + b_t·z
+    with one fixed draw of z, which `scale_model_input` shows to the network. Without a call of it, as in the pipelines
+    of flow matching, the first evaluation is not used. With `refinement_steps` 0 the hardest step of a β schedule
+    takes up to 3 evaluations, and the last steps none: the line gives their x_t.
 
     Args:
         refinement_steps: evaluations of a step beyond the first, or None for the plain inverse of Section 5.4, which
@@ -161,8 +161,8 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         return [Step.down(move, self._prediction(move.start)) for move in map(self.move, range(len(plan)))]
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """Return x_t at which the network is evaluated: `sample`, but a_t·x_0 + b_t·z at the beginning of a loop."""
-        begins = self._planned is not None and self._done is None and self._span.start == 0
+        """Return x_t at which the network is evaluated: `sample`, but a_t·x_0 + b_t·z at a first step of several."""
+        begins = self._planned is not None and self._done is None and self._span.start == 0 and not self._is_new(1)
         if not begins or not self._from_data or self.config.refinement_steps is None:
             return sample
         self._seen = sample.shape[1:]
@@ -234,4 +234,4 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         return [slice(*ends) for ends in pairwise([*starts, len(self._pairs)])]
 
     def _is_new(self, i: int) -> bool:
-        return i == 0 or self._pairs[i] != self._pairs[i - 1]
+        return i == 0 or self._pairs[i - 1 : i] != self._pairs[i : i + 1]
