@@ -19,8 +19,10 @@ def model(make_unet, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
+    """Four files, as a shell lists them."""
     folder = tmp_path_factory.mktemp("pictures")
     pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
-    for i, each in enumerate(pixels):
-        Image.fromarray(each).save(folder / f"{i}.png")
-    return folder
+    files = [folder / f"{i}.png" for i in range(len(pixels))]
+    for file, each in zip(files, pixels, strict=True):
+        Image.fromarray(each).save(file)
+    return files

@@ -43,7 +43,7 @@ def test_noise_does_not_depend_on_the_batch(model, tmp_path, noise):
 
 def test_encode_then_sample_its_latents(model, pictures, tmp_path, capsys):
     half = ["--strength", 0.5, "--steps", 10]
-    run("encode", model, pictures, *half, "--refine", 8, "--batch-size", 3, "--output", tmp_path)
+    run("encode", model, *pictures, *half, "--refine", 8, "--batch-size", 3, "--output", tmp_path)
     said = capsys.readouterr()
     assert "evaluations for an image" in said.err
     assert said.out.split() == [str(tmp_path / name) for name in ("latents.safetensors", "encode.json")]
@@ -51,10 +51,10 @@ def test_encode_then_sample_its_latents(model, pictures, tmp_path, capsys):
     before = (tmp_path / "latents.safetensors").read_bytes()
     run("sample", model, "--latents", tmp_path / "latents.safetensors", "--steps", 2, "--output", tmp_path)
     assert (tmp_path / "latents.safetensors").read_bytes() == before  # its own input is kept
-    assert record["images"] == [str(pictures / f"{i}.png") for i in range(4)]
+    assert record["images"] == list(map(str, pictures))
     assert np.array(record["report"]["evaluations"]).shape == (5, 4)
     pipe = GeneralizedDDIMPipeline.from_pretrained(model)
-    images = [Image.open(pictures / f"{i}.png") for i in range(4)]
+    images = list(map(Image.open, pictures))
     expected = pipe.encode(images, 10, strength=0.5, refinement_steps=8)
     assert torch.allclose(latents(tmp_path), expected, atol=1e-3)
 
@@ -75,22 +75,6 @@ def test_encode_then_sample_its_latents(model, pictures, tmp_path, capsys):
         assert np.abs(other - grid).max() > 20
 
 
-def test_interpolate(model, pictures, tmp_path):
-    short = ["--steps", 3, "--points", 4]
-    run("interpolate", model, "--seeds", 1, 2, *short, "--output", tmp_path / "path")
-    run("interpolate", model, "--seeds", 1, 2, 3, 4, *short, "--output", tmp_path / "grid")
-    run(
-        "interpolate", model, "--latents", tmp_path / "path" / "latents.safetensors", *short, "--output", tmp_path / "l"
-    )
-    run("interpolate", model, pictures / "0.png", pictures / "1.png", *short, "--output", tmp_path / "images")
-    path, grid, again = (np.asarray(Image.open(tmp_path / f / "interpolation.png")) for f in ("path", "grid", "l"))
-    assert np.array_equal(path, again)
-    assert grid.shape[1] == path.shape[1]
-    assert grid.shape[0] > 3 * path.shape[0]
-    assert torch.equal(latents(tmp_path / "path")[0], torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(1)))
-    assert "report" in json.loads((tmp_path / "images" / "interpolate.json").read_text())
-
-
 def test_the_multistep_method(model, pictures, tmp_path):
     """A model with fitted timesteps is used as it was saved; --no-multistep takes DDIM instead."""
     pipe = GeneralizedDDIMPipeline.from_pretrained(model)
@@ -107,13 +91,13 @@ def test_the_multistep_method(model, pictures, tmp_path):
     run("sample", model, "--latents", latent, "--output", tmp_path / "again")  # by the method they came with
     assert np.array_equal(np.asarray(Image.open(tmp_path / "again" / "samples.png")), made[1])
 
-    run("encode", tmp_path / "model", pictures, "--steps", 3, "--refine", 4, "--output", tmp_path / "back")
+    run("encode", tmp_path / "model", *pictures, "--steps", 3, "--refine", 4, "--output", tmp_path / "back")
     assert len(json.loads((tmp_path / "back" / "encode.json").read_text())["report"]["timesteps"]) == 1
 
 
 def test_a_stock_model_opens_without_clipping(make_unet, pictures, tmp_path, capsys):
     DDPMPipeline(make_unet(channels=3), DDPMScheduler(clip_sample=True)).save_pretrained(tmp_path / "ddpm")
-    run("encode", tmp_path / "ddpm", pictures, "--steps", 3, "--output", tmp_path / "out")
+    run("encode", tmp_path / "ddpm", *pictures, "--steps", 3, "--output", tmp_path / "out")
     assert "note: clip_sample=False, the model has True" in capsys.readouterr().err
 
 
@@ -122,9 +106,13 @@ def test_labels_and_guidance(make_unet, pictures, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     guided = ["--guidance-scale", 2, "--steps", 2]
     run("sample", tmp_path / "model", "--num", 3, "--class-label", 0, 1, 2, *guided, "--output", tmp_path / "s")
-    run("encode", tmp_path / "model", pictures, "--class-label", 1, *guided, "--output", tmp_path / "e")
+    run("encode", tmp_path / "model", *pictures, "--class-label", 1, *guided, "--output", tmp_path / "e")
     run("sample", tmp_path / "model", "--latents", tmp_path / "e" / "latents.safetensors", "--output", tmp_path / "r")
-    run("interpolate", tmp_path / "model", "--seeds", 0, 1, "--class-label", 1, *guided, "--output", tmp_path / "i")
+    settings = json.loads((tmp_path / "r" / "sample.json").read_text())["settings"]
+    assert (settings["class_label"], settings["guidance_scale"], settings["steps"]) == ([1], 2, 2)
+    call = {"class_labels": [1] * 4, "guidance_scale": 2.0}
+    expected = pipe.encode(list(map(Image.open, pictures)), 2, **call)
+    assert torch.allclose(latents(tmp_path / "e"), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_pictures_of_another_size_and_mode(model, tmp_path, capsys):
@@ -136,5 +124,5 @@ def test_pictures_of_another_size_and_mode(model, tmp_path, capsys):
 
 
 def test_half_precision(model, pictures, tmp_path):
-    run("encode", model, pictures, "--dtype", "bfloat16", "--steps", 2, "--output", tmp_path)
+    run("encode", model, *pictures, "--dtype", "bfloat16", "--steps", 2, "--output", tmp_path)
     assert latents(tmp_path).dtype == torch.float32

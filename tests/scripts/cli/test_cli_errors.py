@@ -18,6 +18,7 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
     [
         (["sample", "MODEL", "--num", "0"], "--num must be an integer of at least 1, not 0"),
         (["sample", "MODEL", "--batch-size", "0"], "--batch-size must be an integer of at least 1, not 0"),
+        (["sample", "MODEL", "--columns", "0"], "--columns must be an integer of at least 1, not 0"),
         (["sample", "PICTURES"], "has no model_index.json: pass the folder of a whole saved pipeline"),
         (["sample", "MODEL", "--latents", "none.safetensors"], "No such file or directory: none.safetensors"),
         (["sample", "MODEL", "--latents", "PICTURES/0.png"], "0.png"),
@@ -29,45 +30,42 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
         (["sample", "MODEL", "--seed", "99999999999999999999"], "a seed must fit 64 bits"),
         (["sample", "MODEL", "--seed", str(2**64 - 1), "--num", "2"], "a seed must fit 64 bits"),
         (["sample", "MODEL", "--seed", "-99999999999999999999"], "a seed must fit 64 bits"),
-        (
-            ["interpolate", "MODEL", "--seeds", "1", "2", "--tolerance", "0.1"],
-            "--tolerance, --refine and --resize need",
-        ),
         (["sample", "MODEL", "--device", "nonsense"], "--device nonsense is not available"),
         (["sample", "MODEL", "--output", "PICTURES/0.png/sub"], "Not a directory"),
         (["encode", "MODEL", "ODD/broken.png"], "cannot read the image"),
         (["encode", "MODEL", "ODD/clear.png"], "has transparency"),
         (["encode", "MODEL", "ODD/deep.png"], "more than 8 bits: scale it to 0..255 first"),
-        (["interpolate", "MODEL", "--seeds", "1", "2", "--strength", "0.5"], "--strength needs --latents or images"),
+        (["edit", "MODEL", "--new-prompt", "dog", "--strength", "0.5"], "--strength needs --latents or images"),
         (["sample", "MODEL", "--num", "3", "--class-label", "1", "2"], "2 class labels for 3 images"),
         (["sample", "MODEL", "--steps", "1001"], "must be an integer from 1 to 1000"),
         (["sample", "./nowhere"], "./nowhere is no folder, and no id on the Hub such as user/model: check the path"),
-        (
-            ["interpolate", "MODEL", "--seeds", "1", "2", "--refine", "3"],
-            "--tolerance, --refine and --resize need images",
-        ),
         (["encode", "MODEL", "none.png"], "cannot read the image none.png"),
-        (["encode", "MODEL", "EMPTY"], "contains no images"),
+        (["encode", "MODEL", "PICTURES"], "cannot read the image"),
         (["encode", "MODEL", "PICTURES/0.png", "--refine", "-1"], "refinement_steps must be"),
         (["encode", "MODEL", "PICTURES/0.png", "--output", "PICTURES/0.png"], "Not a directory"),
-        (["interpolate", "MODEL"], "give the ends in one way"),
-        (["interpolate", "MODEL", "PICTURES/0.png", "--seeds", "1", "2"], "give the ends in one way"),
-        (["interpolate", "MODEL", "--seeds", "1", "2", "3"], "two ends for a path or four for a grid, not 3"),
-        (["interpolate", "MODEL", "--seeds", "1", "2", "--points", "1"], "--points must be an integer of at least 2"),
+        (
+            ["encode", "MODEL", "PICTURES/0.png", "--tolerance", "-1"],
+            "tolerance must be a non-negative number, not -1.0",
+        ),
+        (["edit", "MODEL", "--new-prompt", "dog"], "give either images, or --latents FILE"),
+        (["edit", "MODEL", "PICTURES/0.png", "--latents", "FLAT", "--new-prompt", "dog"], "give either images, or"),
+        (
+            ["edit", "MODEL", "--latents", "FLAT", "--new-prompt", "dog", "--tolerance", "0.1"],
+            "--tolerance has no effect",
+        ),
         (["push", "nowhere", "user/model"], "nowhere"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(model, pictures, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     odd = tmp_path / "odd"
-    for folder in (tmp_path / "empty", odd):
-        folder.mkdir()
-    (odd / "broken.png").write_bytes((pictures / "0.png").read_bytes()[:100])
+    odd.mkdir()
+    (odd / "broken.png").write_bytes(pictures[0].read_bytes()[:100])
     Image.new("RGBA", (8, 8)).save(odd / "clear.png")
     Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(odd / "deep.png")
     save_file({"latents": torch.zeros(())}, odd / "flat.safetensors")
     save_file({"text": torch.zeros(1)}, odd / "text.safetensors")
-    places = {"MODEL": model, "PICTURES": pictures, "EMPTY": tmp_path / "empty", "ODD": odd}
+    places = {"MODEL": model, "PICTURES": pictures[0].parent, "ODD": odd}
     places |= {"FLAT": odd / "flat.safetensors", "TEXT": odd / "text.safetensors"}
     for name, place in places.items():
         arguments = [argument.replace(name, str(place)) for argument in arguments]

@@ -57,19 +57,19 @@ def test_timesteps_are_real_numbers(model, is_flow, tmp_path):
     assert np.array_equal(*(cells(folder / "samples.png", 1) for folder in (tmp_path, tmp_path / "again")))
 
 
-def test_encode_and_interpolate(model, pictures, tmp_path, capsys):
+def test_encode(model, pictures, tmp_path, capsys):
     half = ["--steps", 10, "--strength", 0.5, "--refine", 20]
-    run("encode", model, pictures, *half, "--output", tmp_path)
+    run("encode", model, *pictures, *half, "--output", tmp_path)
     assert len(json.loads((tmp_path / "encode.json").read_text())["report"]["timesteps"]) == 5
     assert "evaluations for an image" in capsys.readouterr().err
     run("sample", model, "--latents", tmp_path / "latents.safetensors", "--output", tmp_path / "again")
     again = cells(tmp_path / "again" / "samples.png", 4).astype(int)
-    for i, cell in enumerate(again):
-        image = Image.open(pictures / f"{i}.png").resize((64, 64), Image.Resampling.BICUBIC)
+    for file, cell in zip(pictures, again, strict=True):
+        image = Image.open(file).resize((64, 64), Image.Resampling.BICUBIC)
         assert np.abs(cell - np.asarray(image)).max() <= 3
-    run("interpolate", model, pictures / "0.png", pictures / "1.png", "--steps", 3, "--output", tmp_path / "images")
-    run("interpolate", model, "--seeds", 1, 2, 3, 4, "--points", 3, "--steps", 3, "--output", tmp_path / "seeds")
-    assert latents(tmp_path / "seeds").shape == (4, 3, 8, 8)
+    run("encode", model, *pictures[:2], "--steps", 3, "--output", tmp_path / "whole")
+    assert latents(tmp_path / "whole").shape == (2, 3, 8, 8)
+    assert json.loads((tmp_path / "whole" / "encode.json").read_text())["report"]["evaluations"] == [[1, 1]] * 3
 
 
 @pytest.mark.parametrize(
@@ -96,5 +96,5 @@ def test_a_corrector_is_switched_off_for_latents(make_unet, pictures, tmp_path, 
     unet = make_unet(channels=3, time_embedding_type="fourier")
     GeneralizedDDIMPipeline(unet, scheduler).save_pretrained(tmp_path / "model")
     run("sample", tmp_path / "model", "--num", 1, "--steps", 3, "--output", tmp_path / "a")
-    run("encode", tmp_path / "model", pictures / "0.png", "--steps", 3, "--output", tmp_path / "b")
+    run("encode", tmp_path / "model", pictures[0], "--steps", 3, "--output", tmp_path / "b")
     assert "note: corrector_steps=0, the model has 1" in capsys.readouterr().err
