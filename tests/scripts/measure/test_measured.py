@@ -76,7 +76,15 @@ def test_a_small_network_has_the_grid_of_table_1():
     assert config["spacings"] == ["linear", "quadratic"]
 
 
-@pytest.mark.parametrize("folder", sorted(ROOT.glob("model_cards/*/measured")), ids=identify)
+PACKAGED = sorted(path.parent / "measured" for path in ROOT.glob("model_cards/*/results.json"))
+
+
+def test_the_packages_have_records():
+    assert len(PACKAGED) >= 2
+    assert all(folder.is_dir() for folder in PACKAGED)
+
+
+@pytest.mark.parametrize("folder", PACKAGED, ids=identify)
 def test_the_headline_is_made_from_the_records(folder):
     """Those of version 0.1 too, whose commands are read from their settings."""
     table, commands = headline(folder.parent, folder.parent.relative_to(ROOT).as_posix())
