@@ -93,7 +93,7 @@ def edit(args: Namespace) -> tuple:
     if bool(args.images) == bool(args.latents):
         raise ValueError("give either images, or --latents FILE that `ddim-plugin invert` wrote")
     if args.latents:
-        _refuse(args, "prompt", "guidance_scale", "steps", "timesteps", "spacing", "multistep", "strength", "tolerance")
+        _refuse(args, "prompt", "guidance_scale", "strength", "tolerance", "refine", "resize", *KEPT[:3], "timesteps")
         inverted, images, record = inversion.Inverted.load(args.latents), [], {}
         pipe = _load(args)
     else:
@@ -181,9 +181,9 @@ def _encode(args: Namespace) -> tuple[Any, list[Image.Image], Any, dict[str, Any
     channels = (getattr(pipe, "vae", None) or network).config.get("in_channels", 3)
     images = [open_image(file, channels, size, args.resize, " (--resize)") for file in args.images]
     if pixels:
-        z, report = pipe.encode(images, refinement_steps=args.refine, return_report=True, **settings)
+        z, report = pipe.encode(images, refinement_steps=args.refine or 0, return_report=True, **settings)
     else:
-        z = inversion.invert(pipe, images, args.prompt, args.refine, **settings)
+        z = inversion.invert(pipe, images, args.prompt, 4 if args.refine is None else args.refine, **settings)
         report = z.report
     print(report or "no residual was measured: pass --refine K", file=sys.stderr)
     return pipe, images, z, {"report": report and report.to_dict(), "images": args.images}

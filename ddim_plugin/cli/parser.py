@@ -45,8 +45,10 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     latents.add_argument("--latents", metavar="FILE", help="use these latents, with the settings in the file (η = 0)")
     images.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
     for each, k, tolerance in ((refine, 0, "1e-5"), (text, 4, "1e-2")):
-        each.add_argument("--resize", action="store_true", help="crop and resize images to the network's size")
-        each.add_argument("--refine", type=int, default=k, metavar="K", help=f"refinements of a step (default: {k})")
+        each.add_argument("--resize", action="store_true", default=None, help="crop and resize images for the network")
+        each.add_argument(
+            "--refine", type=int, metavar="K", help=f"evaluations of a step after the first (default: {k})"
+        )
         each.add_argument("--tolerance", type=float, help=f"residual of a step (default: {tolerance})")
     text.add_argument("--prompt", action="append", metavar="TEXT", help="text of all images, or again for each image")
 

@@ -103,7 +103,8 @@ class Latents(Loop):
             if inverse.is_joint and not left.any():
                 break
         if inverse.is_joint:  # one row for the whole path
-            times, residuals, evaluations = times[:1], residuals[-1:], [sum(evaluations)]
+            top = self.scheduler.timesteps[-len(inverse.timesteps[inverse.searches()[0]])].item()
+            times, residuals, evaluations = [top], residuals[-1:], [sum(evaluations)]
         return x, np.array(times), np.stack(residuals), np.stack(evaluations)
 
     @torch.no_grad()

@@ -89,7 +89,7 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
             self._begin = self._search.next(self._begin, self._image - x)
             size = (self._search.best[0].flatten() / x[0].numel()).sqrt() / self.path.level(0).signal
             self.residual = size if self.residual is None else torch.minimum(size, self.residual)
-            self._records = [(self._called[i], len(self._pairs), self.residual)]
+            self._records = [(self._called[self._length], len(self._pairs), self.residual)]
             return self._hand(self._begin)
         if self.kept is not None and self._solution is not None:
             x = torch.where(self.kept.view(-1, *[1] * (x.ndim - 1)), self._solution, x)
