@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from itertools import count
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from ..process.inversion import InversionReport
 from ..schedulers import InverseDDIMScheduler, InverseMultistepDDIMScheduler, MultistepDDIMScheduler, sampler_class
 from ..schedulers.config import CLASSES, CONSTRAINTS, KEY
 from .images import Images, read
+from .loop import finite
 
 DEFAULTS = ("num_inference_steps", "guidance_scale")  # arguments whose defaults are kept with the latents
 FLOAT32 = ("Wan", "ZImage")  # pipelines whose latents are float32 in half precision too
+OWN = {"latents", "output_type", "return_dict", "denoising_start", "denoising_end"}  # arguments that `invert` sets
+FIXED = {"num_inference_steps", "timesteps", "sigmas", "eta"}  # arguments that corrections depend on
 LOST = "not kept"  # stands for a tensor
 
 
@@ -48,12 +52,12 @@ class Inverted:
         Pass tensors and pictures in its call, such as `prompt_embeds`, again.
         """
         changes |= {} if prompt is None else {"prompt": prompt}
-        lost = [key for key in self.settings["left_out"] if key not in changes and not (prompt and "prompt" in key)]
-        if lost:
+        lost = [key for key in self.settings["left_out"] if key not in changes]
+        if lost := [key for key in lost if not prompt or "prompt" not in key or "negative" in key]:
             raise ValueError(f"the inversion had {', '.join(lost)}, which is not kept with latents: pass it again")
         replaced = {key.removesuffix("_embeds") for key in changes}
         call = {key: None if key in replaced else value for key, value in self.settings["call"].items()} | changes
-        if fixed := self.corrections is not None and changes.keys() & {"num_inference_steps", "timesteps", "sigmas"}:
+        if fixed := self.corrections is not None and changes.keys() & FIXED:
             raise ValueError(f"the corrections are those of other steps: leave out {', '.join(fixed)}, or invert again")
         change = None if self.corrections is None else lambda i, x: x + self.corrections[i].to(x.device)
         return _run(pipe, _sampler(self.settings, change), self.latents, **call)
@@ -111,8 +115,7 @@ def invert(
         refinement_steps: network evaluations of a step beyond the first; None is the plain inverse (Section 5.4).
         strength: share of the process to invert, in (0, 1]. Less keeps more of a picture in an edit.
         tolerance: residual of a step, in units of latents (of deviation 1), above which a warning is logged.
-        decode_with: arguments of the call that decodes, if they differ: {"guidance_scale": 7.5}. What its steps miss of
-            the picture is kept as `corrections`, at two evaluations more for each step.
+        decode_with: arguments of the call that decodes, if they differ. What its steps miss is kept as `corrections`.
         call: other arguments of the pipeline's call. `guidance_scale=1` is the most exact.
 
     Raises ValueError for arguments that do not fit, before any long work.
@@ -122,8 +125,11 @@ def invert(
     if "latents" not in parameters or "strength" in parameters or getattr(pipe, "vae", None) is None or form != 5:
         remedy = "use a text-to-image pipeline with a vae, or GeneralizedDDIMPipeline.encode for a model of pixels"
         raise ValueError(f"{type(pipe).__name__} does not begin with latents of a form that invert knows: {remedy}")
-    if not 0 < strength <= 1 or "denoising_end" in call:
-        raise ValueError(f"strength must lie in (0, 1], not {strength!r}, and replaces denoising_end")
+    if not (isinstance(strength, Real) and 0 < strength <= 1 and isinstance(tolerance, Real) and tolerance >= 0):
+        raise ValueError(f"strength must lie in (0, 1], tolerance be 0 or more, not {strength!r} and {tolerance!r}")
+    changed = decode_with or {}
+    if wrong := (call.keys() | changed) - parameters.keys() | (call.keys() | changed) & OWN | changed.keys() & FIXED:
+        raise ValueError(f"{', '.join(sorted(wrong))} cannot be passed on to {type(pipe).__name__}: leave it out")
     kind = InverseMultistepDDIMScheduler if isinstance(pipe.scheduler, MultistepDDIMScheduler) else InverseDDIMScheduler
     part = {"refinement_steps": refinement_steps, "denoising_start": 1 - strength}
     up, network = kind.from_config(pipe.scheduler.config, **part), getattr(pipe, "transformer", None) or pipe.unet
@@ -133,11 +139,11 @@ def invert(
     H, W = x.shape[2:]
     if H % factor or W % factor:
         raise ValueError(f"pictures are {H}×{W} (height × width): crop or resize them to multiples of {factor}")
-    call |= {} if prompt is None and "prompt_embeds" in call else {"prompt": prompt or ""}
+    call |= {} if prompt is None and "prompt_embeds" in call else {"prompt": "" if prompt is None else prompt}
     size = {"height": H, "width": W, "use_resolution_binning": False}
     call = {key: size.get(key, parameters[key].default) for key in (*DEFAULTS, *size) if key in parameters} | call
     z_0 = _encode(pipe, x).to(torch.float32 if type(pipe).__name__.startswith(FLOAT32) else network.dtype)
-    z = _run(pipe, up, z_0, output_type="latent", **call)
+    z = finite(_run(pipe, up, z_0, output_type="latent", **call))
     report = up.report(tolerance) if up._records else None
     if report is not None and not report.converged.all():
         text = "%d of %d images did not converge (residual %.1e): use more steps or refinement_steps, or less guidance"
@@ -153,10 +159,8 @@ def invert(
     return Inverted(z, report, known | {"call": kept, "left_out": left_out}, corrections)
 
 
-def _missed(
-    pipe: Any, known: dict[str, Any], z: Tensor, z_0: Tensor, call: dict[str, Any], decode_with: dict[str, Any]
-) -> Tensor:
-    """Decode z, and return what each step of the call with `decode_with` misses of the way to z_0, (S, B, …)."""
+def _missed(pipe: Any, known: dict[str, Any], z: Tensor, z_0: Tensor, call: dict[str, Any], changed: Any) -> Tensor:
+    """Decode z, and return what each step of the call that is `changed` misses of the way to z_0, (S, B, …)."""
     states: list[Tensor] = []
     missed: list[Tensor] = []
 
@@ -170,8 +174,8 @@ def _missed(
 
     _run(pipe, _sampler(known, record), z, output_type="latent", **call)
     states[-1] = z_0
-    _run(pipe, _sampler(known, follow), z, output_type="latent", **call | decode_with)
-    return torch.stack(missed)
+    _run(pipe, _sampler(known, follow), z, output_type="latent", **call | changed)
+    return finite(torch.stack(missed))
 
 
 def _sampler(settings: dict[str, Any], change: Callable[[int, Tensor], Tensor] | None) -> SchedulerMixin:
@@ -213,7 +217,7 @@ def _run(pipe: Any, scheduler: SchedulerMixin, latents: Tensor, **call: Any) -> 
     """Run the pipeline with another scheduler, and with one prompt for all latents or one for each."""
     prompts = next(each for each in (call.get("prompt"), call.get("prompt_embeds"), "") if each is not None)
     number = 1 if isinstance(prompts, str) else len(prompts)
-    if len(latents) % number:
+    if not number or len(latents) % number:
         raise ValueError(f"{number} prompts do not fit {len(latents)} pictures: pass one, or a list with one for each")
     names = [key for key in inspect.signature(pipe.__call__).parameters if key.endswith("s_per_prompt")]  # of images
     before, pipe.scheduler = pipe.scheduler, scheduler

@@ -80,7 +80,7 @@ class Latents(Loop):
     def _ascend(self, x: Tensor, condition: Condition, inverse: Upwards, tolerance: float) -> Encoded:
         """Run the loop of the inverse. The network is evaluated at images that are not solved yet."""
         inverse.set_begin_index(0)  # a new loop
-        times, residuals, evaluations, left, output = [], [], [], np.ones(len(x), bool), torch.empty(0)
+        records, left, output = [], np.ones(len(x), bool), torch.empty(0)
         for places in self.progress_bar(inverse.searches()):
             left = left if inverse.is_joint else np.ones(len(x), bool)
             spent = np.zeros(len(x), int)
@@ -92,16 +92,14 @@ class Latents(Loop):
                 spent += left * condition.evaluations
                 inverse.kept = ~torch.as_tensor(left, device=x.device)
                 x = inverse.step(output, t, x).prev_sample
-                known = inverse.residual
-                residual = np.full(len(x), np.nan) if known is None else known.cpu().double().numpy()
+                residual = np.broadcast_to(inverse.residual.cpu().double().numpy(), len(x))
                 if not inverse.is_joint:
                     left = left & ~(residual <= tolerance)
             left = left & ~(residual <= tolerance)
-            times.append(t.item())
-            residuals.append(residual)
-            evaluations.append(spent)
+            records.append((t.item(), residual, spent))
             if inverse.is_joint and not left.any():
                 break
+        times, residuals, evaluations = zip(*records, strict=True)
         if inverse.is_joint:  # one row for the whole path
             top = self.scheduler.timesteps[-len(inverse.timesteps[inverse.searches()[0]])].item()
             times, residuals, evaluations = [top], residuals[-1:], [sum(evaluations)]

@@ -18,10 +18,7 @@ from .tensors import at_least_float32, combine
 
 
 class Upwards(StockConfig):
-    """Encode without noise, and without a constraint on x̂0 unless it is passed.
-
-    Between steps the pipeline has the x_t at which the network is evaluated next. The state itself is float32 at least.
-    """
+    """Encode without noise, and without a constraint on x̂0 unless it is passed. The state is float32 at least."""
 
     _image_range: tuple[float, float] | None = None  # f of the step to the data is clamped to this
     _most: int | None = None  # number of steps to plan, from the data
@@ -38,7 +35,7 @@ class Upwards(StockConfig):
         super().set_begin_index(begin_index)
         self._x = self._handed = None  # where the network is evaluated next, and the same in the type of the pipeline
         self.kept: Tensor | None = None  # mask (B,) of samples that this search leaves as they are: they are solved
-        self.residual: Tensor | None = None  # root mean square of (x_s − f(x_t))/a_s, the smallest evaluated, (B,)
+        self.residual = torch.tensor(torch.nan)  # root mean square of (x_s − f(x_t))/a_s, the smallest evaluated, (B,)
         self._solution: Tensor | None = None  # x_t of the last step that is solved
         self._seen: torch.Size | None = None  # shape of a sample that the network saw with noise
         self._done: int | None = None  # place of the last evaluation
@@ -62,7 +59,7 @@ class Upwards(StockConfig):
         Raises ValueError if no step was solved, and for the plain inverse, which measures no residual.
         """
         if not self._records or self._x is None:
-            raise ValueError("no residual was measured: run a loop, with refinement_steps that are not None")
+            raise ValueError("no residual was measured: run a loop, with refinement_steps (multistep: 1 or more)")
         times, spent, residual = zip(*self._records, strict=True)
         residual = torch.stack(residual).cpu().double().numpy()
         evaluations = np.repeat(np.array(spent)[:, None], residual.shape[1], 1)
@@ -120,15 +117,13 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
     (`ddim_plugin.process.inversion.rounds`). `report` returns the residuals.
 
     The step from b_s = 0 does not determine the noise in x_t. With several evaluations it starts from a_t·x_0 + b_t·z
-    with one fixed draw of z, which `scale_model_input` shows to the network. Without a call of it, as in the pipelines
-    of flow matching, the first evaluation is not used. With `refinement_steps` 0 the hardest step of a β schedule
-    takes up to 3 evaluations, and the last steps none: the line gives their x_t.
+    with one fixed draw z, by `scale_model_input`. Flow pipelines do not call that: their first evaluation is not used.
+    With `refinement_steps` 0 the hardest step of a β schedule takes up to 3 evaluations, and the last ones none.
 
     Args:
         refinement_steps: evaluations of a step beyond the first, or None for the plain inverse of Section 5.4, which
             evaluates the network at x_s, and whose error is that of Table 2.
-        The others, and errors, are those of `GeneralizedDDIMScheduler`. Noise is refused. `from_config` takes the
-            config of any sampler, and a sampler's takes this one's.
+        The others, and errors, are those of `GeneralizedDDIMScheduler`. Noise is refused.
     """
 
     @with_settings_of(GeneralizedDDIMScheduler)
@@ -146,7 +141,7 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         """Spread as many evaluations as there are steps: those of the last one or two of a table go to the hardest."""
         hardest, counts = rounds.index(max(rounds)), [1] * len(rounds)
         more = min(2 if self._from_data else 1, max(rounds) - 1, (len(rounds) - 1) // 2 - hardest)
-        if more > 0 and not self.path.continuous:
+        if more > 0 and not self.path.continuous and self.config.denoising_end - self.config.denoising_start == 1:
             counts[hardest], counts[-more:] = 1 + more, [0] * more
         return counts
 
@@ -155,7 +150,8 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         return Step.up(move, self._prediction(move.start))
 
     def _make_plan(self, kind: Kind) -> list[Step]:
-        plan = super()._make_plan(kind)  # raises ValueError for a step without an inverse
+        self._prediction(self.path.level(self._top))  # raises ValueError for a level that the sampler cannot use
+        plan = super()._make_plan(kind)  # the same for a step without an inverse
         if self.config.refinement_steps is None:
             return plan
         return [Step.down(move, self._prediction(move.start)) for move in map(self.move, range(len(plan)))]
@@ -185,6 +181,7 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
             self._records = self._records if follows else []
             if self._is_blind and self._seen == x.shape[1:]:
                 x, self._is_blind = self._noised(x), False
+            self._seen = None
         elif not follows:
             problem = f"timestep {self._called[i]:g} continues a step of another loop"
             raise ValueError(f"{problem}: step along scheduler.timesteps, with one scheduler for each loop")
@@ -214,7 +211,9 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         if not is_last:
             return self._hand(self._on_line(evaluation, self.move(i + 1).start))
         above = i + 1 == len(self._pairs) and self._top > move.t
-        return self._hand(self._on_line(evaluation, self.path.level(self._top)) if above else found)
+        x_T = self._hand(self._on_line(evaluation, self.path.level(self._top)) if above else found)
+        self._done = None  # another loop may begin
+        return x_T
 
     def _on_line(self, evaluation: Evaluation, level: Level) -> Tensor:
         """Continue the line through the last two solutions, x/a over b/a, to a higher level."""

@@ -25,8 +25,7 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
     `timesteps` descend in between. The residual is the error of the decoded image.
 
     Args:
-        refinement_steps: evaluations of a step beyond the first, two for each time the latent is decoded and encoded,
-            which happens at least once. None is 0.
+        refinement_steps: evaluations of a step beyond the first, two for each round, at least one round. None is 0.
         The others, and errors, are those of `MultistepDDIMScheduler` and `InverseDDIMScheduler`.
     """
 
@@ -88,7 +87,7 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
             x = x if self._image_range is None else x.clamp(*self._image_range)
             self._begin = self._search.next(self._begin, self._image - x)
             size = (self._search.best[0].flatten() / x[0].numel()).sqrt() / self.path.level(0).signal
-            self.residual = size if self.residual is None else torch.minimum(size, self.residual)
+            self.residual = torch.fmin(size, self.residual)
             self._records = [(self._called[self._length], len(self._pairs), self.residual)]
             return self._hand(self._begin)
         if self.kept is not None and self._solution is not None:

@@ -1,6 +1,5 @@
 """Images on their way into a network: what is taken, and what is refused."""
 
-
 import numpy as np
 import pytest
 import torch

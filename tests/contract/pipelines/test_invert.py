@@ -235,7 +235,9 @@ def test_settings_are_json_and_tensors_are_passed_again(parts, trained, pictures
     with pytest.raises(ValueError, match="had prompt_embeds, negative_prompt_embeds, which is not kept"):
         inverted.decode(pipe)
     inverted.decode(pipe, prompt_embeds=embeds, negative_prompt_embeds=empty)
-    inverted.decode(pipe, "a dog")
+    with pytest.raises(ValueError, match="had negative_prompt_embeds, which is not kept"):
+        inverted.decode(pipe, "a dog")
+    inverted.decode(pipe, "a dog", negative_prompt_embeds=empty)
 
 
 def test_defaults_of_the_call_are_kept(parts, trained, pictures):
@@ -289,9 +291,9 @@ def test_refusals_before_a_network_runs(parts, trained, pictures, monkeypatch):
     pipe = text_to_image(parts, trained)
     monkeypatch.setattr(type(pipe.vae), "encode", lambda *args: pytest.fail("encoded"))
     for changes, message in (
-        ({"strength": 0}, r"strength must lie in \(0, 1\], not 0"),
-        ({"strength": 1.5}, r"strength must lie in \(0, 1\], not 1.5"),
-        ({"denoising_end": 0.8}, "replaces denoising_end"),
+        ({"strength": 0}, r"strength must lie in \(0, 1\].* not 0 and"),
+        ({"strength": 1.5}, r"strength must lie in \(0, 1\].* not 1.5 and"),
+        ({"denoising_end": 0.8}, "denoising_end cannot be passed on"),
         ({"refinement_steps": -1}, "refinement_steps must be 0 or more"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -365,3 +367,21 @@ def test_corrections_close_the_round_trip_at_another_guidance(cls, strength, par
     assert not torch.equal(found.decode(pipe, "a dog", output_type="latent"), found.decode(pipe, output_type="latent"))
     with pytest.raises(ValueError, match="corrections are those of other steps: leave out num_inference_steps"):
         found.decode(pipe, num_inference_steps=S + 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"decode_with": {"num_inference_steps": 3}}, "num_inference_steps cannot be passed on"),
+        ({"decode_with": {"eta": 1.0}}, "eta cannot be passed on"),
+        ({"guidance": 7.5}, "guidance cannot be passed on to StableDiffusionPipeline"),
+        ({"latents": None, "output_type": "pil"}, "latents, output_type cannot be passed on"),
+        ({"tolerance": float("nan")}, "tolerance be 0 or more, not 1.0 and nan"),
+        ({"strength": "1"}, "strength must lie in"),
+        ({"prompt": []}, "0 prompts do not fit 2 pictures"),
+    ],
+)
+def test_arguments_that_do_not_fit(call, message, parts, pictures):
+    pipe, _ = tiny.text_to_image(parts, GeneralizedDDIMScheduler(**SD))
+    with pytest.raises(ValueError, match=message):
+        invert(pipe, pictures, num_inference_steps=S, **call)

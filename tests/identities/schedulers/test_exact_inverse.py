@@ -202,7 +202,7 @@ def test_the_report():
     assert report.to_dict()["residual"] == report.residual.tolist()
     plain = planned(5, refinement_steps=None)
     loop(plain, IMAGES)
-    with pytest.raises(ValueError, match="refinement_steps that are not None"):
+    with pytest.raises(ValueError, match="no residual was measured"):
         plain.report()
 
 
@@ -284,3 +284,28 @@ def test_a_part_of_a_multistep_path():
         planned(10, InverseMultistepDDIMScheduler, denoising_end=0.5)
     with pytest.raises(ValueError, match="no step lies below denoising_start"):
         planned(5, InverseMultistepDDIMScheduler, denoising_start=0.9999)
+
+
+def test_parts_of_the_process_at_no_refinement():
+    """Each step of a part is evaluated once, and levels that a sampler refuses are refused upwards too."""
+    for start, end, count in ((0.0, 0.2, 2), (0.9, 1.0, 1), (0.3, 0.8, 5)):
+        up = InverseDDIMScheduler(refinement_steps=0, denoising_start=start, denoising_end=end)
+        up.set_timesteps(10)
+        assert len(up.timesteps) == count
+    up = InverseDDIMScheduler(refinement_steps=0, rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match="divides by zero"):
+        up.set_timesteps(10)
+
+
+def test_loops_in_turn_without_set_timesteps():
+    up = InverseDDIMScheduler()
+    up.set_timesteps(5)
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = []
+    for _ in range(2):
+        z = x
+        for t in up.timesteps:
+            z = up.step(torch.tanh(up.scale_model_input(z, t)), t, z).prev_sample
+        found.append((z, up.report().residual))
+    assert torch.equal(found[0][0], found[1][0])
+    assert (found[0][1] == found[1][1]).all()
