@@ -66,6 +66,19 @@ def test_the_same_command_trains_the_same_weights(trained, tmp_path):
     assert run(tmp_path / "again")["sha256"] == json.loads((trained / "training.json").read_text())["sha256"]
 
 
+@pytest.fixture
+def no_signal_stays():
+    """Forget the signals of a test: the next run in this process would end at once."""
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = {number: signal.getsignal(number) for number in kinds}
+    guard.signals.SIGNALS.__init__()
+    yield
+    guard.signals.SIGNALS.__init__()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("no_signal_stays")
 @pytest.mark.parametrize("number", [2, 5])
 def test_a_run_that_was_ended_continues(trained, number, tmp_path, monkeypatch):
     """In the autoencoder or in the U-Net, with the weights of a run that was not ended."""

@@ -87,7 +87,11 @@ def test_errors(text_model, model, cat, tmp_path, capsys):
     other = tmp_path / "other" / "latents.safetensors"
     for command, words, message in (
         ("invert", [text_model, tmp_path / "odd.png"], "multiples of 2"),
-        ("invert", [text_model, cat, "--strength", 2], "strength must lie in (0, 1], tolerance be 0 or more, not 2.0 and"),
+        (
+            "invert",
+            [text_model, cat, "--strength", 2],
+            "strength must lie in (0, 1], tolerance be 0 or more, not 2.0 and",
+        ),
         ("invert", [model, cat], "DDIMPipeline does not begin with latents"),
         ("edit", [text_model, *edit], "give either images, or --latents"),
         ("edit", [text_model, cat, "--latents", other, *edit], "give either images, or --latents"),
