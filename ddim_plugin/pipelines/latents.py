@@ -86,7 +86,7 @@ class Latents(Loop):
             spent = np.zeros(len(x), int)
             for t in inverse.timesteps[places]:
                 if left.any():
-                    rows = torch.as_tensor(left, device=x.device)
+                    rows = slice(None) if left.all() else torch.as_tensor(left, device=x.device)
                     made = self._predict(inverse.scale_model_input(x, t)[rows], t, condition.rows(rows))
                     output = made if left.all() else output.index_put((rows,), made)
                 spent += left * condition.evaluations

@@ -24,12 +24,12 @@ def test_one_graph_for_all_steps(make_unet, scheduler):
         return pipe(batch_size=2, num_inference_steps=7, generator=generator, output_type="pt").images
 
     eager = images()
-    codes = pipe.encode(eager, num_inference_steps=7)
+    codes = pipe.encode(eager, 7, refinement_steps=None)
     counter = CompileCounterWithBackend("aot_eager")
     pipe.unet.compile(backend=counter, fullgraph=True)
     torch.testing.assert_close(images(), eager, rtol=0, atol=1e-6)
     assert counter.frame_count == 1
-    torch.testing.assert_close(pipe.encode(eager, num_inference_steps=7), codes, rtol=0, atol=1e-5)
+    torch.testing.assert_close(pipe.encode(eager, 7, refinement_steps=None), codes, rtol=0, atol=1e-5)
     assert counter.frame_count == 1
 
 

@@ -155,7 +155,7 @@ def test_labels_of_a_custom_embedding_are_vectors(make_pipe):
             pipe.decode(z[i : i + 1], 3, class_labels=labels[i : i + 1], output_type="pt", **guidance) for i in (0, 2)
         ]
         found = pipe.decode(z, 3, class_labels=labels, batch_size=2, output_type="pt", **guidance)
-        assert torch.allclose(found[[0, 2]], torch.cat(alone), atol=1e-5)
+        assert torch.allclose(found[[0, 2]], torch.cat(alone), atol=1e-3)
 
 
 def test_guidance_mixes_class_and_null(make_pipe):
