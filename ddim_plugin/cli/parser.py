@@ -44,12 +44,12 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 
     latents.add_argument("--latents", metavar="FILE", help="use these latents, with the settings in the file (η = 0)")
     images.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
-    for each, k, tolerance in ((refine, 0, "1e-5"), (text, 4, "1e-2")):
-        each.add_argument("--resize", action="store_true", default=None, help="crop and resize images for the network")
-        each.add_argument(
+    for sub, k, tolerance in ((refine, 0, "1e-5"), (text, 4, "1e-2")):
+        sub.add_argument("--resize", action="store_true", default=None, help="crop and resize images for the network")
+        sub.add_argument(
             "--refine", type=int, metavar="K", help=f"evaluations of a step after the first (default: {k})"
         )
-        each.add_argument("--tolerance", type=float, help=f"residual of a step (default: {tolerance})")
+        sub.add_argument("--tolerance", type=float, help=f"residual of a step (default: {tolerance})")
     text.add_argument("--prompt", action="append", metavar="TEXT", help="text of all images, or again for each image")
 
     top = ArgumentParser("ddim-plugin", description="Sample images with diffusion models, and encode images (DDIM).")
@@ -71,8 +71,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub.add_argument("--variance", choices=VARIANCES, help="variance of the noise (default: the model's)")
     sub.add_argument("--clip", action=BooleanOptionalAction, help="clip x̂0 in each step (default: the model's)")
 
-    example = "user/model a.png --steps 10 --refine 4"
-    command("encode", "encode images as latents", example, model, timesteps, images, refine)
+    command("encode", "encode images as latents", "user/model a.png --refine 4", model, timesteps, images, refine)
 
     shared = stock, timesteps, text
     example = "user/model a.png --prompt cat"

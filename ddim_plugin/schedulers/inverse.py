@@ -12,7 +12,7 @@ from ..process.paths import Level
 from .config import CONSTRAINTS, SAMPLER, StockConfig, with_settings_of
 from .generalized import GeneralizedDDIMScheduler
 from .levels import edits
-from .planned import Kind, Pairs
+from .planned import Kind, Pairs, Planned
 from .step import Evaluation, Step
 from .tensors import at_least_float32, combine
 
@@ -154,12 +154,13 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         plan = super()._make_plan(kind)  # the same for a step without an inverse
         if self.config.refinement_steps is None:
             return plan
-        return [Step.down(move, self._prediction(move.start)) for move in map(self.move, range(len(plan)))]
+        steps = {pair: Planned._make_step(self, *pair, kind) for pair in dict.fromkeys(self._pairs)}
+        return [steps[pair] for pair in self._pairs]
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """Return x_t at which the network is evaluated: `sample`, but a_t·x_0 + b_t·z at a first step of several."""
-        begins = self._planned is not None and self._done is None and self._span.start == 0 and not self._is_new(1)
-        if not begins or not self._from_data or self.config.refinement_steps is None:
+        begins = self._planned is not None and self._done in (None, self._span.stop - 1) and self._span.start == 0
+        if not begins or self._is_new(1) or not self._from_data or self.config.refinement_steps is None:
             return sample
         self._seen = sample.shape[1:]
         return self._noised(at_least_float32(sample)).to(sample.dtype)
@@ -211,9 +212,7 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         if not is_last:
             return self._hand(self._on_line(evaluation, self.move(i + 1).start))
         above = i + 1 == len(self._pairs) and self._top > move.t
-        x_T = self._hand(self._on_line(evaluation, self.path.level(self._top)) if above else found)
-        self._done = None  # another loop may begin
-        return x_T
+        return self._hand(self._on_line(evaluation, self.path.level(self._top)) if above else found)
 
     def _on_line(self, evaluation: Evaluation, level: Level) -> Tensor:
         """Continue the line through the last two solutions, x/a over b/a, to a higher level."""

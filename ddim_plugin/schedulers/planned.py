@@ -153,7 +153,8 @@ class Planned(Levels):
         return self._plans[kind]
 
     def _make_plan(self, kind: Kind) -> list[Step]:
-        return [self._make_step(t, s, kind) for t, s in self._pairs]
+        steps = {pair: self._make_step(*pair, kind) for pair in dict.fromkeys(self._pairs)}  # a plan repeats pairs
+        return [steps[pair] for pair in self._pairs]
 
     def _kind(self, eta: float | None) -> Kind:
         return moves.effective_eta(self.config.variance_type, self._eta if eta is None else eta, self.config.eta)
