@@ -43,6 +43,15 @@ def make_unet():
     return build
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Compute with one thread, so that sums have one order, while the tests of a module run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def streams_end_at_once(monkeypatch):
     """`datasets` waits for seconds at the end of each epoch of a stream, for threads of its own."""

@@ -17,6 +17,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, SpeechT5HifiGan, SpeechT5H
 from ddim_plugin import GeneralizedDDIMPipeline
 
 SIZE = {"height": 16, "width": 16}
+SD = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
 FAMILIES: dict[str, Any] = {}
 
 
@@ -36,6 +44,16 @@ def uniform(*shape, seed=3):
 
 def normal(*shape, seed=5):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def small_transformer(cls, **settings):
+    """A transformer of one layer, with random weights of which none is zero."""
+    torch.manual_seed(2)
+    shape = {"sample_size": 8, "num_layers": 1, "patch_size": 2, "num_attention_heads": 2, "attention_head_dim": 8}
+    net = cls(in_channels=4, out_channels=8, **shape, **settings).eval()
+    for weight in net.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    return net
 
 
 class Parts:
@@ -76,21 +94,7 @@ class Parts:
 
     @cached_property
     def pixart(self):
-        torch.manual_seed(2)
-        net = diffusers.PixArtTransformer2DModel(
-            sample_size=8,
-            num_layers=1,
-            patch_size=2,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=4,
-            out_channels=8,
-            cross_attention_dim=16,
-            caption_channels=16,
-        ).eval()
-        for weight in net.parameters():
-            torch.nn.init.normal_(weight, std=0.1)
-        return net
+        return small_transformer(diffusers.PixArtTransformer2DModel, cross_attention_dim=16, caption_channels=16)
 
     @cached_property
     def learned(self):
@@ -163,20 +167,7 @@ class Parts:
 
     @cached_property
     def transformer(self):
-        torch.manual_seed(2)
-        net = diffusers.DiTTransformer2DModel(
-            sample_size=8,
-            num_layers=1,
-            patch_size=2,
-            num_attention_heads=2,
-            attention_head_dim=8,
-            in_channels=4,
-            out_channels=8,
-            norm_num_groups=4,
-        ).eval()
-        for weight in net.parameters():
-            torch.nn.init.normal_(weight, std=0.1)
-        return net
+        return small_transformer(diffusers.DiTTransformer2DModel, norm_num_groups=4)
 
     @cached_property
     def unconditional(self):

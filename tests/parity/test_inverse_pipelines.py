@@ -10,7 +10,7 @@ import tiny_flow_pipelines as flow
 import tiny_pipelines as tiny
 import torch
 from tiny_flow_pipelines import STOCK, normal, run_flow
-from tiny_pipelines import DECODED_BY, FAMILIES, INVERTED, LATENTS, run
+from tiny_pipelines import DECODED_BY, FAMILIES, INVERTED, LATENTS, SD, run
 
 from ddim_plugin import (
     GeneralizedDDIMScheduler,
@@ -19,14 +19,6 @@ from ddim_plugin import (
     MultistepDDIMScheduler,
 )
 
-SD = {
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 TEXT, IMAGE, XL = "Stable Diffusion, text to image", "Stable Diffusion, image to image", "Stable Diffusion XL"
 GUIDANCE = {"guidance_scale": 7.5}
 FLOWS = {

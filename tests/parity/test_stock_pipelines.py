@@ -10,7 +10,7 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
-from tiny_pipelines import FAMILIES, INVERTED, run
+from tiny_pipelines import FAMILIES, INVERTED, SD, run
 
 from ddim_plugin import (
     GeneralizedDDIMScheduler,
@@ -20,14 +20,6 @@ from ddim_plugin import (
 )
 
 README = Path(__file__).parents[2] / "ddim_plugin" / "README.md"
-SD = {
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 SPLIT, LEDITS = "Stable Diffusion XL, base and refiner", "LEDITS++"
 SAMPLED = [name for name in FAMILIES if name != LEDITS]
 WORKS = {

@@ -20,12 +20,12 @@ SMALL = {"data": "digits", "hidden_sizes": (16, 16), "layers": 1, "steps": 150, 
 SMALL |= {"learning_rate": 1e-2, "test_split": "test", "device": "cpu"}
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def fresh_accelerate():
     yield
-    torch.set_num_threads(threads)
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 

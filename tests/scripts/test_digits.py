@@ -20,12 +20,7 @@ TINY = {"data": "digits", "autoencoder_channels": (4, 4, 8), "channels": (8, 16)
 TINY |= {"autoencoder_batch": 4, "batch_size": 8, "save_every": 2, "test_split": "test", "samples": 1}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(output, **settings):

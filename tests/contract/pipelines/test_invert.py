@@ -54,24 +54,10 @@ def trained(monkeypatch):
 
 
 def pixart(parts):
-    torch.manual_seed(1)
-    network = diffusers.PixArtTransformer2DModel(
-        sample_size=8,
-        num_layers=1,
-        patch_size=2,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        cross_attention_dim=16,
-        caption_channels=16,
-        norm_num_groups=4,
-        use_additional_conditions=False,
-    ).eval()
     texts = dict.fromkeys(("tokenizer", "text_encoder"))
     scheduler = GeneralizedDDIMScheduler(**SD)
     vae = parts.stable_diffusion["vae"]
-    pipe = diffusers.PixArtAlphaPipeline(vae=vae, transformer=network, scheduler=scheduler, **texts)
+    pipe = diffusers.PixArtAlphaPipeline(vae=vae, transformer=parts.pixart, scheduler=scheduler, **texts)
     call = {f"{sign}prompt_embeds": tiny.normal(1, 5, 16, seed=i) for i, sign in enumerate(("", "negative_"))}
     call |= {"negative_prompt": None}
     call |= {f"{sign}prompt_attention_mask": torch.ones(1, 5, dtype=torch.long) for sign in ("", "negative_")}
