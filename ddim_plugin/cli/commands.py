@@ -1,25 +1,22 @@
-"""The commands: sample, encode, invert, edit and push."""
+"""The commands: sample, encode, edit and push."""
 
 import json
 import os
-import re
 import sys
 import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import get_device
-from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor
 
-from ..hub.push import INDEX, explained, push_folder
+from ..hub.push import explained, push_folder
 from ..pipelines import invert as inversion
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..pipelines.images import check_channels, grid, open_image
@@ -27,7 +24,7 @@ from ..pipelines.loop import batches, check_count
 from ..schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, MultistepDDIMScheduler, keep_learned, sampler_class
 from ..schedulers.config import restored
 from ..version import __version__
-from .parser import FILES, LATENTS, MODEL
+from .parser import FILES, LATENTS
 
 CALL = ("timesteps", "guidance_scale", "null_class_label")  # options that are keywords of the pipeline's call
 CODING = (*CALL, "strength", "batch_size")  # those of encode and decode
@@ -43,9 +40,9 @@ def run(args: Namespace) -> None:
         return
     files = [file for file in FILES[command] if file != LATENTS or not vars(args).get("latents")]
     places = [Path(args.output, file) for file in (*files, f"{command}.json")]
-    commands = {"sample": sample, "encode": encode, "invert": encode, "edit": edit}
+    commands = {"sample": sample, "encode": encode, "edit": edit}
     _check(args, places)
-    parent = next(path for path in Path(args.output, MODEL).absolute().parents if path.exists())
+    parent = next(path for path in Path(args.output, LATENTS).absolute().parents if path.exists())
     with tempfile.TemporaryDirectory(dir=parent, prefix=".ddim-plugin-") as scratch:
         record, *contents = commands[command](args)
         for file, content in zip(files, contents, strict=False):
@@ -67,40 +64,42 @@ def sample(args: Namespace) -> tuple:
     """Sample images from noise, or decode --latents."""
     if args.latents:
         _refuse(args, "num", "eta", "variance", "clip")
-        z = _load_latents(args)
-        args.num, settings = len(z), _keywords(args, len(z), *CODING)
-        images = _load(args).decode(z, output_type="np", **settings)
+        z, kept = inversion.load_latents(args.latents)
+        kept |= {"steps": None, "timesteps": None} if _given(args, "steps", "timesteps") else {}
+        vars(args).update({key: kept.get(key) for key in KEPT} | _given(args, *KEPT))
+        pipe = _load(args)
+        args.num = pipe._check_latents(z)[0]
+        images = pipe.decode(z, output_type="np", **_keywords(args, args.num, *CODING))
     else:
+        if args.strength is not None:
+            raise ValueError("--strength needs --latents: sampling from noise makes all steps")
         args.num = 16 if args.num is None else args.num
         settings = _keywords(args, args.num, *CALL) | {"output_type": "np"}
         pipe = _load(args, {"eta": args.eta, "variance_type": args.variance, "clip_sample": args.clip})
         generators, z = pipe._noise(range(args.seed, args.seed + args.num))
         labels, images = settings.pop("class_labels", None), []
-        for rows in batches(range(args.num), args.batch_size):
+        for rows in batches(args.num, args.batch_size):
             settings |= {"class_labels": labels and labels[rows], "generator": generators[rows]}
             images.extend(pipe(None, latents=z[rows], **settings).images)
     return {"images": args.num}, grid(np.split(np.asarray(images), range(args.columns, args.num, args.columns))), z
 
 
 def encode(args: Namespace) -> tuple:
-    """Encode images as latents, or invert them in the pipeline of a text-to-image model."""
+    """Encode images as latents."""
     _, _, z, record = _encode(args)
     return record, z
 
 
 def edit(args: Namespace) -> tuple:
-    """Decode inverted images again, and with another prompt."""
-    if bool(args.images) == bool(args.latents):
-        raise ValueError("give either images, or --latents FILE that `ddim-plugin invert` wrote")
-    if args.latents:
+    """Invert images, or load an earlier inversion, and decode them again and with another prompt."""
+    if [Path(file).suffix for file in args.images] == [".safetensors"]:
         _refuse(args, "prompt", "guidance_scale", "strength", "tolerance", "refine", "resize", *KEPT[:3], "timesteps")
-        inverted, images, record = inversion.Inverted.load(args.latents), [], {}
-        pipe = _load(args)
+        inverted, pipe, images, record = inversion.Inverted.load(args.images[0]), _load(args), [], {}
     else:
         pipe, images, inverted, record = _encode(args)
     scale = {} if args.new_guidance_scale is None else {"guidance_scale": args.new_guidance_scale}
-    again = inverted.decode(pipe, output_type="np")
     edited = inverted.decode(pipe, args.new_prompt, output_type="np", **scale)
+    again = inverted.decode(pipe, output_type="np")
     shown = [np.stack([*map(np.asarray, images)]).reshape(again.shape) / np.float32(255)] if images else []
     title = " | ".join(["image", "decoded", "edited"][-len(shown) - 2 :])
     return record, grid([*np.stack([*shown, again, edited], 1)], title=title), inverted
@@ -113,14 +112,11 @@ def _check(args: Namespace, places: list[Path]) -> None:
         check_count(f"--{name.replace('_', '-')}", settings.get(name, 1), 1)
     if abs(seed := settings.get("seed", 0)) >= 2**63:
         raise ValueError(f"a seed must fit 64 bits with its sign, not {seed}")
-    if "strength" in settings and not (settings.get("latents") or settings.get("images")):
-        raise ValueError("--strength needs --latents or images: sampling from noise makes all steps")
     _check_places(places, args.overwrite)
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device} is not available: {str(error).splitlines()[0]}") from error
-    args.model, args.revision = locate(args.model, args.revision)
 
 
 def _check_places(places: list[Path], overwrite: bool) -> None:
@@ -129,20 +125,6 @@ def _check_places(places: list[Path], overwrite: bool) -> None:
         if place.is_dir() or (os.path.lexists(place) and not overwrite):
             remedy = "" if place.is_dir() else ", or pass --overwrite"
             raise ValueError(f"{place} exists: choose another --output{remedy}")
-
-
-def locate(model: str, revision: str | None) -> tuple[str, str | None]:
-    """Return the folder or the Hub id of a model, and its revision, for a path, an id or an address on the Hub."""
-    start = rf"(?:{re.escape(constants.ENDPOINT)}|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co))/+"
-    tail = r"([^/?#]+/[^/?#]+)(?:/(?:tree|blob|resolve|commit)/([^/?#]+))?(?:[/?#].*)?"
-    if match := re.fullmatch(start + tail, model.strip()):
-        return match[1], revision or (match[2] and unquote(match[2]))
-    if Path(model).exists() and not Path(model, INDEX).is_file():
-        near = [path for path in (Path(model, MODEL), *Path(model).absolute().parents[:2]) if (path / INDEX).is_file()]
-        raise ValueError(f"{model} has no {INDEX}: pass {(near or ['the folder of a whole saved pipeline'])[0]}")
-    if not Path(model).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model):
-        raise ValueError(f"{model} is no folder, and no id on the Hub such as user/model: check the path")
-    return model, revision
 
 
 def _load(args: Namespace, changes: dict[str, Any] = DETERMINISTIC) -> Any:
@@ -189,17 +171,6 @@ def _encode(args: Namespace) -> tuple[Any, list[Image.Image], Any, dict[str, Any
     return pipe, images, z, {"report": report and report.to_dict(), "images": args.images}
 
 
-def _load_latents(args: Namespace) -> Tensor:
-    """Load --latents; the settings saved in the file replace those that were not given."""
-    z, kept = inversion.load_latents(args.latents)
-    if z.ndim != 4 or len(z) == 0:
-        raise ValueError(f"{args.latents} contains latents of shape {tuple(z.shape)}: they must be (B, C, H, W)")
-    if _given(args, "steps", "timesteps"):
-        kept |= {"steps": None, "timesteps": None}
-    vars(args).update({key: kept.get(key) for key in KEPT} | _given(args, *KEPT))
-    return z
-
-
 def _given(args: Namespace, *names: str) -> dict[str, Any]:
     """Return those of the options that the command has and that were given."""
     return {name: value for name in names if (value := vars(args).get(name)) is not None}
@@ -208,14 +179,15 @@ def _given(args: Namespace, *names: str) -> dict[str, Any]:
 def _refuse(args: Namespace, *names: str) -> None:
     """Raise ValueError for those of the options that were given: latents determine the images."""
     for name in _given(args, *names):
-        raise ValueError(f"--{name.replace('_', '-')} has no effect on --latents: leave it out")
+        raise ValueError(f"--{name.replace('_', '-')} has no effect on latents: leave it out")
 
 
 def _keywords(args: Namespace, num: int, *names: str) -> dict[str, Any]:
     """Return the options of a pipeline's method that were given, with a class label for each of `num` images."""
-    known = {"num_inference_steps": args.steps} if args.steps is not None else {}
+    known = _given(args, *names) | ({} if args.steps is None else {"num_inference_steps": args.steps})
+    for name, values in _given(args, "class_label", "prompt", "new_prompt").items():
+        if len(values) not in (1, num):
+            raise ValueError(f"{len(values)} of --{name.replace('_', '-')} for {num} images: give one, or one for each")
     if labels := vars(args).get("class_label"):
-        if len(labels) not in (1, num):
-            raise ValueError(f"{len(labels)} class labels for {num} images: give one, or one for each")
         known["class_labels"] = labels * (num // len(labels))
-    return known | _given(args, *names)
+    return known

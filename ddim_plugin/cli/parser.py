@@ -7,11 +7,10 @@ from ..process.moves import VARIANCES
 from ..process.spacings import NAMES
 from ..version import __version__
 
-LATENTS, MODEL = "latents.safetensors", "model"
+LATENTS = "latents.safetensors"
 
 # What each command writes into --output beside the record COMMAND.json.
-FILES = {"sample": ("samples.png", LATENTS), "encode": (LATENTS,)}
-FILES |= {"invert": (LATENTS,), "edit": ("edited.png", LATENTS)}
+FILES = {"sample": ("samples.png", LATENTS), "encode": (LATENTS,), "edit": ("edited.png", LATENTS)}
 
 
 def number(text: str) -> float:
@@ -21,7 +20,7 @@ def number(text: str) -> float:
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the arguments of a command."""
-    stock, timesteps, latents, images, refine, text = (ArgumentParser(add_help=False) for _ in range(6))
+    stock, timesteps, images = (ArgumentParser(add_help=False) for _ in range(3))
     stock.add_argument("model", metavar="MODEL", help="a folder written by save_pretrained, or a Hub id")
     stock.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the pipeline's)")
     stock.add_argument("--device", help="cpu, cuda, … (default: an accelerator if there is one)")
@@ -42,15 +41,12 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     timesteps.add_argument("--multistep", action=BooleanOptionalAction, help="the scheduler (default: the model's)")
     timesteps.add_argument("--strength", type=float, help="share of the steps to make, in (0, 1] (default: 1)")
 
-    latents.add_argument("--latents", metavar="FILE", help="use these latents, with the settings in the file (η = 0)")
-    images.add_argument("images", metavar="IMAGE", nargs="+", help="image files")
-    for sub, k, tolerance in ((refine, 0, "1e-5"), (text, 4, "1e-2")):
-        sub.add_argument("--resize", action="store_true", default=None, help="crop and resize images for the network")
-        sub.add_argument(
-            "--refine", type=int, metavar="K", help=f"evaluations of a step after the first (default: {k})"
-        )
-        sub.add_argument("--tolerance", type=float, help=f"residual of a step (default: {tolerance})")
-    text.add_argument("--prompt", action="append", metavar="TEXT", help="text of all images, or again for each image")
+    images.add_argument("images", metavar="IMAGE", nargs="+", help="image files (edit: or latents of an earlier edit)")
+    images.add_argument("--resize", action="store_true", default=None, help="crop and resize images for the network")
+    images.add_argument(
+        "--refine", type=int, metavar="K", help="evaluations of a step beyond one (default: 0, edit: 4)"
+    )
+    images.add_argument("--tolerance", type=float, help="residual of a step (default: 1e-5, edit: 1e-2)")
 
     top = ArgumentParser("ddim-plugin", description="Sample images with diffusion models, and encode images (DDIM).")
     top.add_argument("--version", action="version", version=__version__)
@@ -62,8 +58,9 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
         texts["epilog"] = f"example:\n  ddim-plugin {name} {example}{writes}"
         return commands.add_parser(name, parents=parents, formatter_class=RawDescriptionHelpFormatter, **texts)
 
-    shared = model, timesteps, latents
-    sub = command("sample", "sample images from noise, or decode latents", "user/model --num 16 --steps 20", *shared)
+    summary, example = "sample images from noise, or decode latents", "user/model --num 16 --steps 20"
+    sub = command("sample", summary, example, model, timesteps)
+    sub.add_argument("--latents", metavar="FILE", help="use these latents, with the settings in the file (η = 0)")
     sub.add_argument("--seed", type=int, default=0, help="image i is drawn with seed + i (default: %(default)s)")
     sub.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default: %(default)s)")
     sub.add_argument("--num", type=int, help="number of images (default: 16)")
@@ -71,14 +68,11 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub.add_argument("--variance", choices=VARIANCES, help="variance of the noise (default: the model's)")
     sub.add_argument("--clip", action=BooleanOptionalAction, help="clip x̂0 in each step (default: the model's)")
 
-    command("encode", "encode images as latents", "user/model a.png --refine 4", model, timesteps, images, refine)
+    command("encode", "encode images as latents", "user/model a.png --refine 4", model, timesteps, images)
 
-    shared = stock, timesteps, text
-    example = "user/model a.png --prompt cat"
-    command("invert", "find the latents of images in a text-to-image pipeline", example, *shared, images)
-    example += " --new-prompt dog"
-    sub = command("edit", "edit images: invert them, and decode them with another prompt", example, *shared, latents)
-    sub.add_argument("images", metavar="IMAGE", nargs="*", help="image files, without --latents")
+    summary, example = "edit images by text: invert and decode them", "user/model a.png --prompt cat --new-prompt dog"
+    sub = command("edit", summary, example, stock, timesteps, images)
+    sub.add_argument("--prompt", action="append", metavar="TEXT", help="text of all images, or again for each image")
     sub.add_argument("--new-prompt", action="append", required=True, metavar="TEXT", help="as --prompt, to decode with")
     sub.add_argument("--new-guidance-scale", type=float, metavar="W", help="with the new prompt (default: the old)")
 
@@ -91,10 +85,4 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub.add_argument("--message", dest="commit_message", metavar="TITLE", help="title of the commit")
     sub.add_argument("--license", help="licence of the weights, by its id on the Hub: mit, cc-by-4.0, …")
     sub.add_argument("--token", help="token with write access (default: HF_TOKEN, or that of `hf auth login`)")
-
-    args, rest = top.parse_known_args(argv)
-    if args.command == "edit" and not args.images and not any(word.startswith("-") for word in rest):
-        args.images = rest  # argparse leaves over images that follow an option
-    elif rest:
-        top.error(f"unrecognized arguments: {' '.join(rest)}")
-    return args
+    return top.parse_args(argv)

@@ -110,7 +110,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         x = latents.to(condition.device, condition.state_dtype) * scale
         self._interrupt = False
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            step = self._step(self.scheduler, x, t, condition, **settings)
+            step = self._step(x, t, condition, **settings)
             known, x = {"sample": x, "latents": step.prev_sample}, step.prev_sample
             if callback_on_step_end is not None:
                 names = callback_on_step_end_tensor_inputs

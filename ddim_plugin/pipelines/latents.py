@@ -39,16 +39,15 @@ class Latents(Loop):
     ) -> Tensor | tuple[Tensor, InversionReport]:
         """Encode images as the latents x_T that they are decoded from.
 
-        Each step x_s = f(x_t) of the sampler is solved for x_t, as by `InverseDDIMScheduler`, so that decoding at the
-        same S returns the image. The plain inverse of the paper (`refinement_steps=None`) evaluates the network at x_s:
-        decoding returns the image only as S grows (Table 2). A `MultistepDDIMScheduler` refines all steps together.
+        The inverse scheduler of this package solves each step x_s = f(x_t) of the sampler for x_t, so that decoding at
+        the same S returns the image.
 
         Args, the others as in the call:
             images: PIL images, arrays (B, H, W, C), tensors (B, C, H, W), one of them or a list; bytes, or in [0, 1].
             strength: part of the S steps to make, ⌊strength·S⌋ from the image. Less than 1 gives x_t of that t,
                 and 1 gives x_T/b_T, which resembles noise of deviation 1.
-            refinement_steps: evaluations of a step beyond the first, at most; hard steps take a multiple. 0 costs as
-                much as None, the plain inverse. A multistep path takes two for each of its steps at a time, if not 0.
+            refinement_steps: evaluations of a step beyond the first, at most; hard steps take a multiple. None is the
+                plain inverse, as cheap as 0: decoding returns the image only as S grows (Table 2).
             tolerance: root mean square of (x_s − f(x_t))/a_s at which a step is solved.
             batch_size: images to encode together; all by default. Images do not depend on each other.
             return_report: also return an `InversionReport`, which has one row for a whole multistep path.
@@ -67,15 +66,13 @@ class Latents(Loop):
         inverse = upwards.from_config(self.scheduler.config, refinement_steps=refinement_steps)
         inverse._shift, inverse._image_range, inverse._most = self.scheduler._shift, self.scheduler.image_range, steps
         self._set_timesteps(inverse, num_inference_steps, timesteps)
-        rows = batches(range(len(x)), batch_size)
+        rows = batches(len(x), batch_size)
         parts = [self._ascend(x[each], condition.rows(each), inverse, tolerance) for each in rows]
         self.maybe_free_model_hooks()
-        latents, timesteps, residual, evaluations = zip(*parts, strict=True)
+        latents, times, *measured = zip(*parts, strict=True)
         z = finite(torch.cat(latents)) / unit
-        if not return_report:
-            return z
-        residual, evaluations = (np.concatenate(each, axis=1) for each in (residual, evaluations))
-        return z, InversionReport.of(timesteps[0], residual, evaluations, tolerance, z)
+        report = InversionReport.of(times[0], *(np.concatenate(each, axis=1) for each in measured), tolerance, z)
+        return (z, report) if return_report else z
 
     def _ascend(self, x: Tensor, condition: Condition, inverse: Upwards, tolerance: float) -> Encoded:
         """Run the loop of the inverse. The network is evaluated at images that are not solved yet."""
@@ -101,7 +98,7 @@ class Latents(Loop):
                 break
         times, residuals, evaluations = zip(*records, strict=True)
         if inverse.is_joint:  # one row for the whole path
-            top = self.scheduler.timesteps[-len(inverse.timesteps[inverse.searches()[0]])].item()
+            top = self.scheduler.timesteps[-inverse._most].item()
             times, residuals, evaluations = [top], residuals[-1:], [sum(evaluations)]
         return x, np.array(times), np.stack(residuals), np.stack(evaluations)
 
@@ -128,8 +125,12 @@ class Latents(Loop):
         self._check_latents(latents)
         labels = class_labels, guidance_scale, null_class_label
         x, condition, steps, unit = self._prepare(latents, num_inference_steps, timesteps, strength, *labels)
-        last, rows = self.scheduler.timesteps[-steps:], batches(range(len(x)), batch_size)
-        parts = [self._run(self.scheduler, x[i] * unit, self.progress_bar(last), condition.rows(i)) for i in rows]
+        parts = []
+        for rows in batches(len(x), batch_size):
+            part, labels = x[rows] * unit, condition.rows(rows)
+            for t in self.progress_bar(self.scheduler.timesteps[-steps:]):
+                part = self._step(part, t, labels).prev_sample
+            parts.append(part)
         self.maybe_free_model_hooks()
         return self._images(torch.cat(parts), output_type)
 
@@ -164,8 +165,7 @@ class Latents(Loop):
         z0, z1 = (z[None] if isinstance(z, Tensor) and z.ndim == 3 else z for z in (z0, z1))
         for z in (z0, z1):
             self._check_latents(z)
-        path = _path(z0, z1.to(z0), num)
-        labels = decoding.get("class_labels")
+        path, labels = _path(z0, z1.to(z0), num), decoding.get("class_labels")
         if labels is not None and torch.as_tensor(labels).ndim:
             decoding["class_labels"] = torch.as_tensor(labels).repeat_interleave(num, 0)
         return self.decode(path.flatten(0, 1), **decoding)

@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import SchedulerMixin, UNet2DModel
+from diffusers import SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
@@ -43,16 +43,6 @@ class Condition(NamedTuple):
         """Return the condition of some of the images."""
         return self if self.labels is None else self._replace(labels=self.labels[:, rows])
 
-    def predict(self, unet: UNet2DModel, x: Tensor, t: Tensor) -> Tensor:
-        """Return the network's output, guided if guidance is on. Learned variances are not guided."""
-        x, labels = x.to(self.dtype), None if self.labels is None else self.labels.flatten(0, 1)
-        if self.evaluations == 1:
-            return unet(x, t, class_labels=labels).sample
-        output, null = unet(torch.cat([x, x]), t, class_labels=labels).sample.chunk(2)
-        channels = x.shape[1]
-        guided = torch.lerp(null[:, :channels], output[:, :channels], self.scale)
-        return torch.cat([guided, output[:, channels:]], dim=1)
-
 
 class Loop:
     """Checks and the sampling loop, for a `DiffusionPipeline` with a `UNet2DModel` as `unet`, and a `scheduler`."""
@@ -73,13 +63,12 @@ class Loop:
         return batch_size, self.unet.config.in_channels, *self.image_size
 
     def _check_latents(self, latents: Tensor, batch_size: int | None = None) -> tuple[int, ...]:
-        if not isinstance(latents, Tensor) or latents.ndim != 4 or not len(latents):
-            given = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        given = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        if isinstance(given, str) or len(given) != 4 or not given[0]:
             raise ValueError(f"latents must be a torch tensor (B, C, H, W) with B ≥ 1, not {given}")
-        size = self.image_size or latents.shape[2:]
-        shape = (batch_size or len(latents), self.unet.config.in_channels, *size)
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}; this network and batch_size need {shape}")
+        shape = (batch_size or given[0], self.unet.config.in_channels, *(self.image_size or given[2:]))
+        if given != shape:
+            raise ValueError(f"latents have shape {given}; this network and batch_size need {shape}")
         if not latents.is_floating_point() or not bool(torch.isfinite(latents).all()):
             raise ValueError("latents must be finite numbers: they contain NaN, infinity or integers")
         return shape
@@ -113,8 +102,7 @@ class Loop:
         if isinstance(self.scheduler, GeneralizedDDIMScheduler):
             made, channels = self.unet.config.out_channels, self.unet.config.in_channels
             kind = self.scheduler.config.variance_type
-            needed = 2 * channels if kind == "learned_range" else channels
-            if made != needed:
+            if made != (needed := channels * (1 + (kind == "learned_range"))):
                 remedy = f"variance_type={kind!r} needs {needed} ('learned_range' twice as many as images have)"
                 raise ValueError(f"the network predicts {made} channels from {channels}: {remedy}")
 
@@ -125,11 +113,9 @@ class Loop:
             given = f"{type(scheduler).__module__}.{type(scheduler).__name__}"
             raise ValueError(f"latents need a GeneralizedDDIMScheduler of ddim_plugin, not {given}: {remedy})")
         needed = {"eta": 0.0, "variance_type": "fixed_small"} if adds_noise(config.variance_type, config.eta) else {}
-        needed |= {"corrector_steps": 0, "denoising_start": 0.0, "denoising_end": 1.0} | (
-            {"clip_sample": False, "thresholding": False} if invertible else {}
-        )
-        changes = [key for key in needed if config[key] != needed[key]]
-        if changes:
+        needed |= {"clip_sample": False, "thresholding": False} if invertible else {}
+        needed |= {"corrector_steps": 0, "denoising_start": 0.0, "denoising_end": 1.0}
+        if changes := [key for key in needed if config[key] != needed[key]]:
             wrong, right = (", ".join(f"{key}={each[key]!r}" for key in changes) for each in (config, needed))
             raise ValueError(f"latents need a deterministic, invertible process, not {wrong}: {remedy}, {right})")
 
@@ -141,14 +127,10 @@ class Loop:
         settings |= {"num_inference_steps": S} if timesteps is None else {"timesteps": timesteps}
         scheduler.set_timesteps(**accepted(scheduler.set_timesteps, device=self._execution_device, **settings))
 
-    def _step(self, scheduler: SchedulerMixin, x: Tensor, t: Tensor, condition: Condition, **settings: Any) -> Any:
-        scale = getattr(scheduler, "scale_model_input", lambda x, t: x)  # stock schedulers of flow matching have none
-        return scheduler.step(self._predict(scale(x, t), t, condition), t, x, **settings)
-
-    def _run(self, scheduler: SchedulerMixin, x: Tensor, timesteps: Iterable[Tensor], condition: Condition) -> Tensor:
-        for t in timesteps:
-            x = self._step(scheduler, x, t, condition).prev_sample
-        return x
+    def _step(self, x: Tensor, t: Tensor, condition: Condition, **settings: Any) -> Any:
+        """Make the step from x_t. Stock schedulers of flow matching do not scale the network's input."""
+        scale = getattr(self.scheduler, "scale_model_input", lambda x, t: x)
+        return self.scheduler.step(self._predict(scale(x, t), t, condition), t, x, **settings)
 
     def _images(self, x: Tensor, output_type: str) -> Any:
         x = finite(x) if output_type in ("pil", "np") else x
@@ -157,10 +139,17 @@ class Loop:
         return VaeImageProcessor().postprocess(x, output_type)
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        output = condition.predict(self.unet, x, t)
+        """Evaluate the network, with guidance. A learned variance is not guided, and is dropped if it is not used."""
+        x, channels = x.to(condition.dtype), x.shape[1]
+        labels = None if condition.labels is None else condition.labels.flatten(0, 1)
+        if condition.evaluations == 1:
+            output = self.unet(x, t, class_labels=labels).sample
+        else:
+            output, null = self.unet(torch.cat([x, x]), t, class_labels=labels).sample.chunk(2)
+            guided = torch.lerp(null[:, :channels], output[:, :channels], condition.scale)
+            output = torch.cat([guided, output[:, channels:]], dim=1)
         learned = getattr(self.scheduler.config, "variance_type", None) in ("learned", "learned_range")
-        unused = not learned and output.shape[1] == 2 * x.shape[1]  # a variance that a stock sampler does not use
-        return output[:, : x.shape[1]] if unused else output
+        return output[:, :channels] if not learned and output.shape[1] == 2 * channels else output
 
 
 def accepted(method: Callable, **given: Any) -> dict[str, Any]:
@@ -186,11 +175,11 @@ def check_output_type(output_type: str) -> None:
         raise ValueError(f"unknown output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
 
 
-def batches(images: range, size: int | None) -> list[slice]:
+def batches(number: int, size: int | None) -> list[slice]:
     """Split images into batches of at most `size`; one by default."""
-    size = len(images) if size is None else size
+    size = number if size is None else size
     check_count("batch_size", size, 1)
-    return [slice(i, min(i + size, images.stop)) for i in range(images.start, images.stop, size)]
+    return [slice(i, i + size) for i in range(0, number, size)]
 
 
 def check_count(name: str, value: int, least: int = 2) -> None:
