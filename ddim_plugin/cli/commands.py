@@ -53,7 +53,6 @@ def run(args: Namespace) -> None:
         measured = {"seconds": time.perf_counter() - start, "cpus": os.cpu_count(), "version": __version__}
         record |= {"command": command, "settings": vars(args), **measured}
         Path(scratch, f"{command}.json").write_text(json.dumps(record, indent=2) + "\n")
-        _check_places(places, args.overwrite)  # another command may have written there in the meantime
         Path(args.output).mkdir(parents=True, exist_ok=True)
         for place in places:
             Path(scratch, place.name).replace(place)
@@ -64,7 +63,7 @@ def sample(args: Namespace) -> tuple:
     """Sample images from noise, or decode --latents."""
     if args.latents:
         _refuse(args, "num", "eta", "variance", "clip")
-        z, kept = inversion.load_latents(args.latents)
+        z, kept, _ = inversion.load_latents(args.latents)
         kept |= {"steps": None, "timesteps": None} if _given(args, "steps", "timesteps") else {}
         vars(args).update({key: kept.get(key) for key in KEPT} | _given(args, *KEPT))
         pipe = _load(args)
@@ -112,19 +111,15 @@ def _check(args: Namespace, places: list[Path]) -> None:
         check_count(f"--{name.replace('_', '-')}", settings.get(name, 1), 1)
     if abs(seed := settings.get("seed", 0)) >= 2**63:
         raise ValueError(f"a seed must fit 64 bits with its sign, not {seed}")
-    _check_places(places, args.overwrite)
+    for place in places:
+        if place.is_dir() or (os.path.lexists(place) and not args.overwrite):
+            raise ValueError(
+                f"{place} exists: choose another --output{'' if place.is_dir() else ', or pass --overwrite'}"
+            )
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device} is not available: {str(error).splitlines()[0]}") from error
-
-
-def _check_places(places: list[Path], overwrite: bool) -> None:
-    """Raise ValueError for files that exist, or, with --overwrite, for folders in their places."""
-    for place in places:
-        if place.is_dir() or (os.path.lexists(place) and not overwrite):
-            remedy = "" if place.is_dir() else ", or pass --overwrite"
-            raise ValueError(f"{place} exists: choose another --output{remedy}")
 
 
 def _load(args: Namespace, changes: dict[str, Any] = DETERMINISTIC) -> Any:

@@ -16,21 +16,20 @@ from ..schedulers.config import CLASSES
 from .card import adapt, card, check_license, is_written_here
 from .code import STALE, code
 
-README, GRID = "README.md", "samples.png"
+README, GRID, TITLE = "README.md", "samples.png", "Upload GeneralizedDDIMPipeline"
 RECORDS = ("results.json", "training.json", "conversion.json")  # of the training scripts, pushed as they are
 OF_CARDS = re.compile(r"(results|training|conversion)\.json|loss\.png|\.eval_results/.+\.yaml")  # of any version
 INDEX, UNET, SCHEDULER = CONFIGS = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
 WEIGHTS = re.compile(
-    r"(unet/)?diffusion_pytorch_model((\.(?P<variant>[^/]+?))?(-\d{5}-of-\d{5})?\.(safetensors|bin)"
-    r"|\.(safetensors|bin)\.index(\.(?P<parts>[^/]+))?\.json)"
+    r"(unet/)?diffusion_pytorch_model(\.(?P<of_file>[^/]+?))?(-\d{5}-of-\d{5})?\.(safetensors|bin)"
+    r"(\.index(\.(?P<of_index>[^/]+))?\.json)?"
 )
-"""Names of a network's weights, and of the index of those in several files."""
 
 
 def variant_of(name: str) -> str | None:
-    """Return the variant of a file of weights, "" for plain ones; None for other files."""
+    """Return the variant of a file of weights, or of the index of several, "" for plain ones; None for other files."""
     match = WEIGHTS.fullmatch(name)
-    return None if match is None else match["variant"] or match["parts"] or ""
+    return None if match is None else match["of_file"] or match["of_index"] or ""
 
 
 class Model:
@@ -45,16 +44,14 @@ class Model:
             raise ValueError(f"{folder} is a {name}: load it with GeneralizedDDIMPipeline, push that")
         for name, entry in index.items():
             if isinstance(entry, list) and (name not in ("unet", "scheduler") or entry[0] != "diffusers"):
-                what = f"{entry[-1]} of {entry[0]} for {name}"
-                raise ValueError(f"{folder} has a {what}: only a unet and a scheduler of diffusers are pushed")
-        paths = {f"unet/{path.name}": path for path in sorted((folder / "unet").glob("*"))}
-        weights = {name: path for name, path in paths.items() if variant_of(name) is not None and ".bin" not in name}
-        variants = sorted({variant_of(name) for name in weights if not name.endswith(".json")})
-        if not variants:
+                raise ValueError(f"{folder} has a {entry[-1]} of {entry[0]} for {name}, which is not pushed: remove it")
+        paths = {f"unet/{path.name}": path for path in (folder / "unet").glob("*.safetensors*")}
+        weights = {name: path for name, path in paths.items() if variant_of(name) is not None}
+        if not weights:
             raise ValueError(f"{folder} has no weights as safetensors: load it, and save_pretrained into a new folder")
-        self.variant = variants[0] or None
-        for variant in reversed(variants):  # the first one is kept
-            self.pipe = GeneralizedDDIMPipeline.from_pretrained(str(folder), variant=variant or None)
+        for variant in sorted({variant_of(name) for name in weights}, reverse=True):  # all load; the first one is kept
+            self.variant = variant or None
+            self.pipe = GeneralizedDDIMPipeline.from_pretrained(str(folder), variant=self.variant)
         self.files: dict[str, Path | bytes] = {f"{code().name}.py": code().text.encode(), **weights}
         for name, part in {INDEX: self.pipe, UNET: self.pipe.unet, SCHEDULER: self.pipe.scheduler}.items():
             config = json.loads(part.to_json_string())
@@ -93,7 +90,7 @@ def push_folder(
 
     Args, the others as for the `push_to_hub` of diffusers:
         folder: the folder of a pipeline. Each variant of its weights replaces that variant, and the others are kept.
-        repo_id, revision: the repository and its branch. They are created if they do not exist.
+        repo_id, revision: the repository and its branch, which are created if they do not exist.
         license: the Hub's id of the licence of the weights. A plain card keeps that of the card it replaces.
 
     Returns the commit, or the last one if nothing has changed. Raises ValueError for invalid input before anything is
@@ -124,25 +121,18 @@ def push_folder(
             stale |= {name for name in shown if not (name.endswith(".png") and name in text)}
         changes = [CommitOperationDelete(name) for name in sorted(stale - model.files.keys())]
         changes += [CommitOperationAdd(name, content) for name, content in sorted(model.files.items())]
-        title = commit_message or "Upload GeneralizedDDIMPipeline"
         branch = {"revision": revision, "create_pr": create_pr, "parent_commit": info.sha}
-        return api.create_commit(repo_id, changes, commit_message=title, **branch)
+        return api.create_commit(repo_id, changes, commit_message=commit_message or TITLE, **branch)
 
 
 def push_to_hub(
-    self: GeneralizedDDIMPipeline,
-    repo_id: str,
-    commit_message: str | None = None,
-    *,
-    safe_serialization: bool = True,
-    variant: str | None = None,
-    **settings: Any,
+    self: Any, repo_id: str, commit_message: str | None = None, *, variant: str | None = None, **settings: Any
 ) -> CommitInfo:
     """Push weights, configs, code file and card in one commit.
 
-    Arguments are those of `push_folder`, and `variant` names the weights. Pickles are not pushed.
+    `variant` names the weights. `settings` are those of `push_folder`.
     """
-    if not safe_serialization:
+    if not settings.pop("safe_serialization", True):
         raise ValueError("pickles are not pushed: leave out safe_serialization=False")
     if type(self) is not GeneralizedDDIMPipeline:
         raise ValueError(f"a {type(self).__name__} has own code, which is not pushed: push a GeneralizedDDIMPipeline")

@@ -74,8 +74,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         Args:
             batch_size: number of images B; 1 by default, or as many as `latents`.
             num_inference_steps: S, the number of steps; 50 by default, or T if that is less.
-            timesteps: network timesteps, distinct and descending, instead of `num_inference_steps`: 0..T−1, 1000·σ for
-                flow matching, or σ.
+            timesteps: network timesteps instead, distinct and descending: 0..T−1, 1000·σ for flow matching, or σ.
             eta: η of Eq. 16. None is the scheduler's. Schedulers whose `step` has no η refuse a non-zero one.
             generator: one for the batch, or a list with one for each image, which then depends on no other image.
             latents: x_T in units of its noise, (B, C, H, W), instead of fresh noise.
@@ -83,8 +82,8 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
             guidance_scale: w of classifier-free guidance, ε̂ = ε̂(null) + w·(ε̂(class) − ε̂(null)); two evaluations if ≠ 1.
             null_class_label: the label that means "no class"; the network's last by default.
             use_clipped_model_output: recompute ε̂ from a clipped x̂0. None is the scheduler's setting.
-            callback_on_step_end: `callback(pipe, i, timestep, tensors)` after each step. Its "latents" replace x_s. If
-                it sets `pipe._interrupt = True`, the steps end there.
+            callback_on_step_end: `callback(pipe, i, timestep, tensors)` after each step. Its "latents" replace x_s, and
+                `pipe._interrupt = True` ends the steps.
             callback_on_step_end_tensor_inputs: which of "latents" (x_s), "sample" (x_t), "pred_original_sample" (x̂0)
                 and "pred_epsilon" (ε̂) it receives. The last two are None if the scheduler does not return them.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent" (x_0 itself).
@@ -98,7 +97,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         check_count("batch_size", 1 if batch_size is None else batch_size, 1)
         shape = self._shape(batch_size or 1) if latents is None else self._check_latents(latents, batch_size)
         check_generators(generator, shape[0])
-        condition = self._condition(class_labels, guidance_scale, null_class_label, shape[0])
+        condition = self._condition(shape[0], class_labels, guidance_scale, null_class_label)
         ours = isinstance(self.scheduler, GeneralizedDDIMScheduler)  # None and 0 differ in its plan, not in its step
         self._set_timesteps(self.scheduler, num_inference_steps, timesteps, mu=mu, eta=eta if ours else None)
         settings = {"generator": generator, "use_clipped_model_output": use_clipped_model_output}
@@ -142,10 +141,9 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
                 pipe.scheduler = CLASSES[name].from_config(stock.config)
             elif hasattr(diffusers, pipeline):  # in a folder of our pipeline the stock scheduler was chosen
                 pipe.scheduler = GeneralizedDDIMScheduler.from_config(stock.config)
-                shown = ("eta", "variance_type", "timestep_spacing", "clip_sample")
+                kind, shown = type(stock).__name__, ("eta", "variance_type", "timestep_spacing", "clip_sample")
                 named = ", ".join(f"{key}={pipe.scheduler.config[key]!r}" for key in shown)
-                became = f"{type(stock).__name__} of this {pipeline} became a GeneralizedDDIMScheduler with {named}"
-                logger.warning("The %s.", became)
+                logger.warning("The %s of this %s became a GeneralizedDDIMScheduler with %s.", kind, pipeline, named)
         return pipe
 
     @classmethod
@@ -171,18 +169,12 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained() got an unexpected keyword argument {min(kwargs)!r}: leave it out")
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
-        folder, ending = Path(save_directory, "unet"), "" if variant is None else f".{variant}"
-        settings = json.loads((config := folder / "config.json").read_text(encoding="utf-8"))
+        config = Path(save_directory, "unet", "config.json")
+        settings = json.loads(config.read_text(encoding="utf-8"))
         settings.pop("_name_or_path", None)  # a place on this machine
         config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for file in folder.glob("*.safetensors"):  # safetensors does not follow the umask
+        for file in config.parent.glob("*.safetensors"):  # safetensors does not follow the umask
             file.chmod(config.stat().st_mode & 0o777)
-        # Weights of an earlier save that diffusers leaves, and would load instead of these.
-        if not safe_serialization:
-            (folder / f"diffusion_pytorch_model{ending}.safetensors").unlink(missing_ok=True)
-        for kind in ("safetensors", "bin"):
-            if not any(folder.glob(f"diffusion_pytorch_model{ending}-*-of-*.{kind}")):
-                (folder / f"diffusion_pytorch_model.{kind}.index{ending}.json").unlink(missing_ok=True)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
 
@@ -190,13 +182,10 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         """Write `model_index.json` as that of a stock pipeline, with the name of this class under `KEY`."""
         index = json.loads(super().to_json_string()) | {KEY: type(self).__name__}
         index.pop("_name_or_path", None)  # a place on this machine
-        if type(self) is GeneralizedDDIMPipeline:
-            index["_class_name"] = stock_pipeline(index["scheduler"][1], self.scheduler.config) or index["_class_name"]
+        name, config = index["scheduler"][1], self.scheduler.config
+        pipeline, predictions = STOCK.get(name, STOCK[VP])
+        on_path = (name in STOCK or path_of(config) == VP) and config.get("beta_schedule") != "sqrt"
+        is_known = on_path and config.get("prediction_type", predictions[0]) in predictions
+        if type(self) is GeneralizedDDIMPipeline and is_known:
+            index["_class_name"] = pipeline
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
-
-
-def stock_pipeline(scheduler: str, config: dict[str, Any]) -> str | None:
-    """Name the stock pipeline that samples with a stock scheduler and its config, or return None if there is none."""
-    pipeline, predictions = STOCK.get(scheduler, STOCK[VP])
-    on_path = (scheduler in STOCK or path_of(config) == VP) and config.get("beta_schedule") != "sqrt"
-    return pipeline if on_path and config.get("prediction_type", predictions[0]) in predictions else None

@@ -51,46 +51,46 @@ class Inverted:
         `changes` are arguments of the pipeline's call, such as `guidance_scale`, instead of those of the inversion.
         Pass tensors and pictures in its call, such as `prompt_embeds`, again.
         """
-        changes |= {} if prompt is None else {"prompt": prompt}
-        lost = [key for key in self.settings["left_out"] if key not in changes]
-        if lost := [key for key in lost if not prompt or "prompt" not in key or "negative" in key]:
+        changes, missed = changes | ({} if prompt is None else {"prompt": prompt}), self.corrections
+        texts = [key for key in self.settings["left_out"] if prompt and "prompt" in key and "negative" not in key]
+        if lost := [key for key in self.settings["left_out"] if key not in {*changes, *texts}]:
             raise ValueError(f"the inversion had {', '.join(lost)}, which is not kept with latents: pass it again")
         replaced = {key.removesuffix("_embeds") for key in changes}
         call = {key: None if key in replaced else value for key, value in self.settings["call"].items()} | changes
-        if fixed := self.corrections is not None and changes.keys() & FIXED:
+        if missed is not None and (fixed := changes.keys() & FIXED):
             raise ValueError(f"the corrections are those of other steps: leave out {', '.join(fixed)}, or invert again")
-        change = None if self.corrections is None else lambda i, x: x + self.corrections[i].to(x.device)
-        return _run(pipe, _sampler(self.settings, change), self.latents, **call)
+        sampler = _sampler(self.settings, lambda i, x: x if missed is None else x + missed[i].to(x.device))
+        return _run(pipe, sampler, self.latents, **call)
 
     def save(self, path: str | Path) -> None:
         """Save as a safetensors file."""
-        report = self.report and self.report.to_dict()
-        kept = {} if self.corrections is None else {"corrections": self.corrections}
-        save_latents(path, self.latents, {"settings": self.settings, "report": report}, **kept)
+        known = {"settings": self.settings, "report": self.report and self.report.to_dict()}
+        save_latents(path, self.latents, known, corrections=self.corrections)
 
     @classmethod
     def load(cls, path: str | Path) -> "Inverted":
         """Load a file that `save` wrote. Raises ValueError for other latents."""
-        latents, known, *kept = load_latents(path, "corrections")
+        latents, known, corrections = load_latents(path)
         if "settings" not in known:
             raise ValueError(f"{path} has no settings of an inversion: use a file that Inverted.save wrote")
         report = {k: np.array(v, float if k == "residual" else None) for k, v in (known["report"] or {}).items()}
-        return cls(latents, InversionReport(**report) if report else None, known["settings"], *kept)
+        return cls(latents, InversionReport(**report) if report else None, known["settings"], corrections)
 
 
-def save_latents(path: str | Path, latents: Tensor, known: dict[str, Any], **more: Tensor) -> None:
-    """Save latents and more tensors as a safetensors file, with what is known of them."""
-    content = {name: each.cpu().contiguous() for name, each in {"latents": latents, **more}.items()}
+def save_latents(path: str | Path, latents: Tensor, known: dict[str, Any], corrections: Tensor | None = None) -> None:
+    """Save latents, and corrections if there are any, as a safetensors file, with what is known of them."""
+    tensors = {"latents": latents} | ({} if corrections is None else {"corrections": corrections})
+    content = {name: each.cpu().contiguous() for name, each in tensors.items()}
     Path(path).write_bytes(save(content, {"ddim_plugin": json.dumps(known)}))
 
 
-def load_latents(path: str | Path, *more: str) -> tuple[Any, ...]:
-    """Load latents, what was saved with them, and `more` tensors if they exist. Raises ValueError for other files."""
+def load_latents(path: str | Path) -> tuple[Tensor, dict[str, Any], Tensor | None]:
+    """Load latents, what was saved with them, and their corrections or None. Raises ValueError for other files."""
     try:
         with safe_open(path, "pt") as file:
             known = json.loads((file.metadata() or {}).get("ddim_plugin", "{}"))
-            kept = [file.get_tensor(name) for name in more if name in file.keys()]  # noqa: SIM118
-            return file.get_tensor("latents"), known, *kept
+            corrections = file.get_tensor("corrections") if "corrections" in file.keys() else None  # noqa: SIM118
+            return file.get_tensor("latents"), known, corrections
     except SafetensorError as error:
         raise ValueError(f"cannot read latents from {path}: {error}") from error
 
@@ -150,10 +150,8 @@ def invert(
         logging.getLogger("ddim_plugin").warning(text, (~report.converged.all(0)).sum(), len(x), report.residual.max())
     sampler = sampler_class(pipe.scheduler).from_config(up.config, **dict.fromkeys(CONSTRAINTS, False))
     known = {"scheduler": json.loads(sampler.to_json_string()), "strength": strength}
-    corrections = None
-    if decode_with is not None:
-        corrections = _missed(pipe, known, z, z_0, call, decode_with)
-        call |= decode_with
+    corrections = None if decode_with is None else _missed(pipe, known, z, z_0, call, changed)
+    call |= changed
     kept = {key: value for key, value in call.items() if LOST not in json.dumps(value, default=lambda _: LOST)}
     left_out = [key for key, value in call.items() if key not in kept and not callable(value)]
     return Inverted(z, report, known | {"call": kept, "left_out": left_out}, corrections)
@@ -161,8 +159,7 @@ def invert(
 
 def _missed(pipe: Any, known: dict[str, Any], z: Tensor, z_0: Tensor, call: dict[str, Any], changed: Any) -> Tensor:
     """Decode z, and return what each step of the call that is `changed` misses of the way to z_0, (S, B, …)."""
-    states: list[Tensor] = []
-    missed: list[Tensor] = []
+    states, missed = [], []
 
     def record(i: int, x: Tensor) -> Tensor:
         states.append(x)
@@ -178,21 +175,20 @@ def _missed(pipe: Any, known: dict[str, Any], z: Tensor, z_0: Tensor, call: dict
     return finite(torch.stack(missed))
 
 
-def _sampler(settings: dict[str, Any], change: Callable[[int, Tensor], Tensor] | None) -> SchedulerMixin:
+def _sampler(settings: dict[str, Any], change: Callable[[int, Tensor], Tensor]) -> SchedulerMixin:
     """Make the sampler that decodes. `change` replaces x_s after step i of the loop."""
-    config = settings["scheduler"]
+    config, places = settings["scheduler"], count()
     scheduler = CLASSES[config[KEY]["class"]].from_config(config)
-    if change is not None:
-        step, places = scheduler.step, count()
+    step = scheduler.step
 
-        @wraps(step)  # pipelines read its signature
-        def changed(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
-            output = getattr(result, "_result", result)
-            output.prev_sample = change(next(places), output.prev_sample).to(output.prev_sample.dtype)
-            return result
+    @wraps(step)  # pipelines read its signature
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        output = getattr(result, "_result", result)
+        output.prev_sample = change(next(places), output.prev_sample).to(output.prev_sample.dtype)
+        return result
 
-        scheduler.step = changed
+    scheduler.step = changed
     return scheduler
 
 

@@ -13,7 +13,7 @@ from ..process.inversion import TOLERANCE, InversionReport
 from ..schedulers import InverseDDIMScheduler, InverseMultistepDDIMScheduler, MultistepDDIMScheduler
 from ..schedulers.inverse import Upwards
 from .images import Images, read
-from .loop import Condition, Labels, Loop, Timesteps, batches, check_count, check_output_type, finite
+from .loop import Condition, Loop, Timesteps, batches, check_count, check_output_type, finite
 
 Prepared = tuple[Tensor, Condition, int, float]  # x on the device, its condition, ⌊strength·S⌋, the unit of latents
 Encoded = tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]  # latents; timesteps; residuals and evaluations, (steps, B)
@@ -29,13 +29,11 @@ class Latents(Loop):
         num_inference_steps: int | None = None,
         timesteps: Timesteps = None,
         strength: float = 1.0,
-        class_labels: Labels = None,
-        guidance_scale: float = 1.0,
-        null_class_label: int | None = None,
         refinement_steps: int | None = 0,
         tolerance: float = TOLERANCE,
         batch_size: int | None = None,
         return_report: bool = False,
+        **labels: Any,
     ) -> Tensor | tuple[Tensor, InversionReport]:
         """Encode images as the latents x_T that they are decoded from.
 
@@ -51,6 +49,7 @@ class Latents(Loop):
             tolerance: root mean square of (x_s − f(x_t))/a_s at which a step is solved.
             batch_size: images to encode together; all by default. Images do not depend on each other.
             return_report: also return an `InversionReport`, which has one row for a whole multistep path.
+            labels: class_labels, guidance_scale and null_class_label.
 
         Returns latents (B, C, H, W), in float32 at least. Raises ValueError for arguments that do not fit, for a
         scheduler whose steps have no inverse, and for latents that are not finite.
@@ -59,8 +58,7 @@ class Latents(Loop):
             raise ValueError(f"tolerance must be a non-negative number, not {tolerance!r}")
         self._check_deterministic(invertible=True)
         x = read(images, self.unet.config.in_channels, self.image_size, *self.scheduler.image_range)
-        labels = class_labels, guidance_scale, null_class_label
-        x, condition, steps, unit = self._prepare(x, num_inference_steps, timesteps, strength, *labels)
+        x, condition, steps, unit = self._prepare(x, num_inference_steps, timesteps, strength, **labels)
         multistep = isinstance(self.scheduler, MultistepDDIMScheduler)
         upwards = InverseMultistepDDIMScheduler if multistep else InverseDDIMScheduler
         inverse = upwards.from_config(self.scheduler.config, refinement_steps=refinement_steps)
@@ -109,11 +107,9 @@ class Latents(Loop):
         num_inference_steps: int | None = None,
         timesteps: Timesteps = None,
         strength: float = 1.0,
-        class_labels: Labels = None,
-        guidance_scale: float = 1.0,
-        null_class_label: int | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
+        **labels: Any,
     ) -> Any:
         """Decode latents to images: the call with `latents` and η = 0, bit for bit.
 
@@ -123,8 +119,7 @@ class Latents(Loop):
         check_output_type(output_type)
         self._check_deterministic()
         self._check_latents(latents)
-        labels = class_labels, guidance_scale, null_class_label
-        x, condition, steps, unit = self._prepare(latents, num_inference_steps, timesteps, strength, *labels)
+        x, condition, steps, unit = self._prepare(latents, num_inference_steps, timesteps, strength, **labels)
         parts = []
         for rows in batches(len(x), batch_size):
             part, labels = x[rows] * unit, condition.rows(rows)
@@ -183,8 +178,8 @@ class Latents(Loop):
         left, right = _path(corners[:2], corners[2:], rows)
         return self.decode(_path(left, right, columns).flatten(0, 1), **decoding)
 
-    def _prepare(self, x: Tensor, S: int | None, timesteps: Timesteps, strength: float, *labels: Any) -> Prepared:
-        condition = self._condition(*labels, len(x))
+    def _prepare(self, x: Tensor, S: int | None, timesteps: Timesteps, strength: float, **labels: Any) -> Prepared:
+        condition = self._condition(len(x), **labels)
         self._set_timesteps(self.scheduler, S, timesteps, eta=0.0)
         S = self.scheduler.num_inference_steps
         steps = int(strength * S + 1e-9) if isinstance(strength, Real) and 0 < strength <= 1 else 0

@@ -73,24 +73,26 @@ class Loop:
             raise ValueError("latents must be finite numbers: they contain NaN, infinity or integers")
         return shape
 
-    def _condition(self, labels: Labels, scale: float, null: int | None, batch_size: int) -> Condition:
+    def _condition(
+        self, number: int, class_labels: Labels = None, guidance_scale: float = 1.0, null_class_label: int | None = None
+    ) -> Condition:
         self._check_channels()
-        place = self._execution_device, self.unet.dtype
+        scale, place = guidance_scale, (self._execution_device, self.unet.dtype)
         classes = self.unet.config.num_class_embeds  # None for a custom embedding, whose labels need not be classes
         if self.unet.class_embedding is None:
-            if labels is not None or scale != 1 or null is not None:
+            if class_labels is not None or scale != 1 or null_class_label is not None:
                 raise ValueError("this network is unconditional: leave out class labels and guidance_scale")
             return Condition(None, scale, *place)
-        null = classes and classes - 1 if null is None else null
-        if labels is None or (scale != 1 and null is None):
+        null = classes and classes - 1 if null_class_label is None else null_class_label
+        if class_labels is None or (scale != 1 and null is None):
             known = f"class_labels (0..{classes - 1})" if classes else "class_labels, and null_class_label for guidance"
             raise ValueError(f"this network is class-conditional: pass {known}")
         if not math.isfinite(scale):
             raise ValueError(f"guidance_scale must be a finite number, not {scale!r}")
-        labels = torch.as_tensor(labels)
-        labels = labels.expand(batch_size) if labels.ndim == 0 else labels
-        if len(labels) != batch_size:
-            raise ValueError(f"{len(labels)} class_labels for a batch of {batch_size}: give one, or one for each")
+        labels = torch.as_tensor(class_labels)
+        labels = labels.expand(number) if labels.ndim == 0 else labels
+        if len(labels) != number:
+            raise ValueError(f"{len(labels)} class_labels for a batch of {number}: give one, or one for each")
         rows = labels[None] if scale == 1 else torch.stack([labels, torch.full_like(labels, null)])
         if classes:
             whole = not rows.is_floating_point() and rows.dtype != torch.bool and rows.ndim == 2

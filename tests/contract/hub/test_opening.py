@@ -350,21 +350,6 @@ def test_a_subclass_keeps_its_settings(make_unet, tmp_path):
     assert torch.equal(Mine.from_pretrained(tmp_path / "two").head.conv_in.weight, make_unet(seed=3).conv_in.weight)
 
 
-def test_other_forms_of_the_weights_go(saved, make_unet):
-    """Else an index of several files, or safetensors beside a pickle, would be read in their place."""
-    first, second = make_unet(seed=1), make_unet(seed=2)
-    for before, after in [
-        ({"max_shard_size": "50KB"}, {}),
-        ({}, {"safe_serialization": False}),
-        ({}, {"max_shard_size": "50KB"}),
-    ]:
-        GeneralizedDDIMPipeline(first, GeneralizedDDIMScheduler()).save_pretrained(saved, **before)
-        GeneralizedDDIMPipeline(first, GeneralizedDDIMScheduler()).save_pretrained(saved, variant="fp16")
-        GeneralizedDDIMPipeline(second, GeneralizedDDIMScheduler()).save_pretrained(saved, **after)
-        assert torch.equal(OPEN(saved).unet.conv_in.weight, second.conv_in.weight)
-        assert torch.equal(OPEN(saved, variant="fp16").unet.conv_in.weight, first.conv_in.weight)
-
-
 def test_pickles_hold_tensors_only(saved, make_unet, tmp_path):
     """A .bin that would run code when it is read is refused, and does not."""
     ran = tmp_path / "ran"

@@ -213,31 +213,6 @@ def test_offloaded_weights_are_not_missing(make_unet):
     assert pipe.unet is unet
 
 
-def test_the_last_weights_are_loaded_in_whatever_form(make_pipe, tmp_path):
-    """diffusers prefers an index of shards to one file, and safetensors to a pickle, and leaves both behind."""
-    first, second = make_pipe(seed=1), make_pipe(seed=2)
-
-    def loaded(**settings):
-        return GeneralizedDDIMPipeline.from_pretrained(tmp_path, **settings).unet.conv_in.weight
-
-    for before, after in [
-        ({"max_shard_size": "50KB"}, {}),
-        ({}, {"safe_serialization": False}),
-        ({"safe_serialization": False}, {}),
-        ({}, {"max_shard_size": "50KB"}),
-        ({"max_shard_size": "50KB"}, {"safe_serialization": False}),
-        ({"safe_serialization": False, "max_shard_size": "50KB"}, {}),
-    ]:
-        first.save_pretrained(tmp_path, **before)
-        first.save_pretrained(tmp_path, variant="fp16")
-        notes = tmp_path / "unet" / "diffusion_pytorch_model.safetensors.bak"
-        notes.write_text("mine")
-        second.save_pretrained(tmp_path, **after)
-        assert torch.equal(loaded(), second.unet.conv_in.weight)
-        assert torch.equal(loaded(variant="fp16"), first.unet.conv_in.weight)
-        assert notes.read_text() == "mine"
-
-
 def test_a_save_that_fails_keeps_the_weights(make_pipe, tmp_path, monkeypatch):
     make_pipe(seed=1).save_pretrained(tmp_path)
 

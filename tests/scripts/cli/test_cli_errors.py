@@ -98,22 +98,6 @@ def test_a_missing_model_is_one_line(tmp_path, monkeypatch, capsys, name):
     assert said.endswith(" cannot be reached: check the connection")
 
 
-@pytest.mark.parametrize("files", [("samples.png",), ("samples.png", "sample.json"), ("latents.safetensors",)])
-def test_another_command_wrote_there_in_the_meantime(model, tmp_path, monkeypatch, capsys, files):
-    """Both began with an empty folder: the later one loses its work, not the other's."""
-    steps = GeneralizedDDIMScheduler.step
-
-    def step(self, *args, **kwargs):
-        for file in files:
-            (tmp_path / file).write_text("of the other")
-        return steps(self, *args, **kwargs)
-
-    monkeypatch.setattr(GeneralizedDDIMScheduler, "step", step)
-    run("sample", model, "--num", 1, "--steps", 2, "--output", tmp_path, ok=False)
-    assert f"{files[0]} exists: choose another --output" in capsys.readouterr().err
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(files, "of the other")
-
-
 def test_a_full_disk_is_one_line(model, tmp_path, monkeypatch, capsys):
     def write(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -48,8 +48,8 @@ def broken(folder, problem):
         ("pickles", "no weights as safetensors"),
         ("empty", r"no model_index\.json"),
         ("foreign", "is a DDPMPipeline: load it with"),
-        ("mine", "has a MyNet of my_nets for unet: only a unet and a scheduler of diffusers"),
-        ("component", r"for \.\./secret: only a unet and a scheduler"),
+        ("mine", "has a MyNet of my_nets for unet, which is not pushed"),
+        ("component", r"for \.\./secret, which is not pushed"),
     ],
 )
 def test_nothing_is_sent_of_what_is_not_right(hub, folder, problem, said):
