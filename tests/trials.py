@@ -1,4 +1,6 @@
-"""Training runs in processes of their own, forked from one that has imported everything: quick to start, and to kill.
+"""Runs in processes of their own, forked from one that has imported everything: quick to start, and to kill.
+
+Tests start scripts and functions by `Fork` and `ranks_of`, on Python's fork server. As a program this makes trials:
 
 python tests/trials.py kill SETTINGS.json COUNT SEED     COUNT runs of the settings, each killed, and one that is not
 python tests/trials.py full SETTINGS.json COUNT SEED     COUNT runs on disks that are too small, then with room (root)
@@ -10,13 +12,18 @@ python tests/trials.py ranks SETTINGS.json               under torch.distributed
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import random
+import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -30,6 +37,71 @@ from trainer.checkpoints import damage
 from trainer.settings import build
 
 ROOT = Path(__file__).parents[1]
+FORKS = multiprocessing.get_context("forkserver")
+IMPORTED = ["trials", "evaluate", "sample", "reconstruct", "diffusers", "transformers", "sklearn.datasets", "PIL.Image"]
+"""What the fork server imports."""
+
+
+def _enter(folder, environment, function, arguments):
+    """Begin as a new process does: with this environment, in the root, and with files for stdout and stderr."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def script(path, *arguments):
+    """Run a script as `python PATH ARGUMENTS` does."""
+    sys.argv = [str(path), *map(str, arguments)]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+class Fork:
+    """A function in a process of its own, forked from one that has imported `IMPORTED` and computed nothing."""
+
+    def __init__(self, function, *arguments, **environment):
+        self._folder = tempfile.TemporaryDirectory()
+        given = (self._folder.name, os.environ | {"OMP_NUM_THREADS": "1"} | environment, function, arguments)
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        try:
+            FORKS.set_forkserver_preload(IMPORTED)
+            forkserver.ensure_running()
+        finally:
+            os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+        self.process = FORKS.Process(target=_enter, args=given, daemon=True)
+        self.process.start()
+
+    def signal(self, number):
+        os.kill(self.process.pid, number)
+
+    def is_running(self):
+        return self.process.is_alive()
+
+    def wait(self, seconds=120):
+        """Wait for its end. Return what `subprocess.run` returns: the exit code and what it printed."""
+        self.process.join(seconds)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        printed = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        texts = [path.read_text() if path.exists() else "" for path in printed]
+        return subprocess.CompletedProcess((), self.process.exitcode, *texts)
+
+
+def ranks_of(count, function, *arguments):
+    """Run a function on several ranks, as a launcher does; return what the first printed, and raise if one failed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "ACCELERATE_USE_CPU": "true"}
+    size = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    forks = [Fork(function, *arguments, **place, **size, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+    done = [each.wait() for each in forks]
+    assert [each.returncode for each in done] == [0] * count, [each.stderr for each in done]
+    return done[0]
 
 
 def digest(module):

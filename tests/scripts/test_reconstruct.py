@@ -1,10 +1,6 @@
 """Table 2 and Figs. 5 and 6 as a script, and the image sets it reads."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +11,11 @@ from oracle import Mixture, alphas, linear_betas
 from pictures import load
 from PIL import Image
 from trainer.settings import build
+from trials import Fork, script
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.process.inversion import MOST_ROUNDS
 
-ROOT = Path(__file__).parents[2]
 QUICK = {
     "images": 5,
     "steps": (2, 3),
@@ -46,8 +42,7 @@ def test_it_writes_tables_and_pictures(model, tmp_path):
     flags = []
     for key, value in QUICK.items():
         flags += [f"--{key}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    command = [sys.executable, "training/reconstruct.py", "--model", model, "--output", tmp_path, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=os.environ)
+    done = Fork(script, "training/reconstruct.py", "--model", model, "--output", tmp_path, *flags).wait()
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "reconstruct.json").read_text())
     assert [(row["S"], row["refinement_steps"]) for row in record["table"]] == [(2, None), (2, 3), (3, None), (3, 3)]

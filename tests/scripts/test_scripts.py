@@ -1,4 +1,4 @@
-"""The scripts, run as a user runs them: in processes of their own, on real digits."""
+"""The scripts, run as a user runs them, on real digits."""
 
 import json
 import math
@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from trainer.config import TrainConfig
 from trainer.settings import build, read_toml
+from trials import Fork, script
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 
@@ -28,23 +29,16 @@ CONFIG = ROOT / "training" / "configs" / "digits.toml"
 QUICK = ["--steps", "6", "--warmup_steps", "2", "--batch_size", "8"]
 
 
-def run(*command, ok=True, **env):
-    command = [sys.executable, *map(str, command)]
-    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | env, cwd=ROOT, timeout=300)
-    assert (process.returncode == 0) is ok, process.stdout + process.stderr
-    return process.stdout + process.stderr
-
-
-def launch(*arguments, ok=True):
-    flags = ["--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    flags += ["--num_cpu_threads_per_process=1"]
-    return run("-m", "accelerate.commands.launch", *flags, "training/train.py", "--config", CONFIG, *arguments, ok=ok)
+def run(*command):
+    done = Fork(script, *command).wait()
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "model"
-    output = launch("--output", folder, *QUICK)
+    output = run("training/train.py", "--config", CONFIG, "--output", folder, *QUICK)
     assert "trained 6 steps" in output
     return folder
 
@@ -61,7 +55,7 @@ def test_training_writes_a_whole_pipeline(trained):
     assert not trained.with_name("model.part").exists()
 
 
-def test_pictures_from_a_fresh_process(trained, tmp_path):
+def test_pictures_of_the_script(trained, tmp_path):
     output = run(
         "training/sample.py",
         "--model",
@@ -98,9 +92,12 @@ def test_training_is_repeatable(trained, tmp_path):
 
 
 def test_two_processes_train_one_model(tmp_path):
-    distributed = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "training/train.py"]
-    arguments = ["--config", CONFIG, "--output", tmp_path / "model", *QUICK]
-    run(*distributed, *arguments, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    """By the launcher of torch, which starts new processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "training/train.py"]
+    command += ["--config", CONFIG, "--output", tmp_path / "model", *QUICK]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "model" / "training.json").read_text())
     assert record["processes"] == 2
     assert np.isfinite(record["loss"])

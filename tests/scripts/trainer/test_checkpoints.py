@@ -1,6 +1,8 @@
 """Checkpoints: resuming, damaged ones, disks that fail."""
 
 import json
+import resource
+import shutil
 
 import datasets
 import numpy as np
@@ -9,7 +11,8 @@ from pictures import load
 from PIL import Image
 from trainer import checkpoints as checkpoints_
 from trainer.report import Log, read_log
-from training_runs import SMALL, UNET, WEIGHTS, fit, losses, python, same_weights
+from training_runs import UNET, WEIGHTS, fit, forget_accelerate, losses, same_weights
+from trials import Fork
 
 
 def test_another_step_count_goes_on_and_other_networks_are_refused(tmp_path, capsys):
@@ -109,10 +112,18 @@ def spoil(folder, how):
         (folder / "manifest.json").write_text('{"step": 6, "fil')
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    fit(folder)
+    forget_accelerate()
+    return folder
+
+
 @pytest.mark.parametrize("how", ["cut", "changed", "missing", "no manifest", "half a manifest"])
-def test_a_damaged_checkpoint_is_recognised(tmp_path, how, capsys):
+def test_a_damaged_checkpoint_is_recognised(trained, tmp_path, how, capsys):
     output = tmp_path / "run"
-    fit(output)
+    shutil.copytree(trained, output)
     folders = sorted((output / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step-00000003", "step-00000006"]
     spoil(folders[1], how)
@@ -145,14 +156,14 @@ def test_a_full_disk_while_saving_leaves_the_checkpoint_before(tmp_path, monkeyp
     )
 
 
+def with_small_files(output):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+    fit(output)
+
+
 def test_writes_that_fail_in_a_real_process(tmp_path):
     """A limit on the size of files: the run goes on without checkpoints, and says why it cannot save the pipeline."""
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
-        "sys.path.insert(0, 'training'); import train, json; from trainer.settings import build; "
-        "train.main(build(train.TrainConfig, json.loads(sys.argv[1])))"
-    )
-    done = python("-c", code, json.dumps(SMALL | {"output": str(tmp_path / "run")}))
+    done = Fork(with_small_files, tmp_path / "run").wait()
     assert "no checkpoint at step 3" in done.stderr, done.stderr
     assert list((tmp_path / "run" / "checkpoints").glob("*")) == []
     assert "OSError: cannot save the pipeline" in done.stderr

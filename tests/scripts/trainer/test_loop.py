@@ -4,8 +4,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import guard
@@ -19,10 +17,11 @@ from trainer import loop as loop_
 from trainer import output as output_
 from trainer.objective import Objective
 from trainer.report import read_log
-from training_runs import ROOT, SMALL, UNET, WEIGHTS, fit, losses, python, same_weights
+from training_runs import SMALL, UNET, WEIGHTS, fit, losses, same_weights
+from trials import Fork, kill, script
 
 EVERYTHING = SMALL | {
-    "steps": 60,
+    "steps": 40,
     "checkpoint_every": 1,
     "times": "importance",
     "scheduler": {"num_train_timesteps": 4, "beta_end": 0.5},
@@ -38,17 +37,17 @@ EVERYTHING = SMALL | {
 
 def test_a_run_killed_again_and_again_is_the_run_that_was_not(tmp_path):
     """SIGKILL at random moments, most of them while saving: bit for bit the same weights, averages and losses."""
-    file = tmp_path / "settings.json"
-    for name, kills in (("whole", 0), ("killed", int(os.environ.get("DDIM_KILLS", "4")))):
-        file.write_text(json.dumps(EVERYTHING | {"output": str(tmp_path / name)}))
-        done = python("tests/trials.py", "kill", file, kills, 0)
-        assert done.returncode == 0, done.stdout + done.stderr
+    fit(tmp_path / "whole", **EVERYTHING)
+    done = Fork(
+        kill, EVERYTHING | {"output": str(tmp_path / "killed")}, int(os.environ.get("DDIM_KILLS", "3")), 0
+    ).wait()
+    assert done.returncode == 0, done.stdout + done.stderr
     ends = done.stdout.splitlines()
     assert ends.count("killed while saving") >= 1, done.stdout
-    assert ends.count("killed while saving") + ends.count("killed") >= 3, done.stdout
+    assert ends.count("killed while saving") + ends.count("killed") >= 2, done.stdout
     same_weights(tmp_path / "whole", tmp_path / "killed")
     assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
-    assert len(losses(tmp_path / "killed")) == 60
+    assert len(losses(tmp_path / "killed")) == 40
     assert len(list((tmp_path / "killed" / "checkpoints").iterdir())) == 2
 
 
@@ -101,30 +100,23 @@ def test_a_signal_saves_and_leaves(tmp_path):
     file = tmp_path / "s.toml"
     unet = "".join(f"{key} = {json.dumps(value)}\n" for key, value in UNET.items())
     file.write_text(f"steps = 40\nwarmup_steps = 3\nlog_every = 1\npreview_every = 0\n[unet]\n{unet}")
-    command = [sys.executable, "training/train.py", "--config", str(file), "--batch_size", "8", "--trackers", "none"]
-    slow = "--steps=100000"
-    process = subprocess.Popen(
-        [*command, "--output", str(output), slow],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = ["training/train.py", "--config", file, "--batch_size", 8, "--trackers", "none", "--output", output]
+    process = Fork(script, *command, "--steps=100000")
     deadline = time.monotonic() + 120
     while len(read_log(output / "log.jsonl")) < 5:
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert process.is_running()
         time.sleep(0.02)
-    process.send_signal(number)
-    error = process.communicate(timeout=120)[1]
-    assert process.returncode == 128 + number
+    process.signal(number)
+    ended = process.wait()
+    assert ended.returncode == 128 + number
     stopped = json.loads((output / "training.json").read_text())["status"]
     step = int(stopped.removeprefix("stopped at step "))
-    assert f"{number.name}: stopped at step {step}, which is saved. Continue with --resume latest" in error
+    assert f"{number.name}: stopped at step {step}, which is saved. Continue with --resume latest" in ended.stderr
     assert [each.name for each in (output / "checkpoints").iterdir()] == [f"step-{step:08d}"]
     assert not (output / "model_index.json").exists()
     steps = step + 3
-    done = python(*command[1:], "--output", output, "--resume", "latest", f"--steps={steps}")
+    done = Fork(script, *command, "--resume", "latest", f"--steps={steps}").wait()
     assert done.returncode == 0, done.stderr
     assert f"resuming after step {step}" in done.stdout
     assert sorted(losses(output)) == list(range(1, steps + 1))

@@ -19,7 +19,8 @@ from trainer import output as output_
 from trainer import report as report_
 from trainer.loop import Loop
 from trainer.report import read_log
-from training_runs import SMALL, WEIGHTS, fit, python
+from training_runs import SMALL, WEIGHTS, fit
+from trials import Fork, two
 
 from ddim_plugin.hub.card import is_written_here
 
@@ -112,9 +113,7 @@ def test_a_live_run_has_its_folder_alone(tmp_path, settings):
 
 def test_two_runs_at_once(tmp_path):
     """Of two processes that start in one folder one trains, and the other is refused."""
-    file = tmp_path / "settings.json"
-    file.write_text(json.dumps(SMALL | {"output": str(tmp_path / "run"), "steps": 20}))
-    done = python("tests/trials.py", "two", file, 1, 3)
+    done = Fork(two, SMALL | {"output": str(tmp_path / "run"), "steps": 20}, 1, 3).wait()
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "{'in use': 1}"
 

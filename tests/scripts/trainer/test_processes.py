@@ -12,26 +12,23 @@ from trainer import run as run_
 from trainer.config import TrainConfig
 from trainer.report import read_log
 from trainer.settings import build
-from training_runs import SMALL, fit, losses, python, same_weights
-from trials import digests
+from training_runs import SMALL, fit, losses, same_weights
+from trials import digests, ranks, ranks_of, script
 
 
-def two_ranks(file, settings):
-    file.write_text(json.dumps(settings))
-    done = python(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tests/trials.py", "ranks", file),
-        ACCELERATE_USE_CPU="true",
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    held = [json.loads(path.read_text()) for path in sorted(Path(settings["output"]).glob("rank-*.json"))]
-    for path in Path(settings["output"]).glob("rank-*.json"):
+def two_ranks(settings):
+    """Train on two ranks; return what each holds."""
+    ranks_of(2, ranks, settings)
+    files = sorted(Path(settings["output"]).glob("rank-*.json"))
+    held = [json.loads(path.read_text()) for path in files]
+    for path in files:
         path.unlink()
     return held
 
 
 def test_two_processes_train_as_one_does_and_resume(tmp_path):
     settings = SMALL | {"preview_every": 3, "preview_images": 5, "preview_steps": 2, "times": "importance"}
-    held = two_ranks(tmp_path / "a.json", settings | {"output": str(tmp_path / "whole")})
+    held = two_ranks(settings | {"output": str(tmp_path / "whole")})
     assert held[0]["unet"] == held[1]["unet"]
     assert held[0]["ema"] == held[1]["ema"]
     pictures, to_model = [], run_.to_model
@@ -48,8 +45,8 @@ def test_two_processes_train_as_one_does_and_resume(tmp_path):
         assert sorted(mine + other) == sorted(pictures[step])
 
     broken = settings | {"output": str(tmp_path / "broken")}
-    two_ranks(tmp_path / "b.json", broken | {"steps": 3})
-    held = two_ranks(tmp_path / "c.json", broken | {"resume": "latest"})
+    two_ranks(broken | {"steps": 3})
+    held = two_ranks(broken | {"resume": "latest"})
     assert held[0]["unet"] == held[1]["unet"]
     assert len(held[0]["lr"]) == 3
     same_weights(tmp_path / "whole", tmp_path / "broken")
@@ -61,7 +58,7 @@ def test_two_processes_train_as_one_does_and_resume(tmp_path):
 
 def test_a_preview_is_the_same_at_any_number_of_processes(tmp_path):
     settings = SMALL | {"preview_every": 6, "preview_images": 5, "preview_steps": 2, "learning_rate": 1e-12}
-    two_ranks(tmp_path / "a.json", settings | {"output": str(tmp_path / "two")})
+    two_ranks(settings | {"output": str(tmp_path / "two")})
     fit(tmp_path / "one", **{key: settings[key] for key in settings})
     pictures = [
         np.asarray(Image.open(tmp_path / n / "previews" / "step-00000006.png")).astype(int) for n in ("one", "two")
@@ -116,5 +113,4 @@ def test_the_average_of_shards_is_the_average(tmp_path):
     """Weights in shards, as FSDP keeps them, on two processes."""
     file = tmp_path / "sharded.py"
     file.write_text(SHARDED)
-    done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", file)
-    assert "equal" in done.stdout, done.stdout + done.stderr
+    assert "equal" in ranks_of(2, script, file).stdout

@@ -1,10 +1,5 @@
 """Short runs of training on digits, and their comparison."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 import train
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -13,7 +8,6 @@ from trainer.config import TrainConfig
 from trainer.report import read_log
 from trainer.settings import build
 
-ROOT = Path(__file__).parents[3]
 UNET = {
     "block_out_channels": [8, 16],
     "layers_per_block": 1,
@@ -56,9 +50,3 @@ def same_weights(one, other):
 
 def losses(folder):
     return {line["step"]: line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line}
-
-
-def python(*arguments, **env):
-    command = [sys.executable, *map(str, arguments)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | env
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)

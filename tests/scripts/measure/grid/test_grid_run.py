@@ -1,15 +1,21 @@
 """A run over a grid: what it writes, that a kill loses little, and that nothing is measured twice."""
 
 import json
+import random
+import signal
+import time
 
+import evaluate
 import numpy as np
 import pytest
 from cards.card import fits, made
 from cards.records import read_records, read_results
 from measure.grid import run, tables
 from measure.parts import Parts, save_arrays
-from measuring import python, values
+from measuring import values
 from PIL import Image
+from trainer.settings import build
+from trials import Fork, ranks_of, script
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.hub.push import Model
@@ -130,56 +136,31 @@ def test_a_damaged_part_of_a_cell(tmp_path):
             parts.read()
 
 
-KILLER = """
-import json, os, random, signal, sys, time
-from pathlib import Path
-
-sys.path.insert(0, "training")
-import evaluate, torch
-from trainer.settings import build
-from sklearn.datasets import load_digits
-from transformers import AutoModelForImageClassification
-
-settings, kills, rng = json.loads(sys.argv[1]), int(sys.argv[2]), random.Random(0)
-output = Path(settings["output"])
+def measuring(settings):
+    evaluate.main(build(evaluate.EvaluateConfig, settings))
 
 
-def progress():
-    return len(list(output.glob("parts/*/*.safetensors"))) + 1000 * len(list(output.glob("cells/*.json")))
-
-
-for trial in range(kills + 1):
-    before, child = progress(), os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)
-            evaluate.main(build(evaluate.EvaluateConfig, settings))
-            os._exit(0)
-        finally:
-            os._exit(1)
-    if trial < kills:
-        while progress() <= before and os.waitpid(child, os.WNOHANG)[0] == 0:
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.15))
-        try:
-            os.kill(child, signal.SIGKILL)
-        except ProcessLookupError:
-            sys.exit("ended before it was killed")
-        print("\\nkilled at", progress(), flush=True)
-    status = os.waitpid(child, 0)[1]
-    if trial == kills:
-        sys.exit(status and "the last run failed")
-"""
+def parts(output):
+    """How far a run is."""
+    return len([*output.glob("parts/*/*.safetensors")]) + 1000 * len([*output.glob("cells/*.json")])
 
 
 def test_a_run_killed_again_and_again(places, measure, tmp_path):
     """SIGKILL at random moments: the numbers and the pictures of the run that was not."""
-    settings = {"images": 120, "steps": (5, 10), "variances": ("0", "0.5", "fixed_large"), "part": 20, "cache": None}
+    settings = {"images": 120, "steps": (5, 10), "variances": ("0", "fixed_large"), "part": 20, "cache": None}
     whole = measure("whole", **settings)
     killed = places | settings | {"reference": "digits", "batch_size": 16, "output": str(tmp_path / "killed")}
-    done = python("-c", KILLER, json.dumps(killed), 3)
+    rng = random.Random(0)
+    for _ in range(3):
+        before, child = parts(tmp_path / "killed"), Fork(measuring, killed)
+        while parts(tmp_path / "killed") <= before:
+            assert child.is_running()
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.1))
+        child.signal(signal.SIGKILL)
+        assert child.wait().returncode == -signal.SIGKILL
+    done = Fork(measuring, killed).wait()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("killed at") == 3
     again = json.loads((tmp_path / "killed" / "results.json").read_text())
     assert again["status"] == "finished"
     assert values(again) == pytest.approx(values(whole), rel=1e-9)
@@ -195,20 +176,24 @@ def test_one_process_and_two_this_batch_and_that(places, measure, tmp_path):
     settings = {"images": 230, "steps": (3, 5), "variances": ("0", "1"), "cache": None}
     one = measure("one", batch_size=64, **settings)
     other = measure("other", batch_size=100, part=200, **settings)
-    flags = [
-        "--model",
-        places["model"],
-        "--extractors",
-        *places["extractors"],
-        "--reference",
-        "digits",
+    flags = ["--model", places["model"], "--extractors", *places["extractors"], "--reference", "digits"]
+    flags += [
         "--images",
         230,
+        "--steps",
+        3,
+        5,
+        "--variances",
+        0,
+        1,
+        "--output",
+        tmp_path / "two",
+        "--part",
+        50,
+        "--batch_size",
+        64,
     ]
-    flags += ["--steps", 3, 5, "--variances", 0, 1, "--output", tmp_path / "two", "--part", 50, "--batch_size", 64]
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "training/evaluate.py")
-    done = python(*launch, *flags, ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = ranks_of(2, script, "training/evaluate.py", *flags)
     two = json.loads((tmp_path / "two" / "results.json").read_text())
     assert two["processes"] == 2
     assert done.stdout.count("4 cells, of which 0 are finished") == 1
