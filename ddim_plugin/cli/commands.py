@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import get_device
-from PIL import Image
 from torch import Tensor
 
 from ..hub.push import explained, push_folder
@@ -45,7 +44,7 @@ def run(args: Namespace) -> None:
     parent = next(path for path in Path(args.output, LATENTS).absolute().parents if path.exists())
     with tempfile.TemporaryDirectory(dir=parent, prefix=".ddim-plugin-") as scratch:
         record, *contents = commands[command](args)
-        for file, content in zip(files, contents, strict=False):
+        for file, content in zip(files, contents, strict=False):  # not those that were given
             if isinstance(content, Tensor):
                 inversion.save_latents(Path(scratch, file), content, {key: getattr(args, key) for key in KEPT})
             else:
@@ -84,18 +83,32 @@ def sample(args: Namespace) -> tuple:
 
 
 def encode(args: Namespace) -> tuple:
-    """Encode images as latents."""
-    _, _, z, record = _encode(args)
-    return record, z
+    """Encode or invert images. Return the record with the report, which is printed, the latents, model and images."""
+    settings = _keywords(args, len(args.images), "tolerance", *CODING)
+    pipe, pixels = _load(args), "prompt" not in vars(args)
+    network = getattr(pipe, "transformer", None) or pipe.unet
+    side = getattr(pipe, "default_sample_size", None) or network.config.get("sample_size")
+    scale = getattr(pipe, "vae_scale_factor", 1)
+    height, width = (int(each) * scale for each in np.broadcast_to(side or 0, 2))
+    size = (height, width) if side and (pixels or args.resize) else None
+    channels = (getattr(pipe, "vae", None) or network).config.get("in_channels", 3)
+    images = [open_image(file, channels, size, args.resize) for file in args.images]
+    if pixels:
+        z, report = pipe.encode(images, refinement_steps=args.refine or 0, return_report=True, **settings)
+    else:
+        z = inversion.invert(pipe, images, args.prompt, 4 if args.refine is None else args.refine, **settings)
+        report = z.report
+    print(report or "no residual was measured: pass --refine K", file=sys.stderr)
+    return {"report": report and report.to_dict(), "images": args.images}, z, pipe, images
 
 
 def edit(args: Namespace) -> tuple:
     """Invert images, or load an earlier inversion, and decode them again and with another prompt."""
     if [Path(file).suffix for file in args.images] == [".safetensors"]:
         _refuse(args, "prompt", "guidance_scale", "strength", "tolerance", "refine", "resize", *KEPT[:3], "timesteps")
-        inverted, pipe, images, record = inversion.Inverted.load(args.images[0]), _load(args), [], {}
+        record, inverted, pipe, images = {}, inversion.Inverted.load(args.images[0]), _load(args), []
     else:
-        pipe, images, inverted, record = _encode(args)
+        record, inverted, pipe, images = encode(args)
     scale = {} if args.new_guidance_scale is None else {"guidance_scale": args.new_guidance_scale}
     edited = inverted.decode(pipe, args.new_prompt, output_type="np", **scale)
     again = inverted.decode(pipe, output_type="np")
@@ -106,16 +119,11 @@ def edit(args: Namespace) -> tuple:
 
 def _check(args: Namespace, places: list[Path]) -> None:
     """Raise ValueError for settings that cannot work, before anything is loaded."""
-    settings = {name: value for name, value in vars(args).items() if value is not None}
-    for name in ("num", "batch_size", "columns"):
-        check_count(f"--{name.replace('_', '-')}", settings.get(name, 1), 1)
-    if abs(seed := settings.get("seed", 0)) >= 2**63:
-        raise ValueError(f"a seed must fit 64 bits with its sign, not {seed}")
+    for name, value in _given(args, "num", "batch_size", "columns").items():
+        check_count(f"--{name.replace('_', '-')}", value, 1)
     for place in places:
         if place.is_dir() or (os.path.lexists(place) and not args.overwrite):
-            raise ValueError(
-                f"{place} exists: choose another --output{'' if place.is_dir() else ', or pass --overwrite'}"
-            )
+            raise ValueError(f"{place} exists: choose another --output, or pass --overwrite to replace files")
     try:
         torch.empty(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -125,12 +133,8 @@ def _check(args: Namespace, places: list[Path]) -> None:
 def _load(args: Namespace, changes: dict[str, Any] = DETERMINISTIC) -> Any:
     """Load the model on its device, and change those settings of its scheduler that are not None."""
     kind = DiffusionPipeline if "prompt" in vars(args) else GeneralizedDDIMPipeline
-    try:
-        with explained(args.model):
-            pipe = kind.from_pretrained(args.model, revision=args.revision)
-    except OSError as error:
-        where = "" if Path(args.model).is_dir() else f"there is no folder {args.model}, and "
-        raise OSError(f"{where}{error}") from error
+    with explained(args.model if Path(args.model).is_dir() else f"{args.model} (no folder)"):
+        pipe = kind.from_pretrained(args.model, revision=args.revision)
     if isinstance(pipe, GeneralizedDDIMPipeline):
         check_channels(pipe.unet.config.in_channels)
     scheduler: Any = restored(pipe.scheduler)
@@ -144,26 +148,6 @@ def _load(args: Namespace, changes: dict[str, Any] = DETERMINISTIC) -> Any:
     pipe.set_progress_bar_config(desc="steps", leave=False, disable=None)  # None: unless stderr is a terminal
     dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)  # diffusers warns of each cast
     return pipe.to(args.device or get_device(), dtype=dtype)
-
-
-def _encode(args: Namespace) -> tuple[Any, list[Image.Image], Any, dict[str, Any]]:
-    """Return the model, the images, their latents or inversion, and the record with the report, which is printed."""
-    settings = _keywords(args, len(args.images), "tolerance", *CODING)
-    pipe, pixels = _load(args), "prompt" not in vars(args)
-    network = getattr(pipe, "transformer", None) or pipe.unet
-    side = getattr(pipe, "default_sample_size", None) or network.config.get("sample_size")
-    scale = getattr(pipe, "vae_scale_factor", 1)
-    height, width = (int(each) * scale for each in np.broadcast_to(side or 0, 2))
-    size = (height, width) if side and (pixels or args.resize) else None
-    channels = (getattr(pipe, "vae", None) or network).config.get("in_channels", 3)
-    images = [open_image(file, channels, size, args.resize, " (--resize)") for file in args.images]
-    if pixels:
-        z, report = pipe.encode(images, refinement_steps=args.refine or 0, return_report=True, **settings)
-    else:
-        z = inversion.invert(pipe, images, args.prompt, 4 if args.refine is None else args.refine, **settings)
-        report = z.report
-    print(report or "no residual was measured: pass --refine K", file=sys.stderr)
-    return pipe, images, z, {"report": report and report.to_dict(), "images": args.images}
 
 
 def _given(args: Namespace, *names: str) -> dict[str, Any]:

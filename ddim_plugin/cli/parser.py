@@ -1,5 +1,6 @@
 """The options of the command line: `ddim-plugin COMMAND …`."""
 
+import json
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 
@@ -11,11 +12,6 @@ LATENTS = "latents.safetensors"
 
 # What each command writes into --output beside the record COMMAND.json.
 FILES = {"sample": ("samples.png", LATENTS), "encode": (LATENTS,), "edit": ("edited.png", LATENTS)}
-
-
-def number(text: str) -> float:
-    """Convert a timestep, an integer for a table of levels."""
-    return int(text) if text.isdecimal() else float(text)
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
@@ -36,7 +32,9 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 
     steps = timesteps.add_mutually_exclusive_group()
     steps.add_argument("--steps", type=int, help="number of steps S (default: 50)")
-    steps.add_argument("--timesteps", type=number, nargs="+", metavar="T", help="the timesteps themselves, descending")
+    steps.add_argument(
+        "--timesteps", type=json.loads, nargs="+", metavar="T", help="the timesteps themselves, descending"
+    )
     timesteps.add_argument("--spacing", choices=NAMES, help="spacing of the timesteps (default: the model's)")
     timesteps.add_argument("--multistep", action=BooleanOptionalAction, help="the scheduler (default: the model's)")
     timesteps.add_argument("--strength", type=float, help="share of the steps to make, in (0, 1] (default: 1)")

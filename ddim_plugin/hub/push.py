@@ -170,13 +170,13 @@ def explained(repo_id: str, token: Any = None) -> Iterator[None]:
         statuses = [getattr(getattr(each, "response", None), "status_code", "") for each in chain]
         kinds = "".join(f"{type(each).__name__} {status}\n" for each, status in zip(chain, statuses, strict=True))
         for pattern, remedy in {
-            "HFValidation": f"{repo_id!r} is no id of a repository: it must be like user/model",
+            "HFValidation": f"{repo_id} is no id of a repository: it must be like user/model",
             "^(Repository|Gated|Revision|Entry|RemoteEntry)": f"{repo_id} was not found on {where}, or it is private: "
             "log in, or check the id and revision",
             " 401|LocalToken": f"{where} refused the token for {repo_id}: log in with `hf auth login`, or set HF_TOKEN",
             " 403": f"the token may not write to {repo_id} on {where}: use a token with write access",
             r" \d": f"{where} answered with status {max(statuses, key=str)} for {repo_id}: try again later",
-            "Connect|Timeout|Protocol|Offline|Pipe|LocalEntry": f"{where} cannot be reached: check the connection",
+            "Connect|Timeout|Protocol|Offline|Pipe|LocalEntry": f"{where} cannot be reached for {repo_id}: try again",
         }.items():
             if re.search(pattern, kinds, re.MULTILINE):
                 raise OSError(remedy) from error

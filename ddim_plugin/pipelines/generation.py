@@ -156,27 +156,17 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
             index["scheduler"] = ["diffusers", "DDIMScheduler"]
         return index
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Save a folder that stock pipelines load too. `kwargs` are those of `push_to_hub`."""
+    def save_pretrained(self, save_directory: str | os.PathLike, *, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save a folder that stock pipelines load too. `kwargs` are those of diffusers, and of `push_to_hub`."""
+        known = ("safe_serialization", "variant", "max_shard_size")
+        saving = {key: kwargs.pop(key) for key in known if key in kwargs}
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained() got an unexpected keyword argument {min(kwargs)!r}: leave it out")
-        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size)
-        config = Path(save_directory, "unet", "config.json")
-        settings = json.loads(config.read_text(encoding="utf-8"))
-        settings.pop("_name_or_path", None)  # a place on this machine
-        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for file in config.parent.glob("*.safetensors"):  # safetensors does not follow the umask
-            file.chmod(config.stat().st_mode & 0o777)
+        super().save_pretrained(save_directory, **saving)
+        for file in Path(save_directory, "unet").glob("*.safetensors"):  # safetensors does not follow the umask
+            file.chmod(Path(save_directory, "model_index.json").stat().st_mode & 0o777)
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=variant, **kwargs)
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=saving.get("variant"), **kwargs)
 
     def to_json_string(self) -> str:
         """Write `model_index.json` as that of a stock pipeline, with the name of this class under `KEY`."""

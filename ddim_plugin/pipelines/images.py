@@ -35,12 +35,11 @@ def read(images: Images, channels: int, size: Size, low: float = -1.0, high: flo
 
 def _read(image: Any, channels: int, name: str) -> Tensor:
     if isinstance(image, Image.Image):
-        mode, image = MODES.get(channels), opaque(image) or image
-        if image.mode != mode:
-            convert = f'image.convert("{mode}")' if mode else f"pass a tensor with {channels} channels"
-            remedy = "scale it to 0..255 first" if image.mode.startswith(DEEP) else convert
-            raise ValueError(f"{name} has mode {image.mode!r}; this network takes {channels} channels: {remedy}")
-        image = np.asarray(image)
+        plain = fit(image, channels, None, False, name)
+        if image.mode not in (plain.mode, f"{plain.mode}A"):
+            remedy = f'this network takes {channels} channels: image.convert("{plain.mode}")'
+            raise ValueError(f"{name} has mode {image.mode!r}; {remedy}")
+        image = np.asarray(plain)
     is_array = isinstance(image, np.ndarray)
     if not is_array and not isinstance(image, Tensor):
         raise ValueError(f"{name} must be a PIL image, an array or a tensor, not {type(image).__name__}")
@@ -63,19 +62,19 @@ def _read(image: Any, channels: int, name: str) -> Tensor:
     return x
 
 
-def open_image(file: str | Path, channels: int, size: Size, resize: bool = False, hint: str = "") -> Image.Image:
+def open_image(file: str | Path, channels: int, size: Size, resize: bool = False) -> Image.Image:
     """Open an image file for a network, upright according to its EXIF; other arguments as in `fit`."""
     try:
         image = load_image(str(file), lambda image: image)
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise ValueError(f"cannot read the image {file}: {error}") from error
-    return fit(image, channels, size, resize, str(file), hint)
+    return fit(image, channels, size, resize, str(file))
 
 
-def fit(image: Image.Image, channels: int, size: Size, resize: bool, name: str, hint: str = "") -> Image.Image:
-    """Convert a PIL image to the mode of a network, and to its size (H, W), if given.
+def fit(image: Image.Image, channels: int, size: Size, resize: bool, name: str) -> Image.Image:
+    """Convert a PIL image to the mode of a network, and crop and resize it to its size (H, W), if both are wanted.
 
-    `resize` crops and resizes an image of another size. Raises ValueError with `name`, and `hint` for another size.
+    Raises ValueError with `name` for an image of another size, of more than 8 bits, or with transparency.
     """
     mode = check_channels(channels)
     if image.mode.startswith(DEEP):
@@ -86,7 +85,7 @@ def fit(image: Image.Image, channels: int, size: Size, resize: bool, name: str, 
     if size is not None and image.size != size[::-1]:
         if not resize:
             sizes = f"{image.width}×{image.height}, the network takes {size[1]}×{size[0]} (width × height)"
-            raise ValueError(f"{name} is {sizes}: crop and resize it{hint}")
+            raise ValueError(f"{name} is {sizes}: crop and resize it (--resize)")
         image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
     return image
 

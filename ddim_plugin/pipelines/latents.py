@@ -130,23 +130,16 @@ class Latents(Loop):
         return self._images(torch.cat(parts), output_type)
 
     def reconstruct(
-        self,
-        images: Images,
-        num_inference_steps: int | None = None,
-        refinement_steps: int | None = 0,
-        tolerance: float = TOLERANCE,
-        output_type: str = "pil",
-        return_report: bool = False,
-        **settings: Any,
+        self, images: Images, num_inference_steps: int | None = None, refinement_steps: int | None = 0, **settings: Any
     ) -> Any:
         """Encode images and decode them again (Section 5.4, Table 2).
 
-        Arguments are those of `encode` and `decode`. `settings` are keywords of both. Returns images, or with
-        `return_report` a tuple of images, latents and the report.
+        `settings` are keywords of `encode` and `decode`. Returns images, or with `return_report` a tuple of images,
+        latents and the report.
         """
-        check_output_type(output_type)
-        settings["num_inference_steps"] = num_inference_steps
-        refinement = {"refinement_steps": refinement_steps, "tolerance": tolerance}
+        check_output_type(output_type := settings.pop("output_type", "pil"))
+        refinement = {"refinement_steps": refinement_steps, "tolerance": settings.pop("tolerance", TOLERANCE)}
+        return_report, settings["num_inference_steps"] = settings.pop("return_report", False), num_inference_steps
         z, report = self.encode(images, return_report=True, **refinement, **settings)
         again = self.decode(z, output_type=output_type, **settings)
         return (again, z, report) if return_report else again

@@ -27,9 +27,6 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
         (["sample", "MODEL", "--latents", "FLAT"], "latents must be a torch tensor (B, C, H, W)"),
         (["sample", "MODEL", "--latents", "FLAT", "--eta", "1"], "--eta has no effect on latents: leave it out"),
         (["sample", "MODEL", "--latents", "TEXT"], "text.safetensors: File does not contain tensor latents"),
-        (["sample", "MODEL", "--seed", "99999999999999999999"], "a seed must fit 64 bits"),
-        (["sample", "MODEL", "--seed", str(2**64 - 1), "--num", "2"], "a seed must fit 64 bits"),
-        (["sample", "MODEL", "--seed", "-99999999999999999999"], "a seed must fit 64 bits"),
         (["sample", "MODEL", "--device", "nonsense"], "--device nonsense is not available"),
         (["sample", "MODEL", "--output", "PICTURES/0.png/sub"], "Not a directory"),
         (["encode", "MODEL", "ODD/broken.png"], "cannot read the image"),
@@ -37,7 +34,7 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
         (["encode", "MODEL", "ODD/deep.png"], "more than 8 bits: scale it to 0..255 first"),
         (["sample", "MODEL", "--num", "3", "--class-label", "1", "2"], "2 of --class-label for 3 images"),
         (["sample", "MODEL", "--steps", "1001"], "must be an integer from 1 to 1000"),
-        (["sample", "./nowhere"], "there is no folder ./nowhere, and './nowhere' is no id of a repository"),
+        (["sample", "./nowhere"], "./nowhere (no folder) is no id of a repository"),
         (["encode", "MODEL", "none.png"], "cannot read the image none.png"),
         (["encode", "MODEL", "PICTURES"], "cannot read the image"),
         (["encode", "MODEL", "PICTURES/0.png", "--refine", "-1"], "refinement_steps must be"),
@@ -94,8 +91,8 @@ def test_a_missing_model_is_one_line(tmp_path, monkeypatch, capsys, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     run("sample", name, "--output", tmp_path, ok=False)
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"ddim-plugin sample: there is no folder {name}, and https://")
-    assert said.endswith(" cannot be reached: check the connection")
+    assert said.startswith("ddim-plugin sample: https://")
+    assert said.endswith(f" cannot be reached for {name} (no folder): try again")
 
 
 def test_a_full_disk_is_one_line(model, tmp_path, monkeypatch, capsys):

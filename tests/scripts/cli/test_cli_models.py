@@ -35,6 +35,6 @@ def test_models_on_the_hub(model, tmp_path, capsys):
             for name, *revision in (("ada/modle",), ("ada/model", "--revision", "gone"), ("ada/notes",)):
                 capsys.readouterr()
                 run("sample", name, *revision, *FEW, "--output", tmp_path / "not", ok=False)
-                said = f"ddim-plugin sample: there is no folder {name}, and {name} was not found on {hub.url}, or it is"
+                said = f"ddim-plugin sample: {name} (no folder) was not found on {hub.url}, or it is private"
                 assert capsys.readouterr().err.splitlines()[-1].startswith(said)
     assert not (tmp_path / "not").exists()
