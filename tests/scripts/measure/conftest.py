@@ -33,11 +33,14 @@ def places(make_unet, tmp_path_factory):
 
 @pytest.fixture
 def measure(places, tmp_path):
-    """Measure into a folder of that name, with settings beside the quick ones."""
+    """Measure into a folder of that name, with settings beside the quick ones. Figures, which take long, if asked."""
 
-    def run(name="out", **settings):
+    def run(name="out", figures=False, **settings):
         quick = {"reference": "digits", "steps": (2, 3), "variances": ("0", "0.5"), "images": 40, "batch_size": 16}
-        return evaluate.main(build(EvaluateConfig, places | quick | {"output": str(tmp_path / name)} | settings))
+        with pytest.MonkeyPatch.context() as patch:
+            if not figures:
+                patch.setattr(evaluate, "draw", lambda result, pictures, output: {})
+            return evaluate.main(build(EvaluateConfig, places | quick | {"output": str(tmp_path / name)} | settings))
 
     return run
 

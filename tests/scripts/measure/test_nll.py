@@ -51,13 +51,13 @@ def test_bits_and_their_terms(model, tmp_path):
 
 
 def test_the_batch_does_not_matter(model, tmp_path):
-    one, other = run(model, tmp_path / "a", batch_size=1), run(model, tmp_path / "b", batch_size=6)
+    one, other = (run(model, tmp_path / str(size), batch_size=size, images=3, steps=[3]) for size in (1, 3))
     for name, cell in one["cells"].items():
         assert cell["bits"] == pytest.approx(other["cells"][name]["bits"], rel=1e-5)
 
 
 def test_a_stopped_run_goes_on(model, tmp_path, monkeypatch):
-    whole = run(model, tmp_path / "whole")
+    whole = run(model, tmp_path / "whole", steps=[3, 4])
     measured = []
     import nll
 
@@ -71,20 +71,20 @@ def test_a_stopped_run_goes_on(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(nll.Bench, "bound", stop)
     with pytest.raises(KeyboardInterrupt):
-        run(model, tmp_path / "run")
+        run(model, tmp_path / "run", steps=[3, 4])
     measured.append("later")
-    again = run(model, tmp_path / "run")
+    again = run(model, tmp_path / "run", steps=[3, 4])
     assert measured == [
         (3, "fixed_small"),
         (3, "fixed_large"),
         "later",
         (3, "optimal"),
-        *[(T, v) for v in ("fixed_small", "fixed_large", "optimal")],
+        *[(4, v) for v in ("fixed_small", "fixed_large", "optimal")],
     ]
     for name, cell in whole["cells"].items():
         assert again["cells"][name]["bits"] == cell["bits"]
     with pytest.raises(ValueError, match="has results with another seed"):
-        run(model, tmp_path / "run", seed=1)
+        run(model, tmp_path / "run", steps=[3, 4], seed=1)
 
 
 def test_the_searched_tau_is_not_worse_where_it_was_fitted(model, tmp_path):

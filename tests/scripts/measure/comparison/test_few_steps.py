@@ -48,7 +48,7 @@ def compared(extractor, make_unet, tmp_path_factory):
         "families": ("ours", "DDIM", "DDPM"),
         "shortlist": 2,
         "margin": 100.0,
-        "batch_size": 8,
+        "batch_size": 24,
     }
     return build(few_steps.FewStepsConfig, settings), few_steps.main(build(few_steps.FewStepsConfig, settings))
 

@@ -22,7 +22,7 @@ from ddim_plugin.hub.push import Model
 
 
 def test_what_is_written(measure, tmp_path, places):
-    result = measure(variances=("0", "0.5", "fixed_large"), spacings=("linear", "quadratic"), part=16)
+    result = measure(variances=("0", "0.5", "fixed_large"), spacings=("linear", "quadratic"), part=16, figures=True)
     output = tmp_path / "out"
     written = json.loads((output / "results.json").read_text())
     assert written == json.loads(json.dumps(result))
@@ -86,8 +86,8 @@ def test_what_was_finished_is_not_measured_again(measure, drawn, monkeypatch, tm
     assert len(drawn) == 2 * 40
     assert values(wider)[: len(values(again))] == values(again)
     drawn.clear()
-    measure(seed=1, overwrite=True)
-    assert len(drawn) == 4 * 40
+    measure(seed=1, steps=(2,), overwrite=True)
+    assert len(drawn) == 2 * 40
 
 
 def test_at_all_steps_the_spacings_are_one(measure, drawn, make_unet, tmp_path):
@@ -112,7 +112,7 @@ def test_damaged_files_of_a_cell(measure, drawn, tmp_path):
     """Each is a line that names the file before anything is drawn, and removing it measures that cell again."""
     settings = {"steps": (2,), "variances": ("0",)}
     whole, cells = measure(**settings), tmp_path / "out" / "cells"
-    for kind, damage in (("safetensors", 40), ("safetensors", 0), ("json", 40), ("json", 0), ("json", b"{}")):
+    for kind, damage in (("safetensors", 40), ("json", 0), ("json", b"{}")):
         [file] = cells.glob(f"*.{kind}")
         file.write_bytes(file.read_bytes()[:damage] if isinstance(damage, int) else damage)
         drawn.clear()
@@ -148,7 +148,7 @@ def parts(output):
 def test_a_run_killed_again_and_again(places, measure, tmp_path):
     """SIGKILL at random moments: the numbers and the pictures of the run that was not."""
     settings = {"images": 120, "steps": (5, 10), "variances": ("0", "fixed_large"), "part": 20, "cache": None}
-    whole = measure("whole", **settings)
+    whole = measure("whole", figures=True, **settings)
     killed = places | settings | {"reference": "digits", "batch_size": 16, "output": str(tmp_path / "killed")}
     rng = random.Random(0)
     for _ in range(3):
@@ -173,13 +173,13 @@ def test_a_run_killed_again_and_again(places, measure, tmp_path):
 
 def test_one_process_and_two_this_batch_and_that(places, measure, tmp_path):
     """The numbers are the same; a batch of another size may round the network's last bit otherwise."""
-    settings = {"images": 230, "steps": (3, 5), "variances": ("0", "1"), "cache": None}
-    one = measure("one", batch_size=64, **settings)
-    other = measure("other", batch_size=100, part=200, **settings)
+    settings = {"images": 90, "steps": (3, 5), "variances": ("0", "1"), "cache": None}
+    one = measure("one", batch_size=32, **settings)
+    other = measure("other", batch_size=50, part=60, **settings)
     flags = ["--model", places["model"], "--extractors", *places["extractors"], "--reference", "digits"]
     flags += [
         "--images",
-        230,
+        90,
         "--steps",
         3,
         5,
@@ -189,9 +189,9 @@ def test_one_process_and_two_this_batch_and_that(places, measure, tmp_path):
         "--output",
         tmp_path / "two",
         "--part",
-        50,
+        20,
         "--batch_size",
-        64,
+        32,
     ]
     done = ranks_of(2, script, "training/evaluate.py", *flags)
     two = json.loads((tmp_path / "two" / "results.json").read_text())

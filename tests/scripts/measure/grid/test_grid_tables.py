@@ -11,7 +11,7 @@ def test_a_fid_stands_beside_the_papers(measure, monkeypatch, tmp_path):
         return Extractor(INCEPTION, 1, 16, None, {}, "pooled", call)
 
     monkeypatch.setattr(run, "open_extractor", pooled)
-    result = measure(table1=True, steps=(10, 20), variances=None, extractors=(INCEPTION,), splits=("train",))
+    result = measure(table1=True, steps=(10, 20), images=20, variances=None, extractors=(INCEPTION,), splits=("train",))
     assert [entry["metric"] for entry in result["results"]] == ["fid"] * 10
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| paper, CIFAR-10, η = 0 | 13.36 | 6.84 |" in table
