@@ -9,16 +9,13 @@ OPPOSITE = 0.01  # angle to π, in radians, below which two latents count as opp
 def slerp(x0: Tensor, x1: Tensor, a: float) -> Tensor:
     """Interpolate spherically: sin((1 − a)θ)/sin θ·x⁰ + sin(aθ)/sin θ·x¹ for the angle θ (Appendix D.5).
 
-    Parallel samples are interpolated linearly, which is the formula's limit. `x0` and `x1` are (B, …) of one shape, and
-    a = 0 and a = 1 return them exactly. Raises ValueError for other shapes or `a`, and for opposite samples (within
-    `OPPOSITE`), which have no shortest path.
+    `x0` and `x1` are (B, …), and returned exactly for a = 0 and a = 1. Parallel samples are interpolated linearly.
+    Raises ValueError for other shapes or `a`, and for opposite samples (within `OPPOSITE`): no path is the shortest.
     """
     if not 0 <= a <= 1:
         raise ValueError(f"slerp needs a in [0, 1], not {a!r}")
     if x0.shape != x1.shape or x0.ndim < 2:
         raise ValueError(f"slerp needs two batches of one shape, not {tuple(x0.shape)} and {tuple(x1.shape)}")
-    if a == 0 or a == 1:
-        return (x1 if a else x0).clone()
     work = torch.float32 if x0.device.type == "mps" else torch.float64  # which mps lacks
     p, q = x0.to(work).flatten(1), x1.to(work).flatten(1)
     norm_p, norm_q = p.norm(dim=1, keepdim=True), q.norm(dim=1, keepdim=True)

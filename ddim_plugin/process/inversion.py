@@ -38,9 +38,8 @@ def rounds(t: Level, s: Level) -> int:
 class Search:
     """Find x with r(x) = 0 from one value of r at a time, for each sample on its own, without a read on the host.
 
-    x ← x + γ·r with Anderson acceleration: the changes of r are kept orthonormal, so that the combination of iterates
-    whose residual is smallest, if r were linear, takes inner products only. If the residual of a sample grows, it
-    restarts from its best x with half of γ and no history.
+    x ← x + γ·r with Anderson acceleration: changes of r are kept orthonormal, so that the best linear combination of
+    iterates takes inner products only. A sample whose residual grows restarts from its best x with γ/2 and no history.
     """
 
     def __init__(self, step: float):
@@ -91,8 +90,7 @@ class InversionReport:
         residual: root mean square of (x_s − f(x_t))/a_s, the smallest of the evaluated x_t, in units of the network's
             images (−1..1). The latent is one iteration further. It is NaN for a plain step, which does not measure it.
         evaluations: network evaluations. A guided one counts twice in `GeneralizedDDIMPipeline.encode`.
-        converged: whether the residual reached `tolerance`.
-        tolerance: the largest residual of a converged step.
+        converged, tolerance: whether the residual is at most the tolerance.
         latent_mean, latent_std: mean and standard deviation of each latent, (B,). Those of noise are 0 and 1.
     """
 
@@ -108,8 +106,8 @@ class InversionReport:
     def of(cls, timesteps: Any, residual: Any, evaluations: Any, tolerance: float, z: Tensor) -> "InversionReport":
         """Report on latents z, (B, …)."""
         residual, pixels = np.asarray(residual, np.float64), z.detach().cpu().double().flatten(1).numpy()
-        spread = pixels.mean(1), pixels.std(1)
-        return cls(np.asarray(timesteps), residual, np.asarray(evaluations), residual <= tolerance, tolerance, *spread)
+        counts, spread = np.broadcast_to(evaluations, residual.shape), (pixels.mean(1), pixels.std(1))
+        return cls(np.asarray(timesteps), residual, counts, residual <= tolerance, tolerance, *spread)
 
     @property
     def total_evaluations(self) -> NDArray[np.int64]:

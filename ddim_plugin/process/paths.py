@@ -1,7 +1,6 @@
 """Gaussian paths x_t = a·x_0 + b·ε: variance preserving (the paper), flow matching and variance exploding.
 
-Times run from 0, the data, to T. A network is evaluated at a timestep: t − 1 for a table of levels, T·σ for flow
-matching, and σ for variance exploding.
+Times run from 0, the data, to T. A network's timestep is t − 1 for a table of levels, T·σ for flow matching, else σ.
 """
 
 import math
@@ -85,22 +84,16 @@ class FlowMatching(Path):
         return Level(1 - time / self.T, time / self.T)
 
     def timestep(self, time: Number) -> Number:
-        return time
+        return time if self.output_sign > 0 else self.T - time
 
     def time(self, timestep: Number) -> Number:
-        return timestep
+        return self.timestep(timestep)  # its own inverse
 
 
 class InvertedFlow(FlowMatching):
     """Flow matching for networks that are evaluated at T·(1 − σ), and predict x_0 − ε."""
 
     output_sign = -1
-
-    def timestep(self, time: Number) -> Number:
-        return self.T - time
-
-    def time(self, timestep: Number) -> Number:
-        return self.T - timestep
 
     def times(self, timesteps: Sequence[Number]) -> Array:
         try:

@@ -29,10 +29,9 @@ def check_prediction(prediction_type: str) -> None:
 
 
 def prediction(prediction_type: str, level: Level) -> Prediction:
-    """Return the linear map of a prediction type at a level of floats.
+    """Invert x_t = a·x_0 + b·ε and output = c·x_0 + d·ε at a level of floats.
 
-    It inverts x_t = a·x_0 + b·ε and output = c·x_0 + d·ε. Raises ValueError if they do not determine x_0 and ε: ε and
-    the score at a = 0 (pure noise), x_0 at b = 0 (the data).
+    Raises ValueError if these do not determine x_0 and ε: ε and the score at a = 0 (noise), x_0 at b = 0 (data).
     """
     check_prediction(prediction_type)
     a, b = level
@@ -41,15 +40,10 @@ def prediction(prediction_type: str, level: Level) -> Prediction:
     if determinant == 0:
         if prediction_type == "sample":
             raise ValueError("prediction_type='sample' gives no ε̂ at the data: use timesteps above it")
-        problem = f"prediction_type={prediction_type!r} divides by zero at ᾱ = 0 or σ = 1, pure noise"
-        raise ValueError(f"{problem}: use a network that predicts v, x0 or the flow, or timesteps below the top")
+        remedy = "use a network that predicts v, x0 or the flow, or timesteps below the top"
+        raise ValueError(f"prediction_type={prediction_type!r} divides by zero at ᾱ = 0 or σ = 1, pure noise: {remedy}")
     unit = -b if prediction_type == "score" else 1.0  # the score is ε in units of −b
     return Prediction(d / determinant, -unit * b / determinant, -c / determinant, unit * a / determinant)
-
-
-def eps_from_x0(level: Level) -> tuple[float, float]:
-    """Return (a, b) with ε̂ = a·x_t + b·x̂0 = (x_t − signal·x̂0)/noise."""
-    return 1 / level.noise, -level.signal / level.noise
 
 
 def fold(prediction: Prediction, move: Move) -> tuple[float, float]:
@@ -61,17 +55,16 @@ def fold(prediction: Prediction, move: Move) -> tuple[float, float]:
 def unfold(prediction: Prediction, move: Move) -> tuple[float, float]:
     """Return (a, b) with x_t = a·x_s + b·output: the step of `fold` solved for x_t, for the same output.
 
-    If x_s hardly depends on x_t (a slope below `FLAT`, as for x_0 networks near the data), the solution would amplify
-    any error of the output. Then ε̂ is taken from x_s, ε̂ = eps_x·x_s + eps_out·output, and x_t follows by Eq. 13.
-
-    Raises ValueError for the step from pure noise (a = 0) to the data, if it does not depend on x_t.
+    If x_s hardly depends on x_t (a slope below `FLAT`, as for x_0 networks near the data), errors of the output would
+    grow. Then ε̂ is that of x_s, eps_x·x_s + eps_out·output, and x_t follows by Eq. 13. Raises ValueError for a step
+    from pure noise (a = 0) that does not depend on x_t.
     """
     (x, out), start, end = fold(prediction, move), move.start, move.end
     if abs(x) >= FLAT or (start.signal == 0 and x):
         return 1 / x, -out / x
     if start.signal == 0:
-        problem = f"the step from time {move.t:g} to {move.s:g} does not depend on x_{move.t:g}, so it has no inverse"
-        raise ValueError(f"{problem}: use more steps, or timesteps at which the sample has a part of the image")
+        step = f"the step from time {move.t:g} to {move.s:g} does not depend on x_{move.t:g}"
+        raise ValueError(f"{step}, so it has no inverse: use more steps, or timesteps below pure noise")
     scale = start.signal / end.signal
     eps = start.noise - scale * end.noise
     return float(scale + eps * prediction.eps_x), float(eps * prediction.eps_out)

@@ -2,8 +2,7 @@
 
 from .config import KEY, STOCK_SPACINGS, restore_scheduler, restored
 from .generalized import DETERMINISTIC, GeneralizedDDIMScheduler
-from .inverse import InverseDDIMScheduler
-from .inverse_multistep import InverseMultistepDDIMScheduler
+from .inverse import InverseDDIMScheduler, InverseMultistepDDIMScheduler
 from .multistep import MultistepDDIMScheduler, keep_learned, sampler_class
 from .step import GeneralizedDDIMSchedulerOutput
 from .tensors import Randomness, check_generators

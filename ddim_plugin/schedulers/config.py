@@ -4,6 +4,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -14,16 +15,16 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_c
 KEY = "_ddim_plugin"  # entry of a scheduler's config with our settings, which stock schedulers keep but do not read
 SAMPLER = "sampler"  # entry of `KEY` with the constraints that an inverse scheduler switched off
 CONSTRAINTS = ("clip_sample", "thresholding", "use_clipped_model_output")  # they change x̂0: such a step has no inverse
-SOLVER = ("solver_order", "lower_order_final", "fitted_timesteps")  # settings that only `MultistepDDIMScheduler` has
+SOLVER = ("solver_order", "lower_order_final", "fitted_timesteps", "fitted_solvers")  # of `MultistepDDIMScheduler` only
 STOCK_SPACINGS = ("leading", "trailing", "linspace")
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 STOCK_VARIANCES = ("fixed_large", "learned_range")  # "fixed_small" is their default
 STAND_IN = "trailing"  # spacing that is saved for stock schedulers in place of one that they do not have
 
-# Settings of version 0.1, with their defaults.
-REMOVED: dict[str, Any] = dict.fromkeys(["solver_quantity", "solver_coordinate", "solver_corrector"])
-REMOVED |= {"solver_extrapolation": None, "start_from_top": True}
-REMOVED_SPACINGS = ("few_steps_power", "log_snr")
+# Settings of version 0.1 with their defaults, and values of others.
+REMOVED = dict.fromkeys(["solver_quantity", "solver_coordinate", "solver_corrector", "solver_extrapolation"])
+REMOVED |= {"start_from_top": True}
+REMOVED_VALUES = {"timestep_spacing": ("few_steps_power", "log_snr"), "beta_schedule": ("exp",)}
 
 # Stock schedulers whose keys configs of the three paths have, and those with `use_flow_sigmas` and grids of their own.
 VP, FLOW, VE = "DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "ScoreSdeVeScheduler"
@@ -82,41 +83,31 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         return self.config.get("_writer") or FLOW if path == FLOW else path
 
     def _own_settings(self) -> dict[str, Any]:
-        names = ("eta", "eps_mean_square", "use_clipped_model_output", *SOLVER)
-        own = {key: self.config[key] for key in names if key in defaults(type(self))}
-        own |= {key: self.config[key] for key in self._foreign() if self.config[key] != defaults(type(self))[key]}
-        if "prediction_type" in self._foreign():  # loading takes that of the path if none is named
-            own["prediction_type"] = self.config.prediction_type
+        known, foreign = defaults(type(self)), self._foreign()
+        names = {"eta", "eps_mean_square", "use_clipped_model_output", *SOLVER, *({"prediction_type"} & foreign)}
+        names |= {key for key in foreign if self.config[key] != known[key]}
         named = {"timestep_spacing": STOCK_SPACINGS, "variance_type": STOCK_VARIANCES}
-        own |= {key: self.config[key] for key, stock in named.items() if self.config[key] not in stock}
-        if self._derived_betas:
-            own["trained_betas"] = None
-        return own
+        names |= {key for key, stock in named.items() if self.config[key] not in stock}
+        own = {key: self.config[key] for key in known if key in names}
+        return own | ({"trained_betas": None} if self._derived_betas else {})
 
     def _foreign(self) -> set[str]:
         return defaults(type(self)).keys() - defaults(getattr(diffusers, self._stock))
 
     def register_to_config(self, **kwargs: Any) -> None:
-        """Record settings, and keep the config readable for stock schedulers.
-
-        diffusers does not convert keys in `_use_default_values`, but copies private keys such as `KEY`.
-        """
+        """Record settings, and keep the config readable for stock schedulers."""
         super().register_to_config(**kwargs)
         own = self._own_settings()
-        hidden = sorted((own.keys() - {"trained_betas"}) | self._foreign())
+        hidden = sorted((own.keys() - {"trained_betas"}) | self._foreign())  # diffusers does not convert them
         super().register_to_config(**{KEY: own, "_use_default_values": hidden, "_class_name": self._stock})
 
     def to_json_string(self) -> str:
         """Write the config of the stock scheduler, with ours under `KEY`."""
-        live, stock = self._internal_dict, self._stock
+        live, stock, saved = self._internal_dict, self._stock, copy(self)  # diffusers writes into the config
         own = {"class": type(self).__name__} | ({} if stock == VP else {"stock": stock}) | live[KEY]
-        try:
-            left_out = {*live["_use_default_values"], "_writer"}
-            self._internal_dict = FrozenDict({k: v for k, v in live.items() if k not in left_out})
-            config = json.loads(super().to_json_string())
-        finally:
-            self._internal_dict = live
-        config |= {KEY: own, "_class_name": stock}
+        left_out = {*live["_use_default_values"], "_writer"}
+        saved._internal_dict = FrozenDict({k: v for k, v in live.items() if k not in left_out})
+        config = json.loads(super(StockConfig, saved).to_json_string()) | {KEY: own, "_class_name": stock}
         if stock == VP:
             config.setdefault("timestep_spacing", STAND_IN)
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -125,9 +116,8 @@ class StockConfig(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any):
         """Create a scheduler from the config of this or any compatible scheduler. `kwargs` override its settings.
 
-        Settings of this package survive a conversion to a stock scheduler, unless they were changed there. A stock
-        config's "fixed_small" and "fixed_large" noise is not copied, so that a DDPM checkpoint becomes DDIM. Raises
-        ValueError for settings that `__init__` refuses, and for `kwargs` that only version 0.1 had.
+        Our settings survive a conversion to a stock scheduler, unless changed there. Noise of a stock config other than
+        "learned_range" is not copied: DDPM becomes DDIM. Raises ValueError for settings refused, or gone since 0.1.
         """
         aside, later = (), {}
         if removed := sorted(REMOVED.keys() & kwargs.keys()):
@@ -172,19 +162,15 @@ def defaults(cls: type | None) -> dict[str, Any]:
 
 
 def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]:
-    """Split a config into stock settings and ours, without ours that were changed since, or that only 0.1 had.
-
-    Also returns the path. In memory diffusers lists the keys that were left to the defaults of the class that wrote the
-    config. On disk a value equal to such a default counts as not set.
-    """
+    """Split a config into stock settings and ours (without those changed since, or only in 0.1), and find its path."""
     of_writer = defaults(getattr(diffusers, str(config.get("_class_name")), None))
+    # In memory diffusers lists the keys left to defaults. On disk a value equal to its default counts as not set.
     unset = config.get("_use_default_values", [key for key in config if of_writer.get(key, KEY) == config[key]])
     name, known = config.get("_class_name", "this config"), of_writer | dict(config)
     path = _path_of_stock(name, known, bool(of_writer))
     for key, neutral in OTHER_PROCESS.items():
         if known.get(key, neutral) != neutral:
-            noisy = key == "stochastic_sampling"
-            remedy = "pass stochastic_sampling=False, and eta=1.0 for noise" if noisy else "it is not supported"
+            remedy = "use another model, or eta=1.0 in place of stochastic_sampling"
             raise ValueError(f"{key}={known[key]!r} of {name} is of another process: {remedy}")
     settings = {key: known[key] for key in PROCESS if key in known} | dict(config)
     dropped = {key for other, keys in OF_PATH.items() if other != path for key in keys}
@@ -192,18 +178,14 @@ def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]
     settings = {key: value for key, value in settings.items() if key not in dropped}
     if path != VP:
         settings.setdefault("prediction_type", "flow_prediction" if path == FLOW else "score")
-    carried = settings.pop(KEY, None)
-    own = {} if carried is None else dict(carried)
-    variance = settings.get("variance_type")
-    if variance is None or (carried is None and variance.startswith("fixed_")):
+    own, variance = dict(settings.pop(KEY, None) or {}), settings.get("variance_type")
+    if variance is None or (KEY not in config and variance.startswith("fixed_")):
         settings.pop("variance_type", None)
     _drop_removed(settings, own)
     changed = (config.keys() & settings.keys()) - {*unset, "trained_betas"}
     if "class" in own:
         replaced = settings.get("timestep_spacing", STAND_IN) != STAND_IN
         changed = changed | {"timestep_spacing"} if replaced else changed - {"timestep_spacing"}
-    if SAMPLER in own and any(settings.get(key) for key in CONSTRAINTS):
-        own[SAMPLER] = {}
     settings["_use_default_values"] = [key for key in config.get("_use_default_values", ()) if key not in PROCESS]
     return settings, {key: value for key, value in own.items() if key not in changed}, path
 
@@ -230,17 +212,13 @@ def _path_of_stock(name: str, known: dict[str, Any], is_stock: bool) -> str:
 def _drop_removed(settings: dict[str, Any], own: dict[str, Any]) -> None:
     lost = {}
     for place in (settings, own):
-        found = {key: place.pop(key) for key in REMOVED if key in place}
-        lost |= {key: value for key, value in found.items() if value != REMOVED[key]}
-        if place.get("timestep_spacing") in REMOVED_SPACINGS:
-            lost["timestep_spacing"] = place.pop("timestep_spacing")
-        if place.get("beta_schedule") == "exp":
-            lost["beta_schedule"] = place.pop("beta_schedule")
-            own.pop("trained_betas", None)  # 0.1 saved β itself beside the name
+        gone = [key for key, value in place.items() if key in REMOVED or value in REMOVED_VALUES.get(key, ())]
+        lost |= {key: value for key in gone if (value := place.pop(key)) != REMOVED.get(key, KEY)}
+    if "beta_schedule" in lost:
+        own.pop("trained_betas", None)  # 0.1 saved β itself beside the name
     if lost:
         named = ", ".join(f"{key}={value!r}" for key, value in lost.items())
-        kept = " β is taken from trained_betas." if "beta_schedule" in lost else ""
-        warnings.warn(f"version 0.2 does not support {named}: the defaults are used instead.{kept}", stacklevel=4)
+        warnings.warn(f"version 0.2 does not support {named}: the defaults and saved β are used", stacklevel=4)
 
 
 def restored(scheduler: SchedulerMixin) -> SchedulerMixin:
@@ -261,9 +239,8 @@ def restore_scheduler(pipe: Any) -> Any:
             setattr(pipe, name, restored(part))
     scheduler = pipe.scheduler
     if not isinstance(scheduler, StockConfig):
-        problem = f"the config of this {type(scheduler).__name__} has no {KEY!r} entry"
         remedy = "create a scheduler with GeneralizedDDIMScheduler.from_config(pipe.scheduler.config)"
-        raise ValueError(f"{problem}: {remedy}")
+        raise ValueError(f"the config of this {type(scheduler).__name__} has no {KEY!r} entry: {remedy}")
     return pipe
 
 

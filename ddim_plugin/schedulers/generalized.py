@@ -1,6 +1,5 @@
 """The generalized process (Song, Meng, Ermon 2021) as a scheduler of diffusers."""
 
-from contextlib import suppress
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..process import betas, moves, predictions, spacings
 from .config import with_settings_of
-from .planned import Kind, Pairs, Planned
+from .planned import Kind, Planned
 from .step import Evaluation, GeneralizedDDIMSchedulerOutput, Step, StepTuple
 from .tensors import Randomness, accumulate, draw, split_variance
 
@@ -24,21 +23,18 @@ class GeneralizedDDIMScheduler(Planned):
     """The generalized process of Denoising Diffusion Implicit Models, along any subsequence τ and Gaussian path.
 
     One step is x_s = a_s·x̂0 + √(b_s² − σ²)·ε̂ + σz (Eq. 12) with σ = σ(η) (Eq. 16), for the pairs (t, s) of τ. In the
-    paper a = √ᾱ and b = √(1 − ᾱ); `ddim_plugin.process.paths` has flow matching and variance exploding too. The
-    settings are those of diffusers' `DDIMScheduler`, and more. Unlike there, x̂0 is not clipped by default.
+    paper a = √ᾱ and b = √(1 − ᾱ). Settings are those of `DDIMScheduler`, and more. By default x̂0 is not clipped.
 
     Args:
         num_train_timesteps: T, the number of timesteps the network was trained on.
         beta_start, beta_end, beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "const", "jsd", "sigmoid"
             or "laplace", and the range of β. "sqrt" is the path x_t = x_0 + √t·ε. `trained_betas` are β_1..β_T instead.
-        clip_sample, clip_sample_range: clip x̂0 to ±`clip_sample_range` in each step.
         set_alpha_to_one: True sets ᾱ_0 = 1 (the paper), False ᾱ_0 = ᾱ_1, as in the config of Stable Diffusion.
         steps_offset: added to the timesteps of the spacing "leading".
         prediction_type: the network predicts "epsilon", "sample" (x_0), "v_prediction", "flow_prediction" (ε − x_0), or
             "score" (−ε/b).
-        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x̂0 instead of clipping.
-        timestep_spacing: τ by name: "linear", "quadratic", "leading", "trailing", "linspace", "paper_linear",
-            "paper_quadratic", "few_steps" or "few_steps_noise" (`ddim_plugin.process.spacings`).
+        clip_sample, thresholding, …: clip x̂0 to ±`clip_sample_range` in each step, or threshold it dynamically.
+        timestep_spacing: τ by name, such as "linear" or "quadratic", of `ddim_plugin.process.spacings.NAMES`.
         rescale_betas_zero_snr: rescale β so that ᾱ_T = 0 (Lin et al. 2023).
         eta: η of Eq. 16, 0 for DDIM and 1 for DDPM. "fixed_large" and "learned_range" do not use it: theirs is 1.
         variance_type: "fixed_small" (σ = η·√β̃, Eq. 16), "fixed_large" (σ̂ only in the noise term, Appendix D.3),
@@ -57,7 +53,6 @@ class GeneralizedDDIMScheduler(Planned):
     """
 
     _compatibles: ClassVar = [each.name for each in KarrasDiffusionSchedulers if not each.name.startswith("EDM")]
-    order = 1
 
     @with_settings_of(DDIMScheduler)
     def __init__(
@@ -88,9 +83,6 @@ class GeneralizedDDIMScheduler(Planned):
             super().register_to_config(**kwargs)
             if hasattr(self, "path"):
                 self._build()
-                if self._planned is not None:
-                    with suppress(ValueError):  # a step that does not exist is refused when it is made
-                        self._plan(self._kind(None))
         except BaseException:
             self.__dict__ = before
             raise
@@ -101,31 +93,28 @@ class GeneralizedDDIMScheduler(Planned):
         predictions.check_prediction(config.prediction_type)
         spacings.check_spacing(config.timestep_spacing)
         spacings.check_offset(config.steps_offset)
-        self._check_noise(config.variance_type, config.eta)
+        moves.effective_eta(config.variance_type, config.eta or None, config.eta)
+        steps, snr = config.corrector_steps, config.corrector_snr
+        if not spacings.is_integer(steps) or steps < 0 or not (isinstance(snr, Real) and 0 < snr < float("inf")):
+            raise ValueError(f"corrector_steps must be 0 or more, corrector_snr positive, not {steps!r} and {snr!r}")
         if config.clip_sample and not (isinstance(config.clip_sample_range, Real) and config.clip_sample_range > 0):
             raise ValueError(f"clip_sample_range must be positive, not {config.clip_sample_range!r}")
         ratio, largest = config.dynamic_thresholding_ratio, config.sample_max_value
         if config.thresholding and not (0 <= ratio <= 1 and largest >= 1):
-            needed = "dynamic_thresholding_ratio in [0, 1] and sample_max_value ≥ 1"
-            raise ValueError(f"thresholding needs {needed}, not {ratio!r} and {largest!r}")
+            given = f"not {ratio!r} and {largest!r}"
+            raise ValueError(f"thresholding needs dynamic_thresholding_ratio in [0, 1], sample_max_value ≥ 1, {given}")
         if not 0 <= config.denoising_start < config.denoising_end <= 1:
             given = f"denoising_start={config.denoising_start!r} and denoising_end={config.denoising_end!r}"
             raise ValueError(f"{given} must satisfy 0 ≤ start < end ≤ 1")
         self._eps_mean_square = moves.eps_table(config.variance_type, config.eps_mean_square, T)
         self.order = 1 + config.corrector_steps
         path, alpha_bar = self._make_path()
-        moved = path.explodes and self._planned is not None and path.bounds != self.path.bounds
-        if self._planned is None or path.T != self.path.T or type(path) is not type(self.path) or moved:
+        new, old = ((type(each), each.T, each.bounds) for each in (path, getattr(self, "path", path)))
+        if self._planned is None or new != old:
             self.num_inference_steps, self._planned, self._sigmas = None, None, None
             self.timesteps = torch.tensor([path.timestep(t) for t in range(T, 0, -1)], device="cpu")
         self._use(path, alpha_bar)
         self._replan()
-
-    def _check_noise(self, variance_type: str, eta: float) -> None:
-        moves.effective_eta(variance_type, eta or None, eta)
-        steps, ratio = self.config.corrector_steps, self.config.corrector_snr
-        if not spacings.is_integer(steps) or steps < 0 or not (isinstance(ratio, Real) and 0 < ratio < float("inf")):
-            raise ValueError(f"corrector_steps must be 0 or more, corrector_snr positive, not {steps!r} and {ratio!r}")
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """Return `sample` unchanged: the network's input is x_t."""
@@ -151,8 +140,8 @@ class GeneralizedDDIMScheduler(Planned):
                 of a sample. One outside the plan steps to the nearest time of the plan below it. Elements of
                 `self.timesteps` are looked up by position, without synchronising the device.
             sample: x_t, (B, C, H, W). Half precision is computed in float32 and cast once at the end.
-            eta: η of Eq. 16 for this step. None and 0 are η of the plan, or else of the config, since stock pipelines
-                pass 0 unasked. For no noise in a scheduler with noise use `set_timesteps(eta=0)`.
+            eta: η of Eq. 16 for this step. None and 0 are that of the plan or config, since stock pipelines pass 0
+                unasked. `set_timesteps(eta=0)` switches noise off.
             use_clipped_model_output: whether ε̂ is recomputed from a clipped x̂0. None is the scheduler's setting.
             generator: source of z: one generator, or a list with one for each image. Not used in a step without noise.
             variance_noise: z itself, (B, C, H, W), instead of a generator.
@@ -170,7 +159,7 @@ class GeneralizedDDIMScheduler(Planned):
         kind = self._kind(eta or None)
         step = self._find(timestep, kind, sample)
         variance = variance if kind[0] == "learned_range" else None
-        corrects, z = bool(self.config.corrector_steps) and self._corrects(), None
+        corrects, z = self._corrects(timestep) if self.config.corrector_steps or self._in_order else False, None
         if corrects or (kind != ("fixed_small", 0.0) and (isinstance(step.noise, Tensor) or step.noise > 0)):
             z = draw(sample, generator, variance_noise, torch.promote_types(sample.dtype, torch.float32))
         evaluation = self._evaluate(kind, step, sample, output, variance, use_clipped_model_output)
@@ -185,27 +174,22 @@ class GeneralizedDDIMScheduler(Planned):
     def _advance(self, evaluation: Evaluation) -> Tensor:
         return evaluation.mean()
 
-    def _make_pairs(self, times: spacings.Times) -> Pairs:
-        return [(t, r) for t, s in super()._make_pairs(times) for r in (*[t] * self.config.corrector_steps, s)]
-
-    def _corrects(self) -> bool:
+    def _corrects(self, timestep: int | Tensor) -> bool:
         """Return whether the step is one of the corrector's. Raises ValueError for a step outside the plan."""
         if self._place is None:
-            raise ValueError("corrector_steps need the timesteps of the plan, one for all samples: set it to 0")
+            given = f"timestep {timestep} is not in the plan, or not the same for all samples"
+            raise ValueError(f"{given}: exact inversion and corrector_steps need the timesteps of the plan")
         t, s = self._pairs[self._place]
-        return t == s
+        return t == s and self.config.corrector_steps > 0
 
     def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
-        learned, made, shape = self.config.variance_type == "learned_range", model_output.shape, sample.shape
-        if made == shape and not learned:
-            return model_output, None
-        twice = (*shape[:1], *(2 * channels for channels in shape[1:2]), *shape[2:])
-        if made == twice and learned:
-            return split_variance(model_output, shape[1])
-        hint = "; a network with twice the channels needs variance_type='learned_range'" if made == twice else ""
-        given = f"a sample of shape {tuple(shape)} with variance_type={self.config.variance_type!r}"
-        needed = f"{twice if learned else tuple(shape)}{hint}"
-        raise ValueError(f"model_output has shape {tuple(made)}, and {given} needs {needed}")
+        kind, shape = self.config.variance_type, tuple(sample.shape)
+        learned, hint = kind == "learned_range", "a network with twice the channels needs variance_type='learned_range'"
+        needed = (*shape[:1], *(2 * channels for channels in shape[1:2]), *shape[2:]) if learned else shape
+        if model_output.shape != needed:
+            given = f"shape {tuple(model_output.shape)}, and a sample of shape {shape} with variance_type={kind!r}"
+            raise ValueError(f"model_output has {given} needs {needed}{'' if learned else f'; {hint}'}")
+        return split_variance(model_output, shape[1]) if learned else (model_output, None)
 
     def _evaluate(
         self, kind: Kind, step: Step, sample: Tensor, output: Tensor, variance: Tensor | None, recompute: bool | None

@@ -1,4 +1,4 @@
-"""The deterministic process upwards, from an image to its latent."""
+"""The deterministic process upwards, from an image to its latent: each step, or all of a multistep method."""
 
 from itertools import pairwise
 from typing import Any
@@ -12,6 +12,7 @@ from ..process.paths import Level
 from .config import CONSTRAINTS, SAMPLER, StockConfig, with_settings_of
 from .generalized import GeneralizedDDIMScheduler
 from .levels import edits
+from .multistep import MultistepDDIMScheduler
 from .planned import Kind, Pairs, Planned
 from .step import Evaluation, Step
 from .tensors import at_least_float32, combine
@@ -25,11 +26,17 @@ class Upwards(StockConfig):
     is_joint = False  # all steps are solved together
 
     def _build(self) -> None:
-        k = self.config.refinement_steps
+        super()._build()
+        k, steps = self.config.refinement_steps, self.config.corrector_steps
+        kind, eta = self.config.variance_type, self.config.eta
         if k is not None and not (spacings.is_integer(k) and k >= 0):
             raise ValueError(f"refinement_steps must be 0 or more, or None for the plain inverse, not {k!r}")
-        super()._build()
-        self.order = 1 + (k or 0)
+        if steps:
+            raise ValueError(f"encoding has no corrector: set corrector_steps to 0, not {steps}")
+        if moves.adds_noise(kind, eta):
+            problem = f"with eta={eta:g} and variance_type={kind!r} many x_t lead to one x_s"
+            raise ValueError(f"encoding needs the deterministic process: {problem}. Pass eta=0, 'fixed_small'")
+        self.order, self._in_order = 1 + (k or 0), self.is_joint or k is not None
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         super().set_begin_index(begin_index)
@@ -54,16 +61,12 @@ class Upwards(StockConfig):
         self._from_data = self.path.level(0).noise == 0  # the first step does not determine the noise
 
     def report(self, tolerance: float = inversion.TOLERANCE) -> inversion.InversionReport:
-        """Report the last loop, with `tolerance` the residual of a converged step. It reads the device.
-
-        Raises ValueError if no step was solved, and for the plain inverse, which measures no residual.
-        """
-        if not self._records or self._x is None:
+        """Report the last loop, with the residual `tolerance` of a converged step. Raises ValueError without one."""
+        if not self._records:
             raise ValueError("no residual was measured: run a loop, with refinement_steps (multistep: 1 or more)")
         times, spent, residual = zip(*self._records, strict=True)
         residual = torch.stack(residual).cpu().double().numpy()
-        evaluations = np.repeat(np.array(spent)[:, None], residual.shape[1], 1)
-        return inversion.InversionReport.of(times, residual, evaluations, tolerance, self._x)
+        return inversion.InversionReport.of(times, residual, np.array(spent)[:, None], tolerance, self._x)
 
     def _receive(self, sample: Tensor) -> Tensor:
         """Return the state for the sample of a pipeline, which may have a lower precision."""
@@ -73,15 +76,6 @@ class Upwards(StockConfig):
     def _hand(self, x: Tensor) -> Tensor:
         self._x, self._done, self._handed = x, self._place, x.to(self._type)
         return self._handed
-
-    def _check_noise(self, variance_type: str, eta: float) -> None:
-        super()._check_noise(variance_type, eta)
-        if self.config.corrector_steps:
-            raise ValueError(f"encoding has no corrector: set corrector_steps to 0, not {self.config.corrector_steps}")
-        if moves.adds_noise(variance_type, eta):
-            problem = f"with noise (eta={eta:g}, variance_type={variance_type!r}) many x_t lead to one x_s"
-            remedy = "Pass eta=0.0, variance_type='fixed_small'"
-            raise ValueError(f"encoding needs the deterministic process: {problem}. {remedy}")
 
     def _kind(self, eta: float | None) -> Kind:
         if moves.effective_eta("fixed_small", eta, 0.0)[1] > 0:
@@ -112,9 +106,8 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
     """Encode an image x_0 as the latent x_T that `GeneralizedDDIMScheduler` decodes, in the loop of any pipeline.
 
     Each step x_s = f(x_t) of the sampler is solved for x_t with `refinement_steps` + 1 evaluations of the (guided)
-    network at t, the sampler's own time: `timesteps` ascend, each repeated. The first x_t of a step lies on the line
-    through the last two solutions, x/a over b/a. A step that contracts slowly takes a multiple of the evaluations
-    (`ddim_plugin.process.inversion.rounds`). `report` returns the residuals.
+    network at t, the sampler's own time: `timesteps` ascend, each repeated. A step that contracts slowly takes a
+    multiple of the evaluations (`ddim_plugin.process.inversion.rounds`). `report` returns the residuals.
 
     The step from b_s = 0 does not determine the noise in x_t. With several evaluations it starts from a_t·x_0 + b_t·z
     with one fixed draw z, by `scale_model_input`. Flow pipelines do not call that: their first evaluation is not used.
@@ -145,17 +138,16 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
             counts[hardest], counts[-more:] = 1 + more, [0] * more
         return counts
 
-    def _make_step(self, t: float, s: float, kind: Kind) -> Step:
-        move = moves.move(self.path, t, s)
+    def _up(self, move: moves.Move) -> Step:
         return Step.up(move, self._prediction(move.start))
 
+    def _make_step(self, t: float, s: float, kind: Kind) -> Step:
+        up = self._up(moves.move(self.path, t, s))  # raises ValueError for a step without an inverse
+        return super()._make_step(t, s, kind) if self._in_order else up
+
     def _make_plan(self, kind: Kind) -> list[Step]:
-        self._prediction(self.path.level(self._top))  # raises ValueError for a level that the sampler cannot use
-        plan = super()._make_plan(kind)  # the same for a step without an inverse
-        if self.config.refinement_steps is None:
-            return plan
-        steps = {pair: Planned._make_step(self, *pair, kind) for pair in dict.fromkeys(self._pairs)}
-        return [steps[pair] for pair in self._pairs]
+        self._prediction(self.path.level(self._top))  # the same for a level that the sampler cannot use
+        return super()._make_plan(kind)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """Return x_t at which the network is evaluated: `sample`, but a_t·x_0 + b_t·z at a first step of several."""
@@ -170,11 +162,10 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         return combine(level.signal, x, level.noise, z.to(x.device).expand(x.shape))
 
     def _evaluate(self, kind: Kind, step: Step, sample: Tensor, *args: Any) -> Evaluation:
-        self._searches = self.config.refinement_steps is not None and self._place is not None
-        if not self._searches:
+        if not self._in_order:
             return super()._evaluate(kind, step, sample, *args)
         i, x = self._place, self._receive(sample)
-        follows = self._done is not None and self._done == i - 1
+        follows = self._done == i - 1
         self._is_blind = self._is_new(i) and not follows  # the network was evaluated at x_s
         if self._is_new(i):
             move, self._below = self.move(i), self._solution.view(x.shape) if follows else x  # x_s
@@ -184,12 +175,12 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
                 x, self._is_blind = self._noised(x), False
             self._seen = None
         elif not follows:
-            problem = f"timestep {self._called[i]:g} continues a step of another loop"
-            raise ValueError(f"{problem}: step along scheduler.timesteps, with one scheduler for each loop")
+            remedy = "step along scheduler.timesteps, with one scheduler for each loop"
+            raise ValueError(f"timestep {self._called[i]:g} continues a step of another loop: {remedy}")
         return super()._evaluate(kind, step, x, *args)
 
     def _advance(self, evaluation: Evaluation) -> Tensor:
-        if not self._searches:
+        if not self._in_order:
             return super()._advance(evaluation)
         i, x, made = self._place, evaluation.sample, super()._advance(evaluation)
         move, is_last = self.move(i), i + 1 == self._span.stop
@@ -202,22 +193,19 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         r = self._below - made
         found = self._search.next(x, r if kept is None else torch.where(kept, torch.nan, r))
         if self._is_blind:
-            found = evaluation._replace(step=self._make_step(move.t, move.s, self._kind(None))).mean()
+            found = evaluation._replace(step=self._up(move)).mean()
         found = found if kept is None else torch.where(kept, x, found)
         self.residual = (self._search.best[0].flatten() / x[0].numel()).sqrt() / move.end.signal
         if not ends:
             return self._hand(found)
         self._records.append((self._called[i], self._pairs[: i + 1].count(self._pairs[i]), self.residual))
         self._solution, self.kept = found, None
-        if not is_last:
-            return self._hand(self._on_line(evaluation, self.move(i + 1).start))
-        above = i + 1 == len(self._pairs) and self._top > move.t
-        return self._hand(self._on_line(evaluation, self.path.level(self._top)) if above else found)
+        above = self._top if i + 1 == len(self._pairs) else move.t if is_last else self._pairs[i + 1][0]
+        return self._hand(self._on_line(evaluation, self.path.level(above)) if above > move.t else found)
 
     def _on_line(self, evaluation: Evaluation, level: Level) -> Tensor:
         """Continue the line through the last two solutions, x/a over b/a, to a higher level."""
-        x, move = self._solution, self.move(self._place)
-        start, end = move.start, move.end
+        x, start, end = self._solution, self.move(self._place).start, self.move(self._place).end
         if start == end:
             eps = evaluation.pred_epsilon()
         else:
@@ -233,3 +221,80 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
 
     def _is_new(self, i: int) -> bool:
         return i == 0 or self._pairs[i - 1 : i] != self._pairs[i : i + 1]
+
+
+class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
+    """Encode images x_0 into the x_T that `MultistepDDIMScheduler` decodes, in the loop of any pipeline.
+
+    A pass solves the ODE of Eq. 14 upwards with the same method. The network is evaluated at the lower end of a step,
+    and at τ_1 for the first. If the sampler starts from T and has more than one step, the last step ends at T.
+
+    A step of the sampler uses ε̂ of noisier steps, so all steps are refined together: the loop decodes the latent (with
+    descending `timesteps`), corrects the image that it started from by the error, the residual, and encodes it again.
+
+    Args:
+        refinement_steps: evaluations of a step beyond the first, two for each round, at least one round. None is 0.
+        The others, and errors, are those of `MultistepDDIMScheduler` and `InverseDDIMScheduler`.
+    """
+
+    is_joint = True
+    _make_plan = Planned._make_plan
+
+    @with_settings_of(MultistepDDIMScheduler)
+    def __init__(self, refinement_steps: int | None = 0): ...
+
+    def _make_pairs(self, times: spacings.Times) -> Pairs:
+        if self.config.denoising_end < 1:
+            raise ValueError(f"denoising_end={self.config.denoising_end:g} must be 1: all steps are solved together")
+        T, start, k = self.path.T, self.config.denoising_start, self.config.refinement_steps or 0
+        high = round(T * (1 - start)) + (not self.path.continuous)
+        n = sum(1 for t in times if t < high or not start)
+        if n == 0:
+            raise ValueError(f"no step lies below denoising_start={start:g}: use more steps, or a larger part")
+        path = [0, *times.tolist()]
+        self._whole = len(times) > 1 and self._starts_above(path[-1]) and (self._most or n) == len(times)
+        if self._whole:
+            path[-1] = T  # a single step ends at τ_1, where the network was evaluated
+        self._length = min(n, self._most or n)
+        up, down = list(pairwise(path))[: self._length], moves.downwards(times)[-self._length :]
+        return up + (down + up) * (max(1, k // 2) if k else 0)
+
+    def _make_span(self) -> slice:
+        return slice(0, len(self._pairs))
+
+    def _make_step(self, t: float, s: float, kind: Kind) -> Step:
+        if t > s:  # of the sampler
+            step = super()._make_step(t, s, kind)
+            return step.from_top(self.path.level(self.path.T)) if self._whole and t == self._tau[-1] else step
+        move = moves.move(self.path, t, s)
+        build, called = (Step.down, move.start) if t else (Step.from_data, move.end)
+        return build(move, self._prediction(called))
+
+    def searches(self) -> list[slice]:
+        """List the places in the plan of the first pass, and of each that decodes and encodes."""
+        n, end = self._length, len(self._pairs)
+        return [slice(0, n), *(slice(i, i + 2 * n) for i in range(n, end, 2 * n))]
+
+    def _evaluate(self, kind: Kind, step: Step, sample: Tensor, *args: Any) -> Evaluation:
+        x = self._receive(sample)
+        if self._place == 0:
+            self._image = self._begin = x
+            self._search = inversion.Search(1.0)
+        if self._place % self._length == 0:
+            self._forget()
+        return super()._evaluate(kind, step, x, *args)
+
+    def _advance(self, evaluation: Evaluation) -> Tensor:
+        x, done = super()._advance(evaluation), self._place + 1
+        if done % self._length:
+            return self._hand(x)
+        if done // self._length % 2 == 0:  # decoded
+            x = x if self._image_range is None else x.clamp(*self._image_range)
+            self._begin = self._search.next(self._begin, self._image - x)
+            self.residual = (self._search.best[0].flatten() / x[0].numel()).sqrt() / self.path.level(0).signal
+            self._records = [(self._called[self._length], len(self._pairs), self.residual)]
+            return self._hand(self._begin)
+        if self.kept is not None and self._solution is not None:
+            x = torch.where(self.kept.view(-1, *[1] * (x.ndim - 1)), self._solution, x)
+        self._solution = x
+        return self._hand(x)

@@ -38,8 +38,8 @@ class Levels(StockConfig):
         if kind == FLOW:
             flow.shift_of(config)
             if config.timestep_spacing not in OF_FLOW:
-                known, spacing = " or ".join(OF_FLOW), config.timestep_spacing
-                raise ValueError(f"timestep_spacing={spacing!r} is for tables of β: use {known}, or pass sigmas")
+                spacing = f"timestep_spacing={config.timestep_spacing!r} is for tables of β"
+                raise ValueError(f"{spacing}: use {' or '.join(OF_FLOW)}, or pass sigmas")
             return paths.flow_matching(T, bool(config.get("invert_sigmas"))), None
         if kind == VE:
             if config.sigma_min is None:  # the default of `ScoreSdeVeScheduler`
@@ -56,18 +56,15 @@ class Levels(StockConfig):
         return paths.variance_preserving(alpha_bar), alpha_bar
 
     def _make_alpha_bar(self) -> np.ndarray:
-        config = self.config
-        T, schedule, known = config.num_train_timesteps, config.beta_schedule, config.trained_betas
-        if known is not None and not self._derived_betas:
-            betas = schedules.check(known, T)
-        else:
-            betas = schedules.betas(schedule, T, config.beta_start, config.beta_end)
+        config, known = self.config, None if self._derived_betas else self.config.trained_betas
+        named = config.beta_schedule, config.num_train_timesteps, config.beta_start, config.beta_end
+        betas = schedules.betas(*named) if known is None else schedules.check(known, config.num_train_timesteps)
         alpha_bar = schedules.alpha_bar(betas)
         if config.rescale_betas_zero_snr:
             alpha_bar = schedules.rescale_zero_terminal_snr(alpha_bar)
         if not config.set_alpha_to_one:
             alpha_bar[0] = alpha_bar[1]
-        derived = schedule not in STOCK_SCHEDULES and (known is None or self._derived_betas)
+        derived = known is None and config.beta_schedule not in STOCK_SCHEDULES
         if derived or self._derived_betas:
             self._derived_betas = derived
             super().register_to_config(trained_betas=betas.tolist() if derived else None)
@@ -75,29 +72,23 @@ class Levels(StockConfig):
 
     def _use(self, path: paths.Path, alpha_bar: np.ndarray | None) -> None:
         (signal, noise), self._shown = path.levels, None
-        self.path, self.init_noise_sigma = path, float(noise[-1])
+        self.path, self.init_noise_sigma, self.image_range = path, float(noise[-1]), path.image_range
         self._alpha_bar = signal**2 / (signal**2 + noise**2)
         if alpha_bar is not None:
             self._alpha_bar, self.init_noise_sigma = alpha_bar, 1.0
             self._show(alpha_bar[1:])
-        self._tables: dict[Any, Tensor] = {}  # on a device, by key
+        self._tables: dict[Any, Tensor] = {}  # a and b for all timesteps, on a device
 
     @property
     def alpha_bar(self) -> np.ndarray:
         """Return ᾱ_0..ᾱ_T, float64, (T + 1,), of the path scaled to a² + b² = 1. ᾱ_0 is that of the data."""
         return self._alpha_bar.copy()
 
-    @property
-    def image_range(self) -> tuple[float, float]:
-        """Return the values of black and white in x_0. With σ as timestep they are 0 and 1, as for NCSN++."""
-        return self.path.image_range
-
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
         """Compute x_t = a_t·x_0 + b_t·ε (Eq. 4) at network timesteps.
 
-        x_0 and ε are (B, C, H, W), and `timesteps` one, (B,), or (B, …) for leading axes of the samples. One image may
-        have several timesteps or noises. Raises ValueError for timesteps out of range or not those of a table, shapes
-        that do not fit together, and samples that are not floating point.
+        x_0 and ε are (B, C, H, W), or one image for several, and `timesteps` one, (B,), or (B, …) for leading axes.
+        Raises ValueError for timesteps out of range, shapes that do not fit together, and integer samples.
         """
         x, signal, deviation = self._marginals(original_samples, noise, timesteps)
         return combine(signal, x, deviation, noise).to(original_samples.dtype)
@@ -140,7 +131,7 @@ class Levels(StockConfig):
                 planned = self._sigmas[: len(self._planned)].to(sigma)
                 sigma = torch.where(here.any(1), planned[here.long().argmax(1)], sigma)
             return torch.stack([torch.ones_like(sigma) if explodes else 1 - sigma, sigma])
-        key = ("marginals", dtype, times.device)
+        key = dtype, times.device
         if key not in self._tables:
             table = torch.tensor(np.stack(self.path.levels)[:, 1:], device="cpu")
             self._tables[key] = table.to(dtype).to(times.device)
@@ -167,11 +158,7 @@ class Levels(StockConfig):
         lambda self: torch.tensor(schedules.from_alpha_bars(self._alpha_bar[1:]), dtype=torch.float32, device="cpu"),
         lambda self, value: self._assign(np.cumprod(1 - _numbers(value))),
     )
-
-    @property
-    def final_alpha_cumprod(self) -> Tensor:
-        """Return ᾱ_0, float32."""
-        return torch.tensor(self._alpha_bar[0], dtype=torch.float32, device="cpu")
+    final_alpha_cumprod = property(lambda self: torch.tensor(self._alpha_bar[0], dtype=torch.float32, device="cpu"))
 
     def _assign(self, value: Any) -> None:
         alpha_bar, dtype = _numbers(value), value.dtype if getattr(value, "dtype", None) in HALF else torch.float32

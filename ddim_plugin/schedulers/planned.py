@@ -26,6 +26,8 @@ class Planned(Levels):
     _place: int | None = None  # position in the plan of the last step
     _eta: float | None = None  # η of the plan, None for that of the config
     _from_noise = True  # the loop begins with x_T: its plan is that of a spacing
+    _solver: Sequence[Sequence[float]] = ()  # fitted weights of the steps
+    _in_order = False  # a step depends on those before it
 
     def set_timesteps(
         self,
@@ -43,12 +45,10 @@ class Planned(Levels):
             device: that of `self.timesteps`.
             timesteps: network timesteps, distinct and descending: 0..T−1, T·σ for flow matching, or σ.
             eta: η of the steps, None for that of the config.
-            sigmas: for flow matching, σ of the steps before the shift, descending. With `timesteps` the network is
-                evaluated at those.
+            sigmas: for flow matching, σ before the shift, descending. With `timesteps` networks are evaluated there.
             mu: for flow matching with `use_dynamic_shifting`, the shift for the size of the image.
 
-        Raises ValueError for a step count, timesteps or sigmas out of range or order, an η too large for a step,
-        predictions that divide by zero at a level, and arguments of another path.
+        Raises ValueError for values out of range or order, or of another path, and for steps that do not exist.
         """
         values = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else timesteps
         if sigmas is None and (num_inference_steps is None) == (values is None):
@@ -60,7 +60,7 @@ class Planned(Levels):
         self._adopt()
         before = dict(self.__dict__)
         try:
-            self._eta, known = eta, {}
+            self._eta, self._solver, known = eta, (), {}
             self._from_noise = values is None and sigmas is None and not self.config.denoising_start
             if values is not None and sigmas is None:
                 self._tau = self.path.times(values)
@@ -100,8 +100,7 @@ class Planned(Levels):
         times = np.array([max(pair) for pair in self._pairs]) - (not self.path.continuous)
         inside = np.flatnonzero((times >= low) & ((times < high) | (start == 0)))
         if not len(inside):
-            part = f"denoising_start={start:g} and denoising_end={end:g}"
-            raise ValueError(f"no step lies between {part}: use more steps, or a larger part")
+            raise ValueError(f"no step lies between denoising_start={start:g} and denoising_end={end:g}: add steps")
         return slice(int(inside[0]), int(inside[-1]) + 1)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -113,7 +112,7 @@ class Planned(Levels):
             self.init_noise_sigma = 1.0 if self.config.denoising_start else self.path.level(self._tau[-1].item()).noise
         self._plans: dict[Kind, list[Step]] = {}
         self._off_plan: dict[tuple[float, Kind], Step] = {}  # steps from times outside the plan
-        self._tables = {key: table for key, table in self._tables.items() if key[0] == "marginals"}
+        self._step_tables: dict[Any, Tensor] = {}  # steps from all times, on a device
 
     def move(self, i: int) -> moves.Move:
         """Return step `i` of the plan without noise, in the order of `timesteps`."""
@@ -137,7 +136,7 @@ class Planned(Levels):
         return spacings.tau(spacing, S, self.path.T, offset, self._alpha_bar)
 
     def _make_pairs(self, times: spacings.Times) -> Pairs:
-        return moves.downwards(times)
+        return [(t, r) for t, s in moves.downwards(times) for r in (*[t] * self.config.corrector_steps, s)]
 
     def _make_step(self, t: float, s: float, kind: Kind) -> Step:
         move = moves.move(self.path, t, s, kind[1], kind[0], self._eps_mean_square)
@@ -179,17 +178,16 @@ class Planned(Levels):
         return Step(*rows.T.reshape(-1, *times.shape, *[1] * (sample.ndim - times.ndim)).unbind())
 
     def _find_one(self, timestep: int | Tensor, kind: Kind) -> Step:
-        if isinstance(timestep, Tensor):
-            if timestep._base is self._planned and not edits(self._planned):
-                return self._take(timestep.storage_offset(), kind)
-            if timestep.is_meta:  # it has no value
-                return self._take(self._next, kind)
-        timestep = number(timestep, whole=not self.path.continuous)
-        follows = self._called[self._next : self._next + 1] == [timestep]
-        i = self._next if follows else self._first.get(timestep)
-        return self._step_at(timestep, kind) if i is None else self._take(i, kind)
-
-    def _take(self, i: int, kind: Kind) -> Step:
+        if isinstance(timestep, Tensor) and timestep._base is self._planned and not edits(self._planned):
+            i = timestep.storage_offset()
+        elif isinstance(timestep, Tensor) and timestep.is_meta:  # it has no value
+            i = self._next
+        else:
+            timestep = number(timestep, whole=not self.path.continuous)
+            follows = self._called[self._next : self._next + 1] == [timestep]
+            i = self._next if follows else self._first.get(timestep)
+        if i is None:
+            return self._step_at(timestep, kind)
         self._place, self._next = i, (i + 1) % len(self._called)
         return self._plan(kind)[i]
 
@@ -206,11 +204,11 @@ class Planned(Levels):
         return self._off_plan[t, kind]
 
     def _all_steps(self, kind: Kind, dtype: torch.dtype, device: torch.device) -> Tensor:
-        key = ("steps", kind, dtype, device)
-        if key not in self._tables:
+        key = kind, dtype, device
+        if key not in self._step_tables:
             rows = np.full((self.config.num_train_timesteps, len(Step._fields)), np.nan)
             for timestep in range(len(rows)):
                 with suppress(ValueError):
                     rows[timestep] = self._step_at(timestep, kind)
-            self._tables[key] = torch.tensor(rows, device="cpu").to(dtype).to(device)
-        return self._tables[key]
+            self._step_tables[key] = torch.tensor(rows, device="cpu").to(dtype).to(device)
+        return self._step_tables[key]

@@ -1,6 +1,6 @@
 """Apply one step of the sampler to x_t and the network's output."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +52,8 @@ class Step(NamedTuple):
 
     def from_top(self, top: Level) -> "Step":
         """Replace ε̂ by (x_T − a_T·x̂0)/b_T, for a sample x_T evaluated at a lower timestep."""
-        a, b = predictions.eps_from_x0(top)
-        return self._replace(eps_x=a + b * self.x0_x, eps_out=b * self.x0_out)
+        a, b = top
+        return self._replace(eps_x=(1 - a * self.x0_x) / b, eps_out=-a * self.x0_out / b)
 
     def eps_of_x0(self) -> tuple[Coefficient, Coefficient]:
         """Return (a, b) with ε̂ = a·x_t + b·x̂0, for a clipped x̂0."""
@@ -103,15 +103,12 @@ class Evaluation(NamedTuple):
             mean = accumulate(self.pred_original_sample().mul_(w), out, self.output)
             mean = accumulate(mean, x, self.sample)
         for weight, value in self.history:
-            mean = accumulate(mean, weight, value)
+            mean = accumulate(mean, weight, value) if weight else mean
         return mean
 
     def langevin(self, ratio: float) -> "Evaluation":
-        """Turn the identity into a Langevin step x_t − 2b·δ²·ε̂ + 2b·δ·z with δ = ratio/(root mean square of ε̂).
-
-        Song et al. (2021), Algorithms 4 and 5, with the norms of each sample, and √d for that of z.
-        """
-        eps, noise = self.pred_epsilon(), self.step.eps
+        """Turn the identity into x_t − 2b·δ²·ε̂ + 2b·δ·z, δ = ratio/rms(ε̂) (Song et al. 2021, Algorithms 4 and 5)."""
+        eps, noise = self.pred_epsilon(), self.step.eps  # the norm of z is taken as √d
         size = eps.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (eps.ndim - 1))
         change = ratio / size.clamp_min(0.1)
         return self._replace(step=self.step._replace(eps=noise - 2 * noise * change**2, noise=2 * noise * change))
@@ -124,7 +121,7 @@ class Evaluation(NamedTuple):
         return torch.exp(0.5 * log_variance) * self.step.noise
 
 
-class GeneralizedDDIMSchedulerOutput(Mapping):
+class GeneralizedDDIMSchedulerOutput:
     """Return the result of a step by attribute, key or position.
 
     Tensors have the shape (B, C, H, W) and dtype of the sample. All but `prev_sample` are computed when first read,
@@ -132,15 +129,12 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
 
     Attributes:
         prev_sample: x_s, the sample after the step.
-        pred_original_sample: x̂0 after clipping or thresholding (Eq. 9).
-        pred_epsilon: ε̂ as used in the step.
+        pred_original_sample, pred_epsilon: x̂0 after clipping or thresholding (Eq. 9), and ε̂ as used in the step.
         mean, std: mean and standard deviation of x_s given x_t (Eq. 12). The latter is a scalar, (B, 1, 1, 1) with a
             timestep for each sample, or (B, C, H, W) for a learned variance.
     """
 
     _KEYS = ("prev_sample", "pred_original_sample", "mean", "std", "pred_epsilon")
-
-    __eq__, __hash__ = object.__eq__, object.__hash__  # not those of a mapping
 
     def __init__(self, prev_sample: Tensor, evaluation: Evaluation):
         sample, output, self._versions = evaluation.sample, evaluation.output, None  # numbers of changes in place
@@ -154,8 +148,7 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
     def __getattr__(self, name: str) -> Tensor:
         if name not in self._KEYS:
             raise AttributeError(f"a step has no {name!r}: use one of {', '.join(self._KEYS)}")
-        self._check_unchanged(name)
-        value, like = getattr(self._evaluation, name)(), self.prev_sample
+        value, like = self._read(name), self.prev_sample
         value = value if isinstance(value, Tensor) else torch.full((), value, dtype=like.dtype, device=like.device)
         self.__dict__[name] = value = value.to(like.dtype)
         return value
@@ -163,23 +156,22 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
     def log_prob(self, x: Tensor) -> Tensor:
         """Compute ln p(x_s = `x` | x_t) of each sample, the sum over its pixels, in float32: (B,).
 
-        It is differentiable with respect to the network's output. Raises ValueError for another shape, and for a step
-        without noise, which has no density.
+        It is differentiable in the network's output. Raises ValueError for another shape, and a step without noise.
         """
         if x.shape != self.prev_sample.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}, the step {tuple(self.prev_sample.shape)}")
-        self._check_unchanged("log_prob")
-        mean, std = self._evaluation.mean(), self._evaluation.std()
+        mean, std = self._read("mean"), self._read("std")
         std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
         if bool((std == 0).any()):
             raise ValueError("a step without noise has no density: set eta above 0, and leave out the last step")
         return Normal(mean, std, validate_args=False).log_prob(x.to(mean.dtype)).flatten(1).sum(1).float()
 
-    def _check_unchanged(self, name: str) -> None:
+    def _read(self, name: str) -> Any:
         sample, output = self._evaluation.sample, self._evaluation.output
         if self._versions is not None and self._versions != (sample._version, output._version):
             changed = "sample or model_output was changed in place since the step"
             raise RuntimeError(f"{changed}, so {name} is lost: read it before, or pass clones to step")
+        return getattr(self._evaluation, name)()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_versions": None}  # copies have counts of their own
@@ -196,15 +188,6 @@ class GeneralizedDDIMSchedulerOutput(Mapping):
             raise KeyError(name)
         return getattr(self, name)
 
-    def __contains__(self, key: object) -> bool:
-        return key in self._KEYS
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._KEYS)
-
-    def __len__(self) -> int:
-        return len(self._KEYS)
-
 
 class StepTuple(tuple):
     """Return (x_s, x̂0) of a step. x̂0 is computed when it is read."""
@@ -219,9 +202,6 @@ class StepTuple(tuple):
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self._result[i] for i in range(2))
-
-    def __reduce__(self) -> Any:
-        return tuple, (list(self),)
 
 
 register_pytree_node(StepTuple, lambda pair: (list(pair), None), lambda values, _: tuple(values))

@@ -41,12 +41,9 @@ def learned_log_variance(variance: Tensor, log_variance: tuple[Coefficient, Coef
 
 
 def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
-    """Clip each image (B, C, H, W) to [−s, s] and divide it by s (Saharia et al. 2022, Section 2.3).
-
-    s is the `ratio` quantile of |x̂0| over its pixels, as `torch.quantile`, which reads the host, in [1, `max_value`].
-    """
+    """Clip images (B, …) to ±s, the `ratio` quantile of |x̂0| in [1, `max_value`], over s (Saharia et al. 2022)."""
     rows = x0.abs().flatten(1)
-    rank = ratio * (rows.shape[1] - 1)
+    rank = ratio * (rows.shape[1] - 1)  # as torch.quantile, which reads the host
     low, high = int(rank), min(int(rank) + 1, rows.shape[1] - 1)
     below, above = (rows.kthvalue(each + 1, dim=1).values for each in (low, high))
     s = torch.lerp(below, above, rank - low).clamp(1, max_value).view(-1, *[1] * (x0.ndim - 1))

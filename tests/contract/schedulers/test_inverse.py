@@ -5,7 +5,7 @@ import json
 import diffusers
 import pytest
 import torch
-from plans import settings
+from plans import planned, settings
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, InverseDDIMScheduler
 
@@ -217,3 +217,10 @@ def test_half_precision(network, dtype):
     half, full = (up.step(network(y, 399), 399, y).prev_sample for y in (x.to(dtype), x.to(dtype).float()))
     assert half.dtype == dtype
     assert torch.allclose(half.float(), full, atol=0.05)
+
+
+@pytest.mark.parametrize("timestep", [555, torch.tensor([99, 199])])
+def test_an_exact_step_needs_its_plan(timestep):
+    up, x = planned(10, InverseDDIMScheduler), torch.ones(2, 1, 2, 2)
+    with pytest.raises(ValueError, match="is not in the plan, or not the same for all samples"):
+        up.step(x, timestep, x)

@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 
-from ddim_plugin.process import predictions as p
-from ddim_plugin.process.paths import Level
 from ddim_plugin.schedulers.tensors import combine, learned_log_variance, threshold
 
 
@@ -15,15 +13,6 @@ def test_threshold_is_the_quantile(ratio):
     x0 = 2 * torch.randn(5, 3, 7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     s = torch.quantile(x0.abs().flatten(1), ratio, dim=1).clamp(1, 2.5).view(-1, 1, 1, 1)
     assert torch.allclose(threshold(x0, ratio, 2.5), x0.clamp(-s, s) / s, atol=1e-12)
-
-
-def test_clipped_x0_and_recomputed_eps_agree_on_x():
-    x, out = torch.randn(2, 4, 3, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    m = p.prediction("epsilon", Level(0.3**0.5, 0.7**0.5))
-    x0 = combine(m.x0_x, x, m.x0_out, out).clamp(-0.5, 0.5)
-    a, b = p.eps_from_x0(Level(0.3**0.5, 0.7**0.5))
-    eps = combine(a, x, b, x0)
-    assert torch.allclose(0.3**0.5 * x0 + 0.7**0.5 * eps, x)
 
 
 def test_learned_std_interpolates_logarithms():

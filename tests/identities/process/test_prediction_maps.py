@@ -24,8 +24,6 @@ def test_the_five_predictions_say_the_same(path, data, x0, eps):
         m = p.prediction(kind, level)
         assert m.x0_x * x + m.x0_out * output == pytest.approx(x0, rel=1e-9, abs=1e-13 * (1 + b / (a or 1)))
         assert m.eps_x * x + m.eps_out * output == pytest.approx(eps, rel=1e-9, abs=1e-13 * (1 + (1 + a) / b))
-    weights = p.eps_from_x0(level)
-    assert weights[0] * x + weights[1] * x0 == pytest.approx(eps, rel=1e-9, abs=1e-13 * (1 + (1 + a) / b))
 
 
 def test_v_and_the_flow_are_defined_at_both_ends():
