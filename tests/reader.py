@@ -7,17 +7,19 @@ last line, are what was loaded and the images it made, or the error. A reader lo
     diffusers: DiffusionPipeline, without a flag;
     ddim: DDIMPipeline;
     scheduler: the scheduler alone, by DDIMScheduler, and the network alone, by UNet2DModel.
-All but the first cannot import the package. A case may name another class of diffusers as its "pipeline".
+All but the first cannot import the package. A case may name another of these as its "kind", a class of diffusers as its
+"pipeline", and a "login", which stays; "trust" is false where a code file is not trusted.
 """
 
 import hashlib
 import json
 import logging
+import os
 import sys
 import traceback
 
-KEPT = []
-"""The pipelines of this process, in their order."""
+KEPT = {}
+"""The pipelines of this process by their kind, in their order."""
 
 
 class Missing:
@@ -62,7 +64,7 @@ def open_pipeline(kind, source, kwargs, case):
     if kind == "code":
         name = case.get("code") or code_file(source, kwargs)
         return diffusers.DiffusionPipeline.from_pretrained(
-            source, custom_pipeline=name, trust_remote_code=True, **kwargs
+            source, custom_pipeline=name, trust_remote_code=case.get("trust", True), **kwargs
         )
     if kind in ("diffusers", "ddim"):
         name = case.get("pipeline", "DiffusionPipeline" if kind == "diffusers" else "DDIMPipeline")
@@ -78,6 +80,9 @@ def read(kind, case, records):
     import torch
 
     records.said.clear()
+    kind = case.get("kind", kind)
+    if "login" in case:
+        os.environ["HF_TOKEN"] = case["login"]
     kwargs = dict(case.get("kwargs", {}))
     if "torch_dtype" in kwargs:
         kwargs["torch_dtype"] = getattr(torch, kwargs["torch_dtype"])
@@ -105,9 +110,10 @@ def read(kind, case, records):
     if "push_to" in case:
         answer["pushed"] = str(pipe.push_to_hub(case["push_to"]))
     if case.get("same_class"):
-        answer["same"] = type(KEPT[0]) is type(pipe) and isinstance(KEPT[0].scheduler, type(pipe.scheduler))
-        answer["encoded"] = list(KEPT[0].encode(torch.rand(1, 1, 8, 8), num_inference_steps=3).shape)
-    KEPT.append(pipe)
+        first = KEPT[kind][0]
+        answer["same"] = type(first) is type(pipe) and isinstance(first.scheduler, type(pipe.scheduler))
+        answer["encoded"] = list(first.encode(torch.rand(1, 1, 8, 8), num_inference_steps=3).shape)
+    KEPT.setdefault(kind, []).append(pipe)
     return answer
 
 

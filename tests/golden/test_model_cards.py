@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 ALL = sorted(folder for folder in CARDS.iterdir() if folder.is_dir())
 FOLDERS = [each for each in ALL if json.loads((each / "model_index.json").read_text())["_class_name"] == "DDIMPipeline"]
+CALL = {"batch_size": 2, "num_inference_steps": 3}
 TOLERANCE = 0.01
 """Of a pixel in [0, 1]: ten steps carry on what convolutions on other processors differ by."""
 
@@ -36,25 +37,33 @@ def test_it_makes_the_pictures_it_made(folder):
     assert np.abs(images - frozen / 255).max() < TOLERANCE + 0.5 / 255
 
 
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """What a process without the package makes of each folder: by stock classes, and by the code file of a push."""
+    place, cases = tmp_path_factory.mktemp("pushed"), []
+    for folder in FOLDERS:
+        shutil.copytree(folder, place / folder.name)
+        (place / folder.name / f"{code().name}.py").write_text(code().text)
+        cases.append({"source": str(folder), "call": CALL, "kind": "diffusers"})
+    cases += [{"source": str(place / folder.name), "call": CALL, "kind": "code"} for folder in FOLDERS]
+    answers = without_package(cases, place / "home")
+    return {folder: (answers[i], answers[i + len(FOLDERS)]) for i, folder in enumerate(FOLDERS)}
+
+
 @each_folder
-def test_it_opens_without_the_package(folder, tmp_path):
+def test_it_opens_without_the_package(folder, opened):
     """By the stock sampler as it is, and as ours by the code file, which a push adds."""
-    call = {"batch_size": 2, "num_inference_steps": 5}
-    [answer] = without_package([{"source": str(folder), "call": call}], tmp_path, "diffusers")
+    answer, by_code = opened[folder]
     assert answer.get("trace") is None
     assert (answer["pipeline"], answer["said"]) == ("DDIMPipeline", [])
     assert np.array(answer["images"]).std() > 0.1
     assert not list(folder.rglob("*.py"))
-    pushed = tmp_path / "pushed"
-    shutil.copytree(folder, pushed)
-    (pushed / f"{code().name}.py").write_text(code().text)
-    [answer] = without_package([{"source": str(pushed), "call": call}], tmp_path)
-    assert answer.get("trace") is None
-    assert answer["scheduler"] == "MultistepDDIMScheduler"
-    assert np.array(answer["images"]).std() > 0.2
+    assert by_code.get("trace") is None
+    assert by_code["scheduler"] == "MultistepDDIMScheduler"
+    assert np.array(by_code["images"]).std() > 0.2
     pipe = GeneralizedDDIMPipeline.from_pretrained(folder)
     seeds = [torch.Generator().manual_seed(i) for i in range(2)]
-    assert np.abs(pipe(generator=seeds, output_type="np", **call).images - answer["images"]).max() < 1e-5
+    assert np.abs(pipe(generator=seeds, output_type="np", **CALL).images - by_code["images"]).max() < 1e-5
 
 
 @each_folder

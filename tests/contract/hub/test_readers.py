@@ -1,6 +1,6 @@
-"""One repository, five readers, each a process of its own with an empty cache, by the real client from a Hub over HTTP.
+"""One repository, five readers, in processes with empty caches, by the real client from a Hub over HTTP.
 
-Only the reader "plugin" can import the package: see `tests/reader.py`.
+Only the reader "plugin" can import the package, in a process of its own: see `tests/reader.py`.
 """
 
 import json
@@ -12,59 +12,67 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 from loopback_hub import LoopbackHub
 from torch import Generator
 
-from ddim_plugin import GeneralizedDDIMPipeline
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, InverseDDIMScheduler
 from ddim_plugin.hub.code import code
+from ddim_plugin.hub.push import push_folder
 
 TESTS = Path(__file__).parents[2]
 TOKEN = "hf_ada_writes"
 CALL = {"num_inference_steps": 4}
 LABELS = CALL | {"class_labels": [0, 2]}
+TRAP = b"import os\nos._exit(3)\n"
+MISSING = {
+    "ada/nothing": {"source": "ada/nothing"},
+    "ada/private.v1": {"source": "ada/private.v1"},
+    "revision/gone": {"source": "ada/plain", "kwargs": {"revision": "gone"}},
+    "401 Client Error|401 Unauthorized": {"source": "ada/noisy.v1.0", "kwargs": {"token": "hf_wrong"}},
+    "variant=ema": {"source": "ada/plain", "kwargs": {"variant": "ema"}},
+    "Repo id must .*/nowhere": {"source": "./nowhere"},
+    "ada/two words": {"source": "ada/two words"},
+    "cache": {"source": "ada/solver", "kwargs": {"local_files_only": True}},
+}
+"""Sources that cannot be loaded, by what the error says."""
 
-MAKE = """
-import sys
-from pathlib import Path
-import torch
-from diffusers import DPMSolverMultistepScheduler, UNet2DModel
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, InverseDDIMScheduler
-from ddim_plugin.hub.code import code
-from ddim_plugin.hub.push import push_folder
-
-torch.set_num_threads(1)
 
 def unet(seed=0, channels=1, **config):
     torch.manual_seed(seed)
-    blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, layers_per_block=1)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "layers_per_block": 1}
     return UNet2DModel(8, channels, channels, block_out_channels=(8, 16), norm_num_groups=4, **blocks, **config)
 
-def push(name, pipe, folder=None, **settings):
-    folder = folder or f"models/{name}"
+
+def push(place, name, pipe, folder=None, **settings):
+    folder = place / "models" / (folder or name)
     pipe.save_pretrained(folder)
     if name == "plain":
         pipe.unet.half()
         pipe.save_pretrained(folder, variant="fp16")
     push_folder(folder, f"ada/{name}", **settings)
-    Path(folder, f"{code().name}.py").write_text(code().text)
+    (folder / f"{code().name}.py").write_text(code().text)
 
-sampler = GeneralizedDDIMScheduler(prediction_type="sample", timestep_spacing="trailing")
-push("plain", GeneralizedDDIMPipeline(unet(), sampler))
-push("plain", GeneralizedDDIMPipeline(unet(1), sampler), "models/other", revision="other")
-push("private.v1", GeneralizedDDIMPipeline(unet(2), sampler), private=True)
-noisy = dict(eta=0.5, timestep_spacing="quadratic", clip_sample=True, beta_schedule="sigmoid")
-push("noisy.v1.0", GeneralizedDDIMPipeline(unet(), GeneralizedDDIMScheduler(**noisy)))
-push("inverse", GeneralizedDDIMPipeline(unet(), InverseDDIMScheduler(timestep_spacing="paper_linear")))
-push("labelled", GeneralizedDDIMPipeline(unet(num_class_embeds=4), sampler))
-push("solver", GeneralizedDDIMPipeline(unet(), DPMSolverMultistepScheduler(prediction_type="sample")))
-flow = GeneralizedDDIMScheduler(prediction_type="flow_prediction", shift=3.0)
-push("flow", GeneralizedDDIMPipeline(unet(), flow))
-exploding = GeneralizedDDIMScheduler(prediction_type="score", sigma_max=50.0)
-push("exploding", GeneralizedDDIMPipeline(unet(channels=3, time_embedding_type="fourier"), exploding))
-GeneralizedDDIMPipeline(unet(), sampler).save_pretrained("models/bare")
-GeneralizedDDIMPipeline(unet(), sampler).save_pretrained("models/version")
-Path("models/version/ddim_plugin_9_9_9.py").write_text(code().text)
-"""
+
+def make(place):
+    """Save models, and push most of them."""
+    sampler = GeneralizedDDIMScheduler(prediction_type="sample", timestep_spacing="trailing")
+    push(place, "plain", GeneralizedDDIMPipeline(unet(), sampler))
+    push(place, "plain", GeneralizedDDIMPipeline(unet(1), sampler), "other", revision="other")
+    push(place, "private.v1", GeneralizedDDIMPipeline(unet(2), sampler), private=True)
+    noisy = {"eta": 0.5, "timestep_spacing": "quadratic", "clip_sample": True, "beta_schedule": "sigmoid"}
+    push(place, "noisy.v1.0", GeneralizedDDIMPipeline(unet(), GeneralizedDDIMScheduler(**noisy)))
+    push(place, "inverse", GeneralizedDDIMPipeline(unet(), InverseDDIMScheduler(timestep_spacing="paper_linear")))
+    push(place, "labelled", GeneralizedDDIMPipeline(unet(num_class_embeds=4), sampler))
+    push(place, "solver", GeneralizedDDIMPipeline(unet(), DPMSolverMultistepScheduler(prediction_type="sample")))
+    flow = GeneralizedDDIMScheduler(prediction_type="flow_prediction", shift=3.0)
+    push(place, "flow", GeneralizedDDIMPipeline(unet(), flow))
+    exploding = GeneralizedDDIMScheduler(prediction_type="score", sigma_max=50.0)
+    push(place, "exploding", GeneralizedDDIMPipeline(unet(channels=3, time_embedding_type="fourier"), exploding))
+    GeneralizedDDIMPipeline(unet(), sampler).save_pretrained(place / "models" / "bare")
+    GeneralizedDDIMPipeline(unet(), sampler).save_pretrained(place / "models" / "version")
+    (place / "models" / "version" / "ddim_plugin_9_9_9.py").write_text(code().text)
 
 
 def read(hub, home, kind, cases, token=None, **environment):
@@ -94,12 +102,14 @@ def hub():
 
 @pytest.fixture(scope="module")
 def place(hub, tmp_path_factory):
-    """A folder with models/, most of which a process with the plugin pushed."""
+    """A folder with models/, most of which were pushed."""
     place = tmp_path_factory.mktemp("sharing")
-    environment = hub.environment(place / "pusher", TOKEN) | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", MAKE], env=environment, cwd=place, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert TOKEN not in done.stdout + done.stderr
+    with hub.in_process(place / "pusher", TOKEN):
+        make(place)
+    pushed = {name: TRAP if name.endswith(".py") else content for name, content in hub.files("ada/plain").items()}
+    names = ("pipeline.py", "scheduler/ddim_plugin.py", "unet/unet.py", "__init__.py")
+    hub.add_repo("ada/trap", pushed | dict.fromkeys(names, TRAP))
+    hub.add_repo("ada/trap2", pushed | dict.fromkeys(("scheduler/diffusers.py", "unet/diffusers.py"), TRAP))
     return place
 
 
@@ -148,20 +158,30 @@ def answers(hub, place, sources):
     asked["code"]["again"] = sources["hub plain"] | {"save_to": str(place / "again"), "same_class": True}
     for kind in ("plugin", "code", "diffusers"):
         asked[kind] |= {name: {"source": f"ada/{name}", "call": CALL} for name in ("flow", "exploding")}
+    for kind in ("plugin", "diffusers", "ddim"):
+        asked[kind] |= {name: {"source": f"ada/{name}", "call": CALL} for name in ("trap", "trap2")}
+    asked["code"]["untrusted"] = sources["folder plain"] | {"trust": False}
+    asked["plugin"] = MISSING | asked["plugin"]
+    asked["code"]["private"]["login"] = TOKEN  # the code of a private repository is only read with HF_TOKEN
+    later = {
+        "plugin": {name: sources[name] for name in HUB},
+        "diffusers": {name: sources[name] for name in STOCK if "hub" in name or name == "cache_dir"},
+        "code": {"folder": sources["folder plain"], "hub": sources["hub plain"]},
+    }
     answers = {}
 
-    def ask(key, cases, token=None, **environment):
-        found = read(hub, place / key.split()[0], key.split()[0], list(cases.values()), token, **environment)
-        answers[key] = dict(zip(cases, found, strict=True))
+    def ask(kinds, asked, suffix="", **environment):
+        """Ask readers in one process, one after the other."""
+        cases = [case | {"kind": kind} for kind in kinds for case in asked[kind].values()]
+        found = iter(read(hub, place / kinds[0], kinds[0], cases, **environment))
+        for kind in kinds:
+            answers[kind + suffix] = {name: next(found) for name in asked[kind]}
 
-    with ThreadPoolExecutor(2) as pool:  # the code of a private repository is only read with HF_TOKEN
-        list(pool.map(lambda kind: ask(kind, asked[kind], TOKEN if kind == "code" else None), asked))
-        later = {
-            "plugin offline": {name: sources[name] for name in HUB},
-            "diffusers offline": {name: sources[name] for name in STOCK if "hub" in name or name == "cache_dir"},
-            "code offline": {"folder": sources["folder plain"], "hub": sources["hub plain"]},
-        }
-        list(pool.map(lambda key: ask(key, later[key], HF_HUB_OFFLINE="1"), later))
+    groups = ("plugin",), ("diffusers", "ddim", "scheduler", "code")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda kinds: ask(kinds, asked), groups))
+        groups = ("plugin",), ("diffusers", "code")
+        list(pool.map(lambda kinds: ask(kinds, later, " offline", HF_HUB_OFFLINE="1"), groups))
     return answers
 
 
@@ -320,40 +340,17 @@ def test_saved_again_by_stock_classes_ours_is_restored(place, answers):
     assert np.abs(made - images(answers["plugin"]["hub noisy.v1.0"])).max() < 1e-6
 
 
-def test_no_code_of_a_repo_is_run(hub, place, tmp_path):
-    """Not even if it has the names that diffusers looks for."""
-    ran = tmp_path / "ran"
-    trap = f"open({str(ran)!r}, 'w').close()\nraise SystemExit(3)\n".encode()
-    pushed = {name: trap if name.endswith(".py") else content for name, content in hub.files("ada/plain").items()}
-    names = ("pipeline.py", "scheduler/ddim_plugin.py", "unet/unet.py", "__init__.py")
-    hub.add_repo("ada/trap", pushed | dict.fromkeys(names, trap))
-    hub.add_repo("ada/trap2", pushed | dict.fromkeys(("scheduler/diffusers.py", "unet/diffusers.py"), trap))
-    cases = [{"source": name, "call": CALL} for name in ("ada/trap", "ada/trap2")]
+def test_no_code_of_a_repo_is_run(answers):
+    """Not even if it has the names that diffusers looks for. The code would end the process."""
     for kind in ("plugin", "diffusers", "ddim"):
-        loaded, refused = read(hub, tmp_path / kind, kind, cases)
-        assert images(loaded).shape == (2, 8, 8, 1)
-        assert "Pass `trust_remote_code=True` to allow" in refused["message"]
-        assert not ran.exists()
-    name = code().name
-    untrusted = "from diffusers import DiffusionPipeline as P; P.from_pretrained({!r}, custom_pipeline={!r})"
-    command = [sys.executable, "-c", untrusted.format(str(place / "models" / "plain"), name)]
-    done = subprocess.run(command, capture_output=True, text=True, env=hub.environment(tmp_path))
-    assert "trust_remote_code=True" in done.stderr
+        assert images(answers[kind]["trap"]).shape == (2, 8, 8, 1)
+        assert "Pass `trust_remote_code=True` to allow" in answers[kind]["trap2"]["message"]
+    assert "trust_remote_code=True" in answers["code"]["untrusted"]["message"]
 
 
-def test_what_is_not_there_is_said(hub, place, tmp_path):
-    cases = {
-        "ada/nothing": {"source": "ada/nothing"},
-        "ada/private.v1": {"source": "ada/private.v1"},
-        "revision/gone": {"source": "ada/plain", "kwargs": {"revision": "gone"}},
-        "401 Client Error|401 Unauthorized": {"source": "ada/noisy.v1.0", "kwargs": {"token": "hf_wrong"}},
-        "variant=ema": {"source": "ada/plain", "kwargs": {"variant": "ema"}},
-        "Repo id must .*/nowhere": {"source": "./nowhere"},
-        "ada/two words": {"source": "ada/two words"},
-        "cache": {"source": "ada/solver", "kwargs": {"local_files_only": True}},
-    }
-    found = read(hub, tmp_path / "home", "plugin", list(cases.values()))
-    for said, answer in zip(cases, found, strict=True):
+def test_what_is_not_there_is_said(answers):
+    for said in MISSING:
+        answer = answers["plugin"][said]
         assert "error" in answer, answer
         assert re.search(said, answer["message"] + answer["trace"]), answer["trace"]
         assert "hf_wrong" not in json.dumps(answer)
