@@ -30,11 +30,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     model.add_argument("--null-class-label", type=int, metavar="C", help="the label of no class (default: the last)")
     model.add_argument("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
 
-    steps = timesteps.add_mutually_exclusive_group()
-    steps.add_argument("--steps", type=int, help="number of steps S (default: 50)")
-    steps.add_argument(
-        "--timesteps", type=json.loads, nargs="+", metavar="T", help="the timesteps themselves, descending"
-    )
+    timesteps.add_argument("--steps", type=int, help="number of steps S (default: 50)")
+    timesteps.add_argument("--timesteps", type=json.loads, nargs="+", metavar="T", help="these timesteps, descending")
     timesteps.add_argument("--spacing", choices=NAMES, help="spacing of the timesteps (default: the model's)")
     timesteps.add_argument("--multistep", action=BooleanOptionalAction, help="the scheduler (default: the model's)")
     timesteps.add_argument("--strength", type=float, help="share of the steps to make, in (0, 1] (default: 1)")

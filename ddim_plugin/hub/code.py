@@ -17,10 +17,7 @@ ENTRY = "pipelines.generation"  # the file contains this module and all modules 
 Code = namedtuple("Code", "name text")  # the name of the code file is without .py
 STALE = re.compile(r"(scheduler/)?ddim_plugin_\d+_\d+\w*\.py")  # names of the code files of any version
 
-HEADER = f'''"""ddim-plugin {__version__} in one file: Denoising Diffusion Implicit Models for Hugging Face diffusers.
-
-Each function is a module of the package. License: Apache-2.0.
-"""
+HEADER = f'''"""ddim-plugin {__version__} in one file, a function for each module. License: Apache-2.0."""
 
 from types import SimpleNamespace
 '''

@@ -128,14 +128,7 @@ def push_folder(
 def push_to_hub(
     self: Any, repo_id: str, commit_message: str | None = None, *, variant: str | None = None, **settings: Any
 ) -> CommitInfo:
-    """Push weights, configs, code file and card in one commit.
-
-    `variant` names the weights. `settings` are those of `push_folder`.
-    """
-    if not settings.pop("safe_serialization", True):
-        raise ValueError("pickles are not pushed: leave out safe_serialization=False")
-    if type(self) is not GeneralizedDDIMPipeline:
-        raise ValueError(f"a {type(self).__name__} has own code, which is not pushed: push a GeneralizedDDIMPipeline")
+    """Push a pipeline in one commit, as `push_folder` does with these `settings`. `variant` names the weights."""
     with tempfile.TemporaryDirectory() as folder:
         self.save_pretrained(folder, variant=variant)
         return push_folder(folder, repo_id, commit_message=commit_message, **settings)

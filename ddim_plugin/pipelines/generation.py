@@ -25,8 +25,6 @@ STOCK = {VP: ("DDIMPipeline", ("epsilon", "sample", "v_prediction")), FLOW: ("DD
 STOCK |= {VE: ("ScoreSdeVePipeline", ("score",))}
 StepEndCallback = Callable[["GeneralizedDDIMPipeline", int, Tensor, dict[str, Tensor | None]], dict[str, Any] | None]
 
-logger = logging.getLogger("ddim_plugin")
-
 
 class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
     """Generate unconditional and class-conditional images with the generalized process, or any scheduler of diffusers.
@@ -104,9 +102,9 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         settings = accepted(self.scheduler.step, eta=None if ours else eta, **settings)
 
         if latents is None:
-            latents = randn_tensor(shape, generator, condition.device, condition.state_dtype)
+            latents = randn_tensor(shape, generator, **condition.state)
         scale = getattr(self.scheduler, "init_noise_sigma", 1.0)  # stock schedulers of flow matching have none
-        x = latents.to(condition.device, condition.state_dtype) * scale
+        x = latents.to(**condition.state) * scale
         self._interrupt = False
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             step = self._step(x, t, condition, **settings)
@@ -143,7 +141,8 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
                 pipe.scheduler = GeneralizedDDIMScheduler.from_config(stock.config)
                 kind, shown = type(stock).__name__, ("eta", "variance_type", "timestep_spacing", "clip_sample")
                 named = ", ".join(f"{key}={pipe.scheduler.config[key]!r}" for key in shown)
-                logger.warning("The %s of this %s became a GeneralizedDDIMScheduler with %s.", kind, pipeline, named)
+                text = f"The {kind} of this {pipeline} became a GeneralizedDDIMScheduler with {named}."
+                logging.getLogger("ddim_plugin").warning(text)
         return pipe
 
     @classmethod
@@ -163,8 +162,12 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained() got an unexpected keyword argument {min(kwargs)!r}: leave it out")
         super().save_pretrained(save_directory, **saving)
-        for file in Path(save_directory, "unet").glob("*.safetensors"):  # safetensors does not follow the umask
-            file.chmod(Path(save_directory, "model_index.json").stat().st_mode & 0o777)
+        config = Path(save_directory, "unet", "config.json")
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        settings.pop("_name_or_path", None)  # a place on this machine
+        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for file in config.parent.glob("*.safetensors"):  # safetensors does not follow the umask
+            file.chmod(config.stat().st_mode & 0o777)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), variant=saving.get("variant"), **kwargs)
 

@@ -179,7 +179,7 @@ class Latents(Loop):
         if steps == 0:
             raise ValueError(f"strength must lie in (0, 1], from {1 / S:.3g} for {S} steps on, not {strength!r}")
         unit = self.scheduler.init_noise_sigma if steps == S else 1.0
-        return x.to(condition.device, condition.state_dtype), condition, steps, unit
+        return x.to(**condition.state), condition, steps, unit
 
 
 def _path(z0: Tensor, z1: Tensor, num: int) -> Tensor:

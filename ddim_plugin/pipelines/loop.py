@@ -1,7 +1,6 @@
 """What all calls of the pipeline share: labels and guidance, checks, and the loop over timesteps."""
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -26,13 +25,8 @@ class Condition(NamedTuple):
 
     labels: Tensor | None  # (1, B), or (2, B) with those of "no class" for guidance
     scale: float
-    device: torch.device
     dtype: torch.dtype  # of the network
-
-    @property
-    def state_dtype(self) -> torch.dtype:
-        """Type of samples between the steps: only the network computes in half precision."""
-        return torch.promote_types(self.dtype, torch.float32)
+    state: dict[str, Any]  # device and dtype of samples between the steps: only the network has half precision
 
     @property
     def evaluations(self) -> int:
@@ -77,18 +71,17 @@ class Loop:
         self, number: int, class_labels: Labels = None, guidance_scale: float = 1.0, null_class_label: int | None = None
     ) -> Condition:
         self._check_channels()
-        scale, place = guidance_scale, (self._execution_device, self.unet.dtype)
+        scale, dtype, device = guidance_scale, self.unet.dtype, self._execution_device
+        state = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
         classes = self.unet.config.num_class_embeds  # None for a custom embedding, whose labels need not be classes
         if self.unet.class_embedding is None:
             if class_labels is not None or scale != 1 or null_class_label is not None:
                 raise ValueError("this network is unconditional: leave out class labels and guidance_scale")
-            return Condition(None, scale, *place)
+            return Condition(None, scale, dtype, state)
         null = classes and classes - 1 if null_class_label is None else null_class_label
         if class_labels is None or (scale != 1 and null is None):
             known = f"class_labels (0..{classes - 1})" if classes else "class_labels, and null_class_label for guidance"
             raise ValueError(f"this network is class-conditional: pass {known}")
-        if not math.isfinite(scale):
-            raise ValueError(f"guidance_scale must be a finite number, not {scale!r}")
         labels = torch.as_tensor(class_labels)
         labels = labels.expand(number) if labels.ndim == 0 else labels
         if len(labels) != number:
@@ -98,7 +91,7 @@ class Loop:
             whole = not rows.is_floating_point() and rows.dtype != torch.bool and rows.ndim == 2
             if not whole or not ((rows >= 0) & (rows < classes)).all():
                 raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {rows.flatten().tolist()}")
-        return Condition(rows.to(place[0]), scale, *place)
+        return Condition(rows.to(device), scale, dtype, state)
 
     def _check_channels(self) -> None:
         if isinstance(self.scheduler, GeneralizedDDIMScheduler):

@@ -61,9 +61,11 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before_it(tmp_path, monkey
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
-def test_a_saved_network_has_one_mode(make_unet, tmp_path, umask):
+def test_a_saved_network_has_one_mode_and_no_path(make_unet, tmp_path, umask):
     """Whole or in shards, with all its variants."""
-    pipe = GeneralizedDDIMPipeline(make_unet(), GeneralizedDDIMScheduler())
+    make_unet().save_pretrained(tmp_path / "first")
+    unet = UNet2DModel.from_pretrained(tmp_path / "first")
+    pipe = GeneralizedDDIMPipeline(unet, GeneralizedDDIMScheduler())
     before = os.umask(umask)
     try:
         pipe.save_pretrained(tmp_path, max_shard_size="50KB")
@@ -73,4 +75,6 @@ def test_a_saved_network_has_one_mode(make_unet, tmp_path, umask):
     files = [*(tmp_path / "unet").iterdir()]
     assert len([file for file in files if file.suffix == ".safetensors"]) > 2
     assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~umask}
+    saved, loaded = ((tmp_path / name / "config.json").read_text() for name in ("unet", "first"))
+    assert saved == loaded  # the first network was not loaded from anywhere
     assert UNet2DModel.from_pretrained(tmp_path / "unet").config["sample_size"] == 8

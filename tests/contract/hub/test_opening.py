@@ -191,7 +191,7 @@ def test_a_subclass_saves_no_code_of_ours(make_unet, tmp_path):
     pipe = Mine.from_pretrained(tmp_path)
     assert type(pipe) is Mine
     assert pipe.scheduler.config.eta == 0.3
-    with pytest.raises(ValueError, match="own code"):
+    with pytest.raises(ValueError, match="is a Mine: load it with GeneralizedDDIMPipeline"):
         pipe.push_to_hub("ada/mine")
 
 

@@ -64,7 +64,7 @@ def test_a_pipeline_in_memory(hub, make_unet):
     pipe.set_progress_bar_config(disable=True)
     pipe.push_to_hub(REPO)
     assert "## Figures" not in card(hub)
-    with pytest.raises(ValueError, match="pickles are not pushed"):
+    with pytest.raises(TypeError, match="safe_serialization"):
         pipe.push_to_hub(REPO, safe_serialization=False)
     assert len(hub.commits(REPO)) == 2
 
