@@ -39,11 +39,10 @@ def run(args: Namespace) -> None:
         return
     files = [file for file in FILES[command] if file != LATENTS or not vars(args).get("latents")]
     places = [Path(args.output, file) for file in (*files, f"{command}.json")]
-    commands = {"sample": sample, "encode": encode, "edit": edit}
     _check(args, places)
     parent = next(path for path in Path(args.output, LATENTS).absolute().parents if path.exists())
     with tempfile.TemporaryDirectory(dir=parent, prefix=".ddim-plugin-") as scratch:
-        record, *contents = commands[command](args)
+        record, *contents = {"sample": sample, "encode": encode, "edit": edit}[command](args)
         for file, content in zip(files, contents, strict=False):  # not those that were given
             if isinstance(content, Tensor):
                 inversion.save_latents(Path(scratch, file), content, {key: getattr(args, key) for key in KEPT})

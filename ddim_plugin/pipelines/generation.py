@@ -157,8 +157,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Save a folder that stock pipelines load too. `kwargs` are those of diffusers, and of `push_to_hub`."""
-        known = ("safe_serialization", "variant", "max_shard_size")
-        saving = {key: kwargs.pop(key) for key in known if key in kwargs}
+        saving = {key: kwargs.pop(key) for key in ("safe_serialization", "variant", "max_shard_size") if key in kwargs}
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained() got an unexpected keyword argument {min(kwargs)!r}: leave it out")
         super().save_pretrained(save_directory, **saving)
