@@ -14,17 +14,27 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Times = NDArray[np.int64]
 
+MANY_STEPS = 8  # S from which `few_steps` looks at the log-SNR, and multistep methods have order 4
+SHARE = 0.45  # of the log-SNR in the coordinate in which `few_steps` is even
 FIRST_GAPS = (0.7, 0.85)  # uppermost gaps of `few_steps` relative to the others: two steps are of lower order
 NOISE = 0.004  # largest ᾱ at which a network can be evaluated with x_T in place of the sample
 
 
-def few_steps(S: int, alpha_bar: Array, power: float = 1.25) -> Times:
-    """Space S times evenly in t^(1/power), with smaller uppermost gaps, for a multistep method that starts from T.
+def few_steps(S: int, alpha_bar: Array) -> Times:
+    """Space S times for a multistep method that starts from T: closer at both ends, up to where x̂0 hardly changes.
 
-    The ends depend on S. The bottom is 2.5·T/S², or T/(2S) for S < 5. The top is T·S/(S + 2), or the lowest time with
-    ᾱ ≤ `NOISE` if that is higher. Above it, the prediction of the network hardly changes.
+    The top is T·S/(S + 2), or the lowest time with ᾱ ≤ `NOISE` if that is higher. Below 8 steps the bottom is 2.5·T/S²,
+    or T/(2S) for S < 5, and times are even in t^0.8 with smaller uppermost gaps. Else it is T/S², and they are even in
+    a mixture of t and the log-SNR.
     """
-    return _spread(_descend(*_ends(S, alpha_bar), S, power), len(alpha_bar) - 1)
+    T, (top, bottom) = len(alpha_bar) - 1, _ends(S, alpha_bar)
+    if S < MANY_STEPS:
+        return _spread(_descend(top, bottom, S, 1.25), T)
+    times = np.arange(max(1, min(top, round(T / S**2))), top + 1)
+    known = np.clip(alpha_bar[times], 1e-12, 1 - 1e-12)
+    scaled = [(each - each[0]) / max(each[-1] - each[0], 1e-12) for each in (times, np.log(1 / known - 1))]
+    even = np.linspace(1, 0, S)
+    return _spread(np.interp(even, (1 - SHARE) * scaled[0] + SHARE * scaled[1], times), T)
 
 
 def few_steps_noise(S: int, alpha_bar: Array) -> Times:

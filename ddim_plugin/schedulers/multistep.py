@@ -1,11 +1,14 @@
 """Solve the ODE of DDIM (Eq. 14) with a multistep method."""
 
+import inspect
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..process import moves, multistep, spacings
@@ -16,6 +19,7 @@ from .generalized import GeneralizedDDIMScheduler
 from .planned import FlowTimes, Kind
 from .step import Evaluation, Step
 
+SOLVER_KEYS = ("timesteps", "noise", "weights", "solver_order", "prediction_type", "guidance_scale")
 MUCH_NOISE = 0.5  # least η for which "few_steps" becomes "few_steps_noise", and a step extrapolates further
 REACH = 1.5  # factor on (mean − last value) in even steps with much noise: the mean of x̂0 lacks variance
 # Settings that are not copied from the config of another class: they were chosen for its sampler.
@@ -38,10 +42,14 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     `add_noise`, the first sample is that of its timestep.
 
     Args:
-        solver_order: number of values that a step uses, 1 to 4. None is 3, or 2 with noise.
+        solver_order: number of values that a step uses, 1 to 4. None is 3, or 4 from 8 steps on, or 2 with noise.
         lower_order_final: whether the last step, to the data, is of order 1.
-        fitted_timesteps: τ for some step counts, {"S": network timesteps, descending}, from
-            `ddim_plugin.fit_timesteps`. They replace the spacing "few_steps" for η < 0.5.
+        fitted_timesteps: τ for some step counts, {"S": network timesteps, descending}. They replace the spacing
+            "few_steps" for η < 0.5.
+        fitted_solvers: solvers of `fit_solver` for some step counts, which replace "few_steps" for η = 0. A pipeline
+            with another guidance scale, and a scheduler with other noise levels, prediction or order, warn and do
+            without. Each has the "timesteps" of the network, descending, the "noise" b at these, the "weights" of x̂0,
+            ε̂ and earlier ε̂ in x_s for each step, "solver_order", "prediction_type" and "guidance_scale".
         The others, and errors, are those of `GeneralizedDDIMScheduler`. From η = 0.5 on, `set_timesteps` uses
             "few_steps_noise" in place of "few_steps". "learned_range" has η = 0 by default.
     """
@@ -53,6 +61,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         solver_order: int | None = None,
         lower_order_final: bool = False,
         fitted_timesteps: dict[str, list[int]] | None = None,
+        fitted_solvers: dict[str, dict[str, Any]] | None = None,
     ): ...
 
     def _build(self) -> None:
@@ -63,6 +72,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         if steps := self.config.corrector_steps:
             raise ValueError(f"corrector_steps={steps} needs a GeneralizedDDIMScheduler: set it to 0")
         self._fitted = _check_fitted(fitted, self.path)
+        self._solvers = _check_solvers(self.config.fitted_solvers)
         if fitted is not None:  # JSON has strings as keys
             kept = {str(S): self.path.timestep(times[::-1]).tolist() for S, times in self._fitted.items()}
             StockConfig.register_to_config(self, fitted_timesteps=kept)
@@ -89,6 +99,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         if self.config.timestep_spacing == "few_steps":
             if self._much_noise:
                 spacing = "few_steps_noise"
+            elif (times := self._fitted_solver(S)) is not None:
+                return times
             elif spacings.is_integer(S) and S in self._fitted:
                 return self._fitted[S]
             elif isinstance(self.path, VarianceExploding) and super()._spaced(S, "linear").size:
@@ -98,12 +110,38 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     def _flow_times(self, S: int | None, sigmas: Any, stock: str = "", **given: Any) -> FlowTimes:
         spacing, noisy = self.config.timestep_spacing, self._much_noise
         if sigmas is None and spacing != "linear" and spacings.is_integer(S) and S > 0:
-            if given["timesteps"] is None and not noisy and S in self._fitted and spacing == "few_steps":
-                return self._fitted[S].astype(float), {}
+            if given["timesteps"] is None and not noisy and spacing == "few_steps":
+                times = self._fitted_solver(S)
+                times = self._fitted.get(S) if times is None else times
+                if times is not None:
+                    return times.astype(float), {}
             shifted = self.config.use_dynamic_shifting or max(flow.shift_of(self.config), self._shift or 1) > 1
             sigmas = spacings.few_sigmas(S, shifted, noisy or spacing == "few_steps_noise")
             stock = FLOW  # not all solvers take sigmas
         return super()._flow_times(S, sigmas, stock, **given)
+
+    def _fitted_solver(self, S: Any) -> spacings.Times | None:
+        """Return the times of the solver that was fitted for S steps, and use its weights, if it fits the loop."""
+        solver = self._solvers.get(S) if spacings.is_integer(S) else None
+        if solver is None or self.config.denoising_start or moves.adds_noise(*self._kind(None)):
+            return None
+        wrong: dict[str, Any] = {"guidance_scale": guidance_scale(), "solver_order": self._order}
+        wrong |= {"prediction_type": self.config.prediction_type}
+        wrong = {key: value for key, value in wrong.items() if value is not None and value != solver[key]}
+        try:
+            times = self.path.times(solver["timesteps"])
+            levels = [self.path.level(t).noise for t in times.tolist()][::-1]
+            matches = np.allclose(levels, solver["noise"], rtol=1e-3, atol=1e-6)
+        except ValueError:  # timesteps of another path
+            matches = False
+        if wrong or not matches:
+            wrong = wrong or {"noise": "levels of this scheduler"}
+            key, value = next(iter(wrong.items()))
+            text = f"the solver for {S} steps was fitted for {key}={solver[key]!r}, not {value!r}: the default is used"
+            warnings.warn(text, stacklevel=4)
+            return None
+        self._solver = solver["weights"]
+        return times
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         super().set_begin_index(begin_index)
@@ -145,7 +183,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         self._weighted: dict[tuple[Kind, int, tuple[float, ...]], tuple[Any, ...]] = {}
 
     def _values(self, kind: Kind) -> int:
-        return self._order or (2 if moves.adds_noise(*kind) else 3)
+        few = len(self._tau) < spacings.MANY_STEPS or isinstance(self.path, VarianceExploding)
+        return self._order or (2 if moves.adds_noise(*kind) else 3 if few else 4)
 
     def _evaluate(self, kind: Kind, *args: Any) -> Evaluation:
         evaluation, place = super()._evaluate(kind, *args), self._place
@@ -165,7 +204,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             self._history = [(t, self._value(evaluation, of_x0)), *earlier]
             self._last = of_x0, place, like.shape
             self._stepped |= {place}
-        history = [(weight, value) for weight, (_, value) in zip(rest, earlier, strict=True) if weight]
+        history = [(weight, value) for weight, (_, value) in zip(rest, earlier, strict=True)]
         return evaluation._replace(step=step, history=history)
 
     def _value(self, evaluation: Evaluation, of_x0: bool) -> Tensor:
@@ -179,6 +218,10 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         key = kind, place, times
         if key not in self._weighted:
             step, of_x0 = plan[place], moves.adds_noise(*kind)
+            fitted = self._solver[place] if self._solver and kind == ("fixed_small", 0.0) else ()
+            if len(fitted) == 1 + len(times):
+                self._weighted[key] = step._replace(x0=fitted[0], eps=fitted[1]), *fitted[2:]
+                return self._weighted[key]
             weights, mean = np.zeros(len(times)), self._mean(of_x0, self._pairs[place], times, kind[1])
             if len(mean) > 1:  # they are added to the DDIM step scale·x_t + slope·value
                 level = self.path.level(self._pairs[place][0])
@@ -219,6 +262,32 @@ def keep_learned(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, A
     if config.get("variance_type") == "learned_range" and changes.get("variance_type") == "fixed_small":
         return {key: value for key, value in changes.items() if key != "variance_type"}
     return changes
+
+
+def guidance_scale() -> float | None:
+    """Return the guidance scale of the pipeline's call that is running, if it has one. Schedulers are not told."""
+    frame = inspect.currentframe()
+    while frame := frame and frame.f_back:
+        known = frame.f_locals
+        if isinstance(known.get("self"), DiffusionPipeline) and isinstance(known.get("guidance_scale"), int | float):
+            return float(known["guidance_scale"])
+    return None
+
+
+def _check_solvers(solvers: dict[str, dict[str, Any]] | None) -> dict[int, dict[str, Any]]:
+    found = {}
+    for key, each in (solvers or {}).items():
+        try:
+            S, widths = int(key), [len(row) for row in each["weights"]]
+            sizes = len(each["timesteps"]), len(each["noise"]), len(widths)
+            finite = np.isfinite(np.concatenate([each["timesteps"], each["noise"], *each["weights"]])).all()
+            valid = finite and sizes == (S, S, S) and all(2 <= n <= 2 + i for i, n in enumerate(widths))
+            found[S] = {key: each[key] for key in SOLVER_KEYS}
+        except (KeyError, TypeError, ValueError):
+            valid = False
+        if not valid:
+            raise ValueError(f"fitted_solvers[{key!r}] is no solver that fit_solver wrote: leave it out, or fit again")
+    return found
 
 
 def _check_fitted(timesteps: dict[str, list[float]] | None, path: Path) -> dict[int, spacings.Times]:

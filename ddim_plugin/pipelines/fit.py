@@ -1,0 +1,178 @@
+"""Fit solvers to a model, in the loop of any pipeline."""
+
+import inspect
+import time
+from collections.abc import Sequence
+from copy import copy
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..process.fitting import SPREADS, Curve, angle, descend, refine
+from ..process.spacings import Array, is_integer
+from ..schedulers import MultistepDDIMScheduler
+from ..schedulers.fit import Recorder, Student
+from .loop import batches, check_count
+
+HELD_OUT = 4  # one batch in so many images judges the solvers, and does not enter
+Solver = dict[str, Any]
+
+
+@torch.no_grad()
+def fit_solver(
+    pipe: Any,
+    steps: Sequence[int] = (5, 8, 10, 15, 20),
+    num_images: int = 64,
+    batch_size: int | None = None,
+    teacher_steps: int = 100,
+    seed: int = 0,
+    minutes: float = 0.0,
+    **call: Any,
+) -> dict[int, Solver]:
+    """Fit a solver to a model for each number of steps, in the pipeline's own loop, and give the pipeline a scheduler.
+
+    `num_images` draws of x_T are solved with `teacher_steps` steps. Times of the solver are searched on these
+    trajectories, and its weights are solved for step by step while the pipeline samples. A quarter of the images does
+    not enter: a solver is kept where these come nearer to their solutions than with the default. `pipe.scheduler`
+    becomes a `MultistepDDIMScheduler` with `fitted_solvers`, which are saved with it and used for those step counts, in
+    calls with the same guidance scale.
+
+    Args:
+        pipe: any pipeline of diffusers whose loop calls `scheduler.step` with its timesteps.
+        steps: the numbers S of steps to fit.
+        batch_size: images in a call of the pipeline; all of them by default.
+        seed: noise of image i is drawn from `seed` + i.
+        minutes: time to move times and weights together, by Gauss–Newton with finite differences, for all S.
+        call: arguments of the pipeline's call: prompts, `guidance_scale`, size. A list of `num_images` has an entry for
+            each image, and a text is the prompt of all.
+
+    Returns the solvers with their root mean square "error" and "default_error", network "evaluations" and "seconds".
+    Raises ValueError for numbers out of range and arguments that the call does not have, before any evaluation.
+    """
+    run = _Run(pipe, num_images, batch_size, seed, call)
+    check_count("teacher_steps", teacher_steps)
+    if not steps or not all(is_integer(S) and 1 <= S <= teacher_steps // 2 for S in steps):
+        raise ValueError(f"steps must be integers from 1 to half of teacher_steps={teacher_steps}, not {[*steps]}")
+    config, found = pipe.scheduler.config, {}
+    known = dict(getattr(config, "fitted_solvers", None) or {})
+    plain = {"eta": 0.0, "variance_type": "fixed_small", "timestep_spacing": "few_steps", "fitted_timesteps": None}
+    config = MultistepDDIMScheduler.from_config(config, **plain, fitted_solvers=None).config
+    if config.solver_order == 1:
+        raise ValueError("a fit needs solver_order 2, 3 or 4, or None, not 1")
+    teacher, judge = (run(Recorder.from_config(config), teacher_steps, held) for held in (False, True))
+    curve = teacher.curve()
+    for S in tqdm(sorted(set(steps)), desc="fitting"):
+        start, before = time.perf_counter(), run.evaluations
+        solver = _fit(run, config, S, teacher, curve, minutes / len(set(steps)))
+        errors = [
+            _rms(run(Recorder.from_config(config, **each), S, True), judge) for each in ({}, _settings(S, solver))
+        ]
+        solver |= {"default_error": errors[0], "error": errors[1], "evaluations": run.evaluations - before}
+        found[S] = solver | {"seconds": time.perf_counter() - start}
+    kept = {str(S): each for S, each in found.items() if each["error"] < each["default_error"]}
+    pipe.scheduler = MultistepDDIMScheduler.from_config(config, fitted_solvers=(known | kept) or None)
+    return found
+
+
+class _Run:
+    """Call a pipeline for the same images with different schedulers."""
+
+    def __init__(self, pipe: Any, number: int, batch_size: int | None, seed: int, call: dict[str, Any]):
+        check_count("num_images", number, HELD_OUT)
+        known = inspect.signature(pipe.__call__).parameters
+        fixed = {
+            "num_inference_steps",
+            "generator",
+            "latents",
+            "timesteps",
+            "sigmas",
+            "eta",
+            "batch_size",
+            "output_type",
+        }
+        if wrong := sorted(each for each in call if each not in known or each in fixed):
+            raise ValueError(f"{', '.join(wrong)} cannot be passed on to {type(pipe).__name__}: leave it out")
+        if missing := {"num_inference_steps", "generator"} - known.keys():
+            raise ValueError(
+                f"the call of {type(pipe).__name__} has no {' and no '.join(missing)}: use another pipeline"
+            )
+        self.pipe, self.evaluations, self.seed = copy(pipe), 0, seed
+        self.pipe.set_progress_bar_config(disable=True)
+        texts = {key: [each] * number for key, each in call.items() if "prompt" in key and isinstance(each, str)}
+        self.call, self.sized = call | texts, "batch_size" in known
+        self.fixed = {key: value for key, value in (("output_type", "latent"), ("return_dict", False)) if key in known}
+        held = number // HELD_OUT
+        self.rows = {False: range(number - held), True: range(number - held, number)}
+        self.batch_size, self.number = batch_size, number
+
+    def __call__(self, scheduler: Any, S: int, held: bool = False) -> Any:
+        """Run the loop with a scheduler for the images that are held out, or for the others. Returns the scheduler."""
+        self.pipe.scheduler = scheduler
+        for part in batches(len(self.rows[held]), self.batch_size):
+            rows = self.rows[held][part]
+            call = {key: self._of(value, rows) for key, value in self.call.items()}
+            generators = [torch.Generator().manual_seed(self.seed + i) for i in rows]
+            sized = {"batch_size": len(rows)} if self.sized else {}
+            self.pipe(num_inference_steps=S, generator=generators, **sized, **self.fixed, **call)
+        self.evaluations += S * len(self.rows[held])
+        if len(data := scheduler.data) != len(self.rows[held]):
+            raise ValueError(
+                f"the pipeline made {len(data)} images for {len(self.rows[held])}: pass one prompt for each"
+            )
+        return scheduler
+
+    def _of(self, value: Any, rows: range) -> Any:
+        return [value[i] for i in rows] if isinstance(value, list | tuple) and len(value) == self.number else value
+
+
+def _fit(run: _Run, config: Any, S: int, teacher: Recorder, curve: Curve, minutes: float) -> Solver:
+    """Search times on the trajectories, solve for the weights in the loop, and refine both for some minutes."""
+    plan = MultistepDDIMScheduler.from_config(config)
+    plan.set_timesteps(S)
+    path, order = plan.path, plan._values(plan._kind(None))
+    default = [t for t, _ in plan._pairs]
+    whole = not path.continuous
+
+    def angles(times: Sequence[float]) -> list[float]:
+        return [angle(path.level(int(t) if whole else t)) for t in times]
+
+    top, top_time = curve.angles[0], path.T * 1.001 if path.continuous else path.T + 1
+    step = max(1, (default[0] - default[-1]) // (4 * S)) if whole else (default[0] - default[-1]) / (4 * S)
+    least, tried = (1 if whole else step / 64), {}
+    for spread in (None, *SPREADS):
+        cost = lambda times: curve.error(top, angles(times), order, spread)  # noqa: B023, E731
+        times = tuple(default if spread is None else descend(default, cost, 1, step, least))
+        if times not in tried:
+            timesteps = {str(S): [path.timestep(t) for t in times]}
+            student = Student.from_config(config, fitted_timesteps=timesteps).follow(teacher, curve)
+            tried[times] = _rms(run(student, S), teacher), student
+    times, (_, student) = min(tried.items(), key=lambda each: each[1][0])
+    known = {"solver_order": order, "prediction_type": config.prediction_type, "guidance_scale": student.scale}
+
+    def solver(theta: Array) -> Solver:
+        times = [round(t) if whole else t for t in theta[:S].tolist()]
+        noise, weights = [path.level(t).noise for t in times], iter(theta[S:].tolist())
+        rows = [[next(weights) for _ in range(1 + min(i + 1, order))] for i in range(S)]
+        return {"timesteps": [path.timestep(t) for t in times], "noise": noise, "weights": rows} | known
+
+    def residual(theta: Array) -> Array:
+        if not (np.diff([top_time, *theta[:S].round(9), least / 2]) < -least / 4).all():
+            return np.full(teacher.data.numel(), 1e3)
+        made = run(Recorder.from_config(config, **_settings(S, solver(theta))), S)
+        return (made.data - teacher.data).double().cpu().numpy().ravel()
+
+    theta = np.concatenate([times, *(student.weights[i] for i in range(S))])
+    if minutes:
+        gaps = np.full(S, max(least, step // 2 if whole else step / 2))
+        theta = refine(theta, np.append(gaps, np.full(len(theta) - S, 0.02)), residual, time.monotonic() + 60 * minutes)
+    return solver(theta)
+
+
+def _settings(S: int, solver: Solver) -> dict[str, Any]:
+    return {"fitted_solvers": {str(S): solver}}
+
+
+def _rms(made: Recorder, solved: Recorder) -> float:
+    return float((made.data - solved.data).square().mean().sqrt())

@@ -1,0 +1,104 @@
+"""Schedulers that fit a solver in the loop of a pipeline: one records trajectories, one solves for its weights."""
+
+import math
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..process.fitting import Curve, angle, least_squares
+from .multistep import MultistepDDIMScheduler, guidance_scale
+from .step import Evaluation
+
+MOST_COORDINATES = 4096  # numbers of a sample that are recorded, drawn once: products are means over them
+
+
+class Recorder(MultistepDDIMScheduler):
+    """Sample, and record y = x/√(a² + b²) and v = dy/dφ at the beginning of each step, and x_0.
+
+    A loop that begins again adds images. `nodes` are lists by position, of pairs (y, v) of (B, coordinates) in float32.
+    """
+
+    @wraps(MultistepDDIMScheduler.set_timesteps)  # pipelines read its signature
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        self.scale = guidance_scale()
+        if not vars(self).get("nodes"):
+            self.nodes: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(len(self._pairs) + 1)]
+            tops = self.path.T if self._starts_above(self._pairs[0][0]) else self._pairs[0][0]
+            self.levels = [self.path.level(t) for t in (tops, *(s for _, s in self._pairs))]
+            self.angles = np.array([angle(level) for level in self.levels])
+
+    def _advance(self, evaluation: Evaluation) -> Tensor:
+        x, i = self._follow(evaluation), self._place
+        if i is None:
+            raise ValueError(
+                "this pipeline does not step through the timesteps of its scheduler: no solver can be fitted"
+            )
+        x0, eps = (self.sampled(each()) for each in (evaluation.pred_original_sample, evaluation.pred_epsilon))
+        v = math.cos(self.angles[i]) * eps - math.sin(self.angles[i]) * x0
+        self.nodes[i].append((self.sampled(evaluation.sample) / math.hypot(*self.levels[i]), v))
+        if i == len(self._pairs) - 1:  # the slope at the data is that of the line through the last two
+            before = self.nodes[i - 1][-1][1] if i else v
+            share = self.angles[i] / (self.angles[i - 1] - self.angles[i]) if i else 0
+            self.nodes[-1].append((self.sampled(x), v + share * (v - before)))
+        return x
+
+    def _follow(self, evaluation: Evaluation) -> Tensor:
+        return evaluation.mean()
+
+    def sampled(self, x: Tensor) -> Tensor:
+        """Select the coordinates that are recorded, (B, coordinates)."""
+        x = x.float().flatten(1)
+        if x.shape[1] <= MOST_COORDINATES:
+            return x.clone()
+        return x[
+            :, torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))[:MOST_COORDINATES].to(x.device)
+        ]
+
+    @property
+    def data(self) -> Tensor:
+        """Return x_0 of all images, (N, coordinates)."""
+        return torch.cat([y for y, _ in self.nodes[-1]])
+
+    def curve(self) -> Curve:
+        """Compute the mean products of the recorded trajectories."""
+        whole = torch.stack([torch.cat([pair[k] for pair in node]) for k in (0, 1) for node in self.nodes]).flatten(1)
+        products = sum((part @ part.T).double() for part in whole.split(2**16, 1))
+        return Curve(self.angles, (products / whole.shape[1]).cpu().numpy())
+
+
+class Student(Recorder):
+    """Sample with weights that bring each step nearest to recorded trajectories, for the same x_T in the same order.
+
+    The weights of a step solve least squares over all images so far: with several batches those of the first move.
+    """
+
+    def follow(self, teacher: Recorder, curve: Curve) -> "Student":
+        """Set the trajectories. Returns itself."""
+        self.teacher, self.curve_, self.sums, self.weights = teacher, curve, {}, {}
+        return self
+
+    def _follow(self, evaluation: Evaluation) -> Tensor:
+        i, step = self._place, evaluation.step
+        prior = np.array([step.x0, step.eps, *(weight for weight, _ in evaluation.history)])
+        values = [evaluation.pred_original_sample(), evaluation.pred_epsilon(), *(v for _, v in evaluation.history)]
+        basis = torch.stack([self.sampled(value).flatten() for value in values]).double()
+        goal = math.hypot(*self.levels[i + 1]) * self._goal(len(self.nodes[i]), self.angles[i + 1])
+        count, products, right = self.sums.get(i, (0, 0, 0))
+        self.sums[i] = total = (
+            count + basis.shape[1],
+            products + basis @ basis.T,
+            right + basis @ goal.flatten().double(),
+        )
+        number, products, right = (each.cpu().numpy() if isinstance(each, Tensor) else each for each in total)
+        self.weights[i] = least_squares(products / number, right / number, prior)
+        return sum(float(weight) * value for weight, value in zip(self.weights[i], values, strict=True))
+
+    def _goal(self, batch: int, phi: float) -> Tensor:
+        """Interpolate y of this batch of images at an angle."""
+        weights, nodes = self.curve_.at(phi)[0], self.teacher.nodes
+        number = len(nodes)
+        return sum(float(weights[k]) * nodes[k % number][batch][k // number] for k in np.flatnonzero(weights))
