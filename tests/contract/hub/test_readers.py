@@ -180,8 +180,7 @@ def answers(hub, place, sources):
     groups = ("plugin",), ("diffusers", "ddim", "scheduler", "code")
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda kinds: ask(kinds, asked), groups))
-        groups = ("plugin",), ("diffusers", "code")
-        list(pool.map(lambda kinds: ask(kinds, later, " offline", HF_HUB_OFFLINE="1"), groups))
+    ask(("diffusers", "code", "plugin"), later, " offline", HF_HUB_OFFLINE="1")
     return answers
 
 
