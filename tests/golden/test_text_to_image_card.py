@@ -64,7 +64,7 @@ def test_other_precisions_open():
 
 def test_pictures_are_inverted_and_edited(pipe):
     """Exactly, by the inverse with refinements; then "bold" adds ink to each."""
-    prompts = [f"a thin {name}" for name in NAMES]
+    prompts = [f"a thin {name}" for name in NAMES[:5]]
     pictures = draw(pipe, prompts, num_inference_steps=20, guidance_scale=3.0)
     with torch.no_grad():
         x = torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1
@@ -74,7 +74,7 @@ def test_pictures_are_inverted_and_edited(pipe):
         found = invert(pipe, pictures, prompts, refinement_steps=k, num_inference_steps=20, guidance_scale=1.0)
         errors[k] = float((found.decode(pipe, output_type="latent") - latents).square().mean().sqrt())
     assert errors[4] < 1e-4 < 1e-2 < errors[None]
-    bold = found.decode(pipe, [f"a bold {name}" for name in NAMES], guidance_scale=3.0, output_type="np")
+    bold = found.decode(pipe, [f"a bold {name}" for name in NAMES[:5]], guidance_scale=3.0, output_type="np")
     assert (bold.mean((1, 2, 3)) > pictures.mean((1, 2, 3))).mean() >= 0.9
 
 

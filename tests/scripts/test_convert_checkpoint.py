@@ -6,7 +6,6 @@ import math
 import pickle
 import re
 import runpy
-import subprocess
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -16,6 +15,7 @@ import convert_checkpoint as script
 import pytest
 import torch
 import torch.nn.functional as F
+import trials
 from diffusers import UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -295,16 +295,9 @@ def test_a_training_checkpoint_has_two_sets(checkpoint, tmp_path, wanted, kind):
 
 def test_a_process_writes_a_pipeline_and_its_record(checkpoint, tmp_path):
     path, _, ema = checkpoint
-    command = [
-        sys.executable,
-        "training/convert_checkpoint.py",
-        "--checkpoint",
-        path,
-        "--output",
-        tmp_path / "new" / "out",
-    ]
+    command = ["training/convert_checkpoint.py", "--checkpoint", path, "--output", tmp_path / "new" / "out"]
     command += ["--dropout", "0.1", "--beta_end", "0.03", "--num_train_timesteps", "500", "--resolution", "16"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = trials.Fork(trials.script, *command).wait()
     assert done.returncode == 0, done.stdout + done.stderr
     parameters = sum(weight.numel() for weight in ema.parameters())
     assert f"out: ema weights, {parameters:,} parameters, pictures of 16×16" in done.stdout

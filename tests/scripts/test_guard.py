@@ -19,6 +19,7 @@ import sample
 import train
 from guard.names import check_model
 from trainer.settings import build
+from trials import Fork
 
 from ddim_plugin import GeneralizedDDIMPipeline
 
@@ -283,9 +284,14 @@ def test_every_script_checks_its_device(device, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def print_device(name):
+    from measure.parts import start_processes
+
+    print(start_processes(name).device)
+
+
 def test_a_process_alone_works_on_its_device():
-    start = "import measure.parts; print(measure.parts.start_processes(sys.argv[1]).device)"
-    assert python(start, "cpu:0").stdout == "cpu:0\n"
+    assert Fork(print_device, "cpu:0").wait().stdout == "cpu:0\n"
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------

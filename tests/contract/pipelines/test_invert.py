@@ -115,7 +115,7 @@ def test_a_picture_comes_back(name, parts, trained, pictures, tmp_path):
     assert np.shape(made)[-3:] == (16, 16, 3)
 
 
-HALF = ["Stable Diffusion XL", "Stable Diffusion 3", "Flux", "Z-Image", "Wan"]
+HALF = ["Stable Diffusion XL", "Flux", "Wan"]
 
 
 @pytest.mark.parametrize("name", HALF)
@@ -179,7 +179,7 @@ def text_to_image(parts, trained):
 
 def test_prompts_for_many_pictures(parts, trained, pictures):
     pipe = text_to_image(parts, trained)
-    call = {"num_inference_steps": 8, "guidance_scale": 1.2, "refinement_steps": 6}
+    call = {"num_inference_steps": 4, "guidance_scale": 1.2, "refinement_steps": 6}
     one = invert(pipe, pictures, "a cat", **call)
     each = invert(pipe, pictures, ["a cat", "a dog"], **call)
     alone = invert(pipe, pictures[1], "a dog", **call)
@@ -235,10 +235,10 @@ def test_defaults_of_the_call_are_kept(parts, trained, pictures):
 def test_part_of_the_process(parts, trained, pictures):
     """Less strength stays nearer to the picture, and takes fewer evaluations."""
     pipe = text_to_image(parts, trained)
-    call = {"num_inference_steps": 10, "guidance_scale": 1.5, "refinement_steps": 9}
+    call = {"num_inference_steps": 5, "guidance_scale": 1.5, "refinement_steps": 9}
     whole, part = (invert(pipe, pictures, "a cat", strength=strength, **call) for strength in (1.0, 0.4))
-    assert len(whole.report.timesteps) == 10
-    assert len(part.report.timesteps) == 4
+    assert len(whole.report.timesteps) == 5
+    assert len(part.report.timesteps) == 2
     assert part.report.timesteps.max() < 400
     z = coded(pipe, pictures)
     assert distance(part.decode(pipe, output_type="latent"), z) < 1e-3
@@ -330,8 +330,7 @@ def test_the_scheduler_comes_back_after_an_error(parts, trained, pictures):
     assert pipe.scheduler is before
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.5])
-@pytest.mark.parametrize("cls", [GeneralizedDDIMScheduler, MultistepDDIMScheduler])
+@pytest.mark.parametrize(("cls", "strength"), [(GeneralizedDDIMScheduler, 0.5), (MultistepDDIMScheduler, 1.0)])
 def test_corrections_close_the_round_trip_at_another_guidance(cls, strength, parts, trained, pictures, tmp_path):
     pipe, _ = tiny.text_to_image(parts, cls(**SD))
     pipe.set_progress_bar_config(disable=True)

@@ -2,11 +2,8 @@
 
 import json
 import logging
-import subprocess
-import sys
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline, PNDMPipeline, PNDMScheduler
@@ -224,27 +221,6 @@ def test_a_save_that_fails_keeps_the_weights(make_pipe, tmp_path, monkeypatch):
         make_pipe(seed=2).save_pretrained(tmp_path, safe_serialization=False)
     kept = GeneralizedDDIMPipeline.from_pretrained(tmp_path).unet.conv_in.weight
     assert torch.equal(kept, make_pipe(seed=1).unet.conv_in.weight)
-
-
-# ---- in a process of its own -----------------------------------------------------------------------------------
-
-LOAD = """
-import sys, numpy, torch
-from ddim_plugin import GeneralizedDDIMPipeline
-pipe = GeneralizedDDIMPipeline.from_pretrained(sys.argv[1])
-pipe.set_progress_bar_config(disable=True)
-images = pipe(2, 7, generator=torch.Generator().manual_seed(3), output_type="np").images
-numpy.save(sys.argv[2], images)
-"""
-
-
-def test_a_fresh_process_makes_the_same_images(make_pipe, tmp_path):
-    pipe = make_pipe(GeneralizedDDIMScheduler(eta=0.4, timestep_spacing="quadratic"), channels=3)
-    pipe.save_pretrained(tmp_path / "model")
-    assert (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").exists()
-    subprocess.run([sys.executable, "-c", LOAD, tmp_path / "model", tmp_path / "images.npy"], check=True)
-    images = pipe(2, 7, generator=torch.Generator().manual_seed(3), output_type="np").images
-    assert np.array_equal(np.load(tmp_path / "images.npy"), images)
 
 
 def test_unknown_keywords_are_refused(make_unet, tmp_path):

@@ -131,15 +131,15 @@ def test_the_last_move_is_silent_for_every_kind_of_noise(path, data):
 
 
 @pytest.mark.parametrize("schedule", list(schedules.SCHEDULES))
-@pytest.mark.parametrize("eta", [0.0, 0.2, 1.0, None])
+@pytest.mark.parametrize("eta", [0.0, 1.0, None])
 def test_coefficients_are_finite_and_real(schedule, eta):
-    """Every schedule, spacing and kind of noise (None is `fixed_large`): some 100,000 moves in all."""
+    """Every schedule, spacing and kind of noise (None is `fixed_large`): tens of thousands of moves."""
     kind = "fixed_large" if eta is None else "fixed_small"
     rng = np.random.default_rng(0)
     for T in (1, 2, 7, 100, 1000):
         alpha_bar = schedules.alpha_bar(schedules.betas(schedule, T))
         path = variance_preserving(alpha_bar)
-        for S in {1, T, *rng.integers(1, T + 1, 4).tolist()}:
+        for S in {1, T, int(rng.integers(1, T + 1))}:
             for name in spacing.NAMES:
                 for t, s in process.downwards(spacing.tau(name, S, T, alpha_bar=alpha_bar)):
                     move = process.move(path, t, s, eta, kind)
