@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from trainer.config import OPTIMIZERS, TrainConfig, check
 from trainer.settings import build, read_toml
 from trainer.setup import build_run
-from training_runs import ROOT, SMALL, UNET, WEIGHTS, fit
+from training_runs import SMALL, UNET, WEIGHTS, fit
+from trials import ROOT
 
 from ddim_plugin import GeneralizedDDIMScheduler
 
