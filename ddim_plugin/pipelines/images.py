@@ -19,7 +19,7 @@ DEEP = ("I", "F")  # beginnings of modes of more than 8 bits
 def read(images: Images, channels: int, size: Size, low: float = -1.0, high: float = 1.0) -> Tensor:
     """Convert images, bytes or in [0, 1], to (B, C, H, W) from `low` to `high`, in float32, or float64 if they are.
 
-    Raises ValueError naming the first image of another shape, mode, type or range.
+    PIL images of other modes are converted. Raises ValueError naming the first image of another shape, type or range.
     """
     many = images if isinstance(images, list | tuple) else [images]
     if not many:
@@ -35,11 +35,7 @@ def read(images: Images, channels: int, size: Size, low: float = -1.0, high: flo
 
 def _read(image: Any, channels: int, name: str) -> Tensor:
     if isinstance(image, Image.Image):
-        plain = fit(image, channels, None, False, name)
-        if image.mode not in (plain.mode, f"{plain.mode}A"):
-            remedy = f'this network takes {channels} channels: image.convert("{plain.mode}")'
-            raise ValueError(f"{name} has mode {image.mode!r}; {remedy}")
-        image = np.asarray(plain)
+        image = np.asarray(fit(image, channels, None, False, name))
     is_array = isinstance(image, np.ndarray)
     if not is_array and not isinstance(image, Tensor):
         raise ValueError(f"{name} must be a PIL image, an array or a tensor, not {type(image).__name__}")
@@ -57,8 +53,7 @@ def _read(image: Any, channels: int, name: str) -> Tensor:
         return x / 255
     low, high = float(x.min()), float(x.max())
     if not (low >= 0 and high <= 1):
-        remedy = "; pass (image + 1)/2" if low >= -1.001 and high <= 1.001 else ""
-        raise ValueError(f"{name} lies in [{low:g}, {high:g}]: floating-point images must lie in [0, 1]{remedy}")
+        raise ValueError(f"{name} lies in [{low:g}, {high:g}]: floating-point images must lie in [0, 1]")
     return x
 
 
@@ -79,23 +74,17 @@ def fit(image: Image.Image, channels: int, size: Size, resize: bool, name: str) 
     mode = check_channels(channels)
     if image.mode.startswith(DEEP):
         raise ValueError(f"{name} has mode {image.mode!r}, more than 8 bits: scale it to 0..255 first")
-    if (plain := opaque(image)) is None:
-        raise ValueError(f"{name} has transparency, which the network cannot use: put it on a background")
-    image = plain.convert(mode)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:
+            raise ValueError(f"{name} has transparency, which the network cannot use: put it on a background")
+    image = image.convert(mode)
     if size is not None and image.size != size[::-1]:
         if not resize:
             sizes = f"{image.width}×{image.height}, the network takes {size[1]}×{size[0]} (width × height)"
             raise ValueError(f"{name} is {sizes}: crop and resize it (--resize)")
         image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
     return image
-
-
-def opaque(image: Image.Image) -> Image.Image | None:
-    """Drop an alpha channel, or return None if any pixel of the image is transparent."""
-    if not image.has_transparency_data:
-        return image
-    rgba = image.convert("RGBA")
-    return rgba.convert("L" if image.mode in ("1", "L", "LA") else "RGB") if rgba.getextrema()[3][0] == 255 else None
 
 
 def check_channels(channels: int) -> str:

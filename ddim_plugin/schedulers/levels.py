@@ -88,7 +88,7 @@ class Levels(StockConfig):
         """Compute x_t = a_t·x_0 + b_t·ε (Eq. 4) at network timesteps.
 
         x_0 and ε are (B, C, H, W), or one image for several, and `timesteps` one, (B,), or (B, …) for leading axes.
-        Raises ValueError for timesteps out of range, shapes that do not fit together, and integer samples.
+        Raises ValueError for timesteps out of range and integer samples, RuntimeError for shapes that do not fit.
         """
         x, signal, deviation = self._marginals(original_samples, noise, timesteps)
         return combine(signal, x, deviation, noise).to(original_samples.dtype)
@@ -110,11 +110,7 @@ class Levels(StockConfig):
         times = numbers(times, whole=not self.path.continuous)
         times = times.flatten() if times.numel() == 1 else times
         axes = (*times.shape, *[1] * (x.ndim - times.ndim))
-        try:
-            shape = torch.broadcast_shapes(axes, x.shape, noise.shape)
-        except RuntimeError as error:
-            given = f"{times.numel()} timesteps for samples {tuple(x.shape)} and noise {tuple(noise.shape)}"
-            raise ValueError(f"{given}: give one timestep, or one for each sample") from error
+        shape = torch.broadcast_shapes(axes, x.shape, noise.shape)
         if times.device.type == "cpu":
             low, high = self.path.bounds
             if not (low <= times.min() * (1 + 1e-6) and times.max() * (1 - 1e-6) <= high):

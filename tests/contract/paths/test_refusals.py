@@ -85,7 +85,7 @@ def test_only_the_generalized_scheduler_has_a_corrector(cls):
         (FLOW, {"num_inference_steps": 0}, "positive integer, not 0"),
         (FLOW, {"num_inference_steps": 2.5}, r"positive integer, not 2\.5"),
         (FLOW, {}, "either num_inference_steps or timesteps"),
-        ({**FLOW, "use_dynamic_shifting": True}, {"num_inference_steps": 4}, "use_dynamic_shifting=True needs mu"),
+        ({**FLOW, "use_dynamic_shifting": True}, {"num_inference_steps": 4}, "`mu` must be passed"),
         (FLOW, {"timesteps": [900.0, 950.0]}, "descending order"),
         (FLOW, {"timesteps": [1100.0, 950.0]}, "1100"),
         (FLOW, {"timesteps": [900.0, -1.0]}, "-1"),
