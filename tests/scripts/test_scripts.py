@@ -235,6 +235,7 @@ def test_a_signal_to_the_demo_ends_what_it_started(tmp_path):
         with pytest.raises(guard.Ended, match="130"):
             demo.run([sys.executable, "-c", child, str(tmp_path / "ended")])
     finally:
+        guard.signals.SIGNALS.__init__()
         for number, handler in before.items():
             signal.signal(number, handler)
     assert (tmp_path / "ended").exists()

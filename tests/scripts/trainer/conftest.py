@@ -1,11 +1,13 @@
 """Accelerate starts anew for each test, and only tests of the output folder plot the loss."""
 
+import guard
 import pytest
 from training_runs import forget_accelerate
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
+    guard.signals.SIGNALS.__init__()  # of a script in an earlier test
     yield
     forget_accelerate()
 
