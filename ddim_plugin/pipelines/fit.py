@@ -16,7 +16,9 @@ from ..schedulers import MultistepDDIMScheduler
 from ..schedulers.fit import Recorder, Student
 from .loop import batches, check_count
 
-HELD_OUT = 4  # one batch in so many images judges the solvers, and does not enter
+HELD_OUT = 4  # one image in so many judges the solvers, and does not enter
+# Arguments of the call that a fit sets, or that a fitted solver does not have.
+OWN = {"num_inference_steps", "generator", "latents", "timesteps", "sigmas", "eta", "batch_size", "output_type"}
 Solver = dict[str, Any]
 
 
@@ -65,12 +67,12 @@ def fit_solver(
     curve = teacher.curve()
     for S in tqdm(sorted(set(steps)), desc="fitting"):
         start, before = time.perf_counter(), run.evaluations
-        solver = _fit(run, config, S, teacher, curve, minutes / len(set(steps)))
-        errors = [
-            _rms(run(Recorder.from_config(config, **each), S, True), judge) for each in ({}, _settings(S, solver))
-        ]
-        solver |= {"default_error": errors[0], "error": errors[1], "evaluations": run.evaluations - before}
-        found[S] = solver | {"seconds": time.perf_counter() - start}
+        plain = run(Recorder.from_config(config), S, held=True)
+        solver = _fit(run, plain, teacher, curve, minutes / len(set(steps)))
+        fitted = run(Recorder.from_config(config, fitted_solvers={str(S): solver}), S, held=True)
+        errors = {"default_error": _distance(plain, judge), "error": _distance(fitted, judge)}
+        spent = {"evaluations": run.evaluations - before, "seconds": time.perf_counter() - start}
+        found[S] = solver | errors | spent
     kept = {str(S): each for S, each in found.items() if each["error"] < each["default_error"]}
     pipe.scheduler = MultistepDDIMScheduler.from_config(config, fitted_solvers=(known | kept) or None)
     return found
@@ -82,22 +84,10 @@ class _Run:
     def __init__(self, pipe: Any, number: int, batch_size: int | None, seed: int, call: dict[str, Any]):
         check_count("num_images", number, HELD_OUT)
         known = inspect.signature(pipe.__call__).parameters
-        fixed = {
-            "num_inference_steps",
-            "generator",
-            "latents",
-            "timesteps",
-            "sigmas",
-            "eta",
-            "batch_size",
-            "output_type",
-        }
-        if wrong := sorted(each for each in call if each not in known or each in fixed):
+        if wrong := sorted(each for each in call if each not in known or each in OWN):
             raise ValueError(f"{', '.join(wrong)} cannot be passed on to {type(pipe).__name__}: leave it out")
         if missing := {"num_inference_steps", "generator"} - known.keys():
-            raise ValueError(
-                f"the call of {type(pipe).__name__} has no {' and no '.join(missing)}: use another pipeline"
-            )
+            raise ValueError(f"the call of {type(pipe).__name__} has no {missing.pop()}: use another pipeline")
         self.pipe, self.evaluations, self.seed = copy(pipe), 0, seed
         self.pipe.set_progress_bar_config(disable=True)
         texts = {key: [each] * number for key, each in call.items() if "prompt" in key and isinstance(each, str)}
@@ -119,7 +109,7 @@ class _Run:
         self.evaluations += S * len(self.rows[held])
         if len(data := scheduler.data) != len(self.rows[held]):
             raise ValueError(
-                f"the pipeline made {len(data)} images for {len(self.rows[held])}: pass one prompt for each"
+                f"the pipeline made {len(data)} images, not {len(self.rows[held])}: pass a prompt for each"
             )
         return scheduler
 
@@ -127,27 +117,26 @@ class _Run:
         return [value[i] for i in rows] if isinstance(value, list | tuple) and len(value) == self.number else value
 
 
-def _fit(run: _Run, config: Any, S: int, teacher: Recorder, curve: Curve, minutes: float) -> Solver:
-    """Search times on the trajectories, solve for the weights in the loop, and refine both for some minutes."""
-    plan = MultistepDDIMScheduler.from_config(config)
-    plan.set_timesteps(S)
-    path, order = plan.path, plan._values(plan._kind(None))
-    default = [t for t, _ in plan._pairs]
-    whole = not path.continuous
+def _fit(run: _Run, plain: Recorder, teacher: Recorder, curve: Curve, minutes: float) -> Solver:
+    """Search times on the trajectories, solve for the weights in the loop, and refine both for some minutes.
 
-    def angles(times: Sequence[float]) -> list[float]:
-        return [angle(path.level(int(t) if whole else t)) for t in times]
-
-    top, top_time = curve.angles[0], path.T * 1.001 if path.continuous else path.T + 1
-    step = max(1, (default[0] - default[-1]) // (4 * S)) if whole else (default[0] - default[-1]) / (4 * S)
-    least, tried = (1 if whole else step / 64), {}
+    `plain` has the steps of the default, from which the search starts.
+    """
+    path, config, default = plain.path, plain.config, [t for t, _ in plain._pairs]
+    S, order, whole = len(default), plain._values(plain._kind(None)), not path.continuous
+    step = (default[0] - default[-1]) / (4 * S)
+    step, least = (max(1, round(step)), 1) if whole else (step, step / 64)
+    tried: dict[tuple[float, ...], tuple[float, Student]] = {}
     for spread in (None, *SPREADS):
-        cost = lambda times: curve.error(top, angles(times), order, spread)  # noqa: B023, E731
-        times = tuple(default if spread is None else descend(default, cost, 1, step, least))
+
+        def cost(times: Sequence[float], spread: float = spread or 1.0) -> float:
+            return curve.error([angle(path.level(t)) for t in times], order, spread)
+
+        times = tuple(default if spread is None else descend(default, cost, step, least))
         if times not in tried:
             timesteps = {str(S): [path.timestep(t) for t in times]}
-            student = Student.from_config(config, fitted_timesteps=timesteps).follow(teacher, curve)
-            tried[times] = _rms(run(student, S), teacher), student
+            student = run(Student.from_config(config, fitted_timesteps=timesteps).follow(teacher, curve), S)
+            tried[times] = _distance(student, teacher), student
     times, (_, student) = min(tried.items(), key=lambda each: each[1][0])
     known = {"solver_order": order, "prediction_type": config.prediction_type, "guidance_scale": student.scale}
 
@@ -158,21 +147,18 @@ def _fit(run: _Run, config: Any, S: int, teacher: Recorder, curve: Curve, minute
         return {"timesteps": [path.timestep(t) for t in times], "noise": noise, "weights": rows} | known
 
     def residual(theta: Array) -> Array:
-        if not (np.diff([top_time, *theta[:S].round(9), least / 2]) < -least / 4).all():
+        if theta[0] > path.T or (-np.diff(theta[:S], append=0) < least).any():
             return np.full(teacher.data.numel(), 1e3)
-        made = run(Recorder.from_config(config, **_settings(S, solver(theta))), S)
+        made = run(Recorder.from_config(config, fitted_solvers={str(S): solver(theta)}), S)
         return (made.data - teacher.data).double().cpu().numpy().ravel()
 
     theta = np.concatenate([times, *(student.weights[i] for i in range(S))])
     if minutes:
-        gaps = np.full(S, max(least, step // 2 if whole else step / 2))
-        theta = refine(theta, np.append(gaps, np.full(len(theta) - S, 0.02)), residual, time.monotonic() + 60 * minutes)
+        steps = np.append(np.full(S, max(least, step / 2 // least * least)), np.full(len(theta) - S, 0.02))
+        theta = refine(theta, steps, residual, time.monotonic() + 60 * minutes)
     return solver(theta)
 
 
-def _settings(S: int, solver: Solver) -> dict[str, Any]:
-    return {"fitted_solvers": {str(S): solver}}
-
-
-def _rms(made: Recorder, solved: Recorder) -> float:
+def _distance(made: Recorder, solved: Recorder) -> float:
+    """Return the root mean square distance of the images."""
     return float((made.data - solved.data).square().mean().sqrt())

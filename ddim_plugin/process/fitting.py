@@ -51,12 +51,13 @@ class Curve:
         v[[M + i, M + i + 1]] = 1 - u, u
         return y, v
 
-    def error(self, top: float, angles: Sequence[float], order: int, spread: float) -> float:
+    def error(self, angles: Sequence[float], order: int, spread: float) -> float:
         """Estimate the root mean square error at the data of a solver with the best weights.
 
-        The first sample is at the angle `top`, the network is evaluated at `angles`. An error of a step travels to the
-        data as for Gaussian data of deviation `spread`; half of the errors are taken to add up, half to be independent.
+        The first sample is at the first angle of the curve, the network is evaluated at `angles`. The error of a step
+        travels to the data as for Gaussian data of deviation `spread`, and errors add up half of the way.
         """
+        top = self.angles[0]
         known, residuals = [self.at(each) for each in (*angles, 0.0)], []
         values, start = [], self.at(top)[0]
         for phi, end, (y, v), (goal, _) in zip(angles, (*angles[1:], 0.0), known[:-1], known[1:], strict=True):
@@ -71,14 +72,12 @@ class Curve:
         return math.sqrt(max(0.0, (errors.sum() + np.trace(errors)) / 2))
 
 
-def descend(
-    times: Sequence[float], cost: Callable[[Sequence[float]], float], first: int, step: float, least: float
-) -> list[float]:
-    """Move descending times, from position `first` on, one by one to a lower cost, by `step` and then less."""
+def descend(times: Sequence[float], cost: Callable[[Sequence[float]], float], step: float, least: float) -> list[float]:
+    """Move descending times but the first one by one to a lower cost, by `step` and then less, down to `least`."""
     best, lowest = list(times), cost(times)
-    while step >= least:
+    while step >= least and len(best) > 1:
         moved = False
-        for i, change in product(range(first, len(best)), (-step, step)):
+        for i, change in product(range(1, len(best)), (-step, step)):
             trial = [*best[:i], best[i] + change, *best[i + 1 :]]
             apart = all(high - low >= least for high, low in zip(trial, (*trial[1:], 0), strict=True))
             if apart and (found := cost(trial)) < lowest:
