@@ -29,7 +29,7 @@ def pictures(B=3, size=4, channels=1, seed=0):
 # ---- decode ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("S", [1, 7, 999, 1000])
+@pytest.mark.parametrize("S", [1, 7, 1000])
 @pytest.mark.parametrize("scheduler", [{}, {"timestep_spacing": "paper_quadratic"}, {"clip_sample": True}])
 def test_decode_is_the_plain_sampler_bit_for_bit(S, scheduler):
     pipe = exact_pipe(MIXTURE, GeneralizedDDIMScheduler(**scheduler), dtype=torch.float32)

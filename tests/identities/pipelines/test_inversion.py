@@ -146,10 +146,9 @@ def test_latents_of_gaussian_data_are_gaussian():
     pipe = exact_pipe(GAUSSIAN, GeneralizedDDIMScheduler(), sample_size=16)
     x0 = 0.1 + math.sqrt(0.05) * torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     images = (x0 / 2 + 0.5).clamp(0, 1)
-    for S in (300, 1000):
-        _, report = pipe.encode(images, S, refinement_steps=3, return_report=True)
-        assert report.latent_std.mean() == pytest.approx(1, abs=0.05)
-        assert report.latent_mean.mean() == pytest.approx(0, abs=0.05)
+    _, report = pipe.encode(images, 300, refinement_steps=3, return_report=True)
+    assert report.latent_std.mean() == pytest.approx(1, abs=0.05)
+    assert report.latent_mean.mean() == pytest.approx(0, abs=0.05)
 
 
 # ---- the search ------------------------------------------------------------------------------------------------

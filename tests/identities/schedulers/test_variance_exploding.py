@@ -280,8 +280,7 @@ def test_samples_are_corrected_each_by_itself():
         assert torch.allclose(alone.step(score[one], t, x[one], variance_noise=z[one]).prev_sample, whole[one])
 
 
-@pytest.mark.parametrize("sigma", [10.0, 0.5, 0.05])
-@pytest.mark.parametrize("r", [0.05, 0.16])
+@pytest.mark.parametrize(("r", "sigma"), [(0.16, 10.0), (0.05, 0.5), (0.16, 0.05)])
 def test_the_corrector_keeps_the_law_of_its_level(sigma, r):
     """On N(mean, V), V = v + σ², h/V = 2r²: the variance tends to V/(1 − r²), from V and from elsewhere.
 

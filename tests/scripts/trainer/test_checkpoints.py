@@ -190,28 +190,22 @@ def test_checkpoints_of_other_versions(tmp_path, capsys):
     settings = before["config"]
     old = {key: value for key, value in settings.items() if key not in ("init_from", "times", "loss_eta")}
     for resume, (entries, message) in zip(
-        ["latest", str(folder)] * 8,
+        ["latest", str(folder)] * 5,
         (
             (
                 {"format": 99},
                 "has format 99, and this version reads formats up to 1: upgrade ddim-plugin, or start a new",
             ),
-            ({"format": "1"}, "run.json has '1' for format, and needs a whole number: pass another checkpoint"),
-            ({"format": -1}, "run.json has -1 for format, and needs a whole number"),
             ({"format": True}, "run.json has True for format, and needs a whole number"),
             ({"step": "4"}, "run.json has '4' for step, and needs a whole number"),
             ({"step": -3}, "run.json has -3 for step, and needs a whole number"),
-            ({"seen": [1]}, r"run.json has \[1\] for seen, and needs a whole number"),
             ({"processes": 0}, "run.json has 0 for processes, and needs a whole number"),
-            ({"skipped": 1.5}, "run.json has 1.5 for skipped, and needs a whole number"),
             ({"config": [1]}, r"run.json has \[1\] for config, and needs an object"),
-            ({"unet": "a"}, "run.json has 'a' for unet, and needs an object"),
             ({"config": settings | {"batch_size": "8"}}, "run.json has '8' for batch_size in its config, and needs"),
             (
                 {"config": settings | {"lucky_number": 7}},
                 "has settings that this version does not know: lucky_number. Up",
             ),
-            ({"skipped": None}, "run.json has no skipped: pass another checkpoint"),
             ({"data": None, "config": None}, "run.json has no data, config: pass another checkpoint"),
             ({"config": old | {"loss": "min_snr"}}, "with another loss: it was 'min_snr', now 'simple'"),
         ),
