@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..process.inversion import InversionReport
 from ..schedulers import InverseDDIMScheduler, InverseMultistepDDIMScheduler, MultistepDDIMScheduler, sampler_class
-from ..schedulers.config import CLASSES, CONSTRAINTS, KEY
+from ..schedulers.config import CLASSES, KEY
 from .images import Images, read
 from .loop import finite
 
@@ -148,7 +148,7 @@ def invert(
     if report is not None and not report.converged.all():
         text = "%d of %d images did not converge (residual %.1e): use more steps or refinement_steps, or less guidance"
         logging.getLogger("ddim_plugin").warning(text, (~report.converged.all(0)).sum(), len(x), report.residual.max())
-    sampler = sampler_class(pipe.scheduler).from_config(up.config, **dict.fromkeys(CONSTRAINTS, False))
+    sampler = sampler_class(pipe.scheduler).from_config(up.config)
     known = {"scheduler": json.loads(sampler.to_json_string()), "strength": strength}
     corrections = None if decode_with is None else _missed(pipe, known, z, z_0, call, changed)
     call |= changed

@@ -70,7 +70,6 @@ class Loop:
     def _condition(
         self, number: int, class_labels: Labels = None, guidance_scale: float = 1.0, null_class_label: int | None = None
     ) -> Condition:
-        self._check_channels()
         scale, dtype, device = guidance_scale, self.unet.dtype, self._execution_device
         state = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
         classes = self.unet.config.num_class_embeds  # None for a custom embedding, whose labels need not be classes
@@ -93,14 +92,6 @@ class Loop:
                 raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {rows.flatten().tolist()}")
         return Condition(rows.to(device), scale, dtype, state)
 
-    def _check_channels(self) -> None:
-        if isinstance(self.scheduler, GeneralizedDDIMScheduler):
-            made, channels = self.unet.config.out_channels, self.unet.config.in_channels
-            kind = self.scheduler.config.variance_type
-            if made != (needed := channels * (1 + (kind == "learned_range"))):
-                remedy = f"variance_type={kind!r} needs {needed} ('learned_range' twice as many as images have)"
-                raise ValueError(f"the network predicts {made} channels from {channels}: {remedy}")
-
     def _check_deterministic(self, invertible: bool = False) -> None:
         scheduler, config = self.scheduler, self.scheduler.config
         remedy = f"pipe.scheduler = {sampler_class(scheduler).__name__}.from_config(pipe.scheduler.config"
@@ -115,11 +106,9 @@ class Loop:
             raise ValueError(f"latents need a deterministic, invertible process, not {wrong}: {remedy}, {right})")
 
     def _set_timesteps(self, scheduler: SchedulerMixin, S: int | None, timesteps: Timesteps, **settings: Any) -> None:
-        if timesteps is None:
-            S = min(50, scheduler.config.num_train_timesteps) if S is None else S
-        elif S is not None and len(timesteps) != S:
-            raise ValueError(f"num_inference_steps={S} and {len(timesteps)} timesteps disagree: pass one of them")
-        settings |= {"num_inference_steps": S} if timesteps is None else {"timesteps": timesteps}
+        if S is None and timesteps is None:
+            S = min(50, scheduler.config.num_train_timesteps)
+        settings |= {"num_inference_steps": S, "timesteps": timesteps}
         scheduler.set_timesteps(**accepted(scheduler.set_timesteps, device=self._execution_device, **settings))
 
     def _step(self, x: Tensor, t: Tensor, condition: Condition, **settings: Any) -> Any:

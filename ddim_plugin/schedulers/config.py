@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 
 KEY = "_ddim_plugin"  # entry of a scheduler's config with our settings, which stock schedulers keep but do not read
-SAMPLER = "sampler"  # entry of `KEY` with the constraints that an inverse scheduler switched off
+SAMPLER = "sampler"  # entry of `KEY` of an inverse scheduler; in version 0.1 with the constraints it switched off
 CONSTRAINTS = ("clip_sample", "thresholding", "use_clipped_model_output")  # they change x̂0: such a step has no inverse
 SOLVER = ("solver_order", "lower_order_final", "fitted_timesteps", "fitted_solvers")  # of `MultistepDDIMScheduler` only
 STOCK_SPACINGS = ("leading", "trailing", "linspace")
@@ -71,8 +71,6 @@ def with_settings_of(base: type) -> Callable[[Callable], Callable]:
 class StockConfig(SchedulerMixin, ConfigMixin):
     """Convert a scheduler's config to and from those of diffusers, without a warning."""
 
-    _set_aside: tuple[str, ...] = ()  # constraints of the sampler that an inverse scheduler switched off
-
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         CLASSES[cls.__name__] = cls
@@ -117,11 +115,9 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         """Create a scheduler from the config of this or any compatible scheduler. `kwargs` override its settings.
 
         Our settings survive a conversion to a stock scheduler, unless changed there. Noise of a stock config other than
-        "learned_range" is not copied: DDPM becomes DDIM. Raises ValueError for settings refused, or gone since 0.1.
+        "learned_range" is not copied: DDPM becomes DDIM. Raises ValueError for settings that are refused.
         """
-        aside, later = (), {}
-        if removed := sorted(REMOVED.keys() & kwargs.keys()):
-            raise ValueError(f"{removed[0]}={kwargs[removed[0]]!r} is no setting since version 0.2: leave it out")
+        later = {}
         if isinstance(config, dict):
             known, given, (config, own, path) = defaults(cls), config, _split(config)
             writer = _flow_writer(given) if path == FLOW else None
@@ -134,18 +130,15 @@ class StockConfig(SchedulerMixin, ConfigMixin):
             if path == FLOW and kwargs.get("prediction_type", "flow_prediction") != "flow_prediction":
                 kwargs.setdefault("use_flow_sigmas", True)  # on the same path
             config, own = cls._adapt(config, own)
-            aside = tuple(key for key in own.get(SAMPLER, ()) if key not in kwargs)
             kwargs = {k: v for k, v in own.items() if k in known} | kwargs
         created = super().from_config(config, return_unused_kwargs, **kwargs)
-        if aside or later:
-            scheduler = created[0] if return_unused_kwargs else created
-            scheduler._set_aside = aside
-            scheduler.register_to_config(**later)
+        if later:
+            (created[0] if return_unused_kwargs else created).register_to_config(**later)
         return created
 
     @classmethod
     def _adapt(cls, settings: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Drop settings of other classes, and restore a sampler's constraints."""
+        """Drop settings of other classes."""
         own |= own.pop(SAMPLER, {})
         if SOLVER[0] in own:  # written by a multistep scheduler
             own.pop("use_flow_sigmas", None)

@@ -82,24 +82,15 @@ class Upwards(StockConfig):
             raise ValueError(f"encoding is deterministic, and cannot use eta={eta:g}: leave it out")
         return "fixed_small", 0.0
 
-    def _evaluate(self, *args: Any) -> Evaluation:
-        config, recompute = self.config, self.config.use_clipped_model_output if args[-1] is None else args[-1]
-        if recompute and (config.clip_sample or config.thresholding):
-            raise ValueError("use_clipped_model_output=True needs x_t, which an inverse step computes: set it to False")
-        return super()._evaluate(*args)
-
     def _own_settings(self) -> dict[str, Any]:
-        return super()._own_settings() | {SAMPLER: dict.fromkeys(self._set_aside, True)}
+        return super()._own_settings() | {SAMPLER: {}}
 
     @classmethod
     def _adapt(cls, settings: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Switch off the constraints of a sampler, and remember them for a sampler made from this config."""
-        sampler = own.pop(SAMPLER, None)
+        """Switch off the constraints of a sampler. Those in the config of an inverse scheduler were passed to it."""
+        of_inverse = own.pop(SAMPLER, None) is not None
         settings, own = super()._adapt(settings, own)
-        if sampler is None:
-            sampler = {key: True for key in CONSTRAINTS if own.get(key, settings.get(key))}
-            own |= dict.fromkeys(sampler, False)
-        return settings, own | {SAMPLER: sampler}
+        return settings, (own if of_inverse else own | dict.fromkeys(CONSTRAINTS, False))
 
 
 class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
@@ -125,6 +116,7 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
     def _make_pairs(self, times: spacings.Times) -> Pairs:
         pairs, k = moves.downwards(times)[::-1][: self._most], self.config.refinement_steps
         self._top, counts = pairs[-1][0], [1] * len(pairs)
+        self._prediction(self.path.level(self._top))  # raises ValueError for a level that the sampler cannot use
         if k is not None:
             rounds = [inversion.rounds(self.path.level(t), self.path.level(s)) for t, s in pairs]
             counts = [(k + 1) * each for each in rounds] if k else self._spread(rounds)
@@ -138,16 +130,10 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
             counts[hardest], counts[-more:] = 1 + more, [0] * more
         return counts
 
-    def _up(self, move: moves.Move) -> Step:
-        return Step.up(move, self._prediction(move.start))
-
     def _make_step(self, t: float, s: float, kind: Kind) -> Step:
-        up = self._up(moves.move(self.path, t, s))  # raises ValueError for a step without an inverse
+        move = moves.move(self.path, t, s)
+        up = Step.up(move, self._prediction(move.start))  # raises ValueError for a step without an inverse
         return super()._make_step(t, s, kind) if self._in_order else up
-
-    def _make_plan(self, kind: Kind) -> list[Step]:
-        self._prediction(self.path.level(self._top))  # the same for a level that the sampler cannot use
-        return super()._make_plan(kind)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """Return x_t at which the network is evaluated: `sample`, but a_t·x_0 + b_t·z at a first step of several."""
@@ -193,7 +179,7 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         r = self._below - made
         found = self._search.next(x, r if kept is None else torch.where(kept, torch.nan, r))
         if self._is_blind:
-            found = evaluation._replace(step=self._up(move)).mean()
+            found = evaluation._replace(step=Step.up(move, self._prediction(move.start))).mean()
         found = found if kept is None else torch.where(kept, x, found)
         self.residual = (self._search.best[0].flatten() / x[0].numel()).sqrt() / move.end.signal
         if not ends:

