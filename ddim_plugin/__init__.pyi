@@ -3,6 +3,7 @@
 from diffusers import ModelMixin as ModelMixin
 from diffusers import SchedulerMixin as SchedulerMixin
 
+from .pipelines.fit import fit_solver as fit_solver
 from .pipelines.generation import GeneralizedDDIMPipeline as GeneralizedDDIMPipeline
 from .pipelines.invert import Inverted as Inverted
 from .pipelines.invert import invert as invert

@@ -14,7 +14,7 @@ distance.
    samplers. Diffusers' best is chosen by these means, so its value is a little too low.
 
 With --thousand, 1000 steps are measured too. The same command resumes a run that was stopped. After a change of our own
-code pass --overwrite. A model with fitted timesteps (`fit.py`, with a seed far from this one) is also measured
+code pass --overwrite. A model with fitted solvers (`ddim-plugin fit`, with a seed far from this one) is also measured
 with them.
 """
 

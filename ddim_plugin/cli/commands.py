@@ -1,4 +1,4 @@
-"""The commands: sample, encode, edit and push."""
+"""The commands: sample, encode, invert, edit, fit and push."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..hub.push import explained, push_folder
 from ..pipelines import invert as inversion
+from ..pipelines.fit import fit_solver
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..pipelines.images import check_channels, grid, open_image
 from ..pipelines.loop import batches, check_count
@@ -42,9 +43,11 @@ def run(args: Namespace) -> None:
     _check(args, places)
     parent = next(path for path in Path(args.output, LATENTS).absolute().parents if path.exists())
     with tempfile.TemporaryDirectory(dir=parent, prefix=".ddim-plugin-") as scratch:
-        record, *contents = {"sample": sample, "encode": encode, "edit": edit}[command](args)
+        record, *contents = COMMANDS[command](args)
         for file, content in zip(files, contents, strict=False):  # not those that were given
-            if isinstance(content, Tensor):
+            if isinstance(content, DiffusionPipeline):
+                content.save_pretrained(Path(scratch, file))
+            elif isinstance(content, Tensor):
                 inversion.save_latents(Path(scratch, file), content, {key: getattr(args, key) for key in KEPT})
             else:
                 content.save(Path(scratch, file))
@@ -116,6 +119,29 @@ def edit(args: Namespace) -> tuple:
     return record, grid([*np.stack([*shown, again, edited], 1)], title=title), inverted
 
 
+def fit(args: Namespace) -> tuple:
+    """Fit solvers, and return the model with them."""
+    args.prompt = Path(args.prompt_file).read_text("utf-8").splitlines() if args.prompt_file else args.prompt
+    call, labels = _given(args, "guidance_scale", "null_class_label"), args.class_label
+    if args.prompt:
+        call["prompt"] = [args.prompt[i % len(args.prompt)] for i in range(args.num)]
+    else:
+        del args.prompt  # a model of pixels
+    pipe = _load(args)
+    if isinstance(pipe, GeneralizedDDIMPipeline) and (classes := pipe.unet.config.num_class_embeds):
+        labels = labels or range(max(1, classes - (call.get("guidance_scale", 1) != 1)))  # the last is that of no class
+        call["class_labels"] = [labels[i % len(labels)] for i in range(args.num)]
+    found = fit_solver(pipe, args.steps, args.num, args.batch_size, seed=args.seed, minutes=args.minutes, **call)
+    for S, each in found.items():
+        gain = f"{each['error']:.3g}, that of the default {each['default_error']:.3g}"
+        print(f"S = {S}: distance to the solution {gain} ({each['evaluations']} evaluations)", file=sys.stderr)
+    if args.dtype != "float32":  # weights are saved as they were loaded
+        args.dtype, fitted = "float32", pipe.scheduler
+        pipe = _load(args)
+        pipe.scheduler = fitted
+    return {"fitted": found}, pipe
+
+
 def _check(args: Namespace, places: list[Path]) -> None:
     """Raise ValueError for settings that cannot work, before anything is loaded."""
     for name, value in _given(args, "num", "batch_size", "columns").items():
@@ -147,6 +173,9 @@ def _load(args: Namespace, changes: dict[str, Any] = DETERMINISTIC) -> Any:
     pipe.set_progress_bar_config(desc="steps", leave=False, disable=None)  # None: unless stderr is a terminal
     dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)  # diffusers warns of each cast
     return pipe.to(args.device or get_device(), dtype=dtype)
+
+
+COMMANDS = {"sample": sample, "encode": encode, "invert": encode, "edit": edit, "fit": fit}
 
 
 def _given(args: Namespace, *names: str) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from ..version import __version__
 LATENTS = "latents.safetensors"
 
 # What each command writes into --output beside the record COMMAND.json.
-FILES = {"sample": ("samples.png", LATENTS), "encode": (LATENTS,), "edit": ("edited.png", LATENTS)}
+FILES = {"sample": ("samples.png", LATENTS), "encode": (LATENTS,), "invert": (LATENTS,)}
+FILES |= {"edit": ("edited.png", LATENTS), "fit": ("model",)}
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the arguments of a command."""
-    stock, timesteps, images = (ArgumentParser(add_help=False) for _ in range(3))
+    stock, timesteps, images, text = (ArgumentParser(add_help=False) for _ in range(4))
     stock.add_argument("model", metavar="MODEL", help="a folder written by save_pretrained, or a Hub id")
     stock.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the pipeline's)")
     stock.add_argument("--device", help="cpu, cuda, … (default: an accelerator if there is one)")
@@ -43,6 +44,8 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     )
     images.add_argument("--tolerance", type=float, help="residual of a step (default: 1e-5, edit: 1e-2)")
 
+    text.add_argument("--prompt", action="append", metavar="TEXT", help="text of all images, or again for each image")
+
     top = ArgumentParser("ddim-plugin", description="Sample images with diffusion models, and encode images (DDIM).")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -65,11 +68,22 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 
     command("encode", "encode images as latents", "user/model a.png --refine 4", model, timesteps, images)
 
+    summary, example = "invert images in the pipeline of a text-to-image model", "user/model a.png --prompt cat"
+    command("invert", summary, example, stock, timesteps, images, text)
+
     summary, example = "edit images by text: invert and decode them", "user/model a.png --prompt cat --new-prompt dog"
-    sub = command("edit", summary, example, stock, timesteps, images)
-    sub.add_argument("--prompt", action="append", metavar="TEXT", help="text of all images, or again for each image")
+    sub = command("edit", summary, example, stock, timesteps, images, text)
     sub.add_argument("--new-prompt", action="append", required=True, metavar="TEXT", help="as --prompt, to decode with")
     sub.add_argument("--new-guidance-scale", type=float, metavar="W", help="with the new prompt (default: the old)")
+
+    summary = "fit solvers of few steps to a model, and save it with them"
+    sub = command("fit", summary, "user/model --steps 5 8 10 --minutes 5", model, text)
+    sub.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20], metavar="S", help="numbers of steps")
+    sub.add_argument("--prompt-file", metavar="FILE", help="a prompt in each line, for a text-to-image model")
+    sub.add_argument("--num", type=int, default=64, help="images to fit to (default: %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="image i is drawn with seed + i (default: %(default)s)")
+    sub.add_argument("--minutes", type=float, default=0.0, help="time to refine all solvers (default: none)")
+    sub.set_defaults(spacing=None, multistep=True)
 
     sub = command("push", "push a saved pipeline to the Hub, with a card", "out/digits user/digits --license cc-by-4.0")
     sub.add_argument("folder", metavar="FOLDER", help="a folder written by save_pretrained or the training script")

@@ -36,7 +36,7 @@ def least_squares(products: Array, right: Array, prior: Array) -> Array:
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean products of y and v at M descending angles, the last of them 0: `products` is (2M, 2M), y before v."""
+    """Mean products of y and v at M descending angles, down to the data: `products` is (2M, 2M), y before v."""
 
     angles: Array
     products: Array
@@ -57,10 +57,10 @@ class Curve:
         The first sample is at the first angle of the curve, the network is evaluated at `angles`. The error of a step
         travels to the data as for Gaussian data of deviation `spread`, and errors add up half of the way.
         """
-        top = self.angles[0]
-        known, residuals = [self.at(each) for each in (*angles, 0.0)], []
+        top, bottom = self.angles[[0, -1]]
+        known, residuals = [self.at(each) for each in (*angles, bottom)], []
         values, start = [], self.at(top)[0]
-        for phi, end, (y, v), (goal, _) in zip(angles, (*angles[1:], 0.0), known[:-1], known[1:], strict=True):
+        for phi, end, (y, v), (goal, _) in zip(angles, (*angles[1:], bottom), known[:-1], known[1:], strict=True):
             x0, eps = math.cos(phi) * y - math.sin(phi) * v, math.sin(phi) * y + math.cos(phi) * v
             eps = eps if values or top == phi else (start - math.cos(top) * x0) / math.sin(top)
             values = [eps, *values][:order]

@@ -9,8 +9,6 @@ import datasets
 import numpy as np
 from PIL import Image, ImageColor
 
-from ddim_plugin.pipelines.images import opaque
-
 DARK = 1 / 4
 """Share of 16 bits that a picture must reach to count as one of 16 bits."""
 
@@ -146,11 +144,14 @@ def flatten(image: Image.Image, name: str, background: str | None) -> Image.Imag
 
     Raises ValueError for a transparent picture without a background.
     """
-    if (plain := opaque(image)) is not None:
-        return plain
+    if not image.has_transparency_data:
+        return image
+    rgba, gray = image.convert("RGBA"), is_gray(image.mode)
+    if rgba.getextrema()[3][0] == 255:
+        return rgba.convert("L" if gray else "RGB")
     if background is None:
         raise ValueError(f"{name} has transparency: pass --background COLOUR, such as white, or drop its alpha channel")
     colour = ImageColor.getrgb(background)
     behind = Image.new("RGBA", image.size, colour)
-    behind.alpha_composite(image.convert("RGBA"))
-    return behind.convert("L" if is_gray(image.mode) and len(set(colour)) == 1 else "RGB")
+    behind.alpha_composite(rgba)
+    return behind.convert("L" if gray and len(set(colour)) == 1 else "RGB")

@@ -27,7 +27,6 @@ from ..metrics import Gaussian, check_count, fit, frechet
 from ..parts import DTYPES, digest, start_processes
 from ..references import open_reference
 from ..references import statistics as statistics_of
-from .fitting import TEACHER
 from .samplers import SIGMAS, Sampler, Unfit, make_scheduler
 
 FAILURES = (
@@ -196,7 +195,7 @@ class Bench:
                 raise ValueError(f"cannot read {file} ({problem}): remove it, or pass --overwrite") from error
             if known and enough:
                 return images[:near].to(self.device)
-        teacher = Sampler("ours", "MultistepDDIMScheduler", {"timestep_spacing": "linear"} | TEACHER)
+        teacher = Sampler("ours", "MultistepDDIMScheduler", {"timestep_spacing": "linear", "solver_order": 3})
         try:
             rough, fine = (torch.cat(list(self.make(self.unet, teacher, S, range(near)))) for S in (250, 500))
         except Unfit as reason:

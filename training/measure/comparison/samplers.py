@@ -18,12 +18,12 @@ KINDS = (
     ("sde-dpmsolver++", "zero"),
     ("sde-dpmsolver++", "sigma_min"),
 )
-OURS, FITTED, NOISY = "ours", "ours, fitted τ", "ours, η = 1"
+OURS, FITTED, NOISY = "ours", "ours, fitted", "ours, η = 1"
 PLAIN = ("DDIM", "Flow Euler")
 """η = 0 of diffusers, for tables of β and for flow matching."""
 
 FAMILIES = (OURS, FITTED, NOISY)
-"""The default, the default with times that were fitted to the model, and the default at η = 1."""
+"""The default, the solvers that were fitted to the model, and the default at η = 1."""
 
 NOISELESS = {"tau_func": 0}
 """Makes SA-Solver deterministic."""
@@ -147,7 +147,8 @@ def make_scheduler(sampler: Sampler, nfe: int, saved: Mapping[str, Any]) -> Any:
         saved = {key: value for key, value in kept.items() if key in known}
     changes = settings | {key: False for key in ("clip_sample", "thresholding") if key in known}
     if sampler.scheduler == "MultistepDDIMScheduler":
-        changes["fitted_timesteps"] = _fitted(nfe, saved) if sampler.family == FITTED else None
+        changes["fitted_timesteps"] = None
+        changes["fitted_solvers"] = _fitted(nfe, saved) if sampler.family == FITTED else None
     if sampler.scheduler == "SASolverScheduler":
         changes["corrector_order"] = sampler.settings["predictor_order"]
         changes |= {"tau_func": lambda t: 0} if "tau_func" in sampler.settings else {}
@@ -166,8 +167,8 @@ def make_scheduler(sampler: Sampler, nfe: int, saved: Mapping[str, Any]) -> Any:
 
 
 def _fitted(nfe: int, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the times that were fitted to the model for this number of steps."""
-    times = (saved.get("fitted_timesteps") or {}).get(str(nfe))
-    if times is None:
-        raise Unfit(f"no times were fitted to the model for {nfe} steps")
-    return {str(nfe): times}
+    """Return the solver that was fitted to the model for this number of steps."""
+    solver = (saved.get("fitted_solvers") or {}).get(str(nfe))
+    if solver is None:
+        raise Unfit(f"no solver was fitted to the model for {nfe} steps")
+    return {str(nfe): solver}
