@@ -77,14 +77,18 @@ def test_few_steps_stays_inside(schedule):
     alpha_bar = schedules.alpha_bar(schedules.betas(schedule, 1000, 1e-4, 0.02))
     noise = int(np.flatnonzero(alpha_bar <= tau.NOISE)[0])
     assert alpha_bar[noise - 1] > tau.NOISE
-    for S in (1, 2, 5, 10, 20):
+    for S in (1, 2, 5, 7, 10, 20):
         for spacing in tau.OF_ALPHA_BAR:
             times = tau.tau(spacing, S, 1000, alpha_bar=alpha_bar)
             assert times[-1] == max(noise, round(1000 * S / (S + 2)))
-            bottom = {1: int(times[-1]), 2: 250, 5: 100, 10: 25, 20: 6}[S]
+            bottom = {1: int(times[-1]), 2: 250, 5: 100, 7: 51, 10: 10, 20: 2}[S]
             assert times[0] == (bottom if spacing != "few_steps_noise" or S == 1 else min(125, 1000 / S))
     assert np.ptp(np.diff(tau.tau("few_steps_noise", 10, 1000, alpha_bar=alpha_bar))) <= 1
-    gaps = np.diff(tau.tau("few_steps", 10, 1000, alpha_bar=alpha_bar) ** 0.8)
+    times = tau.tau("few_steps", 10, 1000, alpha_bar=alpha_bar)
+    log_snr = np.log(alpha_bar[times] / (1 - alpha_bar[times]))
+    gaps = 0.55 * np.diff(times) / np.ptp(times) - 0.45 * np.diff(log_snr) / np.ptp(log_snr)
+    assert np.allclose(gaps, 1 / 9, rtol=0.1)  # even in the mixture, but for rounding
+    gaps = np.diff(tau.tau("few_steps", 7, 1000, alpha_bar=alpha_bar) ** 0.8)
     assert np.allclose(gaps[:-2], gaps[:-2].mean(), rtol=0.02)
     assert np.allclose(gaps[:-3:-1] / gaps[:-2].mean(), tau.FIRST_GAPS, atol=0.02)
     with pytest.raises(ValueError, match="depends on ᾱ: give alpha_bar"):
