@@ -45,8 +45,8 @@ class Model:
         for name, entry in index.items():
             if isinstance(entry, list) and (name not in ("unet", "scheduler") or entry[0] != "diffusers"):
                 raise ValueError(f"{folder} has a {entry[-1]} of {entry[0]} for {name}, which is not pushed: remove it")
-        paths = {f"unet/{path.name}": path for path in (folder / "unet").glob("*.safetensors*")}
-        weights = {name: path for name, path in paths.items() if variant_of(name) is not None}
+        paths = [path for path in (folder / "unet").glob("*.safetensors*") if variant_of(path.name) is not None]
+        weights = {f"unet/{path.name}": path for path in paths}
         if not weights:
             raise ValueError(f"{folder} has no weights as safetensors: load it, and save_pretrained into a new folder")
         for variant in sorted({variant_of(name) for name in weights}, reverse=True):  # all load; the first one is kept

@@ -29,12 +29,10 @@ StepEndCallback = Callable[["GeneralizedDDIMPipeline", int, Tensor, dict[str, Te
 class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
     """Generate unconditional and class-conditional images with the generalized process, or any scheduler of diffusers.
 
-    `encode`, `decode`, `reconstruct`, `interpolate` and `interpolate_grid` need a scheduler of this package.
-
     Args:
         unet: the network; its config gives the shape of an image, and the number of classes if it is conditional.
-        scheduler: a `GeneralizedDDIMScheduler`, or any scheduler of diffusers whose `step` fits the network. A stock
-            one that was saved from a scheduler of this package is restored to that.
+        scheduler: one of this package, which the methods for latents need, or any of diffusers whose `step` fits the
+            network. A stock one that was saved from a scheduler of this package is restored to that.
     """
 
     model_cpu_offload_seq = "unet"

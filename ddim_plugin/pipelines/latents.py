@@ -35,10 +35,7 @@ class Latents(Loop):
         return_report: bool = False,
         **labels: Any,
     ) -> Tensor | tuple[Tensor, InversionReport]:
-        """Encode images as the latents x_T that they are decoded from.
-
-        The inverse scheduler of this package solves each step x_s = f(x_t) of the sampler for x_t, so that decoding at
-        the same S returns the image.
+        """Encode images as the latents x_T that they are decoded from, by an inverse scheduler of this package.
 
         Args, the others as in the call:
             images: PIL images, arrays (B, H, W, C), tensors (B, C, H, W), one of them or a list; bytes, or in [0, 1].
@@ -85,7 +82,7 @@ class Latents(Loop):
                     made = self._predict(inverse.scale_model_input(x, t)[rows], t, condition.rows(rows))
                     output = made if left.all() else output.index_put((rows,), made)
                 spent += left * condition.evaluations
-                inverse.kept = ~torch.as_tensor(left, device=x.device)
+                inverse.kept = ~torch.as_tensor(left, device=x.device).view(-1, 1, 1, 1)
                 x = inverse.step(output, t, x).prev_sample
                 residual = np.broadcast_to(inverse.residual.cpu().double().numpy(), len(x))
                 if not inverse.is_joint:

@@ -27,8 +27,8 @@ class Upwards(StockConfig):
 
     def _build(self) -> None:
         super()._build()
-        k, steps = self.config.refinement_steps, self.config.corrector_steps
-        kind, eta = self.config.variance_type, self.config.eta
+        config, k, steps = self.config, self.config.refinement_steps, self.config.corrector_steps
+        kind, eta = config.variance_type, config.eta
         if k is not None and not (spacings.is_integer(k) and k >= 0):
             raise ValueError(f"refinement_steps must be 0 or more, or None for the plain inverse, not {k!r}")
         if steps:
@@ -36,12 +36,14 @@ class Upwards(StockConfig):
         if moves.adds_noise(kind, eta):
             problem = f"with eta={eta:g} and variance_type={kind!r} many x_t lead to one x_s"
             raise ValueError(f"encoding needs the deterministic process: {problem}. Pass eta=0, 'fixed_small'")
+        if config.use_clipped_model_output and (config.clip_sample or config.thresholding):
+            raise ValueError("use_clipped_model_output=True needs x_t, which an inverse step computes: set it to False")
         self.order, self._in_order = 1 + (k or 0), self.is_joint or k is not None
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         super().set_begin_index(begin_index)
         self._x = self._handed = None  # where the network is evaluated next, and the same in the type of the pipeline
-        self.kept: Tensor | None = None  # mask (B,) of samples that this search leaves as they are: they are solved
+        self.kept: Tensor | None = None  # mask (B, 1, …) of solved samples, which this search leaves as they are
         self.residual = torch.tensor(torch.nan)  # root mean square of (x_s − f(x_t))/a_s, the smallest evaluated, (B,)
         self._solution: Tensor | None = None  # x_t of the last step that is solved
         self._seen: torch.Size | None = None  # shape of a sample that the network saw with noise
@@ -175,8 +177,7 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
             made = made.clamp(*self._image_range)
         if self._is_blind and self._from_data and move.s == 0 and not ends:
             return self._hand(self._noised(x))
-        kept = None if self.kept is None else self.kept.view(-1, *[1] * (x.ndim - 1))
-        r = self._below - made
+        r, kept = self._below - made, self.kept
         found = self._search.next(x, r if kept is None else torch.where(kept, torch.nan, r))
         if self._is_blind:
             found = evaluation._replace(step=Step.up(move, self._prediction(move.start))).mean()
@@ -281,6 +282,6 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
             self._records = [(self._called[self._length], len(self._pairs), self.residual)]
             return self._hand(self._begin)
         if self.kept is not None and self._solution is not None:
-            x = torch.where(self.kept.view(-1, *[1] * (x.ndim - 1)), self._solution, x)
+            x = torch.where(self.kept, self._solution, x)
         self._solution = x
         return self._hand(x)

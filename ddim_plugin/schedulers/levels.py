@@ -33,7 +33,7 @@ class Levels(StockConfig):
             for key in keys if other != kind else ():
                 if isinstance(config[key], list | np.ndarray) or config[key] != defaults(type(self))[key]:
                     raise ValueError(f"{key}={config[key]!r} has no effect on {PATHS[kind]}: leave it out")
-        if kind != VP and (config.variance_type in ("learned_range", "optimal")):
+        if kind != VP and config.variance_type in ("learned_range", "optimal"):
             raise ValueError(f"variance_type={config.variance_type!r} needs a β schedule, not {PATHS[kind]}")
         if kind == FLOW:
             flow.shift_of(config)
@@ -48,13 +48,9 @@ class Levels(StockConfig):
             if T < 2 or not (isinstance(low, Real) and isinstance(high, Real) and 0 < low < high < float("inf")):
                 raise ValueError(f"sigma_min must be positive and less than sigma_max, T ≥ 2, not {low!r} and {high!r}")
             return paths.variance_exploding(T, low, high), None
-        alpha_bar = self._make_alpha_bar()
-        return paths.variance_preserving(alpha_bar), alpha_bar
-
-    def _make_alpha_bar(self) -> np.ndarray:
-        config, known = self.config, None if self._derived_betas else self.config.trained_betas
-        named = config.beta_schedule, config.num_train_timesteps, config.beta_start, config.beta_end
-        betas = schedules.betas(*named) if known is None else schedules.check(known, config.num_train_timesteps)
+        known = None if self._derived_betas else config.trained_betas
+        named = config.beta_schedule, T, config.beta_start, config.beta_end
+        betas = schedules.betas(*named) if known is None else schedules.check(known, T)
         alpha_bar = schedules.alpha_bar(betas)
         if config.rescale_betas_zero_snr:
             alpha_bar = schedules.rescale_zero_terminal_snr(alpha_bar)
@@ -64,7 +60,7 @@ class Levels(StockConfig):
         if derived or self._derived_betas:
             self._derived_betas = derived
             super().register_to_config(trained_betas=betas.tolist() if derived else None)
-        return alpha_bar
+        return paths.variance_preserving(alpha_bar), alpha_bar
 
     def _use(self, path: paths.Path, alpha_bar: np.ndarray | None) -> None:
         (signal, noise), self._shown = path.levels, None

@@ -183,10 +183,7 @@ class GeneralizedDDIMSchedulerOutput:
     def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, slice):
             return tuple(getattr(self, name) for name in self._KEYS[key])
-        name = self._KEYS[key] if isinstance(key, int) else key
-        if name not in self._KEYS:
-            raise KeyError(name)
-        return getattr(self, name)
+        return getattr(self, self._KEYS[key] if isinstance(key, int) else key)
 
 
 class StepTuple(tuple):

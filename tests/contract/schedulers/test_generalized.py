@@ -20,7 +20,7 @@ def test_output_reads_like_those_of_diffusers():
     assert result["pred_original_sample"] is result.pred_original_sample is result[1]
     assert [value.shape for value in result.to_tuple()] == [SHAPE, SHAPE, SHAPE, (), SHAPE]
     assert result[:2][1] is result.pred_original_sample
-    with pytest.raises(KeyError):
+    with pytest.raises(AttributeError):
         result["logits"]
     again = scheduler.step(out, 599, x, generator=torch.Generator().manual_seed(1), return_dict=False)
     assert torch.equal(again[0], result.prev_sample)

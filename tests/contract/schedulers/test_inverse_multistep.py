@@ -49,7 +49,7 @@ def test_up_and_down_again():
     up = InverseMultistepDDIMScheduler.from_config(down.config)
     assert (up.config.solver_order, up.config.timestep_spacing, up.config.clip_sample) == (2, "quadratic", False)
     again = MultistepDDIMScheduler.from_config(up.config)
-    assert (again.config.clip_sample, again.config.timestep_spacing) == (True, "quadratic")
+    assert (again.config.clip_sample, again.config.timestep_spacing) == (False, "quadratic")
     with pytest.raises(ValueError, match="encoding needs the deterministic process"):
         InverseMultistepDDIMScheduler.from_config(down.config, eta=0.5)
 
@@ -140,9 +140,6 @@ def test_guided_encoding(make_unet):
     assert (report.evaluations == 4 * 2 * (1 + 6)).all()
 
 
-def test_recomputed_noise_is_refused_from_the_first_step():
-    up = InverseMultistepDDIMScheduler(clip_sample=True, use_clipped_model_output=True)
-    up.set_timesteps(4)
-    x = torch.randn(1, 1, 4, 4)
+def test_recomputed_noise_is_refused():
     with pytest.raises(ValueError, match="needs x_t, which an inverse step computes"):
-        up.step(x, up.timesteps[0], x)
+        InverseMultistepDDIMScheduler(clip_sample=True, use_clipped_model_output=True)
