@@ -45,10 +45,10 @@ WHOLE = ("nll", "reconstruct", "few_steps", "fit", "table2")
 class PackageConfig:
     """Put a model, the record of its training and its measurements into one folder, with a card made of them."""
 
-    model: str = field(metadata={"help": "a folder written by save_pretrained, the training, or fit.py"})
+    model: str = field(metadata={"help": "a folder written by save_pretrained, the training, or ddim-plugin fit"})
     output: str = field(metadata={"help": "the folder to write; its name is that of the model"})
     records: tuple[str, ...] = field(
-        metadata={"help": "what train.py, evaluate.py, reconstruct.py, nll.py, fit.py, ddim-plugin sample wrote for it"}
+        metadata={"help": "what train.py, evaluate.py, reconstruct.py, nll.py, ddim-plugin fit and sample wrote for it"}
     )
     user: str = field(default="user", metadata={"help": "of the Hub, for the examples in the card"})
     readme: str | None = field(default=None, metadata={"help": "a file whose marked blocks to fill from the folders"})
