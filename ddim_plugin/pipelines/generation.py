@@ -87,8 +87,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
             mu: logarithm of the shift of flow matching, for a scheduler with `use_dynamic_shifting`.
         """
         check_output_type(output_type)
-        unknown = set(callback_on_step_end_tensor_inputs) - set(CALLBACK_TENSORS)
-        if unknown:
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(CALLBACK_TENSORS):
             raise ValueError(f"unknown callback tensors {sorted(unknown)}: use some of {', '.join(CALLBACK_TENSORS)}")
         check_count("batch_size", 1 if batch_size is None else batch_size, 1)
         shape = self._shape(batch_size or 1) if latents is None else self._check_latents(latents, batch_size)

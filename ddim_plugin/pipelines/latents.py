@@ -162,9 +162,7 @@ class Latents(Loop):
         of columns, or (rows, columns), at least 2. `decoding` are keywords of `decode`, with one label for all.
         """
         rows, columns = num if isinstance(num, tuple) and len(num) == 2 else (num, num)
-        self._check_latents(corners)
-        if len(corners) != 4:
-            raise ValueError(f"corners has {len(corners)} latents: pass exactly 4")
+        self._check_latents(corners, 4)
         left, right = _path(corners[:2], corners[2:], rows)
         return self.decode(_path(left, right, columns).flatten(0, 1), **decoding)
 

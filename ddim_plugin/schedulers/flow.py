@@ -45,13 +45,9 @@ def shift_of(config: dict[str, Any]) -> float:
 
 
 def check(sigmas: Sigmas) -> NDArray[np.float64]:
-    """Convert σ to a float64 array, and check that they fall and lie in (0, 1]. The last may be 0."""
+    """Convert σ to a float64 array, and check that they fall and lie in (0, 1]. The last of several may be 0."""
     levels = np.asarray(sigmas, dtype=np.float64)
-    if levels.ndim != 1 or not len(levels):
-        raise ValueError(f"sigmas must be a list of numbers, not {sigmas!r}")
-    for i, value in enumerate(levels):
-        if not 0 <= value <= 1 or (value == 0 and not 0 < i == len(levels) - 1):
-            raise ValueError(f"sigmas must lie in (0, 1], only the last of several may be 0: number {i} is {value:g}")
-        if i and value >= levels[i - 1]:
-            raise ValueError(f"sigmas must fall, but {levels[i - 1]:g} precedes {value:g}: sort them, highest first")
+    falls = levels.ndim == 1 and len(levels) > 0 and bool((np.diff(levels) < 0).all())
+    if not falls or not 0 < levels[0] <= 1 or levels[-1] < 0:
+        raise ValueError(f"sigmas must fall and lie in (0, 1], only the last of several may be 0, not {sigmas}")
     return levels

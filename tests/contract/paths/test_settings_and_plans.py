@@ -57,7 +57,7 @@ def test_bad_arguments_name_their_value():
     with pytest.raises(ValueError, match=r"positive integer, not \[1\]"):
         MultistepDDIMScheduler(**FLOW).set_timesteps([1])
     stock = FlowMatchEulerDiscreteScheduler(shift_terminal=0.02)
-    with pytest.raises(ValueError, match="number 0 is nan"), pytest.warns(RuntimeWarning):
+    with pytest.raises(ValueError, match="not .nan"), pytest.warns(RuntimeWarning):
         GeneralizedDDIMScheduler.from_config(stock.config).set_timesteps(1)
     with pytest.raises(ValueError, match="set_shift takes a positive number"):
         GeneralizedDDIMScheduler().set_shift(3.0)
