@@ -1,6 +1,7 @@
 """Fit solvers to a model, in the loop of any pipeline."""
 
 import inspect
+import math
 import time
 from collections.abc import Sequence
 from copy import copy
@@ -14,7 +15,8 @@ from ..process.fitting import SPREADS, Curve, angle, descend, refine
 from ..process.spacings import Array, is_integer
 from ..schedulers import MultistepDDIMScheduler
 from ..schedulers.fit import Recorder, Student
-from .loop import batches, check_count
+from ..schedulers.multistep import keep_learned
+from .loop import batches, check_count, finite
 
 HELD_OUT = 4  # one image in so many judges the solvers, and does not enter
 # Arguments of the call that a fit sets, or that a fitted solver does not have.
@@ -57,17 +59,24 @@ def fit_solver(
     check_count("teacher_steps", teacher_steps)
     if not steps or not all(is_integer(S) and 1 <= S <= teacher_steps // 2 for S in steps):
         raise ValueError(f"steps must be integers from 1 to half of teacher_steps={teacher_steps}, not {[*steps]}")
-    config, found = pipe.scheduler.config, {}
-    known = dict(getattr(config, "fitted_solvers", None) or {})
-    plain = {"eta": 0.0, "variance_type": "fixed_small", "timestep_spacing": "few_steps", "fitted_timesteps": None}
-    config = MultistepDDIMScheduler.from_config(config, **plain, fitted_solvers=None).config
-    if config.solver_order == 1:
-        raise ValueError("a fit needs solver_order 2, 3 or 4, or None, not 1")
+    plain = {"eta": 0.0, "variance_type": "fixed_small", "timestep_spacing": "few_steps"}
+    plain = keep_learned(pipe.scheduler.config, plain)
+    config = MultistepDDIMScheduler.from_config(pipe.scheduler.config, **plain).config
+    known, found = {str(S): each for S, each in (config.fitted_solvers or {}).items()}, {}
+    config = MultistepDDIMScheduler.from_config(config, fitted_solvers=None).config
+    if config.solver_order == 1 or config.denoising_start or config.denoising_end < 1:
+        raise ValueError("a fit needs the whole process, and solver_order 2, 3 or 4, or None, not 1")
     teacher, judge = (run(Recorder.from_config(config), teacher_steps, held) for held in (False, True))
+    finite(torch.cat([teacher.data, judge.data]))
     curve = teacher.curve()
     for S in tqdm(sorted(set(steps)), desc="fitting"):
         start, before = time.perf_counter(), run.evaluations
         plain = run(Recorder.from_config(config), S, held=True)
+        top, solved = (torch.cat([y for y, _ in each.nodes[0]]) for each in (plain, judge))
+        if not (top - solved).square().mean() < 0.1 * solved.square().mean():
+            raise ValueError(
+                f"the noise of {type(pipe).__name__} is not that of its generators: no solver can be fitted"
+            )
         solver = _fit(run, plain, teacher, curve, minutes / len(set(steps)))
         fitted = run(Recorder.from_config(config, fitted_solvers={str(S): solver}), S, held=True)
         errors = {"default_error": _distance(plain, judge), "error": _distance(fitted, judge)}
@@ -90,7 +99,10 @@ class _Run:
             raise ValueError(f"the call of {type(pipe).__name__} has no {missing.pop()}: use another pipeline")
         self.pipe, self.evaluations, self.seed = copy(pipe), 0, seed
         self.pipe.set_progress_bar_config(disable=True)
-        texts = {key: [each] * number for key, each in call.items() if "prompt" in key and isinstance(each, str)}
+        texts = {key: [each] if isinstance(each, str) else each for key, each in call.items() if "prompt" in key}
+        for key, each in texts.items():  # one is that of all images
+            if isinstance(each, list | torch.Tensor) and len(each) == 1:
+                texts[key] = each * number if isinstance(each, list) else each.expand(number, *each.shape[1:])
         self.call, self.sized = call | texts, "batch_size" in known
         self.fixed = {key: value for key, value in (("output_type", "latent"), ("return_dict", False)) if key in known}
         held = number // HELD_OUT
@@ -106,15 +118,16 @@ class _Run:
             generators = [torch.Generator().manual_seed(self.seed + i) for i in rows]
             sized = {"batch_size": len(rows)} if self.sized else {}
             self.pipe(num_inference_steps=S, generator=generators, **sized, **self.fixed, **call)
-        self.evaluations += S * len(self.rows[held])
-        if len(data := scheduler.data) != len(self.rows[held]):
-            raise ValueError(
-                f"the pipeline made {len(data)} images, not {len(self.rows[held])}: pass a prompt for each"
-            )
+        self.evaluations += S * (number := len(self.rows[held]))
+        made = {sum(len(y) for y, _ in node) for node in getattr(scheduler, "nodes", ())}
+        if made not in ({number}, {2 * number}) or not scheduler._from_noise:  # some step with guidance's copies too
+            problem = f"the pipeline sets its own timesteps, or does not make all steps from x_T for {number} images"
+            raise ValueError(f"{problem}: pass a prompt for each, and begin with noise")
         return scheduler
 
     def _of(self, value: Any, rows: range) -> Any:
-        return [value[i] for i in rows] if isinstance(value, list | tuple) and len(value) == self.number else value
+        many = isinstance(value, list | tuple) or getattr(value, "ndim", 0)
+        return value[rows.start : rows.stop] if many and len(value) == self.number else value
 
 
 def _fit(run: _Run, plain: Recorder, teacher: Recorder, curve: Curve, minutes: float) -> Solver:
@@ -124,12 +137,15 @@ def _fit(run: _Run, plain: Recorder, teacher: Recorder, curve: Curve, minutes: f
     """
     path, config, default = plain.path, plain.config, [t for t, _ in plain._pairs]
     S, order, whole = len(default), plain._values(plain._kind(None)), not path.continuous
-    step = (default[0] - default[-1]) / (4 * S)
+    lowest = min(map(path.time, path.bounds)) - 1e-6
+    step = (default[0] - default[-1] or default[0]) / (4 * S)
     step, least = (max(1, round(step)), 1) if whole else (step, step / 64)
     tried: dict[tuple[float, ...], tuple[float, Student]] = {}
     for spread in (None, *SPREADS):
 
         def cost(times: Sequence[float], spread: float = spread or 1.0) -> float:
+            if times[-1] < lowest:
+                return math.inf
             return curve.error([angle(path.level(t)) for t in times], order, spread)
 
         times = tuple(default if spread is None else descend(default, cost, step, least))
@@ -147,10 +163,12 @@ def _fit(run: _Run, plain: Recorder, teacher: Recorder, curve: Curve, minutes: f
         return {"timesteps": [path.timestep(t) for t in times], "noise": noise, "weights": rows} | known
 
     def residual(theta: Array) -> Array:
-        if theta[0] > path.T or (-np.diff(theta[:S], append=0) < least).any():
+        times = theta[:S].round() if whole else theta[:S]
+        inside = lowest <= times[-1] and times[0] <= path.T + 1e-6 and (-np.diff(times, append=0) >= least).all()
+        if not (inside and np.isfinite(theta).all()):
             return np.full(teacher.data.numel(), 1e3)
         made = run(Recorder.from_config(config, fitted_solvers={str(S): solver(theta)}), S)
-        return (made.data - teacher.data).double().cpu().numpy().ravel()
+        return np.nan_to_num((made.data - teacher.data).double().numpy().ravel(), nan=1e3, posinf=1e3, neginf=-1e3)
 
     theta = np.concatenate([times, *(student.weights[i] for i in range(S))])
     if minutes:
@@ -161,4 +179,5 @@ def _fit(run: _Run, plain: Recorder, teacher: Recorder, curve: Curve, minutes: f
 
 def _distance(made: Recorder, solved: Recorder) -> float:
     """Return the root mean square distance of the images."""
-    return float((made.data - solved.data).square().mean().sqrt())
+    found = float((made.data - solved.data).square().mean().sqrt())
+    return found if math.isfinite(found) else math.inf

@@ -51,12 +51,9 @@ class Recorder(MultistepDDIMScheduler):
 
     def sampled(self, x: Tensor) -> Tensor:
         """Select the coordinates that are recorded, (B, coordinates)."""
-        x = x.float().flatten(1)
-        if x.shape[1] <= MOST_COORDINATES:
-            return x.clone()
-        return x[
-            :, torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))[:MOST_COORDINATES].to(x.device)
-        ]
+        x = x.flatten(1)
+        kept = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))[:MOST_COORDINATES]
+        return x[:, kept.to(x.device)].float().cpu()
 
     @property
     def data(self) -> Tensor:
@@ -67,7 +64,7 @@ class Recorder(MultistepDDIMScheduler):
         """Compute the mean products of the recorded trajectories."""
         whole = torch.stack([torch.cat([pair[k] for pair in node]) for k in (0, 1) for node in self.nodes]).flatten(1)
         products = sum((part @ part.T).double() for part in whole.split(2**16, 1))
-        return Curve(self.angles, (products / whole.shape[1]).cpu().numpy())
+        return Curve(self.angles, (products / whole.shape[1]).numpy())
 
 
 class Student(Recorder):
@@ -93,7 +90,7 @@ class Student(Recorder):
             products + basis @ basis.T,
             right + basis @ goal.flatten().double(),
         )
-        number, products, right = (each.cpu().numpy() if isinstance(each, Tensor) else each for each in total)
+        number, products, right = (each.numpy() if isinstance(each, Tensor) else each for each in total)
         self.weights[i] = least_squares(products / number, right / number, prior)
         return sum(float(weight) * value for weight, value in zip(self.weights[i], values, strict=True))
 

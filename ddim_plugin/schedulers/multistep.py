@@ -125,19 +125,20 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         solver = self._solvers.get(S) if spacings.is_integer(S) else None
         if solver is None or self.config.denoising_start or moves.adds_noise(*self._kind(None)):
             return None
-        wrong: dict[str, Any] = {"guidance_scale": guidance_scale(), "solver_order": self._order}
-        wrong |= {"prediction_type": self.config.prediction_type}
-        wrong = {key: value for key, value in wrong.items() if value is not None and value != solver[key]}
+        now = {"guidance_scale": guidance_scale(), "solver_order": self._values(("fixed_small", 0.0), S)}
+        now |= {"prediction_type": self.config.prediction_type}
+        of_fit = {key: 1.0 if solver[key] is None else solver[key] for key in now}  # no guidance
+        wrong = [
+            f"{key}={of_fit[key]!r}, not {value!r}" for key, value in now.items() if value not in (None, of_fit[key])
+        ]
         try:
             times = self.path.times(solver["timesteps"])
             levels = [self.path.level(t).noise for t in times.tolist()][::-1]
-            matches = np.allclose(levels, solver["noise"], rtol=1e-3, atol=1e-6)
+            wrong += [] if np.allclose(levels, solver["noise"], rtol=1e-3, atol=1e-6) else ["other noise levels"]
         except ValueError:  # timesteps of another path
-            matches = False
-        if wrong or not matches:
-            wrong = wrong or {"noise": "levels of this scheduler"}
-            key, value = next(iter(wrong.items()))
-            text = f"the solver for {S} steps was fitted for {key}={solver[key]!r}, not {value!r}: the default is used"
+            wrong.append("other timesteps")
+        if wrong:
+            text = f"the solver for {S} steps was fitted for {wrong[0]}: the default is used"
             warnings.warn(text, stacklevel=4)
             return None
         self._solver = solver["weights"]
@@ -182,8 +183,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         super()._replan()
         self._weighted: dict[tuple[Kind, int, tuple[float, ...]], tuple[Any, ...]] = {}
 
-    def _values(self, kind: Kind) -> int:
-        few = len(self._tau) < spacings.MANY_STEPS or isinstance(self.path, VarianceExploding)
+    def _values(self, kind: Kind, S: int | None = None) -> int:
+        few = (S or len(self._tau)) < spacings.MANY_STEPS or isinstance(self.path, VarianceExploding)
         return self._order or (2 if moves.adds_noise(*kind) else 3 if few else 4)
 
     def _evaluate(self, kind: Kind, *args: Any) -> Evaluation:
@@ -217,9 +218,12 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     def _weigh(self, plan: list[Step], kind: Kind, place: int, times: tuple[float, ...]) -> tuple[Any, ...]:
         key = kind, place, times
         if key not in self._weighted:
-            step, of_x0 = plan[place], moves.adds_noise(*kind)
-            fitted = self._solver[place] if self._solver and kind == ("fixed_small", 0.0) else ()
-            if len(fitted) == 1 + len(times):
+            step, of_x0, (t, s) = plan[place], moves.adds_noise(*kind), self._pairs[place]
+            rows = dict(
+                zip(reversed(self._tau.tolist()), self._solver, strict=False)
+            )  # by time: an inverse goes up too
+            fits = kind == ("fixed_small", 0.0) and t > s and (place > 0 or self._from_noise)
+            if fits and len(fitted := rows.get(t, ())) == 1 + len(times):
                 self._weighted[key] = step._replace(x0=fitted[0], eps=fitted[1]), *fitted[2:]
                 return self._weighted[key]
             weights, mean = np.zeros(len(times)), self._mean(of_x0, self._pairs[place], times, kind[1])
@@ -275,6 +279,8 @@ def guidance_scale() -> float | None:
 
 
 def _check_solvers(solvers: dict[str, dict[str, Any]] | None) -> dict[int, dict[str, Any]]:
+    if not isinstance(solvers, dict | None):
+        raise ValueError(f"fitted_solvers must be a dictionary of solvers by step counts, not {solvers!r}")
     found = {}
     for key, each in (solvers or {}).items():
         try:

@@ -3,9 +3,9 @@
 python tests/golden/freeze_core.py tests/golden/frozen/core.npz
 python tests/golden/freeze_core.py --compare tests/golden/frozen/core.npz
 
-`core.npz` holds what version 0.1 computed, but for 43 cases of 8 steps or more that 0.2 computes in another way: those of
-the spacing "few_steps", and of multistep methods of the default order, which became 4. Freeze it anew only if a case is
-added, and then with that version first on PYTHONPATH.
+`core.npz` holds what version 0.1 computed, but for 43 cases of 8 steps or more that have other defaults in 0.2: the
+spacing "few_steps", and 4 as the order of multistep methods. Freeze it anew only if a case is added, and then with the
+version of each case first on PYTHONPATH.
 """
 
 import sys
