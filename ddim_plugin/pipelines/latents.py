@@ -81,7 +81,7 @@ class Latents(Loop):
                     rows = slice(None) if left.all() else torch.as_tensor(left, device=x.device)
                     made = self._predict(inverse.scale_model_input(x, t)[rows], t, condition.rows(rows))
                     output = made if left.all() else output.index_put((rows,), made)
-                spent += left * condition.evaluations
+                spent += left * (1 if condition.scale == 1 else 2)
                 inverse.kept = ~torch.as_tensor(left, device=x.device).view(-1, 1, 1, 1)
                 x = inverse.step(output, t, x).prev_sample
                 residual = np.broadcast_to(inverse.residual.cpu().double().numpy(), len(x))

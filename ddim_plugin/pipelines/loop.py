@@ -24,14 +24,9 @@ class Condition(NamedTuple):
     """Labels and the scale of guidance (Ho & Salimans 2022), and where the network runs."""
 
     labels: Tensor | None  # (1, B), or (2, B) with those of "no class" for guidance
-    scale: float
+    scale: float  # unless it is 1, a prediction takes two evaluations of the network
     dtype: torch.dtype  # of the network
     state: dict[str, Any]  # device and dtype of samples between the steps: only the network has half precision
-
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations for one prediction: guidance takes two."""
-        return 1 if self.labels is None else len(self.labels)
 
     def rows(self, rows: Tensor | slice) -> "Condition":
         """Return the condition of some of the images."""
@@ -126,7 +121,7 @@ class Loop:
         """Evaluate the network, with guidance. A learned variance is not guided, and is dropped if it is not used."""
         x, channels = x.to(condition.dtype), x.shape[1]
         labels = None if condition.labels is None else condition.labels.flatten(0, 1)
-        if condition.evaluations == 1:
+        if condition.scale == 1:
             output = self.unet(x, t, class_labels=labels).sample
         else:
             output, null = self.unet(torch.cat([x, x]), t, class_labels=labels).sample.chunk(2)
