@@ -65,6 +65,7 @@ class Loop:
     def _condition(
         self, number: int, class_labels: Labels = None, guidance_scale: float = 1.0, null_class_label: int | None = None
     ) -> Condition:
+        self._check_channels()
         scale, dtype, device = guidance_scale, self.unet.dtype, self._execution_device
         state = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
         classes = self.unet.config.num_class_embeds  # None for a custom embedding, whose labels need not be classes
@@ -86,6 +87,14 @@ class Loop:
             if not whole or not ((rows >= 0) & (rows < classes)).all():
                 raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {rows.flatten().tolist()}")
         return Condition(rows.to(device), scale, dtype, state)
+
+    def _check_channels(self) -> None:
+        if isinstance(self.scheduler, GeneralizedDDIMScheduler):
+            made, channels = self.unet.config.out_channels, self.unet.config.in_channels
+            kind = self.scheduler.config.variance_type
+            if made != (needed := channels * (1 + (kind == "learned_range"))):
+                remedy = f"variance_type={kind!r} needs {needed} ('learned_range' twice as many as images have)"
+                raise ValueError(f"the network predicts {made} channels from {channels}: {remedy}")
 
     def _check_deterministic(self, invertible: bool = False) -> None:
         scheduler, config = self.scheduler, self.scheduler.config

@@ -384,12 +384,12 @@ def test_bad_labels(make_pipe, arguments, message):
         make_pipe(num_class_embeds=4)(**arguments)
 
 
-def test_a_network_that_does_not_fit_the_variance_type(make_pipe):
-    """A learned variance that is not used is dropped, as in stock pipelines."""
-    with pytest.raises(ValueError, match="with variance_type='learned_range' needs"):
-        make_pipe(GeneralizedDDIMScheduler(variance_type="learned_range"), out_channels=1)(num_inference_steps=2)
-    images = make_pipe(out_channels=2)(num_inference_steps=2, output_type="latent").images
-    assert images.shape[1] == 1
+@pytest.mark.parametrize(("variance_type", "out_channels"), [("fixed_small", 2), ("learned_range", 1)])
+def test_a_network_that_does_not_fit_the_variance_type(make_pipe, variance_type, out_channels):
+    pipe = make_pipe(GeneralizedDDIMScheduler(variance_type=variance_type), out_channels=out_channels)
+    pipe.unet.forward = None
+    with pytest.raises(ValueError, match=rf"predicts {out_channels} channels from 1: variance_type='{variance_type}'"):
+        pipe()
 
 
 def test_what_other_schedulers_do_not_know(make_pipe):
