@@ -273,8 +273,10 @@ def guidance_scale() -> float | None:
     frame = inspect.currentframe()
     while frame := frame and frame.f_back:
         known = frame.f_locals
-        if isinstance(known.get("self"), DiffusionPipeline) and isinstance(known.get("guidance_scale"), int | float):
-            return float(known["guidance_scale"])
+        of_ours = getattr(known.get("condition"), "scale", None)  # to encode and decode
+        scale = known.get("guidance_scale", of_ours)
+        if isinstance(known.get("self"), DiffusionPipeline) and isinstance(scale, int | float):
+            return float(scale)
     return None
 
 

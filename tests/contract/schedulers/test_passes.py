@@ -78,6 +78,22 @@ def test_a_free_step_is_two_passes(cls, prediction_type, plain):
         assert len(kernels) <= 2 + more, kernels
 
 
+def test_a_fitted_step_is_as_many_passes(refuse_host_reads):
+    """Its weights are numbers of the plan: two passes, one for each earlier value, and one to keep ε̂."""
+    usual = planned(6, MultistepDDIMScheduler)
+    rows = [[1.01 * weight for weight in (step.x0, step.eps, *rest)] for step, *rest in usual._weighted.values()]
+    known = {"noise": [usual.path.level(t).noise for t, _ in usual._pairs], "weights": rows, "solver_order": 3}
+    known |= {"timesteps": usual.timesteps.tolist(), "prediction_type": "epsilon", "guidance_scale": None}
+    scheduler = planned(6, MultistepDDIMScheduler, fitted_solvers={"6": known})
+    assert scheduler._solver == rows
+    assert [len(kernels) for kernels in passes(scheduler)] == [4, 4, 5, 5, 5, 4]
+    assert [len(kernels) for kernels in passes(usual)] == [4, 4, 5, 5, 5, 4]
+    out, x = tensors()
+    with refuse_host_reads:
+        for t in scheduler.timesteps:
+            x = scheduler.step(out, t, x).prev_sample
+
+
 @pytest.mark.parametrize("plain", [True, False], ids=["output", "tuple"])
 @pytest.mark.parametrize("cls", [GeneralizedDDIMScheduler, MultistepDDIMScheduler])
 def test_noise_is_one_pass_more(cls, plain):
