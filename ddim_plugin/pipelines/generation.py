@@ -123,7 +123,12 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         The scheduler of a stock pipeline becomes a `GeneralizedDDIMScheduler` with its settings, which is logged.
         """
         place = {"local_files_only": True, **{key: kwargs.get(key) for key in ("cache_dir", "revision")}}
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except NotImplementedError:  # a β schedule that no stock scheduler has; its file is in the cache by now
+            config = GeneralizedDDIMScheduler.load_config(pretrained_model_name_or_path, subfolder="scheduler", **place)
+            kwargs["scheduler"] = CLASSES[config[KEY]["class"]].from_config(config)
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         pipe.scheduler = stock = kwargs.get("scheduler") or pipe.scheduler  # one that is passed stays as it is
         if "scheduler" not in kwargs and not isinstance(stock, GeneralizedDDIMScheduler):
             pipeline, name = cls.load_config(pretrained_model_name_or_path, **place)["_saved_as"]
@@ -168,7 +173,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         index.pop("_name_or_path", None)  # a place on this machine
         name, config = index["scheduler"][1], self.scheduler.config
         pipeline, predictions = STOCK.get(name, STOCK[VP])
-        on_path = name in STOCK or path_of(config) == VP
+        on_path = (name in STOCK or path_of(config) == VP) and config.get("beta_schedule") != "sqrt"
         is_known = on_path and config.get("prediction_type", predictions[0]) in predictions
         if type(self) is GeneralizedDDIMPipeline and is_known:
             index["_class_name"] = pipeline

@@ -36,13 +36,17 @@ class Path:
 
     levels: Level  # arrays, (T + 1,)
     continuous: ClassVar[bool] = False  # timesteps are real numbers
-    explodes: ClassVar[bool] = False  # the noise is added to x_0 itself, so that x_t has no fixed scale
     output_sign: ClassVar[int] = 1  # factor on the network's output
     image_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)  # black and white in x_0
 
     @property
     def T(self) -> int:
         return len(self.levels.signal) - 1
+
+    @property
+    def explodes(self) -> bool:
+        """Whether the noise is added to x_0 itself, so that x_t has no fixed scale."""
+        return bool(self.levels.signal[-1] == 1)
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -82,7 +86,8 @@ class FlowMatching(Path):
     def timestep(self, time: Number) -> Number:
         return time if self.output_sign > 0 else self.T - time
 
-    time = timestep  # its own inverse
+    def time(self, timestep: Number) -> Number:
+        return self.timestep(timestep)  # its own inverse
 
 
 class InvertedFlow(FlowMatching):
@@ -100,7 +105,7 @@ class InvertedFlow(FlowMatching):
 class VarianceExploding(Path):
     """x_t = x_0 + σ_t·ε with ln σ_t linear on 1 ≤ t ≤ T (Song et al. 2021). Networks are evaluated at σ_t."""
 
-    continuous = explodes = True
+    continuous = True
     image_range = (0.0, 1.0)  # as for NCSN++
 
     @property
@@ -134,3 +139,8 @@ def variance_exploding(T: int, sigma_min: float, sigma_max: float) -> VarianceEx
     """Build the path of NCSN++ (Song et al. 2021), σ from `sigma_min` at time 1 to `sigma_max` at T."""
     noise = np.append(0.0, np.geomspace(sigma_min, sigma_max, T) if T > 1 else [sigma_max])
     return VarianceExploding(Level(np.ones(T + 1), noise))
+
+
+def square_root(T: int) -> Path:
+    """Build the path x_t = x_0 + √t·ε of random walks. Networks are evaluated at t − 1."""
+    return Path(Level(np.ones(T + 1), np.sqrt(np.arange(T + 1.0))))

@@ -14,9 +14,9 @@ from .planned import Kind, Planned
 from .step import Evaluation, GeneralizedDDIMSchedulerOutput, Step, StepTuple
 from .tensors import Randomness, accumulate, draw, split_variance
 
-# Settings under which a latent and its image determine each other.
 DETERMINISTIC = {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False, "thresholding": False}
 DETERMINISTIC |= {"corrector_steps": 0}
+"""Settings under which a latent and its image determine each other."""
 
 
 class GeneralizedDDIMScheduler(Planned):
@@ -28,7 +28,7 @@ class GeneralizedDDIMScheduler(Planned):
     Args:
         num_train_timesteps: T, the number of timesteps the network was trained on.
         beta_start, beta_end, beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "const", "jsd", "sigmoid"
-            or "laplace", and the range of β. `trained_betas` are β_1..β_T instead.
+            or "laplace", and the range of β. "sqrt" is the path x_t = x_0 + √t·ε. `trained_betas` are β_1..β_T instead.
         set_alpha_to_one: True sets ᾱ_0 = 1 (the paper), False ᾱ_0 = ᾱ_1, as in the config of Stable Diffusion.
         steps_offset: added to the timesteps of the spacing "leading".
         prediction_type: the network predicts "epsilon", "sample" (x_0), "v_prediction", "flow_prediction" (ε − x_0), or
@@ -48,6 +48,8 @@ class GeneralizedDDIMScheduler(Planned):
             2021, Algorithms 4 and 5). Each takes one evaluation more: `timesteps` repeats its time.
         denoising_start, denoising_end: part of the process that the plan makes, shares of T counted from noise, as in
             the pipelines of SDXL. With `denoising_start` 0.4 the first sample is x_t at t = 0.6·T.
+
+    Raises ValueError for unknown names, values out of range, and combinations that do not exist.
     """
 
     _compatibles: ClassVar = [each.name for each in KarrasDiffusionSchedulers if not each.name.startswith("EDM")]

@@ -48,6 +48,10 @@ class Levels(StockConfig):
             if T < 2 or not (isinstance(low, Real) and isinstance(high, Real) and 0 < low < high < float("inf")):
                 raise ValueError(f"sigma_min must be positive and less than sigma_max, T ≥ 2, not {low!r} and {high!r}")
             return paths.variance_exploding(T, low, high), None
+        if config.beta_schedule == "sqrt":
+            if config.trained_betas is not None or config.rescale_betas_zero_snr or not config.set_alpha_to_one:
+                raise ValueError("beta_schedule='sqrt' has no β: leave out trained_betas and the other settings of β")
+            return paths.square_root(T), None
         known = None if self._derived_betas else config.trained_betas
         named = config.beta_schedule, T, config.beta_start, config.beta_end
         betas = schedules.betas(*named) if known is None else schedules.check(known, T)

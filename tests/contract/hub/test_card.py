@@ -99,6 +99,9 @@ def test_an_exploding_model_names_the_cost_of_its_stock_pipeline(channels):
 
 def test_a_model_without_a_stock_pipeline_says_so():
     assert "No stock pipeline samples with this prediction on this path." in make_with(pipeline=None)
+    text = make_with(scheduler={"beta_schedule": "sqrt"}, pipeline=None)
+    assert "diffusers alone does not load this model" in text
+    assert "custom_pipeline" not in text
 
 
 def test_a_card_that_somebody_changed_is_theirs():

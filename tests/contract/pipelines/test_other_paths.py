@@ -28,8 +28,9 @@ from ddim_plugin import (
 
 FLOW = {"prediction_type": "flow_prediction", "shift": 3.0}
 EXPLODING = {"prediction_type": "score", "sigma_max": 50.0}
+ROOT = {"beta_schedule": "sqrt"}
 FLOW_X0 = {"prediction_type": "sample", "use_flow_sigmas": True}
-PATHS = {"flow": FLOW, "exploding": EXPLODING, "ε": EXPLODING | {"prediction_type": "epsilon"}}
+PATHS = {"flow": FLOW, "exploding": EXPLODING, "ε": EXPLODING | {"prediction_type": "epsilon"}, "root": ROOT}
 every_path = pytest.mark.parametrize("settings", PATHS.values(), ids=PATHS)
 accurate = pytest.mark.parametrize("settings", [FLOW, EXPLODING, PATHS["ε"]], ids=["flow", "exploding", "ε"])
 both = pytest.mark.parametrize("cls", [GeneralizedDDIMScheduler, MultistepDDIMScheduler])
@@ -141,6 +142,21 @@ def test_the_shift_for_the_size_of_the_image(make_pipe):
             make_pipe(scheduler)(mu=1.0)
 
 
+@pytest.mark.parametrize("cls", [GeneralizedDDIMScheduler, MultistepDDIMScheduler])
+def test_a_random_walk_is_sampled_and_encoded(make_pipe, make_unet, cls):
+    pipe = make_pipe(cls(**ROOT), network(make_unet, ROOT))
+    z = torch.randn(2, 3, 8, 8)
+    made = pipe(latents=z, num_inference_steps=10, output_type="latent").images
+    assert torch.equal(pipe.decode(z, 10, output_type="latent"), made)
+    top = float(pipe.scheduler.sigmas[0])  # x_T has the level of the first step
+    assert pipe.scheduler.init_noise_sigma == pytest.approx(top)
+    images = torch.rand(2, 3, 8, 8)
+    part = pipe.encode(images, 20, strength=0.5)
+    encoded = pipe.encode(images, 20)
+    assert pipe.decode(encoded, 20, output_type="pt").shape == images.shape
+    assert part.std() > 5 * encoded.std()  # x_T is in units of √T
+
+
 def test_the_corrector_is_for_samples_alone():
     pipe = exact(GeneralizedDDIMScheduler(corrector_steps=1, **EXPLODING))
     made = pipe(16, 50, generator=torch.Generator().manual_seed(0), output_type="np").images
@@ -213,6 +229,7 @@ def network(make_unet, settings, channels=3):
 SAVED = {
     "flow": (FLOW, "DDPMPipeline", "FlowMatchEulerDiscreteScheduler"),
     "exploding": (EXPLODING, "ScoreSdeVePipeline", "ScoreSdeVeScheduler"),
+    "root": (ROOT, "GeneralizedDDIMPipeline", "DDIMScheduler"),
     "x0": (FLOW_X0, "GeneralizedDDIMPipeline", "FlowMatchEulerDiscreteScheduler"),
     "ε": (PATHS["ε"], "GeneralizedDDIMPipeline", "ScoreSdeVeScheduler"),
 }
@@ -266,12 +283,15 @@ def test_stock_readers_sample_an_exploding_model(make_unet, make_pipe, tmp_path)
     assert stock(num_inference_steps=3, output_type="np").images.shape == (1, 8, 8, 3)
 
 
-@pytest.mark.parametrize("name", ["x0", "ε"])
+@pytest.mark.parametrize("name", ["root", "x0", "ε"])
 def test_stock_readers_refuse_what_they_cannot_sample(make_unet, make_pipe, tmp_path, name):
     settings = SAVED[name][0]
     make_pipe(GeneralizedDDIMScheduler(**settings), network(make_unet, settings)).save_pretrained(tmp_path)
     with pytest.raises(AttributeError, match="has no attribute GeneralizedDDIMPipeline"):
         DiffusionPipeline.from_pretrained(tmp_path)
+    if name == "root":
+        with pytest.raises(NotImplementedError, match="sqrt is not implemented"):
+            diffusers.DDIMPipeline.from_pretrained(tmp_path)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from torch import Generator
 from trainer.objective import Objective
 
 from ddim_plugin.process.moves import beta_tilde, sigma, x0_weight
-from ddim_plugin.process.paths import Level, Path, flow_matching, variance_preserving
+from ddim_plugin.process.paths import flow_matching, square_root, variance_preserving
 from ddim_plugin.process.spacings import tau as tau_of
 
 linear, quadratic = (partial(tau_of, name) for name in ("linear", "quadratic"))
@@ -201,7 +201,7 @@ def test_bins_sum_to_one():
         ({"clip": 0}, "clip must be positive"),
         ({"prediction_type": "noise"}, "unknown prediction_type"),
         ({"eta": 5.0}, "too large"),
-        ({"path": Path(Level(np.ones(10), np.sqrt(np.arange(10.0))))}, "ends with the noise 3"),
+        ({"path": square_root(9)}, "ends with the noise 3"),
         ({"path": FLOW}, "divides by zero"),
         (
             {"path": FLOW, "prediction_type": "sample", "variance_type": "optimal", "eps_mean_square": ALPHA},

@@ -4,13 +4,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from ddim_plugin.process import betas, moves
-from ddim_plugin.process.paths import Level, Path, flow_matching, variance_exploding, variance_preserving
-
-
-def square_root(T):
-    """The random walk x_t = x_0 + √t·ε."""
-    return Path(Level(np.ones(T + 1), np.sqrt(np.arange(T + 1.0))))
-
+from ddim_plugin.process.paths import Level, Path, flow_matching, square_root, variance_exploding, variance_preserving
 
 KINDS = ("variance preserving", "flow", "variance exploding", "square root", "monotone", "any")
 

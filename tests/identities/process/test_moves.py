@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from random_paths import chains, paths, square_root
+from random_paths import chains, paths
 
 from ddim_plugin.process import betas as schedules
 from ddim_plugin.process import inversion
 from ddim_plugin.process import moves as process
 from ddim_plugin.process import spacings as spacing
-from ddim_plugin.process.paths import Level, Path, variance_exploding, variance_preserving
+from ddim_plugin.process.paths import Level, Path, square_root, variance_exploding, variance_preserving
 
 LINEAR = variance_preserving(schedules.alpha_bar(schedules.betas("linear")))
 

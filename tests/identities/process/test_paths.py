@@ -13,6 +13,7 @@ from ddim_plugin.process.paths import (
     Level,
     Path,
     flow_matching,
+    square_root,
     variance_exploding,
     variance_preserving,
 )
@@ -38,9 +39,9 @@ def test_times_and_timesteps_go_round(path, data):
 
 
 def test_a_table_is_evaluated_one_below_its_time():
-    path = variance_preserving(betas.alpha_bar(betas.betas("linear")))
-    assert [path.timestep(t) for t in (1, 500, 1000)] == [0, 499, 999]
-    assert [path.time(t) for t in (0, 499, 999)] == [1, 500, 1000]
+    for path in (variance_preserving(betas.alpha_bar(betas.betas("linear"))), square_root(1000)):
+        assert [path.timestep(t) for t in (1, 500, 1000)] == [0, 499, 999]
+        assert [path.time(t) for t in (0, 499, 999)] == [1, 500, 1000]
 
 
 @given(st.lists(st.floats(1e-5, 0.9), min_size=1, max_size=50))
@@ -94,6 +95,11 @@ def test_the_levels_of_ncsnpp():
     stock = ScoreSdeVeScheduler(num_train_timesteps=2000, sigma_min=0.01, sigma_max=1348.0)
     path = variance_exploding(2000, 0.01, 1348.0)
     assert path.levels.noise[1:] == pytest.approx(stock.discrete_sigmas.double().numpy(), rel=1e-5)
+
+
+def test_the_random_walk():
+    path = square_root(9)
+    assert [path.level(t) for t in (0, 1, 4, 9)] == [(1, 0), (1, 1), (1, 2), (1, 3)]
 
 
 def test_a_path_of_ones_own():

@@ -1,4 +1,4 @@
-"""Variance exploding, x = x_0 + σ·ε: the paper's process after scaling, and Score-SDE's samplers."""
+"""Variance exploding, x = x_0 + σ·ε: the paper's process after scaling, Score-SDE's samplers, and the random walk."""
 
 import itertools
 import math
@@ -349,3 +349,39 @@ def test_the_corrector_serves_every_path(config):
         x = scheduler.step(output, t, x).prev_sample
     assert 0.98 < float(x.var()) / V < 1.05
     assert float(x.mean()) == pytest.approx(mean, abs=0.02)
+
+
+# ---- the random walk x_t = x_0 + √t·ε -------------------------------------------------------------------------------
+
+
+WALK = {"beta_schedule": "sqrt"}
+
+
+def test_the_random_walk_by_name():
+    """Sampling(1): x − ε̂/√t with noise of variance (t − 1)/t. Sampling(2): x − (√t − √(t − 1))·ε̂."""
+    for eta in (1.0, 0.0):
+        scheduler = planned(
+            GeneralizedDDIMScheduler, {"num_train_timesteps": 50, "beta_schedule": "sqrt", "eta": eta}, 50
+        )
+        assert scheduler.timesteps.tolist() == list(range(49, -1, -1))
+        assert scheduler.init_noise_sigma == pytest.approx(50**0.5)
+        x = 50**0.5 * noise()
+        for timestep in scheduler.timesteps:
+            t, eps = int(timestep) + 1, torch.tanh(x)
+            z = noise(seed=t)
+            expected = x - (t**0.5 - (t - 1) ** 0.5) * eps
+            if eta:
+                expected = x - eps / t**0.5 + ((t - 1) / t) ** 0.5 * z
+            x = scheduler.step(eps, timestep, x, variance_noise=z).prev_sample
+            assert torch.allclose(x, expected, atol=1e-9)
+    x0, eps = noise(), noise(seed=1)
+    assert torch.allclose(scheduler.add_noise(x0, eps, 8), x0 + 3 * eps, atol=1e-6)
+
+
+def test_the_random_walk_reaches_its_data():
+    """But for the last step, from noise of variance 1 to x̂0, of which v²/(v + 1) of the data's variance v is left."""
+    scheduler = planned(GeneralizedDDIMScheduler, {**WALK, "num_train_timesteps": 2000, "eta": 1.0}, 2000)
+    data = Gaussian(0.5, 16.0)
+    mean, deviation = law(scheduler, lambda x, t: data.eps(x, (int(t) + 1) ** 0.5))
+    assert mean == pytest.approx(0.5, abs=0.02)
+    assert deviation == pytest.approx(16 / 17**0.5, abs=0.2)  # steps of size 1 are coarse near the data

@@ -175,6 +175,7 @@ def test_branches_and_requests(hub, folder):
             "ScoreSdeVePipeline",
             "does not support images of 1 channels",
         ),
+        ({"beta_schedule": "sqrt"}, "GeneralizedDDIMPipeline", "diffusers alone does not load this model"),
     ],
 )
 def test_models_of_other_paths(hub, make_unet, settings, pipeline_class, said):
