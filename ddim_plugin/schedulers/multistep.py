@@ -184,8 +184,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         self._weighted: dict[tuple[Kind, int, tuple[float, ...]], tuple[Any, ...]] = {}
 
     def _values(self, kind: Kind, S: int | None = None) -> int:
-        few = (S or len(self._tau)) < spacings.MANY_STEPS or isinstance(self.path, VarianceExploding)
-        return self._order or (2 if moves.adds_noise(*kind) else 3 if few else 4)
+        many = (S or len(self._tau)) >= spacings.MANY_STEPS
+        return self._order or (2 if moves.adds_noise(*kind) else 3 + many)
 
     def _evaluate(self, kind: Kind, *args: Any) -> Evaluation:
         evaluation, place = super()._evaluate(kind, *args), self._place
