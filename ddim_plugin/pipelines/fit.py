@@ -50,7 +50,7 @@ def fit_solver(
         seed: noise of image i is drawn from `seed` + i.
         minutes: time to move times and weights together, by Gauss–Newton with finite differences, for all S.
         call: arguments of the pipeline's call: prompts, `guidance_scale`, size. A list of `num_images` has an entry for
-            each image, and a text is the prompt of all.
+            each image, as has a tensor. One text, or the embedding of one, is the prompt of all.
 
     Returns the solvers with their root mean square "error" and "default_error", network "evaluations" and "seconds".
     Raises ValueError for numbers out of range and arguments that the call does not have, before any evaluation.
@@ -74,9 +74,7 @@ def fit_solver(
         plain = run(Recorder.from_config(config), S, held=True)
         top, solved = (torch.cat([y for y, _ in each.nodes[0]]) for each in (plain, judge))
         if not (top - solved).square().mean() < 0.1 * solved.square().mean():
-            raise ValueError(
-                f"the noise of {type(pipe).__name__} is not that of its generators: no solver can be fitted"
-            )
+            raise ValueError(f"{type(pipe).__name__} does not draw x_T from its generators: use another pipeline")
         solver = _fit(run, plain, teacher, curve, minutes / len(set(steps)))
         fitted = run(Recorder.from_config(config, fitted_solvers={str(S): solver}), S, held=True)
         errors = {"default_error": _distance(plain, judge), "error": _distance(fitted, judge)}

@@ -242,6 +242,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         to_data, to_noise = pair[1] == 0 and (of_x0 or self.config.lower_order_final), s == np.inf and not of_x0
         if to_data or to_noise or t == s or len(set(known)) < len(known):
             return np.ones(1)
+        known = known if self._order or pair[0] > pair[1] else known[:3]  # of four it is far off upwards
         if of_x0 and known[-1] in (0, np.inf):  # log-SNR is infinite there
             known = known[:-1]
         weights, mean = np.ones(1), partial(_mean_weights, of_x0, t, s, eta=eta)

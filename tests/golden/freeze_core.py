@@ -3,7 +3,7 @@
 python tests/golden/freeze_core.py tests/golden/frozen/core.npz
 python tests/golden/freeze_core.py --compare tests/golden/frozen/core.npz
 
-`core.npz` holds what version 0.1 computed, but for 43 cases of 8 steps or more that have other defaults in 0.2: the
+`core.npz` holds what version 0.1 computed, but for 35 cases of 8 steps or more that have other defaults in 0.2: the
 spacing "few_steps", and 4 as the order of multistep methods. Freeze it anew only if a case is added, and then with the
 version of each case first on PYTHONPATH.
 """

