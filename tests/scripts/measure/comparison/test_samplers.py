@@ -6,14 +6,23 @@ from measure.comparison.samplers import FITTED, Sampler, Unfit, is_stock, make_s
 from ddim_plugin import MultistepDDIMScheduler
 
 EVERY = {each.name: each for each in samplers()}
-SAVED = dict(MultistepDDIMScheduler(fitted_timesteps={"3": [700, 400, 100]}).config)
+TIMES = [700, 400, 100]
+SOLVER = {
+    "timesteps": TIMES,
+    "noise": [float((1 - MultistepDDIMScheduler().alpha_bar[t + 1]) ** 0.5) for t in TIMES],
+    "weights": [[1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]],
+    "solver_order": 3,
+    "prediction_type": "epsilon",
+    "guidance_scale": 1.0,
+}
+SAVED = dict(MultistepDDIMScheduler(fitted_solvers={"3": SOLVER}).config)
 
 
 def test_a_name_tells_samplers_apart():
     assert len(EVERY) == len(list(samplers())) == 435
     assert [each.family for each in EVERY.values() if not is_stock(each.family)] == [
         "ours",
-        "ours, fitted τ",
+        "ours, fitted",
         "ours, η = 1",
     ]
 
@@ -37,9 +46,10 @@ def test_a_scheduler_makes_exactly_the_evaluations(name):
     assert len(make_scheduler(EVERY[name], 5, SAVED).timesteps) == 5
 
 
-def test_fitted_times_are_the_models():
-    assert make_scheduler(EVERY[FITTED], 3, SAVED).timesteps.tolist() == [700, 400, 100]
-    with pytest.raises(Unfit, match="no times were fitted to the model for 4 steps"):
+def test_a_fitted_solver_is_the_models():
+    assert make_scheduler(EVERY[FITTED], 3, SAVED).timesteps.tolist() == TIMES
+    assert make_scheduler(EVERY["ours"], 3, SAVED).timesteps.tolist() != TIMES
+    with pytest.raises(Unfit, match="no solver was fitted to the model for 4 steps"):
         make_scheduler(EVERY[FITTED], 4, SAVED)
 
 
