@@ -66,8 +66,8 @@ def test_for_gaussian_data_it_finds_the_exact_solver(settings):
 def test_for_a_mixture_it_is_nearer_on_other_draws(settings):
     pipe = exact(MIXTURE, settings)
     before = exact(MIXTURE, settings)
-    found = fit_solver(pipe, [5, 9], num_images=48, teacher_steps=100)
-    truth = images(before, 200)
+    found = fit_solver(pipe, [5, 9], num_images=32, teacher_steps=60)
+    truth = images(before, 120)
     for S, fitted in found.items():
         assert fitted["error"] < 0.7 * fitted["default_error"]
         usual, better = (rms(images(each, S), truth) for each in (before, pipe))
@@ -81,7 +81,7 @@ def test_half_precision(dtype):
     pipe, before = exact(MIXTURE, {}, dtype), exact(MIXTURE, {}, torch.float32)
     found = fit_solver(pipe, [5], num_images=32, teacher_steps=50)[5]
     assert found["error"] < found["default_error"]
-    truth = images(before, 200)
+    truth = images(before, 120)
     assert rms(images(pipe, 5), truth) < 0.9 * rms(images(before, 5), truth)
 
 
