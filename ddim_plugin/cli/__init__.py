@@ -6,12 +6,9 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status. Bad input ends with one line on stderr and status 1.
-
-    After Ctrl-C or SIGTERM half-written files are removed, and the status is 130 or 143.
-    """
+    """Run a command and return the exit status: 1 with one line on stderr for bad input, 130 after Ctrl-C."""
     name = "ddim-plugin"
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # removes half-written files
     try:
         from .parser import parse
 

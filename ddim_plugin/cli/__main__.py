@@ -1,5 +1,3 @@
-"""Run `python -m ddim_plugin.cli`."""
-
 from . import main
 
 raise SystemExit(main())

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import get_device
-from torch import Tensor
 
 from ..hub.push import explained, push_folder
 from ..pipelines import invert as inversion
@@ -40,17 +39,21 @@ def run(args: Namespace) -> None:
         return
     files = [file for file in FILES[command] if file != LATENTS or not vars(args).get("latents")]
     places = [Path(args.output, file) for file in (*files, f"{command}.json")]
-    _check(args, places)
+    for name, value in _given(args, "num", "batch_size", "columns").items():
+        check_count(f"--{name.replace('_', '-')}", value, 1)
+    for place in places:
+        if place.is_dir() or (os.path.lexists(place) and not args.overwrite):
+            raise ValueError(f"{place} exists: choose another --output, or pass --overwrite to replace files")
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} is not available: {str(error).splitlines()[0]}") from error
     parent = next(path for path in Path(args.output, LATENTS).absolute().parents if path.exists())
     with tempfile.TemporaryDirectory(dir=parent, prefix=".ddim-plugin-") as scratch:
-        record, *contents = COMMANDS[command](args)
+        record, *contents = {"sample": sample, "edit": edit, "fit": fit}.get(command, encode)(args)
         for file, content in zip(files, contents, strict=False):  # not those that were given
-            if isinstance(content, DiffusionPipeline):
-                content.save_pretrained(Path(scratch, file))
-            elif isinstance(content, Tensor):
-                inversion.save_latents(Path(scratch, file), content, {key: getattr(args, key) for key in KEPT})
-            else:
-                content.save(Path(scratch, file))
+            save = content.save_pretrained if command == "fit" else content.save
+            save(Path(scratch, file))
         measured = {"seconds": time.perf_counter() - start, "cpus": os.cpu_count(), "version": __version__}
         record |= {"command": command, "settings": vars(args), **measured}
         Path(scratch, f"{command}.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -65,6 +68,7 @@ def sample(args: Namespace) -> tuple:
     if args.latents:
         _refuse(args, "num", "eta", "variance", "clip")
         z, kept, _ = inversion.load_latents(args.latents)
+        kept = kept.get("settings", kept)  # earlier files have nothing else
         kept |= {"steps": None, "timesteps": None} if _given(args, "steps", "timesteps") else {}
         vars(args).update({key: kept.get(key) for key in KEPT} | _given(args, *KEPT))
         pipe = _load(args)
@@ -76,12 +80,14 @@ def sample(args: Namespace) -> tuple:
         args.num = 16 if args.num is None else args.num
         settings = _keywords(args, args.num, *CALL) | {"output_type": "np"}
         pipe = _load(args, {"eta": args.eta, "variance_type": args.variance, "clip_sample": args.clip})
-        generators, z = pipe._noise(range(args.seed, args.seed + args.num))
+        generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num)]
+        z = torch.cat([torch.randn(pipe._shape(1), generator=each) for each in generators])
         labels, images = settings.pop("class_labels", None), []
         for rows in batches(args.num, args.batch_size):
             settings |= {"class_labels": labels and labels[rows], "generator": generators[rows]}
             images.extend(pipe(None, latents=z[rows], **settings).images)
-    return {"images": args.num}, grid(np.split(np.asarray(images), range(args.columns, args.num, args.columns))), z
+    picture = grid(np.split(np.asarray(images), range(args.columns, args.num, args.columns)))
+    return {"images": args.num}, picture, inversion.Inverted(z, None, {key: getattr(args, key) for key in KEPT})
 
 
 def encode(args: Namespace) -> tuple:
@@ -90,18 +96,17 @@ def encode(args: Namespace) -> tuple:
     pipe, pixels = _load(args), "prompt" not in vars(args)
     network = getattr(pipe, "transformer", None) or pipe.unet
     side = getattr(pipe, "default_sample_size", None) or network.config.get("sample_size")
-    scale = getattr(pipe, "vae_scale_factor", 1)
-    height, width = (int(each) * scale for each in np.broadcast_to(side or 0, 2))
-    size = (height, width) if side and (pixels or args.resize) else None
+    sides = getattr(pipe, "vae_scale_factor", 1) * np.broadcast_to(side or 0, 2)
+    size = tuple(sides.tolist()) if side and (pixels or args.resize) else None
     channels = (getattr(pipe, "vae", None) or network).config.get("in_channels", 3)
     images = [open_image(file, channels, size, args.resize) for file in args.images]
     if pixels:
         z, report = pipe.encode(images, refinement_steps=args.refine or 0, return_report=True, **settings)
+        found = inversion.Inverted(z, report, {key: getattr(args, key) for key in KEPT})
     else:
-        z = inversion.invert(pipe, images, args.prompt, 4 if args.refine is None else args.refine, **settings)
-        report = z.report
-    print(report or "no residual was measured: pass --refine K", file=sys.stderr)
-    return {"report": report and report.to_dict(), "images": args.images}, z, pipe, images
+        found = inversion.invert(pipe, images, args.prompt, 4 if args.refine is None else args.refine, **settings)
+    print(found.report or "no residual was measured: pass --refine K", file=sys.stderr)
+    return {"report": found.report and found.report.to_dict(), "images": args.images}, found, pipe, images
 
 
 def edit(args: Namespace) -> tuple:
@@ -121,38 +126,21 @@ def edit(args: Namespace) -> tuple:
 
 def fit(args: Namespace) -> tuple:
     """Fit solvers, and return the model with them."""
-    args.prompt = Path(args.prompt_file).read_text("utf-8").splitlines() if args.prompt_file else args.prompt
     call, labels = _given(args, "guidance_scale", "null_class_label"), args.class_label
-    if args.prompt:
+    if args.prompt_file:
+        args.prompt = Path(args.prompt_file).read_text("utf-8").splitlines() or [""]
         call["prompt"] = [args.prompt[i % len(args.prompt)] for i in range(args.num)]
-    else:
-        del args.prompt  # a model of pixels
     pipe = _load(args)
     if isinstance(pipe, GeneralizedDDIMPipeline) and (classes := pipe.unet.config.num_class_embeds):
         labels = labels or range(max(1, classes - (call.get("guidance_scale", 1) != 1)))  # the last is that of no class
         call["class_labels"] = [labels[i % len(labels)] for i in range(args.num)]
     found = fit_solver(pipe, args.steps, args.num, args.batch_size, seed=args.seed, minutes=args.minutes, **call)
     for S, each in found.items():
-        gain = f"{each['error']:.3g}, that of the default {each['default_error']:.3g}"
-        print(f"S = {S}: distance to the solution {gain} ({each['evaluations']} evaluations)", file=sys.stderr)
+        print(f"S = {S}: error {each['error']:.3g}, by default {each['default_error']:.3g}", file=sys.stderr)
     if args.dtype != "float32":  # weights are saved as they were loaded
-        args.dtype, fitted = "float32", pipe.scheduler
-        pipe = _load(args)
-        pipe.scheduler = fitted
+        whole = _load(Namespace(**vars(args) | {"dtype": "float32"}))
+        whole.scheduler, pipe = pipe.scheduler, whole
     return {"fitted": found}, pipe
-
-
-def _check(args: Namespace, places: list[Path]) -> None:
-    """Raise ValueError for settings that cannot work, before anything is loaded."""
-    for name, value in _given(args, "num", "batch_size", "columns").items():
-        check_count(f"--{name.replace('_', '-')}", value, 1)
-    for place in places:
-        if place.is_dir() or (os.path.lexists(place) and not args.overwrite):
-            raise ValueError(f"{place} exists: choose another --output, or pass --overwrite to replace files")
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} is not available: {str(error).splitlines()[0]}") from error
 
 
 def _load(args: Namespace, changes: dict[str, Any] = DETERMINISTIC) -> Any:
@@ -175,16 +163,12 @@ def _load(args: Namespace, changes: dict[str, Any] = DETERMINISTIC) -> Any:
     return pipe.to(args.device or get_device(), dtype=dtype)
 
 
-COMMANDS = {"sample": sample, "encode": encode, "invert": encode, "edit": edit, "fit": fit}
-
-
 def _given(args: Namespace, *names: str) -> dict[str, Any]:
     """Return those of the options that the command has and that were given."""
     return {name: value for name in names if (value := vars(args).get(name)) is not None}
 
 
 def _refuse(args: Namespace, *names: str) -> None:
-    """Raise ValueError for those of the options that were given: latents determine the images."""
     for name in _given(args, *names):
         raise ValueError(f"--{name.replace('_', '-')} has no effect on latents: leave it out")
 

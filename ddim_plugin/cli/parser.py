@@ -16,8 +16,7 @@ FILES |= {"edit": ("edited.png", LATENTS), "fit": ("model",)}
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
-    """Parse the arguments of a command."""
-    stock, timesteps, images, text = (ArgumentParser(add_help=False) for _ in range(4))
+    stock, timesteps, text = (ArgumentParser(add_help=False) for _ in range(3))
     stock.add_argument("model", metavar="MODEL", help="a folder written by save_pretrained, or a Hub id")
     stock.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the pipeline's)")
     stock.add_argument("--device", help="cpu, cuda, … (default: an accelerator if there is one)")
@@ -37,13 +36,11 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     timesteps.add_argument("--multistep", action=BooleanOptionalAction, help="the scheduler (default: the model's)")
     timesteps.add_argument("--strength", type=float, help="share of the steps to make, in (0, 1] (default: 1)")
 
+    images = ArgumentParser(add_help=False, parents=[timesteps])
     images.add_argument("images", metavar="IMAGE", nargs="+", help="image files (edit: or latents of an earlier edit)")
     images.add_argument("--resize", action="store_true", default=None, help="crop and resize images for the network")
-    images.add_argument(
-        "--refine", type=int, metavar="K", help="evaluations of a step beyond one (default: 0, edit: 4)"
-    )
+    images.add_argument("--refine", type=int, metavar="K", help="more evaluations of a step (default: 0, edit: 4)")
     images.add_argument("--tolerance", type=float, help="residual of a step (default: 1e-5, edit: 1e-2)")
-
     text.add_argument("--prompt", action="append", metavar="TEXT", help="text of all images, or again for each image")
 
     top = ArgumentParser("ddim-plugin", description="Sample images with diffusion models, and encode images (DDIM).")
@@ -52,12 +49,10 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 
     def command(name: str, summary: str, example: str, *parents: ArgumentParser) -> ArgumentParser:
         writes = f"\n\nwrites into --output: {', '.join(FILES[name])}, {name}.json" if name in FILES else ""
-        texts = {"help": summary, "description": f"{summary[0].upper()}{summary[1:]}."}
-        texts["epilog"] = f"example:\n  ddim-plugin {name} {example}{writes}"
+        texts = {"help": summary, "description": summary, "epilog": f"example:\n  ddim-plugin {name} {example}{writes}"}
         return commands.add_parser(name, parents=parents, formatter_class=RawDescriptionHelpFormatter, **texts)
 
-    summary, example = "sample images from noise, or decode latents", "user/model --num 16 --steps 20"
-    sub = command("sample", summary, example, model, timesteps)
+    sub = command("sample", "sample images from noise, or decode latents", "user/model --steps 20", model, timesteps)
     sub.add_argument("--latents", metavar="FILE", help="use these latents, with the settings in the file (η = 0)")
     sub.add_argument("--seed", type=int, default=0, help="image i is drawn with seed + i (default: %(default)s)")
     sub.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default: %(default)s)")
@@ -66,18 +61,14 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub.add_argument("--variance", choices=VARIANCES, help="variance of the noise (default: the model's)")
     sub.add_argument("--clip", action=BooleanOptionalAction, help="clip x̂0 in each step (default: the model's)")
 
-    command("encode", "encode images as latents", "user/model a.png --refine 4", model, timesteps, images)
+    command("encode", "encode images as latents", "user/model a.png --refine 4", model, images)
+    command("invert", "invert images in a text-to-image pipeline", "user/model a.png --prompt cat", stock, images, text)
 
-    summary, example = "invert images in the pipeline of a text-to-image model", "user/model a.png --prompt cat"
-    command("invert", summary, example, stock, timesteps, images, text)
-
-    summary, example = "edit images by text: invert and decode them", "user/model a.png --prompt cat --new-prompt dog"
-    sub = command("edit", summary, example, stock, timesteps, images, text)
+    sub = command("edit", "edit images by text", "user/model a.png --prompt cat --new-prompt dog", stock, images, text)
     sub.add_argument("--new-prompt", action="append", required=True, metavar="TEXT", help="as --prompt, to decode with")
     sub.add_argument("--new-guidance-scale", type=float, metavar="W", help="with the new prompt (default: the old)")
 
-    summary = "fit solvers of few steps to a model, and save it with them"
-    sub = command("fit", summary, "user/model --steps 5 8 10 --minutes 5", model, text)
+    sub = command("fit", "save a model with solvers of few steps", "user/model --steps 5 8 --minutes 5", model)
     sub.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20], metavar="S", help="numbers of steps")
     sub.add_argument("--prompt-file", metavar="FILE", help="a prompt in each line, for a text-to-image model")
     sub.add_argument("--num", type=int, default=64, help="images to fit to (default: %(default)s)")

@@ -19,7 +19,6 @@ TASK = "unconditional-image-generation"  # the Hub's name for the task of these 
 MARK = "*Written by ddim-plugin"  # starts the last line of our cards, which ends with a digest of the text above it
 LAYOUT = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True, "undefined": StrictUndefined}
 TEMPLATE = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"), **LAYOUT)
-# Names of settings that a card has even if they are the defaults.
 SYMBOLS = {"num_train_timesteps": "T", "beta_schedule": "β", "prediction_type": "prediction", "eta": "η"}
 SYMBOLS |= {"timestep_spacing": "τ", "variance_type": "variance"}
 
@@ -37,11 +36,10 @@ def card(
     sections: str = "",
     **metadata: Any,
 ) -> str:
-    """Write the card of a model, as Markdown with its metadata in front.
+    """Write the card of a model, as Markdown with its metadata, to which `sections` and `metadata` are added.
 
-    `unet` and `scheduler` are the configs, with the name of the class under "_class_name". The snippets load `variant`,
-    if there are no plain weights, from the branch `revision`. `pipeline` is the stock one that samples with the model.
-    `samples` is the caption of samples.png, which may be empty. `sections` and `metadata` are added.
+    `unet` and `scheduler` are the configs, with "_class_name". The snippets load a `variant`, unless there are plain
+    weights, of `revision`. `pipeline` is the stock one that samples, and `samples` the caption of samples.png.
     """
     check_license(license)
     title = repo_id.split("/")[-1]
@@ -68,7 +66,6 @@ def is_written_here(text: str) -> bool:
 
 
 def _sign(text: str) -> str:
-    """Add the last line of our cards."""
     return f"{text}\n{MARK} {__version__} from the records and configs of this repo ({_digest(text)}).*\n"
 
 
@@ -77,7 +74,6 @@ def _digest(text: str) -> str:
 
 
 def check_license(license: str | None) -> None:
-    """Raise ValueError for a licence that is not an id."""
     if license is not None and not re.fullmatch(r"[a-z0-9.+-]+", license):
         raise ValueError(f"license must be as the Hub names it, such as mit or cc-by-4.0, not {license!r}")
 
@@ -94,7 +90,7 @@ def cell(value: Any) -> str:
 
 
 def settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Select the settings in a config that are not the defaults of their class, and those in `SYMBOLS`."""
+    """Select the settings in a config that are not the defaults of their class, and those of `SYMBOLS` in any case."""
     parameters = inspect.signature(CLASSES.get(name := config["_class_name"]) or getattr(diffusers, name)).parameters
     hidden = (config.get(KEY) or {}).keys() & {"trained_betas"}  # from the schedule
     hidden |= {key for path, keys in OF_PATH.items() if path != path_of(config) for key in keys}

@@ -31,15 +31,17 @@ EXPORTS = """    for place, module in [*globals().items()]:
 
 @cache
 def code() -> Code:
-    """Build the code file."""
-    return Code("ddim_plugin_" + re.sub(r"\W", "_", __version__), f"{HEADER}{join(ENTRY, _read)}{EXPORTS}")
+    root = Path(__file__).parents[1]
+    paths = {".".join(path.relative_to(root).with_suffix("").parts): path for path in root.rglob("*.py")}
+    modules = join(ENTRY, {name: path.read_text(encoding="utf-8") for name, path in paths.items()}.get)
+    return Code("ddim_plugin_" + re.sub(r"\W", "_", __version__), f"{HEADER}{modules}{EXPORTS}")
 
 
 def join(entry: str, read: Callable[[str], str | None]) -> str:
-    """Write a module and those it imports as functions, and the calls of these, dependencies first.
+    """Write a module and those that it imports at the top as functions, and their calls, dependencies first.
 
-    `read` returns the source of a module by its dotted name, or None. Modules import each other at the top. The calls
-    are made once, although diffusers runs the file at each load, so that the classes of earlier pipelines stay valid.
+    `read` returns the source of a module by its dotted name, or None. The functions are called once, although diffusers
+    runs the file at each load, so that the classes of earlier pipelines stay valid.
     """
     functions: dict[str, str] = {}
 
@@ -62,11 +64,6 @@ def join(entry: str, read: Callable[[str], str | None]) -> str:
     add(entry)
     calls = [f"    {name} = _{name}()\n" for name in functions]
     return "".join([*functions.values(), f'\n\nif "{_flat(entry)}" not in globals():\n', *calls])
-
-
-def _read(module: str) -> str | None:
-    path = Path(__file__).parents[1].joinpath(*module.split(".")).with_suffix(".py")
-    return path.read_text(encoding="utf-8") if module and path.is_file() else None
 
 
 def _flat(module: str) -> str:

@@ -45,8 +45,7 @@ class Model:
         for name, entry in index.items():
             if isinstance(entry, list) and (name not in ("unet", "scheduler") or entry[0] != "diffusers"):
                 raise ValueError(f"{folder} has a {entry[-1]} of {entry[0]} for {name}, which is not pushed: remove it")
-        paths = [path for path in (folder / "unet").glob("*.safetensors*") if variant_of(path.name) is not None]
-        weights = {f"unet/{path.name}": path for path in paths}
+        weights = {f"unet/{p.name}": p for p in folder.glob("unet/*.safetensors*") if variant_of(p.name) is not None}
         if not weights:
             raise ValueError(f"{folder} has no weights as safetensors: load it, and save_pretrained into a new folder")
         for variant in sorted({variant_of(name) for name in weights}, reverse=True):  # all load; the first one is kept
@@ -54,8 +53,7 @@ class Model:
             self.pipe = GeneralizedDDIMPipeline.from_pretrained(str(folder), variant=self.variant)
         self.files: dict[str, Path | bytes] = {f"{code().name}.py": code().text.encode(), **weights}
         for name, part in {INDEX: self.pipe, UNET: self.pipe.unet, SCHEDULER: self.pipe.scheduler}.items():
-            config = json.loads(part.to_json_string())
-            config.pop("_name_or_path", None)  # where it was loaded from
+            config = {k: v for k, v in json.loads(part.to_json_string()).items() if k != "_name_or_path"}
             self.files[name] = (json.dumps(config, indent=2) + "\n").encode()
         found = [folder / GRID]
         if (folder / README).is_file():  # other pictures and records belong to the card
@@ -64,9 +62,8 @@ class Model:
 
     def card(self, repo_id: str, license: str | None = None, revision: str | None = None, **details: Any) -> str:
         """Write the card, with more `details` for `card`."""
-        unet, scheduler = self.pipe.unet, self.pipe.scheduler
+        unet, scheduler, stock = self.pipe.unet, self.pipe.scheduler, json.loads(self.files[INDEX])["_class_name"]
         configs = (dict(unet.config), dict(scheduler.config) | {"_class_name": type(scheduler).__name__})
-        stock = json.loads(self.files[INDEX])["_class_name"]
         details |= {"pipeline": None if stock == GeneralizedDDIMPipeline.__name__ else stock}
         return card(repo_id, *configs, unet.num_parameters(), license, self.variant, revision, **details)
 
@@ -84,17 +81,17 @@ def push_folder(
 ) -> CommitInfo:
     """Push what `save_pretrained` or the training scripts wrote, in one commit. The folder is not changed.
 
-    A README.md in the folder is the card. The top-level pictures and the records of training scripts are pushed with
-    it, as they are. Without one, a plain card is written, with samples.png of the folder, unless the repository has a
-    card that somebody wrote. Replacing a card of this package deletes its records, and pictures that are not shown.
+    A README.md in the folder is the card, and top-level pictures and records of training scripts are pushed with it.
+    Without one, a plain card is written, with samples.png of the folder, unless the repository has a card that somebody
+    wrote. Replacing a card of this package deletes its records, and pictures that are not shown.
 
     Args, the others as for the `push_to_hub` of diffusers:
-        folder: the folder of a pipeline. Each variant of its weights replaces that variant, and the others are kept.
+        folder: the folder of a pipeline. Variants of weights that it does not have are kept.
         repo_id, revision: the repository and its branch, which are created if they do not exist.
         license: the Hub's id of the licence of the weights. A plain card keeps that of the card it replaces.
 
-    Returns the commit, or the last one if nothing has changed. Raises ValueError for invalid input before anything is
-    sent, and OSError if the Hub cannot be reached or refuses. The branch is not changed then.
+    Returns the commit, or the last one if nothing has changed. Raises ValueError for invalid input and OSError if the
+    Hub cannot be reached or refuses, before the branch is changed.
     """
     check_license(license)
     model, api = Model(folder), HfApi(token=token)
@@ -125,9 +122,7 @@ def push_folder(
         return api.create_commit(repo_id, changes, commit_message=commit_message or TITLE, **branch)
 
 
-def push_to_hub(
-    self: Any, repo_id: str, commit_message: str | None = None, *, variant: str | None = None, **settings: Any
-) -> CommitInfo:
+def push_to_hub(self, repo_id: str, commit_message: str | None = None, *, variant: str | None = None, **settings: Any):
     """Push a pipeline in one commit, as `push_folder` does with these `settings`. `variant` names the weights."""
     with tempfile.TemporaryDirectory() as folder:
         self.save_pretrained(folder, variant=variant)

@@ -19,11 +19,9 @@ from .latents import Latents
 from .loop import Labels, Timesteps, accepted, check_count, check_output_type
 
 CALLBACK_TENSORS = ("latents", "sample", "pred_original_sample", "pred_epsilon")
-# The stock pipeline for each stock scheduler, and the predictions they sample with. `DDIMPipeline` would replace a
-# scheduler for flow matching by its own, and `DDPMPipeline` does not.
+# The stock pipeline for each stock scheduler, and its predictions. `DDIMPipeline` would replace schedulers of flows.
 STOCK = {VP: ("DDIMPipeline", ("epsilon", "sample", "v_prediction")), FLOW: ("DDPMPipeline", ("flow_prediction",))}
 STOCK |= {VE: ("ScoreSdeVePipeline", ("score",))}
-StepEndCallback = Callable[["GeneralizedDDIMPipeline", int, Tensor, dict[str, Tensor | None]], dict[str, Any] | None]
 
 
 class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
@@ -31,8 +29,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
 
     Args:
         unet: the network; its config gives the shape of an image, and the number of classes if it is conditional.
-        scheduler: one of this package, which the methods for latents need, or any of diffusers whose `step` fits the
-            network. A stock one that was saved from a scheduler of this package is restored to that.
+        scheduler: one of this package, which the methods for latents need, or one of diffusers that fits the network.
     """
 
     model_cpu_offload_seq = "unet"
@@ -57,7 +54,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         guidance_scale: float = 1.0,
         null_class_label: int | None = None,
         use_clipped_model_output: bool | None = None,
-        callback_on_step_end: StepEndCallback | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = CALLBACK_TENSORS,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -65,9 +62,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
-        Raises ValueError for arguments that do not fit, before the network is called, and for images with NaN.
-
-        Args:
+        Args, with a ValueError for those that do not fit before the network is called, and for images with NaN:
             batch_size: number of images B; 1 by default, or as many as `latents`.
             num_inference_steps: S, the number of steps; 50 by default, or T if that is less.
             timesteps: network timesteps instead, distinct and descending: 0..T−1, 1000·σ for flow matching, or σ.
@@ -81,9 +76,8 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
             callback_on_step_end: `callback(pipe, i, timestep, tensors)` after each step. Its "latents" replace x_s, and
                 `pipe._interrupt = True` ends the steps.
             callback_on_step_end_tensor_inputs: which of "latents" (x_s), "sample" (x_t), "pred_original_sample" (x̂0)
-                and "pred_epsilon" (ε̂) it receives. The last two are None if the scheduler does not return them.
+                and "pred_epsilon" (ε̂) it receives, None if the scheduler does not return them.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent" (x_0 itself).
-            return_dict: False returns a tuple instead of an `ImagePipelineOutput` with `images`.
             mu: logarithm of the shift of flow matching, for a scheduler with `use_dynamic_shifting`.
         """
         check_output_type(output_type)
@@ -118,10 +112,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
-        """Load a pipeline as `DiffusionPipeline.from_pretrained` does, with weights that must be complete.
-
-        The scheduler of a stock pipeline becomes a `GeneralizedDDIMScheduler` with its settings, which is logged.
-        """
+        """Load a pipeline. A stock scheduler becomes a `GeneralizedDDIMScheduler` with its settings, and is logged."""
         place = {"local_files_only": True, **{key: kwargs.get(key) for key in ("cache_dir", "revision")}}
         try:
             pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -136,9 +127,9 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
                 pipe.scheduler = CLASSES[name].from_config(stock.config)
             elif hasattr(diffusers, pipeline):  # in a folder of our pipeline the stock scheduler was chosen
                 pipe.scheduler = GeneralizedDDIMScheduler.from_config(stock.config)
-                kind, shown = type(stock).__name__, ("eta", "variance_type", "timestep_spacing", "clip_sample")
+                shown = ("eta", "variance_type", "timestep_spacing", "clip_sample")
                 named = ", ".join(f"{key}={pipe.scheduler.config[key]!r}" for key in shown)
-                text = f"The {kind} of this {pipeline} became a GeneralizedDDIMScheduler with {named}."
+                text = f"The {type(stock).__name__} of this {pipeline} became a GeneralizedDDIMScheduler with {named}."
                 logging.getLogger("ddim_plugin").warning(text)
         return pipe
 

@@ -13,7 +13,6 @@ from torch import Tensor
 Images = Any  # a PIL image, an array (H, W), (H, W, C) or (B, H, W, C), a tensor (C, H, W) or (B, C, H, W), or a list
 Size = tuple[int, int] | None  # (H, W), or None for any
 MODES = {1: "L", 3: "RGB"}  # of PIL images, by the number of channels
-DEEP = ("I", "F")  # beginnings of modes of more than 8 bits
 
 
 def read(images: Images, channels: int, size: Size, low: float = -1.0, high: float = 1.0) -> Tensor:
@@ -72,7 +71,7 @@ def fit(image: Image.Image, channels: int, size: Size, resize: bool, name: str) 
     Raises ValueError with `name` for an image of another size, of more than 8 bits, or with transparency.
     """
     mode = check_channels(channels)
-    if image.mode.startswith(DEEP):
+    if image.mode.startswith(("I", "F")):
         raise ValueError(f"{name} has mode {image.mode!r}, more than 8 bits: scale it to 0..255 first")
     if image.has_transparency_data:
         image = image.convert("RGBA")

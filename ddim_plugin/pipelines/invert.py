@@ -19,10 +19,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..process.inversion import InversionReport
-from ..schedulers import InverseDDIMScheduler, InverseMultistepDDIMScheduler, MultistepDDIMScheduler, sampler_class
+from ..schedulers import sampler_class
 from ..schedulers.config import CLASSES, KEY
 from .images import Images, read
-from .loop import finite
+from .loop import INVERSES, finite
 
 DEFAULTS = ("num_inference_steps", "guidance_scale")  # arguments whose defaults are kept with the latents
 FLOAT32 = ("Wan", "ZImage")  # pipelines whose latents are float32 in half precision too
@@ -35,9 +35,8 @@ LOST = "not kept"  # stands for a tensor
 class Inverted:
     """Latents of pictures, with a report (None if no residual was measured) and the settings that decode them.
 
-    `settings` are ready for JSON: "scheduler" (config of the sampler), "strength", "call" (arguments of the call with
-    the prompt), and "left_out" (names of its tensors and pictures, which are not kept). `corrections` (S, B, …) are
-    what each step of the sampler misses in the call of `decode_with`, and are added to its x_s.
+    `settings` are ready for JSON: "scheduler" (config of the sampler), "strength", "call" (arguments of the call), and
+    "left_out" (its tensors and pictures, not kept). `corrections` (S, B, …) to x_s are for the call of `decode_with`.
     """
 
     latents: Tensor
@@ -48,8 +47,7 @@ class Inverted:
     def decode(self, pipe: Any, prompt: str | list[str] | None = None, **changes: Any) -> Any:
         """Decode the latents: to the pictures themselves, or with another prompt to edited ones.
 
-        `changes` are arguments of the pipeline's call, such as `guidance_scale`, instead of those of the inversion.
-        Pass tensors and pictures in its call, such as `prompt_embeds`, again.
+        `changes` replace arguments of the inversion's call. Pass its tensors, such as `prompt_embeds`, again.
         """
         changes, missed = changes | ({} if prompt is None else {"prompt": prompt}), self.corrections
         texts = [key for key in self.settings["left_out"] if prompt and "prompt" in key and "negative" not in key]
@@ -64,24 +62,19 @@ class Inverted:
 
     def save(self, path: str | Path) -> None:
         """Save as a safetensors file."""
+        tensors = {"latents": self.latents} | ({} if self.corrections is None else {"corrections": self.corrections})
         known = {"settings": self.settings, "report": self.report and self.report.to_dict()}
-        save_latents(path, self.latents, known, corrections=self.corrections)
+        content = {name: each.cpu().contiguous() for name, each in tensors.items()}
+        Path(path).write_bytes(save(content, {"ddim_plugin": json.dumps(known)}))
 
     @classmethod
     def load(cls, path: str | Path) -> "Inverted":
         """Load a file that `save` wrote. Raises ValueError for other latents."""
         latents, known, corrections = load_latents(path)
-        if "settings" not in known:
+        if "call" not in known.get("settings", ()):
             raise ValueError(f"{path} has no settings of an inversion: use a file that Inverted.save wrote")
         report = {k: np.array(v, float if k == "residual" else None) for k, v in (known["report"] or {}).items()}
         return cls(latents, InversionReport(**report) if report else None, known["settings"], corrections)
-
-
-def save_latents(path: str | Path, latents: Tensor, known: dict[str, Any], corrections: Tensor | None = None) -> None:
-    """Save latents, and corrections if there are any, as a safetensors file, with what is known of them."""
-    tensors = {"latents": latents} | ({} if corrections is None else {"corrections": corrections})
-    content = {name: each.cpu().contiguous() for name, each in tensors.items()}
-    Path(path).write_bytes(save(content, {"ddim_plugin": json.dumps(known)}))
 
 
 def load_latents(path: str | Path) -> tuple[Tensor, dict[str, Any], Tensor | None]:
@@ -106,7 +99,7 @@ def invert(
     decode_with: dict[str, Any] | None = None,
     **call: Any,
 ) -> Inverted:
-    """Find the latents from which a pipeline makes pictures, in its own loop with an inverse scheduler.
+    """Find the latents from which a pipeline makes pictures, in its own loop.
 
     Args:
         pipe: a pipeline with a `vae` whose call takes `latents`: Stable Diffusion, XL, 3, Flux, PixArt, Qwen-Image, …
@@ -130,9 +123,9 @@ def invert(
     changed = decode_with or {}
     if wrong := (call.keys() | changed) - parameters.keys() | (call.keys() | changed) & OWN | changed.keys() & FIXED:
         raise ValueError(f"{', '.join(sorted(wrong))} cannot be passed on to {type(pipe).__name__}: leave it out")
-    kind = InverseMultistepDDIMScheduler if isinstance(pipe.scheduler, MultistepDDIMScheduler) else InverseDDIMScheduler
     part = {"refinement_steps": refinement_steps, "denoising_start": 1 - strength}
-    up, network = kind.from_config(pipe.scheduler.config, **part), getattr(pipe, "transformer", None) or pipe.unet
+    up = INVERSES[sampler_class(pipe.scheduler)].from_config(pipe.scheduler.config, **part)
+    network = getattr(pipe, "transformer", None) or pipe.unet
     x = read(images, pipe.vae.config.get("in_channels", 3), None)
     scale = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", 8)
     factor = scale * max(int(np.max(network.config.get("patch_size") or 1)), 2 if packs else 1)
@@ -159,20 +152,16 @@ def invert(
 
 def _missed(pipe: Any, known: dict[str, Any], z: Tensor, z_0: Tensor, call: dict[str, Any], changed: Any) -> Tensor:
     """Decode z, and return what each step of the call that is `changed` misses of the way to z_0, (S, B, …)."""
-    states, missed = [], []
-
-    def record(i: int, x: Tensor) -> Tensor:
-        states.append(x)
-        return x
+    states, missed = {}, {}
 
     def follow(i: int, x: Tensor) -> Tensor:
-        missed.append(states[i].float() - x.float())
+        missed[i] = states.setdefault(i, x).float() - x.float()  # 0 the first time
         return states[i]
 
-    _run(pipe, _sampler(known, record), z, output_type="latent", **call)
-    states[-1] = z_0
+    _run(pipe, _sampler(known, follow), z, output_type="latent", **call)
+    states[max(states)] = z_0
     _run(pipe, _sampler(known, follow), z, output_type="latent", **call | changed)
-    return finite(torch.stack(missed))
+    return finite(torch.stack([*missed.values()]))
 
 
 def _sampler(settings: dict[str, Any], change: Callable[[int, Tensor], Tensor]) -> SchedulerMixin:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..process.gaussian import slerp
 from ..process.inversion import TOLERANCE, InversionReport
-from ..schedulers import InverseDDIMScheduler, InverseMultistepDDIMScheduler, MultistepDDIMScheduler
+from ..schedulers import sampler_class
 from ..schedulers.inverse import Upwards
 from .images import Images, read
-from .loop import Condition, Loop, Timesteps, batches, check_count, check_output_type, finite
+from .loop import INVERSES, Condition, Loop, Timesteps, batches, check_count, check_output_type, finite
 
 Prepared = tuple[Tensor, Condition, int, float]  # x on the device, its condition, ⌊strength·S⌋, the unit of latents
 Encoded = tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]  # latents; timesteps; residuals and evaluations, (steps, B)
@@ -35,18 +35,16 @@ class Latents(Loop):
         return_report: bool = False,
         **labels: Any,
     ) -> Tensor | tuple[Tensor, InversionReport]:
-        """Encode images as the latents x_T that they are decoded from, by an inverse scheduler of this package.
+        """Encode images as the latents x_T that they are decoded from.
 
-        Args, the others as in the call:
+        Args, the others, and `labels`, as in the call:
             images: PIL images, arrays (B, H, W, C), tensors (B, C, H, W), one of them or a list; bytes, or in [0, 1].
-            strength: part of the S steps to make, ⌊strength·S⌋ from the image. Less than 1 gives x_t of that t,
-                and 1 gives x_T/b_T, which resembles noise of deviation 1.
+            strength: part of the S steps to make from the image, ⌊strength·S⌋. 1 gives x_T/b_T, and less x_t.
             refinement_steps: evaluations of a step beyond the first, at most; hard steps take a multiple. None is the
                 plain inverse, as cheap as 0: decoding returns the image only as S grows (Table 2).
             tolerance: root mean square of (x_s − f(x_t))/a_s at which a step is solved.
             batch_size: images to encode together; all by default. Images do not depend on each other.
             return_report: also return an `InversionReport`, which has one row for a whole multistep path.
-            labels: class_labels, guidance_scale and null_class_label.
 
         Returns latents (B, C, H, W), in float32 at least. Raises ValueError for arguments that do not fit, for a
         scheduler whose steps have no inverse, and for latents that are not finite.
@@ -56,13 +54,11 @@ class Latents(Loop):
         self._check_deterministic(invertible=True)
         x = read(images, self.unet.config.in_channels, self.image_size, *self.scheduler.image_range)
         x, condition, steps, unit = self._prepare(x, num_inference_steps, timesteps, strength, **labels)
-        multistep = isinstance(self.scheduler, MultistepDDIMScheduler)
-        upwards = InverseMultistepDDIMScheduler if multistep else InverseDDIMScheduler
-        inverse = upwards.from_config(self.scheduler.config, refinement_steps=refinement_steps)
-        inverse._shift, inverse._image_range, inverse._most = self.scheduler._shift, self.scheduler.image_range, steps
-        self._set_timesteps(inverse, num_inference_steps, timesteps)
-        rows = batches(len(x), batch_size)
-        parts = [self._ascend(x[each], condition.rows(each), inverse, tolerance) for each in rows]
+        scheduler = self.scheduler
+        up = INVERSES[sampler_class(scheduler)].from_config(scheduler.config, refinement_steps=refinement_steps)
+        up._shift, up._image_range, up._most = scheduler._shift, scheduler.image_range, steps
+        self._set_timesteps(up, num_inference_steps, timesteps)
+        parts = [self._ascend(x[rows], condition.rows(rows), up, tolerance) for rows in batches(len(x), batch_size)]
         self.maybe_free_model_hooks()
         latents, times, *measured = zip(*parts, strict=True)
         z = finite(torch.cat(latents)) / unit
@@ -129,10 +125,9 @@ class Latents(Loop):
     def reconstruct(
         self, images: Images, num_inference_steps: int | None = None, refinement_steps: int | None = 0, **settings: Any
     ) -> Any:
-        """Encode images and decode them again (Section 5.4, Table 2).
+        """Encode images and decode them again (Section 5.4, Table 2), with `settings` for both.
 
-        `settings` are keywords of `encode` and `decode`. Returns images, or with `return_report` a tuple of images,
-        latents and the report.
+        Returns images, or with `return_report` a tuple of images, latents and the report.
         """
         check_output_type(output_type := settings.pop("output_type", "pil"))
         refinement = {"refinement_steps": refinement_steps, "tolerance": settings.pop("tolerance", TOLERANCE)}

@@ -1,23 +1,24 @@
 """What all calls of the pipeline share: labels and guidance, checks, and the loop over timesteps."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
-from torch import Generator, Tensor
+from torch import Tensor
 
 from ..process.moves import adds_noise
 from ..process.spacings import is_integer
-from ..schedulers import GeneralizedDDIMScheduler, sampler_class
-from ..schedulers.inverse import Upwards
+from ..schedulers import GeneralizedDDIMScheduler, MultistepDDIMScheduler, sampler_class
+from ..schedulers.inverse import InverseDDIMScheduler, InverseMultistepDDIMScheduler, Upwards
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Timesteps = Sequence[float] | Tensor | None
 Labels = int | Sequence[int] | Tensor | None
+INVERSES = {GeneralizedDDIMScheduler: InverseDDIMScheduler, MultistepDDIMScheduler: InverseMultistepDDIMScheduler}
 
 
 class Condition(NamedTuple):
@@ -29,7 +30,6 @@ class Condition(NamedTuple):
     state: dict[str, Any]  # device and dtype of samples between the steps: only the network has half precision
 
     def rows(self, rows: Tensor | slice) -> "Condition":
-        """Return the condition of some of the images."""
         return self if self.labels is None else self._replace(labels=self.labels[:, rows])
 
 
@@ -41,10 +41,6 @@ class Loop:
         """(H, W) of the network's images, or None if its config has no `sample_size`."""
         size = self.unet.config.sample_size
         return (size, size) if isinstance(size, int) else size and tuple(size)
-
-    def _noise(self, seeds: Iterable[int]) -> tuple[list[Generator], Tensor]:
-        generators = [Generator().manual_seed(seed) for seed in seeds]
-        return generators, torch.cat([torch.randn(self._shape(1), generator=each) for each in generators])
 
     def _shape(self, batch_size: int) -> tuple[int, ...]:
         if self.image_size is None:
@@ -151,14 +147,12 @@ def accepted(method: Callable, **given: Any) -> dict[str, Any]:
 
 
 def finite(x: Tensor) -> Tensor:
-    """Return x_0 or x_T, or raise ValueError if a number in it is not finite."""
     if not bool(torch.isfinite(x).all()):
         raise ValueError("the network's output is not finite, nor are the images: in half precision, use float32")
     return x
 
 
 def check_output_type(output_type: str) -> None:
-    """Raise ValueError for an unknown output type."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"unknown output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
 
@@ -171,6 +165,5 @@ def batches(number: int, size: int | None) -> list[slice]:
 
 
 def check_count(name: str, value: int, least: int = 2) -> None:
-    """Raise ValueError unless `value` is an integer of at least `least`."""
     if not is_integer(value) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")

@@ -1,7 +1,8 @@
-"""A small model and pictures for the commands."""
+"""Small models and pictures for the commands."""
 
 import numpy as np
 import pytest
+import tiny_stable_diffusion
 import torch
 from PIL import Image
 
@@ -15,6 +16,16 @@ def model(make_unet, tmp_path_factory):
     torch.nn.init.normal_(unet.conv_out.weight, std=0.01, generator=torch.Generator().manual_seed(0))
     GeneralizedDDIMPipeline(unet, GeneralizedDDIMScheduler(timestep_spacing="leading")).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text_to_image")
+    scheduler = GeneralizedDDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    pipe = tiny_stable_diffusion.build(folder / "tokenizer", scheduler)
+    torch.nn.init.normal_(pipe.unet.conv_out.weight, std=0.01, generator=torch.Generator().manual_seed(0))
+    pipe.save_pretrained(folder / "model")
+    return folder / "model"
 
 
 @pytest.fixture(scope="session")

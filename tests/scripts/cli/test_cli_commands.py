@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from cli_runs import latents, run
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 from PIL import Image
 
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler, restore_scheduler
+from ddim_plugin.cli import commands
 
 
 def test_sample(model, tmp_path):
@@ -126,3 +127,49 @@ def test_pictures_of_another_size_and_mode(model, tmp_path, capsys):
 def test_half_precision(model, pictures, tmp_path):
     run("encode", model, *pictures, "--dtype", "bfloat16", "--steps", 2, "--output", tmp_path)
     assert latents(tmp_path).dtype == torch.float32
+
+
+def test_fit(model, tmp_path, capsys):
+    fit = ["fit", model, "--steps", 4, 3, "--num", 8, "--batch-size", 4, "--seed", 5, "--output", tmp_path]
+    run(*fit)
+    said = capsys.readouterr()
+    assert said.out.split() == [str(tmp_path / "model"), str(tmp_path / "fit.json")]
+    assert [line.split(":")[0] for line in said.err.splitlines() if line.startswith("S = ")] == ["S = 3", "S = 4"]
+    record = json.loads((tmp_path / "fit.json").read_text())
+    assert (record["settings"]["steps"], record["settings"]["seed"]) == ([4, 3], 5)
+    better = {S for S, each in record["fitted"].items() if 0 < each["error"] < each["default_error"]}
+    pipe = GeneralizedDDIMPipeline.from_pretrained(tmp_path / "model")
+    assert type(pipe.scheduler) is MultistepDDIMScheduler
+    assert pipe.scheduler.config.fitted_solvers.keys() == better == {"3", "4"}
+    run("sample", tmp_path / "model", "--num", 1, "--steps", 3, "--output", tmp_path / "own")
+    timesteps = pipe.scheduler.config.fitted_solvers["3"]["timesteps"]
+    pipe.scheduler.set_timesteps(3)
+    assert pipe.scheduler.timesteps.tolist() == timesteps
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fit_of_a_text_to_image_model(text_model, tmp_path, dtype):
+    """The weights are saved as they were loaded, whatever the type of the computation."""
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    words = ["--prompt-file", tmp_path / "prompts.txt", "--guidance-scale", 1.5, "--dtype", dtype]
+    run("fit", text_model, "--steps", 3, "--num", 4, *words, "--output", tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "fit.json").read_text())["settings"]
+    assert (settings["prompt"], settings["dtype"]) == (["a cat", "a dog"], dtype)
+    before, pipe = (DiffusionPipeline.from_pretrained(each) for each in (text_model, tmp_path / "out" / "model"))
+    assert torch.equal(pipe.unet.conv_in.weight, before.unet.conv_in.weight)
+    solver = restore_scheduler(pipe).scheduler.config.fitted_solvers["3"]
+    assert solver["guidance_scale"] == 1.5
+    assert len(solver["weights"]) == 3
+
+
+def test_fit_is_refused_before_work(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("diffusers.UNet2DModel.forward", lambda *args, **kwargs: pytest.fail("it was called"))
+    run("fit", model, "--steps", 3, 0, "--output", tmp_path / "out", ok=False)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("ddim-plugin fit: steps must be integers from 1 to")
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    monkeypatch.setattr(commands, "_load", lambda *args: pytest.fail("it was loaded"))
+    run("fit", model, "--steps", 3, "--output", tmp_path / "out", ok=False)
+    assert "model exists: choose another --output" in capsys.readouterr().err
+    run("fit", model, "--prompt-file", tmp_path / "none.txt", "--output", tmp_path / "other", ok=False)
+    assert "No such file" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,11 +1,10 @@
-"""The command edit, on a tiny Stable Diffusion."""
+"""The commands invert and edit, on a tiny Stable Diffusion."""
 
 import json
 
 import diffusers
 import numpy as np
 import pytest
-import tiny_stable_diffusion
 import torch
 from cli_runs import latents, run
 from PIL import Image
@@ -13,16 +12,6 @@ from PIL import Image
 from ddim_plugin import GeneralizedDDIMScheduler, Inverted, MultistepDDIMScheduler, invert
 
 SHORT = ["--steps", 3, "--guidance-scale", 1.5]
-
-
-@pytest.fixture(scope="module")
-def text_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text_to_image")
-    scheduler = GeneralizedDDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    pipe = tiny_stable_diffusion.build(folder / "tokenizer", scheduler)
-    torch.nn.init.normal_(pipe.unet.conv_out.weight, std=0.01, generator=torch.Generator().manual_seed(0))
-    pipe.save_pretrained(folder / "model")
-    return folder / "model"
 
 
 @pytest.fixture
@@ -60,6 +49,29 @@ def test_edit(text_model, cat, tmp_path, capsys):
     assert torch.equal(latents(tmp_path / "again"), latents(tmp_path / "first"))
     again = np.asarray(Image.open(tmp_path / "again" / "edited.png")).astype(int)
     assert np.abs(again[-66:-2, 68:132] - cells[2]).max() <= 1
+
+
+def test_invert_then_edit(text_model, cat, tmp_path, capsys):
+    run("invert", text_model, cat, "--prompt", "a cat", *SHORT, "--refine", 9, "--output", tmp_path / "first")
+    said = capsys.readouterr()
+    assert said.out.split() == [str(tmp_path / "first" / name) for name in ("latents.safetensors", "invert.json")]
+    assert "evaluations for an image" in said.err
+    record = json.loads((tmp_path / "first" / "invert.json").read_text())
+    assert (record["command"], record["images"], np.shape(record["report"]["residual"])) == (
+        "invert",
+        [str(cat)],
+        (3, 1),
+    )
+    file = tmp_path / "first" / "latents.safetensors"
+    found, pipe = Inverted.load(file), diffusers.DiffusionPipeline.from_pretrained(text_model)
+    assert (found.settings["call"]["prompt"], found.settings["call"]["guidance_scale"]) == (["a cat"], 1.5)
+    pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config)
+    expected = invert(pipe, Image.open(cat), "a cat", 9, num_inference_steps=3, guidance_scale=1.5)
+    assert torch.allclose(found.latents, expected.latents, atol=1e-4)
+
+    run("edit", text_model, file, "--new-prompt", "a dog", "--output", tmp_path / "again")
+    assert torch.equal(latents(tmp_path / "again"), found.latents)
+    assert (tmp_path / "again" / "edited.png").is_file()
 
 
 def test_many_images_and_the_scheduler(text_model, cat, tmp_path):
