@@ -38,15 +38,13 @@ def rounds(t: Level, s: Level) -> int:
 class Search:
     """Find x with r(x) = 0 from one value of r at a time, for each sample on its own, without a read on the host.
 
-    x ← x + γ·r with Anderson acceleration: changes of r are kept orthonormal, so that the best linear combination of
-    iterates takes inner products only. A sample whose residual grows restarts from its best x with γ/2 and no history.
+    Changes of r are kept orthonormal, so that the best linear combination of iterates takes inner products only.
     """
 
     def __init__(self, step: float):
         self.gamma: float | Tensor = step
         self.changes: list[tuple[Tensor, ...]] = []  # changes of x and of r, the latter orthonormal
-        self.best: tuple[Tensor, ...] = ()  # ‖r‖², x and r
-        self.last: tuple[Tensor, ...] = ()  # x and r
+        self.best: tuple[Tensor, ...] = ()  # ‖r‖², x and r; `last` has x and r
 
     def next(self, x: Tensor, r: Tensor) -> Tensor:
         """Return the next x to evaluate, given r at x, both (B, …)."""

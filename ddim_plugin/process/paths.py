@@ -58,11 +58,9 @@ class Path:
         return Level(float(self.levels.signal[time]), float(self.levels.noise[time]))
 
     def timestep(self, time: Number) -> Number:
-        """Return the timestep at which a network is evaluated at this time."""
         return time - 1
 
     def time(self, timestep: Number) -> Number:
-        """Return the time of a network's timestep."""
         return timestep + 1
 
     def times(self, timesteps: Sequence[Number]) -> Array | Times:

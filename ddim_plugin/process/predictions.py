@@ -29,10 +29,7 @@ def check_prediction(prediction_type: str) -> None:
 
 
 def prediction(prediction_type: str, level: Level) -> Prediction:
-    """Invert x_t = a·x_0 + b·ε and output = c·x_0 + d·ε at a level of floats.
-
-    Raises ValueError if these do not determine x_0 and ε: ε and the score at a = 0 (noise), x_0 at b = 0 (data).
-    """
+    """Solve x_t = a·x_0 + b·ε and output = c·x_0 + d·ε for x_0 and ε. Raises ValueError if they are dependent."""
     check_prediction(prediction_type)
     a, b = level
     c, d = {"sample": (1, 0), "v_prediction": (-b, a), "flow_prediction": (-1, 1)}.get(prediction_type, (0, 1))
@@ -55,9 +52,8 @@ def fold(prediction: Prediction, move: Move) -> tuple[float, float]:
 def unfold(prediction: Prediction, move: Move) -> tuple[float, float]:
     """Return (a, b) with x_t = a·x_s + b·output: the step of `fold` solved for x_t, for the same output.
 
-    If x_s hardly depends on x_t (a slope below `FLAT`, as for x_0 networks near the data), errors of the output would
-    grow. Then ε̂ is that of x_s, eps_x·x_s + eps_out·output, and x_t follows by Eq. 13. Raises ValueError for a step
-    from pure noise (a = 0) that does not depend on x_t.
+    If x_s hardly depends on x_t (a slope below `FLAT`, as for x_0 networks near the data), errors would grow. Then ε̂ is
+    that of x_s, and x_t follows by Eq. 13. Raises ValueError for a step from pure noise that does not depend on x_t.
     """
     (x, out), start, end = fold(prediction, move), move.start, move.end
     if abs(x) >= FLAT or (start.signal == 0 and x):

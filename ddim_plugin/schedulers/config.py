@@ -18,7 +18,6 @@ CONSTRAINTS = ("clip_sample", "thresholding", "use_clipped_model_output")  # the
 SOLVER = ("solver_order", "lower_order_final", "fitted_timesteps", "fitted_solvers")  # of `MultistepDDIMScheduler` only
 STOCK_SPACINGS = ("leading", "trailing", "linspace")
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-STOCK_VARIANCES = ("fixed_large", "learned_range")  # "fixed_small" is their default
 STAND_IN = "trailing"  # spacing that is saved for stock schedulers in place of one that they do not have
 
 # Settings of version 0.1 with their defaults, and values of others.
@@ -33,14 +32,11 @@ FLOW_SOLVERS += ("DEISMultistepScheduler", "SASolverScheduler")
 
 # Settings of one path, refused on the others, and those that are copied with the default of the config's writer.
 BETA = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "set_alpha_to_one", "rescale_betas_zero_snr")
-SHIFT = ("shift", "flow_shift", "use_dynamic_shifting")
-SIGMA = ("sigma_min", "sigma_max")
-OF_PATH = {VP: BETA, FLOW: ("use_flow_sigmas", *SHIFT), VE: SIGMA}
-PROCESS = ("num_train_timesteps", "prediction_type", *BETA, "use_flow_sigmas", *SHIFT, *SIGMA)
+SHIFT = ("use_flow_sigmas", "shift", "flow_shift", "use_dynamic_shifting")
+OF_PATH = {VP: BETA, FLOW: SHIFT, VE: ("sigma_min", "sigma_max")}
+PROCESS = ("num_train_timesteps", "prediction_type", *BETA, *SHIFT, *OF_PATH[VE])
 
-# Settings of other processes, with the values at which they do nothing.
-OTHER_PROCESS = {"snr_shift_scale": 1.0, "timestep_type": "discrete", "stochastic_sampling": False}
-
+OTHER_PROCESS = {"snr_shift_scale": 1.0, "timestep_type": "discrete", "stochastic_sampling": False}  # have no effect
 CLASSES: dict[str, type["StockConfig"]] = {}  # schedulers of this package by name
 
 
@@ -84,7 +80,7 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         known, foreign = defaults(type(self)), self._foreign()
         names = {"eta", "eps_mean_square", "use_clipped_model_output", *SOLVER, *({"prediction_type"} & foreign)}
         names |= {key for key in foreign if self.config[key] != known[key]}
-        named = {"timestep_spacing": STOCK_SPACINGS, "variance_type": STOCK_VARIANCES}
+        named = {"timestep_spacing": STOCK_SPACINGS, "variance_type": ("fixed_large", "learned_range")}
         names |= {key for key, stock in named.items() if self.config[key] not in stock}
         own = {key: self.config[key] for key in known if key in names}
         return own | ({"trained_betas": None} if self._derived_betas else {})
@@ -163,8 +159,7 @@ def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]
     path = _path_of_stock(name, known, bool(of_writer))
     for key, neutral in OTHER_PROCESS.items():
         if known.get(key, neutral) != neutral:
-            remedy = "use another model, or eta=1.0 in place of stochastic_sampling"
-            raise ValueError(f"{key}={known[key]!r} of {name} is of another process: {remedy}")
+            raise ValueError(f"{key}={known[key]!r} is of another process: use another model, or eta for its noise")
     settings = {key: known[key] for key in PROCESS if key in known} | dict(config)
     dropped = {key for other, keys in OF_PATH.items() if other != path for key in keys}
     dropped |= {"timestep_spacing", "steps_offset"} if path == FLOW else set()  # of tables of β
@@ -218,31 +213,25 @@ def restored(scheduler: SchedulerMixin) -> SchedulerMixin:
     """Return the scheduler of this package that was saved as this stock one, and others unchanged."""
     own = scheduler.config.get(KEY)
     own = own if isinstance(own, dict) and type(scheduler).__name__ == own.get("stock", VP) else {}
-    cls = CLASSES.get(own.get("class", ""))
-    return scheduler if cls is None else cls.from_config(scheduler.config)
+    return CLASSES[own["class"]].from_config(scheduler.config) if own.get("class") in CLASSES else scheduler
 
 
 def restore_scheduler(pipe: Any) -> Any:
-    """Replace a pipeline's stock schedulers by those of this package that it was saved with, and return it.
-
-    `pipe` is any pipeline of diffusers. Raises ValueError if the config of its scheduler has no settings of ours.
-    """
+    """Restore the schedulers that a pipeline was saved with, and return it. Raises ValueError if none is ours."""
     for name, part in pipe.components.items():
         if isinstance(part, SchedulerMixin):
             setattr(pipe, name, restored(part))
-    scheduler = pipe.scheduler
-    if not isinstance(scheduler, StockConfig):
+    if not isinstance(pipe.scheduler, StockConfig):
         remedy = "create a scheduler with GeneralizedDDIMScheduler.from_config(pipe.scheduler.config)"
-        raise ValueError(f"the config of this {type(scheduler).__name__} has no {KEY!r} entry: {remedy}")
+        raise ValueError(f"the config of this {type(pipe.scheduler).__name__} has no {KEY!r} entry: {remedy}")
     return pipe
 
 
 def to_json_string(self: DiffusionPipeline) -> str:
     """Write `model_index.json` with the stock class of our scheduler, which `restore_scheduler` brings back."""
     index = json.loads(_written(self))
-    for name, each in index.items():
-        component = getattr(self, name, None) if isinstance(each, list) else None
-        if isinstance(component, StockConfig):
+    for name in index:
+        if isinstance(component := vars(self).get(name), StockConfig):
             index[name] = ["diffusers", component.config["_class_name"]]
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 

@@ -28,10 +28,8 @@ def grid(
     scheduler = cls.from_config(config, **{key: shift_of(config) for key in SHIFTS if key in defaults(cls)})
     if shift is not None:
         scheduler.set_shift(shift)
-    if not config["use_dynamic_shifting"]:  # some pipelines pass mu to all schedulers
-        del given["mu"]
-    given = {key: value for key, value in {"sigmas": sigmas, **given}.items() if value is not None}
-    scheduler.set_timesteps(S, device="cpu", **given)
+    given |= {"sigmas": sigmas} if config["use_dynamic_shifting"] else {"sigmas": sigmas, "mu": None}  # given to all
+    scheduler.set_timesteps(S, device="cpu", **{key: value for key, value in given.items() if value is not None})
     levels = scheduler.sigmas.double().numpy()[: len(scheduler.timesteps)]
     return check(1 - levels if config.get("invert_sigmas") else levels), scheduler.timesteps.tolist()
 

@@ -23,19 +23,14 @@ class GeneralizedDDIMScheduler(Planned):
     """The generalized process of Denoising Diffusion Implicit Models, along any subsequence τ and Gaussian path.
 
     One step is x_s = a_s·x̂0 + √(b_s² − σ²)·ε̂ + σz (Eq. 12) with σ = σ(η) (Eq. 16), for the pairs (t, s) of τ. In the
-    paper a = √ᾱ and b = √(1 − ᾱ). Settings are those of `DDIMScheduler`, and more. By default x̂0 is not clipped.
+    paper a = √ᾱ and b = √(1 − ᾱ). Settings not listed are those of `DDIMScheduler`. By default x̂0 is not clipped.
 
     Args:
         num_train_timesteps: T, the number of timesteps the network was trained on.
         beta_start, beta_end, beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "const", "jsd", "sigmoid"
             or "laplace", and the range of β. "sqrt" is the path x_t = x_0 + √t·ε. `trained_betas` are β_1..β_T instead.
-        set_alpha_to_one: True sets ᾱ_0 = 1 (the paper), False ᾱ_0 = ᾱ_1, as in the config of Stable Diffusion.
-        steps_offset: added to the timesteps of the spacing "leading".
-        prediction_type: the network predicts "epsilon", "sample" (x_0), "v_prediction", "flow_prediction" (ε − x_0), or
-            "score" (−ε/b).
-        clip_sample, thresholding, …: clip x̂0 to ±`clip_sample_range` in each step, or threshold it dynamically.
+        prediction_type: "epsilon", "sample" (x_0), "v_prediction", "flow_prediction" (ε − x_0), or "score" (−ε/b).
         timestep_spacing: τ by name, such as "linear" or "quadratic", of `ddim_plugin.process.spacings.NAMES`.
-        rescale_betas_zero_snr: rescale β so that ᾱ_T = 0 (Lin et al. 2023).
         eta: η of Eq. 16, 0 for DDIM and 1 for DDPM. "fixed_large" and "learned_range" do not use it: theirs is 1.
         variance_type: "fixed_small" (σ = η·√β̃, Eq. 16), "fixed_large" (σ̂ only in the noise term, Appendix D.3),
             "learned_range" (a network with twice the channels, between β̃ and β), or "optimal" (Analytic-DPM) with
@@ -44,8 +39,8 @@ class GeneralizedDDIMScheduler(Planned):
         use_flow_sigmas, shift, flow_shift, use_dynamic_shifting: flow matching, which "flow_prediction" implies, and
             its noise levels, computed by diffusers' own scheduler. `flow_shift` is another name of `shift`.
         sigma_min, sigma_max: variance exploding, for a network that is evaluated at σ. `sigma_min` None is 0.01.
-        corrector_steps, corrector_snr: Langevin steps before each step, and their signal-to-noise ratio r (Song et al.
-            2021, Algorithms 4 and 5). Each takes one evaluation more: `timesteps` repeats its time.
+        corrector_steps, corrector_snr: number and signal-to-noise ratio of Langevin steps before a step. Each is an
+            evaluation: `timesteps` repeats its time.
         denoising_start, denoising_end: part of the process that the plan makes, shares of T counted from noise, as in
             the pipelines of SDXL. With `denoising_start` 0.4 the first sample is x_t at t = 0.6·T.
 
@@ -88,24 +83,22 @@ class GeneralizedDDIMScheduler(Planned):
             raise
 
     def _build(self) -> None:
-        config, T = self.config, self.config.num_train_timesteps
+        config, start, end = self.config, self.config.denoising_start, self.config.denoising_end
+        T, steps, snr = config.num_train_timesteps, config.corrector_steps, config.corrector_snr
         betas.check_length(T)
         predictions.check_prediction(config.prediction_type)
         spacings.check_spacing(config.timestep_spacing)
         spacings.check_offset(config.steps_offset)
         moves.effective_eta(config.variance_type, config.eta or None, config.eta)
-        steps, snr = config.corrector_steps, config.corrector_snr
         if not spacings.is_integer(steps) or steps < 0 or not (isinstance(snr, Real) and 0 < snr < float("inf")):
             raise ValueError(f"corrector_steps must be 0 or more, corrector_snr positive, not {steps!r} and {snr!r}")
         if config.clip_sample and not (isinstance(config.clip_sample_range, Real) and config.clip_sample_range > 0):
             raise ValueError(f"clip_sample_range must be positive, not {config.clip_sample_range!r}")
         ratio, largest = config.dynamic_thresholding_ratio, config.sample_max_value
         if config.thresholding and not (0 <= ratio <= 1 and largest >= 1):
-            given = f"not {ratio!r} and {largest!r}"
-            raise ValueError(f"thresholding needs dynamic_thresholding_ratio in [0, 1], sample_max_value ≥ 1, {given}")
-        if not 0 <= config.denoising_start < config.denoising_end <= 1:
-            given = f"denoising_start={config.denoising_start!r} and denoising_end={config.denoising_end!r}"
-            raise ValueError(f"{given} must satisfy 0 ≤ start < end ≤ 1")
+            raise ValueError(f"thresholding needs a ratio in [0, 1] and a maximum ≥ 1, not {ratio!r} and {largest!r}")
+        if not 0 <= start < end <= 1:
+            raise ValueError(f"denoising_start={start!r} and denoising_end={end!r} must satisfy 0 ≤ start < end ≤ 1")
         self._eps_mean_square = moves.eps_table(config.variance_type, config.eps_mean_square, T)
         self.order = 1 + config.corrector_steps
         path, alpha_bar = self._make_path()
@@ -137,8 +130,7 @@ class GeneralizedDDIMScheduler(Planned):
         Args:
             model_output: the network's output, (B, C, H, W), or (B, 2C, H, W) for "learned_range".
             timestep: a network timestep (0..T−1, T·σ or σ), or a tensor (B, …) with one for each sample, or each frame
-                of a sample. One outside the plan steps to the nearest time of the plan below it. Elements of
-                `self.timesteps` are looked up by position, without synchronising the device.
+                of a sample. One outside the plan steps to the nearest time of the plan below it.
             sample: x_t, (B, C, H, W). Half precision is computed in float32 and cast once at the end.
             eta: η of Eq. 16 for this step. None and 0 are that of the plan or config, since stock pipelines pass 0
                 unasked. `set_timesteps(eta=0)` switches noise off.
@@ -159,7 +151,11 @@ class GeneralizedDDIMScheduler(Planned):
         kind = self._kind(eta or None)
         step = self._find(timestep, kind, sample)
         variance = variance if kind[0] == "learned_range" else None
-        corrects, z = self._corrects(timestep) if self.config.corrector_steps or self._in_order else False, None
+        if self._place is None and (self.config.corrector_steps or self._in_order):
+            given = f"timestep {timestep} is not in the plan, or not the same for all samples"
+            raise ValueError(f"{given}: exact inversion and corrector_steps need the timesteps of the plan")
+        t, s = self._pairs[self._place] if self.config.corrector_steps else (1, 0)
+        corrects, z = t == s, None
         if corrects or (kind != ("fixed_small", 0.0) and (isinstance(step.noise, Tensor) or step.noise > 0)):
             z = draw(sample, generator, variance_noise, torch.promote_types(sample.dtype, torch.float32))
         evaluation = self._evaluate(kind, step, sample, output, variance, use_clipped_model_output)
@@ -173,14 +169,6 @@ class GeneralizedDDIMScheduler(Planned):
 
     def _advance(self, evaluation: Evaluation) -> Tensor:
         return evaluation.mean()
-
-    def _corrects(self, timestep: int | Tensor) -> bool:
-        """Return whether the step is one of the corrector's. Raises ValueError for a step outside the plan."""
-        if self._place is None:
-            given = f"timestep {timestep} is not in the plan, or not the same for all samples"
-            raise ValueError(f"{given}: exact inversion and corrector_steps need the timesteps of the plan")
-        t, s = self._pairs[self._place]
-        return t == s and self.config.corrector_steps > 0
 
     def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
         kind, shape = self.config.variance_type, tuple(sample.shape)
@@ -196,10 +184,9 @@ class GeneralizedDDIMScheduler(Planned):
     ) -> Evaluation:
         config = self.config
         limit = config.clip_sample_range if config.clip_sample and not config.thresholding else None
-        thresholding = (config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None
+        dynamic = (config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None
         recompute = config.use_clipped_model_output if recompute is None else recompute
-        recompute = bool(recompute and (config.clip_sample or config.thresholding))
-        return Evaluation(step, sample, output, variance, limit, thresholding, recompute)
+        return Evaluation(step, sample, output, variance, limit, dynamic, bool(recompute and (limit or dynamic)))
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

@@ -27,12 +27,11 @@ class Upwards(StockConfig):
 
     def _build(self) -> None:
         super()._build()
-        config, k, steps = self.config, self.config.refinement_steps, self.config.corrector_steps
-        kind, eta = config.variance_type, config.eta
+        config, k, kind, eta = self.config, self.config.refinement_steps, self.config.variance_type, self.config.eta
         if k is not None and not (spacings.is_integer(k) and k >= 0):
             raise ValueError(f"refinement_steps must be 0 or more, or None for the plain inverse, not {k!r}")
-        if steps:
-            raise ValueError(f"encoding has no corrector: set corrector_steps to 0, not {steps}")
+        if config.corrector_steps:
+            raise ValueError(f"encoding has no corrector: set corrector_steps to 0, not {config.corrector_steps}")
         if moves.adds_noise(kind, eta):
             problem = f"with eta={eta:g} and variance_type={kind!r} many x_t lead to one x_s"
             raise ValueError(f"encoding needs the deterministic process: {problem}. Pass eta=0, 'fixed_small'")
@@ -66,9 +65,8 @@ class Upwards(StockConfig):
         """Report the last loop, with the residual `tolerance` of a converged step. Raises ValueError without one."""
         if not self._records:
             raise ValueError("no residual was measured: run a loop, with refinement_steps (multistep: 1 or more)")
-        times, spent, residual = zip(*self._records, strict=True)
-        residual = torch.stack(residual).cpu().double().numpy()
-        return inversion.InversionReport.of(times, residual, np.array(spent)[:, None], tolerance, self._x)
+        times, spent, found = zip(*self._records, strict=True)
+        return inversion.InversionReport.of(times, torch.stack(found).cpu(), np.array([spent]).T, tolerance, self._x)
 
     def _receive(self, sample: Tensor) -> Tensor:
         """Return the state for the sample of a pipeline, which may have a lower precision."""
@@ -98,17 +96,14 @@ class Upwards(StockConfig):
 class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
     """Encode an image x_0 as the latent x_T that `GeneralizedDDIMScheduler` decodes, in the loop of any pipeline.
 
-    Each step x_s = f(x_t) of the sampler is solved for x_t with `refinement_steps` + 1 evaluations of the (guided)
-    network at t, the sampler's own time: `timesteps` ascend, each repeated. A step that contracts slowly takes a
-    multiple of the evaluations (`ddim_plugin.process.inversion.rounds`). `report` returns the residuals.
+    Each step x_s = f(x_t) of the sampler is solved for x_t with `refinement_steps` + 1 evaluations of the network at t,
+    and a multiple of them if it contracts slowly (`process.inversion.rounds`). `timesteps` ascend, each repeated.
 
     The step from b_s = 0 does not determine the noise in x_t. With several evaluations it starts from a_t·x_0 + b_t·z
     with one fixed draw z, by `scale_model_input`. Flow pipelines do not call that: their first evaluation is not used.
-    With `refinement_steps` 0 the hardest step of a β schedule takes up to 3 evaluations, and the last ones none.
 
     Args:
-        refinement_steps: evaluations of a step beyond the first, or None for the plain inverse of Section 5.4, which
-            evaluates the network at x_s, and whose error is that of Table 2.
+        refinement_steps: evaluations of a step beyond the first, or None for the plain inverse, at x_s (Section 5.4).
         The others, and errors, are those of `GeneralizedDDIMScheduler`. Noise is refused.
     """
 
@@ -150,10 +145,11 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         return combine(level.signal, x, level.noise, z.to(x.device).expand(x.shape))
 
     def _evaluate(self, kind: Kind, step: Step, sample: Tensor, *args: Any) -> Evaluation:
+        if args[-1] and (self.config.clip_sample or self.config.thresholding):
+            raise ValueError("use_clipped_model_output=True needs x_t, which an inverse step computes: leave it out")
         if not self._in_order:
             return super()._evaluate(kind, step, sample, *args)
-        i, x = self._place, self._receive(sample)
-        follows = self._done == i - 1
+        i, x, follows = self._place, self._receive(sample), self._done == self._place - 1
         self._is_blind = self._is_new(i) and not follows  # the network was evaluated at x_s
         if self._is_new(i):
             move, self._below = self.move(i), self._solution.view(x.shape) if follows else x  # x_s
@@ -193,12 +189,9 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
     def _on_line(self, evaluation: Evaluation, level: Level) -> Tensor:
         """Continue the line through the last two solutions, x/a over b/a, to a higher level."""
         x, start, end = self._solution, self.move(self._place).start, self.move(self._place).end
-        if start == end:
-            eps = evaluation.pred_epsilon()
-        else:
-            gap = start.ratio - end.ratio
-            eps = combine(1 / (start.signal * gap), x, -1 / (end.signal * gap), self._below)
-        scale = level.signal / start.signal
+        gap, scale = start.ratio - end.ratio, level.signal / start.signal
+        a, b = start.signal * gap, -end.signal * gap
+        eps = combine(1 / a, x, 1 / b, self._below) if gap else evaluation.pred_epsilon()
         return combine(scale, x, level.noise - scale * start.noise, eps)
 
     def searches(self) -> list[slice]:
@@ -215,7 +208,6 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
 
     A pass solves the ODE of Eq. 14 upwards with the same method. The network is evaluated at the lower end of a step,
     and at τ_1 for the first. If the sampler starts from T and has more than one step, the last step ends at T.
-
     A step of the sampler uses ε̂ of noisier steps, so all steps are refined together: the loop decodes the latent (with
     descending `timesteps`), corrects the image that it started from by the error, the residual, and encodes it again.
 
@@ -281,7 +273,6 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
             self.residual = (self._search.best[0].flatten() / x[0].numel()).sqrt() / self.path.level(0).signal
             self._records = [(self._called[self._length], len(self._pairs), self.residual)]
             return self._hand(self._begin)
-        if self.kept is not None and self._solution is not None:
-            x = torch.where(self.kept, self._solution, x)
-        self._solution = x
-        return self._hand(x)
+        keeps = self.kept is not None and self._solution is not None
+        self._solution = torch.where(self.kept, self._solution, x) if keeps else x
+        return self._hand(self._solution)

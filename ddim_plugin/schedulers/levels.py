@@ -106,28 +106,23 @@ class Levels(StockConfig):
         times = numbers(times, whole=not self.path.continuous)
         times = times.flatten() if times.numel() == 1 else times
         axes = (*times.shape, *[1] * (x.ndim - times.ndim))
-        shape = torch.broadcast_shapes(axes, x.shape, noise.shape)
-        if times.device.type == "cpu":
-            low, high = self.path.bounds
-            if not (low <= times.min() * (1 + 1e-6) and times.max() * (1 - 1e-6) <= high):
-                raise ValueError(f"timesteps must lie in {low:g}..{high:g}, not {times.tolist()}")
+        shape, (low, high) = torch.broadcast_shapes(axes, x.shape, noise.shape), self.path.bounds
+        if times.device.type == "cpu" and not (low <= times.min() * (1 + 1e-6) and times.max() * (1 - 1e-6) <= high):
+            raise ValueError(f"timesteps must lie in {low:g}..{high:g}, not {times.tolist()}")
         levels = self._levels_at(times.flatten().to(x.device), torch.promote_types(x.dtype, torch.float32))
         return x.expand(shape), *levels.view(2, *axes)
 
     def _levels_at(self, times: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.path.continuous:
-            explodes = self.path.explodes
-            sigma = times if explodes else self.path.time(times) / self.path.T
-            if self._planned is not None:
-                here = times[:, None] == self._planned.to(times)
-                planned = self._sigmas[: len(self._planned)].to(sigma)
-                sigma = torch.where(here.any(1), planned[here.long().argmax(1)], sigma)
-            return torch.stack([torch.ones_like(sigma) if explodes else 1 - sigma, sigma])
-        key = dtype, times.device
-        if key not in self._tables:
-            table = torch.tensor(np.stack(self.path.levels)[:, 1:], device="cpu")
-            self._tables[key] = table.to(dtype).to(times.device)
-        return self._tables[key][:, times]
+        if not self.path.continuous:
+            if (key := (dtype, times.device)) not in self._tables:
+                self._tables[key] = torch.tensor(np.stack(self.path.levels)[:, 1:], dtype=dtype, device=times.device)
+            return self._tables[key][:, times]
+        sigma = times if self.path.explodes else self.path.time(times) / self.path.T
+        if self._planned is not None:
+            here = times[:, None] == self._planned.to(times)
+            planned = self._sigmas[: len(self._planned)].to(sigma)
+            sigma = torch.where(here.any(1), planned[here.long().argmax(1)], sigma)
+        return torch.stack([torch.ones_like(sigma) if self.path.explodes else 1 - sigma, sigma])
 
     @property
     def sigmas(self) -> Tensor:
@@ -182,5 +177,4 @@ def edits(x: Tensor) -> int:
 
 
 def _numbers(value: Any) -> np.ndarray:
-    value = value.detach().cpu().double().numpy() if isinstance(value, Tensor) else value
-    return np.asarray(value, dtype=np.float64)
+    return np.asarray(value.detach().cpu().double() if isinstance(value, Tensor) else value, dtype=np.float64)

@@ -71,8 +71,7 @@ class Planned(Levels):
             self._pairs = self._make_pairs(self._tau)
             with torch.inference_mode(False):  # counts changes in place
                 dtype = torch.float32 if self.path.continuous else torch.int64
-                times = [t or s for t, s in self._pairs]  # a network is not evaluated at the data
-                planned = [known.get(t, self.path.timestep(t)) for t in times]
+                planned = [known.get(t or s, self.path.timestep(t or s)) for t, s in self._pairs]  # not at the data
                 self._planned = torch.tensor(planned, dtype=dtype, device="cpu")
                 if self._shown is None:
                     times, end = [t for t, _ in self._pairs], self._pairs[-1][1]
@@ -80,13 +79,11 @@ class Planned(Levels):
                     levels = [self.path.level(t).noise for t in times]
                     self._sigmas = torch.tensor(levels, dtype=torch.float32, device="cpu")
             self._called = self._planned.tolist()
-            self._first = {t: i for i, t in reversed(list(enumerate(self._called)))}
             self._moving = {self._called[i]: i for i, (t, s) in enumerate(self._pairs) if t != s}
             self._replan()
             self._plan(self._kind(None))
             self.num_inference_steps = len(self._tau)
-            self._planned = self._planned.to(device)
-            self._span = self._make_span()
+            self._planned, self._span = self._planned.to(device), self._make_span()
             self.timesteps = self._planned[self._span]
             self.set_begin_index(self._span.start)
         except BaseException:  # the old plan is kept
@@ -111,7 +108,6 @@ class Planned(Levels):
         if self._planned is not None and self.path.explodes:
             self.init_noise_sigma = 1.0 if self.config.denoising_start else self.path.level(self._tau[-1].item()).noise
         self._plans: dict[Kind, list[Step]] = {}
-        self._off_plan: dict[tuple[float, Kind], Step] = {}  # steps from times outside the plan
         self._step_tables: dict[Any, Tensor] = {}  # steps from all times, on a device
 
     def move(self, i: int) -> moves.Move:
@@ -167,8 +163,7 @@ class Planned(Levels):
         dtype, device = torch.promote_types(sample.dtype, torch.float32), sample.device
         times = numbers(timestep, whole=not self.path.continuous)
         if times.shape != sample.shape[: times.ndim]:
-            given = f"timestep has shape {tuple(times.shape)}"
-            raise ValueError(f"{given}: give one, or one for each of {sample.shape[0]} samples")
+            raise ValueError(f"timestep shape {tuple(times.shape)}: give one, or one for each of {len(sample)} samples")
         if times.device.type == "cpu" or self.path.continuous:
             values, rows = times.flatten().unique(return_inverse=True)
             steps = [self._step_at(t, kind) for t in values.tolist()]
@@ -184,8 +179,8 @@ class Planned(Levels):
             i = self._next
         else:
             timestep = number(timestep, whole=not self.path.continuous)
-            follows = self._called[self._next : self._next + 1] == [timestep]
-            i = self._next if follows else self._first.get(timestep)
+            places = [i for i, each in enumerate(self._called) if each == timestep]
+            i = self._next if self._next in places else next(iter(places), None)
         if i is None:
             return self._step_at(timestep, kind)
         self._place, self._next = i, (i + 1) % len(self._called)
@@ -198,14 +193,11 @@ class Planned(Levels):
         if not low * (1 - 1e-6) <= timestep <= high * (1 + 1e-6):  # σ in float32 is rounded
             raise ValueError(f"timestep {timestep:g} is outside {low:g}..{high:g}: pass a timestep in that range")
         t = self.path.time(timestep)
-        if (t, kind) not in self._off_plan:
-            below = int(np.searchsorted(self._tau, t))
-            self._off_plan[t, kind] = self._make_step(t, self._tau[below - 1].item() if below else 0, kind)
-        return self._off_plan[t, kind]
+        below = int(np.searchsorted(self._tau, t))
+        return self._make_step(t, self._tau[below - 1].item() if below else 0, kind)
 
     def _all_steps(self, kind: Kind, dtype: torch.dtype, device: torch.device) -> Tensor:
-        key = kind, dtype, device
-        if key not in self._step_tables:
+        if (key := (kind, dtype, device)) not in self._step_tables:
             rows = np.full((self.config.num_train_timesteps, len(Step._fields)), np.nan)
             for timestep in range(len(rows)):
                 with suppress(ValueError):

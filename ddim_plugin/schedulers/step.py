@@ -40,8 +40,7 @@ class Step(NamedTuple):
     def up(cls, move: moves.Move, m: predictions.Prediction) -> "Step":
         """Build the step x_s → x_t: `down` solved for x_t, for a given output."""
         x, out = predictions.unfold(m, move)
-        prediction = (m.x0_x * x, m.x0_x * out + m.x0_out, m.eps_x * x, m.eps_x * out + m.eps_out)
-        return cls(*prediction, *move.start)
+        return cls(m.x0_x * x, m.x0_x * out + m.x0_out, m.eps_x * x, m.eps_x * out + m.eps_out, *move.start)
 
     @classmethod
     def from_data(cls, move: moves.Move, called: predictions.Prediction) -> "Step":
@@ -100,8 +99,7 @@ class Evaluation(NamedTuple):
             if self.recompute_eps:
                 a, b = s.eps_of_x0()
                 w, x, out = w + s.eps * b, s.eps * a, 0.0
-            mean = accumulate(self.pred_original_sample().mul_(w), out, self.output)
-            mean = accumulate(mean, x, self.sample)
+            mean = accumulate(accumulate(self.pred_original_sample().mul_(w), out, self.output), x, self.sample)
         for weight, value in self.history:
             mean = accumulate(mean, weight, value) if weight else mean
         return mean
@@ -128,8 +126,7 @@ class GeneralizedDDIMSchedulerOutput:
     from the step's `sample` and `model_output`. RuntimeError is raised if one of these was changed in place since.
 
     Attributes:
-        prev_sample: x_s, the sample after the step.
-        pred_original_sample, pred_epsilon: x̂0 after clipping or thresholding (Eq. 9), and ε̂ as used in the step.
+        prev_sample, pred_original_sample, pred_epsilon: x_s, x̂0 after clipping (Eq. 9), and ε̂ as used in the step.
         mean, std: mean and standard deviation of x_s given x_t (Eq. 12). The latter is a scalar, (B, 1, 1, 1) with a
             timestep for each sample, or (B, C, H, W) for a learned variance.
     """
@@ -150,14 +147,10 @@ class GeneralizedDDIMSchedulerOutput:
             raise AttributeError(f"a step has no {name!r}: use one of {', '.join(self._KEYS)}")
         value, like = self._read(name), self.prev_sample
         value = value if isinstance(value, Tensor) else torch.full((), value, dtype=like.dtype, device=like.device)
-        self.__dict__[name] = value = value.to(like.dtype)
-        return value
+        return self.__dict__.setdefault(name, value.to(like.dtype))
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Compute ln p(x_s = `x` | x_t) of each sample, the sum over its pixels, in float32: (B,).
-
-        It is differentiable in the network's output. Raises ValueError for another shape, and a step without noise.
-        """
+        """Compute ln p(x_s = `x` | x_t), (B,), float32. Raises ValueError for other shapes and steps without noise."""
         if x.shape != self.prev_sample.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}, the step {tuple(self.prev_sample.shape)}")
         mean, std = self._read("mean"), self._read("std")
@@ -169,8 +162,7 @@ class GeneralizedDDIMSchedulerOutput:
     def _read(self, name: str) -> Any:
         sample, output = self._evaluation.sample, self._evaluation.output
         if self._versions is not None and self._versions != (sample._version, output._version):
-            changed = "sample or model_output was changed in place since the step"
-            raise RuntimeError(f"{changed}, so {name} is lost: read it before, or pass clones to step")
+            raise RuntimeError(f"sample or output changed, so {name} is lost: read it before, or pass clones to step")
         return getattr(self._evaluation, name)()
 
     def __getstate__(self) -> dict[str, Any]:
