@@ -82,16 +82,14 @@ class Student(Recorder):
         i, step = self._place, evaluation.step
         prior = np.array([step.x0, step.eps, *(weight for weight, _ in evaluation.history)])
         values = [evaluation.pred_original_sample(), evaluation.pred_epsilon(), *(v for _, v in evaluation.history)]
-        basis = torch.stack([self.sampled(value).flatten() for value in values]).double()
-        goal = math.hypot(*self.levels[i + 1]) * self._goal(len(self.nodes[i]), self.angles[i + 1])
-        count, products, right = self.sums.get(i, (0, 0, 0))
-        self.sums[i] = total = (
-            count + basis.shape[1],
-            products + basis @ basis.T,
-            right + basis @ goal.flatten().double(),
-        )
-        number, products, right = (each.numpy() if isinstance(each, Tensor) else each for each in total)
-        self.weights[i] = least_squares(products / number, right / number, prior)
+        basis = torch.stack([self.sampled(value) for value in values]).double()
+        goal = math.hypot(*self.levels[i + 1]) * self._goal(len(self.nodes[i]), self.angles[i + 1]).double()
+        missed = (goal - torch.tensordot(torch.from_numpy(prior), basis, 1)).square().mean(1)
+        counts = (missed.median() / missed).nan_to_num(1).clamp_max(1)[:, None]  # images that went elsewhere count less
+        flat, heavy = basis.flatten(1), (basis * counts).flatten(1)
+        sums = torch.stack([*(flat @ heavy.T), heavy @ goal.flatten()]).numpy() / goal.numel()
+        self.sums[i] = self.sums.get(i, 0) + sums
+        self.weights[i] = least_squares(self.sums[i][:-1], self.sums[i][-1], prior)
         return sum(float(weight) * value for weight, value in zip(self.weights[i], values, strict=True))
 
     def _goal(self, batch: int, phi: float) -> Tensor:
