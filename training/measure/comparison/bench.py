@@ -240,7 +240,8 @@ class Bench:
         made = make_scheduler(sampler, nfe, self.saved)
         settings = {key: value for key, value in sampler.settings.items() if key not in ("timestep_spacing", *SIGMAS)}
         grid = [torch.as_tensor(each).tolist() for each in (made.timesteps, getattr(made, "sigmas", ()))]
-        text = json.dumps([sampler.scheduler, settings, *grid, float(getattr(made, "init_noise_sigma", 1.0))])
+        more = float(getattr(made, "init_noise_sigma", 1.0)), getattr(made, "_solver", ())  # fitted weights
+        text = json.dumps([sampler.scheduler, settings, *grid, *more])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _entry(
