@@ -95,4 +95,7 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     hidden = (config.get(KEY) or {}).keys() & {"trained_betas"}  # from the schedule
     hidden |= {key for path, keys in OF_PATH.items() if path != path_of(config) for key in keys}
     shown = {key for key, each in parameters.items() if config.get(key, each.default) != each.default} | SYMBOLS.keys()
-    return {SYMBOLS.get(key, key): config[key] for key in config if key in shown - hidden}
+    found = {SYMBOLS.get(key, key): config[key] for key in config if key in shown - hidden}
+    solvers = (config.get("fitted_solvers") or {}).items()
+    gains = [f"{S} (error × {each['error'] / each['default_error']:.2f})" for S, each in solvers if "error" in each]
+    return found | ({"fitted_solvers": ", ".join(gains)} if gains else {})
