@@ -130,8 +130,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         numbers = [row["nfe"] for row in result["rows"]]
         axis.set_xticks(numbers, labels=map(str, numbers))
         axis.set_xticks([], minor=True)
-        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            ticks("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
+        low, high = axis.get_ylim()
+        axis.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else "")  # labels of two decades overlap
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
