@@ -95,10 +95,10 @@ def refine(theta: Array, steps: Array, residual: Callable[[Array], Array], deadl
     best, damping = residual(theta), 1e-3
     while True:
         slopes = []
-        for i, step in enumerate(steps):
+        for change in np.diag(steps):
             if time.monotonic() > deadline:
                 return theta
-            slopes.append((residual(theta + step * np.eye(len(theta))[i]) - best) / step)
+            slopes.append((residual(theta + change) - best) / change.sum())
         slopes, before = np.array(slopes), np.square(best).mean()
         matrix, right = slopes @ slopes.T, slopes @ best
         for _ in range(4):

@@ -1,7 +1,7 @@
 """Schedulers that fit a solver in the loop of a pipeline: one records trajectories, one solves for its weights."""
 
 import math
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,11 @@ from .multistep import MultistepDDIMScheduler, guidance_scale
 from .step import Evaluation
 
 MOST_COORDINATES = 4096  # numbers of a sample that are recorded, drawn once: products are means over them
+
+
+@cache
+def _coordinates(number: int) -> Tensor:
+    return torch.randperm(number, generator=torch.Generator().manual_seed(0))[:MOST_COORDINATES]
 
 
 class Recorder(MultistepDDIMScheduler):
@@ -52,8 +57,7 @@ class Recorder(MultistepDDIMScheduler):
     def sampled(self, x: Tensor) -> Tensor:
         """Select the coordinates that are recorded, (B, coordinates)."""
         x = x.flatten(1)
-        kept = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(0))[:MOST_COORDINATES]
-        return x[:, kept.to(x.device)].float().cpu()
+        return x[:, _coordinates(x.shape[1]).to(x.device)].float().cpu()
 
     @property
     def data(self) -> Tensor:
@@ -75,7 +79,7 @@ class Student(Recorder):
 
     def follow(self, teacher: Recorder, curve: Curve) -> "Student":
         """Set the trajectories. Returns itself."""
-        self.teacher, self.curve_, self.sums, self.weights = teacher, curve, {}, {}
+        self.teacher, self.solved, self.sums, self.weights = teacher, curve, {}, {}
         return self
 
     def _follow(self, evaluation: Evaluation) -> Tensor:
@@ -94,6 +98,6 @@ class Student(Recorder):
 
     def _goal(self, batch: int, phi: float) -> Tensor:
         """Interpolate y of this batch of images at an angle."""
-        weights, nodes = self.curve_.at(phi)[0], self.teacher.nodes
+        weights, nodes = self.solved.at(phi)[0], self.teacher.nodes
         number = len(nodes)
         return sum(float(weights[k]) * nodes[k % number][batch][k // number] for k in np.flatnonzero(weights))

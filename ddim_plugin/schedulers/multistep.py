@@ -99,10 +99,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         if self.config.timestep_spacing == "few_steps":
             if self._much_noise:
                 spacing = "few_steps_noise"
-            elif (times := self._fitted_solver(S)) is not None:
+            elif (times := self._fitted_times(S)) is not None:
                 return times
-            elif spacings.is_integer(S) and S in self._fitted:
-                return self._fitted[S]
             elif isinstance(self.path, VarianceExploding) and super()._spaced(S, "linear").size:
                 return self.path.times(spacings.few_exploding(S, *self.path.bounds))
         return super()._spaced(S, spacing)
@@ -110,21 +108,19 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     def _flow_times(self, S: int | None, sigmas: Any, stock: str = "", **given: Any) -> FlowTimes:
         spacing, noisy = self.config.timestep_spacing, self._much_noise
         if sigmas is None and spacing != "linear" and spacings.is_integer(S) and S > 0:
-            if given["timesteps"] is None and not noisy and spacing == "few_steps":
-                times = self._fitted_solver(S)
-                times = self._fitted.get(S) if times is None else times
-                if times is not None:
-                    return times.astype(float), {}
+            fits = given["timesteps"] is None and not noisy and spacing == "few_steps"
+            if fits and (times := self._fitted_times(S)) is not None:
+                return times.astype(float), {}
             shifted = self.config.use_dynamic_shifting or max(flow.shift_of(self.config), self._shift or 1) > 1
             sigmas = spacings.few_sigmas(S, shifted, noisy or spacing == "few_steps_noise")
             stock = FLOW  # not all solvers take sigmas
         return super()._flow_times(S, sigmas, stock, **given)
 
-    def _fitted_solver(self, S: Any) -> spacings.Times | None:
-        """Return the times of the solver that was fitted for S steps, and use its weights, if it fits the loop."""
-        solver = self._solvers.get(S) if spacings.is_integer(S) else None
+    def _fitted_times(self, S: Any) -> spacings.Times | None:
+        """Return the times that were fitted for S steps: of a solver, with its weights, if it fits the loop."""
+        solver, plain = (each.get(S) if spacings.is_integer(S) else None for each in (self._solvers, self._fitted))
         if solver is None or self.config.denoising_start or moves.adds_noise(*self._kind(None)):
-            return None
+            return plain
         now = {"guidance_scale": guidance_scale(), "solver_order": self._values(("fixed_small", 0.0), S)}
         now |= {"prediction_type": self.config.prediction_type}
         of_fit = {key: 1.0 if solver[key] is None else solver[key] for key in now}  # no guidance
@@ -140,8 +136,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         if wrong:
             text = f"the solver for {S} steps was fitted for {wrong[0]}: the default is used"
             warnings.warn(text, stacklevel=4)
-            return None
-        self._solver = solver["weights"]
+            return plain
+        self._solver = dict(zip(times[::-1].tolist(), solver["weights"], strict=True))
         return times
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -219,11 +215,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         key = kind, place, times
         if key not in self._weighted:
             step, of_x0, (t, s) = plan[place], moves.adds_noise(*kind), self._pairs[place]
-            rows = dict(
-                zip(reversed(self._tau.tolist()), self._solver, strict=False)
-            )  # by time: an inverse goes up too
-            fits = kind == ("fixed_small", 0.0) and t > s and (place > 0 or self._from_noise)
-            if fits and len(fitted := rows.get(t, ())) == 1 + len(times):
+            fits = kind == ("fixed_small", 0.0) and t > s and (place > 0 or self._from_noise)  # an inverse goes up too
+            if fits and len(fitted := self._solver.get(t, ())) == 1 + len(times):
                 self._weighted[key] = step._replace(x0=fitted[0], eps=fitted[1]), *fitted[2:]
                 return self._weighted[key]
             weights, mean = np.zeros(len(times)), self._mean(of_x0, self._pairs[place], times, kind[1])

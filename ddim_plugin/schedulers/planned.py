@@ -26,7 +26,7 @@ class Planned(Levels):
     _place: int | None = None  # position in the plan of the last step
     _eta: float | None = None  # η of the plan, None for that of the config
     _from_noise = True  # the loop begins with x_T: its plan is that of a spacing
-    _solver: Sequence[Sequence[float]] = ()  # fitted weights of the steps
+    _solver: dict[float, Sequence[float]]  # fitted weights of the steps, by their upper times
     _in_order = False  # a step depends on those before it
 
     def set_timesteps(
@@ -60,7 +60,7 @@ class Planned(Levels):
         self._adopt()
         before = dict(self.__dict__)
         try:
-            self._eta, self._solver, known = eta, (), {}
+            self._eta, self._solver, known = eta, {}, {}
             self._from_noise = values is None and sigmas is None and not self.config.denoising_start
             if values is not None and sigmas is None:
                 self._tau = self.path.times(values)
@@ -79,6 +79,7 @@ class Planned(Levels):
                     levels = [self.path.level(t).noise for t in times]
                     self._sigmas = torch.tensor(levels, dtype=torch.float32, device="cpu")
             self._called = self._planned.tolist()
+            self._first = {t: i for i, t in reversed(list(enumerate(self._called)))}
             self._moving = {self._called[i]: i for i, (t, s) in enumerate(self._pairs) if t != s}
             self._replan()
             self._plan(self._kind(None))
@@ -108,6 +109,7 @@ class Planned(Levels):
         if self._planned is not None and self.path.explodes:
             self.init_noise_sigma = 1.0 if self.config.denoising_start else self.path.level(self._tau[-1].item()).noise
         self._plans: dict[Kind, list[Step]] = {}
+        self._off_plan: dict[tuple[float, Kind], Step] = {}  # steps from times outside the plan
         self._step_tables: dict[Any, Tensor] = {}  # steps from all times, on a device
 
     def move(self, i: int) -> moves.Move:
@@ -179,8 +181,8 @@ class Planned(Levels):
             i = self._next
         else:
             timestep = number(timestep, whole=not self.path.continuous)
-            places = [i for i, each in enumerate(self._called) if each == timestep]
-            i = self._next if self._next in places else next(iter(places), None)
+            follows = self._called[self._next : self._next + 1] == [timestep]
+            i = self._next if follows else self._first.get(timestep)
         if i is None:
             return self._step_at(timestep, kind)
         self._place, self._next = i, (i + 1) % len(self._called)
@@ -193,8 +195,10 @@ class Planned(Levels):
         if not low * (1 - 1e-6) <= timestep <= high * (1 + 1e-6):  # σ in float32 is rounded
             raise ValueError(f"timestep {timestep:g} is outside {low:g}..{high:g}: pass a timestep in that range")
         t = self.path.time(timestep)
-        below = int(np.searchsorted(self._tau, t))
-        return self._make_step(t, self._tau[below - 1].item() if below else 0, kind)
+        if (t, kind) not in self._off_plan:
+            below = int(np.searchsorted(self._tau, t))
+            self._off_plan[t, kind] = self._make_step(t, self._tau[below - 1].item() if below else 0, kind)
+        return self._off_plan[t, kind]
 
     def _all_steps(self, kind: Kind, dtype: torch.dtype, device: torch.device) -> Tensor:
         if (key := (kind, dtype, device)) not in self._step_tables:

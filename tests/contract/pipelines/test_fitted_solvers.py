@@ -102,7 +102,7 @@ def test_it_is_for_the_deterministic_process(network):
         249,
     ]
     assert times(scheduler, None, timesteps=[900, 600, 300, 50]) == [900, 600, 300, 50]
-    assert scheduler._solver == ()
+    assert scheduler._solver == {}
     assert times(scheduler) == [900, 600, 300, 50]
 
 
