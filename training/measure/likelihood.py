@@ -28,6 +28,12 @@ from .bound import Array, Errors, Generators, Network, VariationalBound, best_pa
 from .labels import check_label
 from .ode import finite, ode_bits
 
+OF_SEEDS = (
+    "Known for CIFAR-10, in bits per dimension, with a network of 35.7M parameters: at most 3.75 for test and 3.72 for "
+    "train (Ho et al. 2020, S = 1000); 3.28 for the ODE (Song et al. 2021); at most 3.59 for the optimal variance at "
+    "S = 1000, and 4.11 and 3.68 at S = 10 and 25 on a searched τ (Bao et al. 2022)."
+)
+
 
 @torch.no_grad()
 def measure_errors(
@@ -263,5 +269,6 @@ def table(result: dict[str, Any]) -> str:
         parts = [f"{cell[key]:.4f}" if key in cell else "" for key in ("prior", "transitions", "decoder")]
         known = [cell["S"] or "", cell["variance"], f"{cell['eta']:g}", cell["tau"] or "", f"{cell['bits']:.4f}{error}"]
         lines.append("| " + " | ".join(map(str, [*known, *parts, cell["images"], f"{cell['nfe']:.0f}"])) + " |")
-    config = result["config"]
-    return f"Bits per dimension of {Folder(config['data']).name}, {config['split']}.\n\n" + "\n".join(lines) + "\n"
+    data = Folder(result["config"]["data"]).name
+    known = f"\n\n{OF_SEEDS}" if "cifar10" in data.lower().replace("-", "") else ""
+    return f"Bits per dimension of {data}, {result['config']['split']}.\n\n" + "\n".join(lines) + f"{known}\n"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cards.records import read_results
-from measure.likelihood import Bench, summary
+from measure.likelihood import Bench, summary, table
 from measure.ode import ode_log_density
 from nll import NLLConfig, main
 from trainer.settings import build
@@ -46,8 +46,10 @@ def test_bits_and_their_terms(model, tmp_path):
     assert [entry["value"] for entry in entries] == [cell["bits"] for cell in cells.values()]
     assert entries[0]["dataset"] == {"name": "digits", "split": "test"}
     assert entries[-1]["variance_type"] == "ODE"
-    table = (tmp_path / "nll.md").read_text()
-    assert f"{cells['S = 3, optimal']['bits']:.4f} ±" in table
+    written = (tmp_path / "nll.md").read_text()
+    assert f"{cells['S = 3, optimal']['bits']:.4f} ±" in written
+    assert "Ho et al." not in written
+    assert "at most 3.75 for test" in table(result | {"config": result["config"] | {"data": "my/CIFAR-10"}})
 
 
 def test_the_batch_does_not_matter(model, tmp_path):

@@ -29,6 +29,9 @@ PAPER: dict[str, dict[str, dict[str, tuple[float, ...]]]] = {
 }
 """FID in the paper by dataset and variance, at the preset's S."""
 
+HO = {"fid": {1000: "3.17"}, "is": {1000: "9.46"}}
+"""What Ho et al. (2020, Table 1) report for CIFAR-10 and σ̂, by metric and S."""
+
 
 class Panel(NamedTuple):
     """A table or plot: a metric, against a split of a data set. The split is empty for a metric that needs none."""
@@ -87,6 +90,8 @@ def _table(entries: list[Entry], columns: list[int], preset: str | None) -> list
     rows["evaluations"] = {cell.steps: f"{result['nfe']:g}" for cell, result in entries}
     if preset and first["metric"] == "fid":
         rows |= paper_rows(preset)
+    if preset == "table1" and first["metric"] in HO:
+        rows["Ho et al., CIFAR-10, σ̂"] = HO[first["metric"]]
     lines = [_row(first["scheduler"] + spacing, [f"S = {S}" for S in columns]), "|---" * (len(columns) + 1) + "|"]
     return lines + [_row(label, [values.get(S, "") for S in columns]) for label, values in rows.items()]
 
