@@ -93,14 +93,14 @@ def sample(args: Namespace) -> tuple:
 def encode(args: Namespace) -> tuple:
     """Encode or invert images. Return the record with the report, which is printed, the latents, model and images."""
     settings = _keywords(args, len(args.images), "tolerance", *CODING)
-    pipe, pixels = _load(args), "prompt" not in vars(args)
+    pipe = _load(args)
     network = getattr(pipe, "transformer", None) or pipe.unet
     side = getattr(pipe, "default_sample_size", None) or network.config.get("sample_size")
     sides = getattr(pipe, "vae_scale_factor", 1) * np.broadcast_to(side or 0, 2)
-    size = tuple(sides.tolist()) if side and (pixels or args.resize) else None
+    size = tuple(sides.tolist()) if side and args.resize else None
     channels = (getattr(pipe, "vae", None) or network).config.get("in_channels", 3)
-    images = [open_image(file, channels, size, args.resize) for file in args.images]
-    if pixels:
+    images = [open_image(file, channels, size) for file in args.images]
+    if "prompt" not in vars(args):
         z, report = pipe.encode(images, refinement_steps=args.refine or 0, return_report=True, **settings)
         found = inversion.Inverted(z, report, {key: getattr(args, key) for key in KEPT})
     else:

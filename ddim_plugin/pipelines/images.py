@@ -34,41 +34,38 @@ def read(images: Images, channels: int, size: Size, low: float = -1.0, high: flo
 
 def _read(image: Any, channels: int, name: str) -> Tensor:
     if isinstance(image, Image.Image):
-        image = np.asarray(fit(image, channels, None, False, name))
-    is_array = isinstance(image, np.ndarray)
-    if not is_array and not isinstance(image, Tensor):
+        image = np.asarray(fit(image, channels, None, name))
+    if isinstance(image, np.ndarray):
+        x = torch.as_tensor(image.copy())
+        image = x[None] if x.ndim == 2 else x.movedim(-1, -3) if x.ndim > 2 else x
+    if not isinstance(image, Tensor):
         raise ValueError(f"{name} must be a PIL image, an array or a tensor, not {type(image).__name__}")
-    image = image[..., None] if is_array and image.ndim == 2 else image
-    form, axis = (f"an array (H, W, {channels})", -1) if is_array else (f"a tensor ({channels}, H, W)", -3)
-    if image.ndim not in (3, 4) or image.shape[axis] != channels or 0 in image.shape:
-        raise ValueError(f"{name} has shape {tuple(image.shape)}: pass {form}, or a batch of some")
-    is_bytes, is_long = str(image.dtype) in ("uint8", "torch.uint8"), image.dtype.itemsize >= 8
-    if not is_bytes and not (image.dtype.kind == "f" if is_array else image.is_floating_point()):
-        raise ValueError(f"{name} is of type {image.dtype}: pass bytes (uint8), or floating-point numbers in [0, 1]")
-    if is_array:
-        image = torch.from_numpy(image.astype(np.float64, order="C")).movedim(-1, -3)
-    x = (image if image.ndim == 4 else image[None]).to(torch.float64 if is_long else torch.float32)
-    if is_bytes:
+    if image.ndim not in (3, 4) or image.shape[-3] != channels or 0 in image.shape:
+        forms = f"a tensor ({channels}, H, W) or an array (H, W, {channels}), or a batch of some"
+        raise ValueError(f"{name} has shape {tuple(image.shape)}, channels first: pass {forms}")
+    x = (image if image.ndim == 4 else image[None]).to(torch.promote_types(image.dtype, torch.float32))
+    if image.dtype == torch.uint8:
         return x / 255
-    low, high = float(x.min()), float(x.max())
-    if not (low >= 0 and high <= 1):
-        raise ValueError(f"{name} lies in [{low:g}, {high:g}]: floating-point images must lie in [0, 1]")
+    if not image.is_floating_point():
+        raise ValueError(f"{name} is of type {image.dtype}: pass bytes (uint8), or floating-point numbers in [0, 1]")
+    if not (x.min() >= 0 and x.max() <= 1):
+        raise ValueError(f"{name} lies in [{x.min():g}, {x.max():g}]: floating-point images must lie in [0, 1]")
     return x
 
 
-def open_image(file: str | Path, channels: int, size: Size, resize: bool = False) -> Image.Image:
+def open_image(file: str | Path, channels: int, size: Size) -> Image.Image:
     """Open an image file for a network, upright according to its EXIF; other arguments as in `fit`."""
     try:
         image = load_image(str(file), lambda image: image)
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise ValueError(f"cannot read the image {file}: {error}") from error
-    return fit(image, channels, size, resize, str(file))
+    return fit(image, channels, size, str(file))
 
 
-def fit(image: Image.Image, channels: int, size: Size, resize: bool, name: str) -> Image.Image:
-    """Convert a PIL image to the mode of a network, and crop and resize it to its size (H, W), if both are wanted.
+def fit(image: Image.Image, channels: int, size: Size, name: str) -> Image.Image:
+    """Convert a PIL image to the mode of a network, and crop and resize it to a size (H, W), unless that is None.
 
-    Raises ValueError with `name` for an image of another size, of more than 8 bits, or with transparency.
+    Raises ValueError with `name` for an image of more than 8 bits, or with transparency.
     """
     mode = check_channels(channels)
     if image.mode.startswith(("I", "F")):
@@ -78,12 +75,8 @@ def fit(image: Image.Image, channels: int, size: Size, resize: bool, name: str) 
         if image.getextrema()[3][0] < 255:
             raise ValueError(f"{name} has transparency, which the network cannot use: put it on a background")
     image = image.convert(mode)
-    if size is not None and image.size != size[::-1]:
-        if not resize:
-            sizes = f"{image.width}×{image.height}, the network takes {size[1]}×{size[0]} (width × height)"
-            raise ValueError(f"{name} is {sizes}: crop and resize it (--resize)")
-        image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
-    return image
+    resized = size is not None and image.size != size[::-1]
+    return ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS) if resized else image
 
 
 def check_channels(channels: int) -> str:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 
 def slerp(x0: Tensor, x1: Tensor, a: float) -> Tensor:
@@ -16,13 +17,10 @@ def slerp(x0: Tensor, x1: Tensor, a: float) -> Tensor:
         raise ValueError(f"slerp needs two batches of one shape, not {tuple(x0.shape)} and {tuple(x1.shape)}")
     work = torch.float32 if x0.device.type == "mps" else torch.float64  # which mps lacks
     p, q = x0.to(work).flatten(1), x1.to(work).flatten(1)
-    norm_p, norm_q = p.norm(dim=1, keepdim=True), q.norm(dim=1, keepdim=True)
-    u, v = (x / norm.masked_fill(norm == 0, 1) for x, norm in ((p, norm_p), (q, norm_q)))
-    angle = 2 * torch.atan2((u - v).norm(dim=1, keepdim=True), (u + v).norm(dim=1, keepdim=True))
-    parallel = (angle < 1e-8) | (norm_p == 0) | (norm_q == 0)
-    if bool(((torch.pi - angle < 0.01) & ~parallel).any()):
+    u, v = normalize(p), normalize(q)
+    angle = 2 / torch.pi * torch.atan2((u - v).norm(dim=1, keepdim=True), (u + v).norm(dim=1, keepdim=True))
+    angle = angle * (u.any(1, keepdim=True) & v.any(1, keepdim=True))  # in units of π; zeros are parallel to all
+    if bool((1 - angle < 0.01 / torch.pi).any()):
         raise ValueError("two latents are opposite, and no path between them is the shortest: replace one of them")
-    sine = angle.sin().masked_fill(parallel, 1)
-    weight_p = torch.where(parallel, 1 - a, ((1 - a) * angle).sin() / sine)
-    weight_q = torch.where(parallel, a, (a * angle).sin() / sine)
-    return (weight_p * p + weight_q * q).view_as(x0).to(x0.dtype)
+    weights = (w * torch.sinc(w * angle) / torch.sinc(angle) for w in (1 - a, a))  # w itself for parallel samples
+    return sum(w * x for w, x in zip(weights, (p, q), strict=True)).view_as(x0).to(x0.dtype)

@@ -83,29 +83,24 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 class InversionReport:
     """Report the residuals and evaluations of each step. Arrays are (steps, B).
 
-    Attributes:
-        timesteps: the network timestep at the upper end of each step, (steps,).
-        residual: root mean square of (x_s − f(x_t))/a_s, the smallest of the evaluated x_t, in units of the network's
-            images (−1..1). The latent is one iteration further. It is NaN for a plain step, which does not measure it.
-        evaluations: network evaluations. A guided one counts twice in `GeneralizedDDIMPipeline.encode`.
-        converged, tolerance: whether the residual is at most the tolerance.
-        latent_mean, latent_std: mean and standard deviation of each latent, (B,). Those of noise are 0 and 1.
+    A residual is the root mean square of (x_s − f(x_t))/a_s, the smallest of the evaluated x_t, in units of the
+    network's images (−1..1). The latent is one iteration further. It is NaN for a plain step, which measures none.
     """
 
-    timesteps: NDArray[np.float64]
+    timesteps: NDArray[np.float64]  # of the network, at the upper end of each step, (steps,)
     residual: NDArray[np.float64]
-    evaluations: NDArray[np.int64]
-    converged: NDArray[np.bool_]
+    evaluations: NDArray[np.int64]  # of the network; a guided one counts twice in `GeneralizedDDIMPipeline.encode`
+    converged: NDArray[np.bool_]  # the residual is at most the tolerance
     tolerance: float
-    latent_mean: NDArray[np.float64]
-    latent_std: NDArray[np.float64]
+    latent_mean: NDArray[np.float64]  # of each latent, (B,): 0 for noise
+    latent_std: NDArray[np.float64]  # its standard deviation, (B,): 1 for noise
 
     @classmethod
     def of(cls, timesteps: Any, residual: Any, evaluations: Any, tolerance: float, z: Tensor) -> "InversionReport":
         """Report on latents z, (B, …)."""
-        residual, pixels = np.asarray(residual, np.float64), z.detach().cpu().double().flatten(1).numpy()
-        counts, spread = np.broadcast_to(evaluations, residual.shape), (pixels.mean(1), pixels.std(1))
-        return cls(np.asarray(timesteps), residual, counts, residual <= tolerance, tolerance, *spread)
+        residual, z = np.asarray(residual, np.float64), z.detach().cpu().double().flatten(1)
+        counts, moments = np.broadcast_to(evaluations, residual.shape), (z.mean(1).numpy(), z.std(1, False).numpy())
+        return cls(np.asarray(timesteps), residual, counts, residual <= tolerance, tolerance, *moments)
 
     @property
     def total_evaluations(self) -> NDArray[np.int64]:
@@ -113,18 +108,17 @@ class InversionReport:
         return self.evaluations.sum(0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to numbers and lists for JSON. Values that are not finite become None."""
-        known = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in asdict(self).items()}
-        known["residual"] = [[r if np.isfinite(r) else None for r in row] for row in known["residual"]]
-        return known
+        """Convert to numbers and lists for JSON. Residuals that are not finite become None."""
+        finite = np.where(np.isfinite(self.residual), self.residual, None)
+        return {key: np.asarray(value).tolist() for key, value in (asdict(self) | {"residual": finite}).items()}
 
     def __str__(self) -> str:
         """Format a table with a line for each step, with the largest residual and evaluations of any image."""
         lines = ["timestep  residual  evaluations"]
-        for i, t in enumerate(self.timesteps):
-            left = (self.residual[i] > self.tolerance).sum()  # NaN of a plain step is not
-            mark = f"not converged ({left} of {len(self.residual[i])})" if left else ""
-            lines.append(f"{t:8g}  {self.residual[i].max():8.1e}  {self.evaluations[i].max():11d}  {mark}".rstrip())
-        latents = f"mean {self.latent_mean.mean():.3f}, standard deviation {self.latent_std.mean():.3f}"
-        evaluations = f"evaluations for an image: {self.total_evaluations.mean():.1f}"
-        return "\n".join([*lines, f"{evaluations}; tolerance {self.tolerance:g}; latents: {latents}"])
+        for t, found, spent in zip(self.timesteps, self.residual, self.evaluations, strict=True):
+            left = (found > self.tolerance).sum()  # NaN of a plain step is not
+            mark = f"  not converged ({left} of {len(found)})" if left else ""
+            lines.append(f"{t:8g}  {found.max():8.1e}  {spent.max():11d}{mark}")
+        total = f"evaluations for an image: {self.total_evaluations.mean():.1f}; tolerance {self.tolerance:g}; latents:"
+        spread = f"mean {self.latent_mean.mean():.3f}, standard deviation {self.latent_std.mean():.3f}"
+        return "\n".join([*lines, f"{total} {spread}"])

@@ -77,6 +77,15 @@ class Upwards(StockConfig):
         self._x, self._done, self._handed = x, self._place, x.to(self._type)
         return self._handed
 
+    def searches(self) -> list[slice]:
+        """List the places in the plan of the evaluations of each step, or of each pass if all steps are joint."""
+        return [slice(*ends) for ends in pairwise(self._bounds)]
+
+    def _evaluate(self, *args: Any) -> Evaluation:
+        if args[-1] and (self.config.clip_sample or self.config.thresholding):
+            raise ValueError("use_clipped_model_output=True needs x_t, which an inverse step computes: leave it out")
+        return super()._evaluate(*args)
+
     def _kind(self, eta: float | None) -> Kind:
         if moves.effective_eta("fixed_small", eta, 0.0)[1] > 0:
             raise ValueError(f"encoding is deterministic, and cannot use eta={eta:g}: leave it out")
@@ -117,6 +126,7 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         if k is not None:
             rounds = [inversion.rounds(self.path.level(t), self.path.level(s)) for t, s in pairs]
             counts = [(k + 1) * each for each in rounds] if k else self._spread(rounds)
+        self._bounds = [0, *dict.fromkeys(np.cumsum(counts).tolist())]  # of the evaluations of each step
         return [pair for pair, count in zip(pairs, counts, strict=True) for _ in range(count)]
 
     def _spread(self, rounds: list[int]) -> list[int]:
@@ -135,7 +145,7 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """Return x_t at which the network is evaluated: `sample`, but a_t·x_0 + b_t·z at a first step of several."""
         begins = self._planned is not None and self._done in (None, self._span.stop - 1) and self._span.start == 0
-        if not begins or self._is_new(1) or not self._from_data or self.config.refinement_steps is None:
+        if not begins or 1 in self._bounds or not self._from_data or self.config.refinement_steps is None:
             return sample
         self._seen = sample.shape[1:]
         return self._noised(at_least_float32(sample)).to(sample.dtype)
@@ -145,13 +155,11 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         return combine(level.signal, x, level.noise, z.to(x.device).expand(x.shape))
 
     def _evaluate(self, kind: Kind, step: Step, sample: Tensor, *args: Any) -> Evaluation:
-        if args[-1] and (self.config.clip_sample or self.config.thresholding):
-            raise ValueError("use_clipped_model_output=True needs x_t, which an inverse step computes: leave it out")
         if not self._in_order:
             return super()._evaluate(kind, step, sample, *args)
         i, x, follows = self._place, self._receive(sample), self._done == self._place - 1
-        self._is_blind = self._is_new(i) and not follows  # the network was evaluated at x_s
-        if self._is_new(i):
+        self._is_blind = i in self._bounds and not follows  # the network was evaluated at x_s
+        if i in self._bounds:
             move, self._below = self.move(i), self._solution.view(x.shape) if follows else x  # x_s
             self._search = inversion.Search(inversion.step_size(move.start, move.end))
             self._records = self._records if follows else []
@@ -168,7 +176,7 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
             return super()._advance(evaluation)
         i, x, made = self._place, evaluation.sample, super()._advance(evaluation)
         move, is_last = self.move(i), i + 1 == self._span.stop
-        ends = is_last or self._is_new(i + 1)
+        ends = is_last or i + 1 in self._bounds
         if self._image_range is not None and move.s == 0:
             made = made.clamp(*self._image_range)
         if self._is_blind and self._from_data and move.s == 0 and not ends:
@@ -193,14 +201,6 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         a, b = start.signal * gap, -end.signal * gap
         eps = combine(1 / a, x, 1 / b, self._below) if gap else evaluation.pred_epsilon()
         return combine(scale, x, level.noise - scale * start.noise, eps)
-
-    def searches(self) -> list[slice]:
-        """List the places in the plan of the evaluations of each step."""
-        starts = [i for i in range(len(self._pairs)) if self._is_new(i)]
-        return [slice(*ends) for ends in pairwise([*starts, len(self._pairs)])]
-
-    def _is_new(self, i: int) -> bool:
-        return i == 0 or self._pairs[i - 1 : i] != self._pairs[i : i + 1]
 
 
 class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
@@ -236,7 +236,9 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
             path[-1] = T  # a single step ends at τ_1, where the network was evaluated
         self._length = min(n, self._most or n)
         up, down = list(pairwise(path))[: self._length], moves.downwards(times)[-self._length :]
-        return up + (down + up) * (max(1, k // 2) if k else 0)
+        more = max(1, k // 2) if k else 0  # that decode, and encode again
+        self._bounds = [0, *range(len(up), (2 + 2 * more) * len(up), 2 * len(up))]
+        return up + (down + up) * more
 
     def _make_span(self) -> slice:
         return slice(0, len(self._pairs))
@@ -248,11 +250,6 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
         move = moves.move(self.path, t, s)
         build, called = (Step.down, move.start) if t else (Step.from_data, move.end)
         return build(move, self._prediction(called))
-
-    def searches(self) -> list[slice]:
-        """List the places in the plan of the first pass, and of each that decodes and encodes."""
-        n, end = self._length, len(self._pairs)
-        return [slice(0, n), *(slice(i, i + 2 * n) for i in range(n, end, 2 * n))]
 
     def _evaluate(self, kind: Kind, step: Step, sample: Tensor, *args: Any) -> Evaluation:
         x = self._receive(sample)

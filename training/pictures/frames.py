@@ -40,9 +40,9 @@ class Frame:
             title = name if isinstance(name, str) else name()
             raise ValueError(f"{title} has colours, unlike the others that were looked at: pass --channels 1 or 3")
         if self.resize is None and self.crop == "center":
-            picture = fit(picture, self.channels, self.size, True, title)
+            picture = fit(picture, self.channels, self.size, title)
         else:
-            picture = fit(picture, self.channels, None, False, title)
+            picture = fit(picture, self.channels, None, title)
             scale = max(width / picture.width, height / picture.height)
             if self.resize is not None:
                 scale = self.resize / min(picture.size)

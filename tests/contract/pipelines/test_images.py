@@ -28,13 +28,12 @@ AS_TENSOR = torch.from_numpy(COLOUR).permute(2, 0, 1)
         (Image.fromarray(GRAY).convert("LA"), 1),
         (COLOUR, 3),
         (COLOUR[None].astype(np.float32) / 255, 3),
+        (np.asfortranarray(COLOUR[::-1, ::-1] / 255)[::-1, ::-1], 3),
         (AS_TENSOR, 3),
         (AS_TENSOR[None], 3),
         (AS_TENSOR.float() / 255, 3),
         (AS_TENSOR.double() / 255, 3),
         ((AS_TENSOR,), 3),
-        (COLOUR[::-1][::-1].astype(">f4") / np.float32(255), 3),
-        (np.asfortranarray(COLOUR / np.longdouble(255)), 3),
     ],
 )
 def test_all_kinds_are_the_same_image(image, channels):
@@ -68,11 +67,10 @@ def test_lists_and_batches():
         (AS_TENSOR.int(), 3, None, "of type torch.int32: pass bytes"),
         (Image.fromarray(GRAY.astype(np.uint16)), 1, None, r"mode 'I;16'.*scale it to 0..255 first"),
         (Image.new("F", (6, 8)), 1, None, "scale it to 0..255 first"),
-        (np.zeros((8, 6, 3), object), 3, None, "is of type object: pass bytes"),
-        (np.zeros((8, 6, 3), complex), 3, None, "is of type complex128: pass bytes"),
-        (GRAY.astype(np.uint16), 1, None, "is of type uint16: pass bytes"),
-        (AS_TENSOR, 1, None, r"pass a tensor \(1, H, W\), or a batch"),
-        (COLOUR.transpose(2, 0, 1), 3, None, r"shape \(3, 8, 6\): pass an array \(H, W, 3\)"),
+        (np.zeros((8, 6, 3), complex), 3, None, "is of type torch.complex128: pass bytes"),
+        (GRAY.astype(np.uint16), 1, None, "is of type torch.uint16: pass bytes"),
+        (AS_TENSOR, 1, None, r"pass a tensor \(1, H, W\) or an array \(H, W, 1\), or a batch"),
+        (COLOUR.transpose(2, 0, 1), 3, None, r"shape \(6, 3, 8\), channels first: pass a tensor"),
         (COLOUR, 3, (6, 8), r"is 8×6 .* not 6×8 as the network is: .*resize\(\(8, 6\)\)"),
         ([COLOUR, COLOUR[:4]], 3, None, "image 1 is 4×6 .* as the first is"),
     ],
@@ -83,16 +81,14 @@ def test_what_is_refused(image, channels, size, message):
 
 
 def test_files(tmp_path):
-    """Upright, in the network's mode; another size only where it may be resized."""
+    """Upright, in the network's mode, and of its size."""
     turned = Image.fromarray(COLOUR).transpose(Image.Transpose.ROTATE_90)
     exif = turned.getexif()
     exif[274] = 6  # the camera was turned
     turned.save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(np.asarray(open_image(tmp_path / "turned.png", 3, (8, 6))), COLOUR)
     assert open_image(tmp_path / "turned.png", 1, (8, 6)).mode == "L"
-    with pytest.raises(ValueError, match="is 6×8, the network takes 4×4"):
-        open_image(tmp_path / "turned.png", 3, (4, 4))
-    assert open_image(tmp_path / "turned.png", 3, (4, 4), resize=True).size == (4, 4)
+    assert open_image(tmp_path / "turned.png", 3, (4, 4)).size == (4, 4)
     Image.fromarray(GRAY).convert("P").save(tmp_path / "palette.png")
     assert open_image(tmp_path / "palette.png", 3, None).mode == "RGB"
 

@@ -155,3 +155,9 @@ def test_guided_encoding(make_unet):
 def test_recomputed_noise_is_refused():
     with pytest.raises(ValueError, match="needs x_t, which an inverse step computes"):
         InverseMultistepDDIMScheduler(clip_sample=True, use_clipped_model_output=True)
+    up, x = InverseMultistepDDIMScheduler(clip_sample=True), torch.ones(1, 1, 2, 2)
+    up.set_timesteps(3)
+    for t in up.timesteps[:2]:
+        with pytest.raises(ValueError, match="needs x_t, which an inverse step computes: leave it out"):
+            up.step(x, t, x, use_clipped_model_output=True)
+        assert up.step(x, t, x).prev_sample.isfinite().all()

@@ -119,7 +119,7 @@ def test_labels_and_guidance(make_unet, pictures, tmp_path):
 def test_pictures_of_another_size_and_mode(model, tmp_path, capsys):
     Image.new("L", (30, 20), 90).save(tmp_path / "wide.jpg")
     run("encode", model, tmp_path / "wide.jpg", "--steps", 2, "--output", tmp_path / "out", ok=False)
-    assert "is 30×20, the network takes 8×8 (width × height): crop and resize it (--resize)" in capsys.readouterr().err
+    assert "20×30 (height × width), not 8×8 as the network is: crop or resize it" in capsys.readouterr().err
     run("encode", model, tmp_path / "wide.jpg", "--steps", 2, "--resize", "--output", tmp_path / "out")
     assert latents(tmp_path / "out").shape == (1, 3, 8, 8)
 
