@@ -21,31 +21,24 @@ LAYOUT = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": T
 TEMPLATE = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"), **LAYOUT)
 SYMBOLS = {"num_train_timesteps": "T", "beta_schedule": "β", "prediction_type": "prediction", "eta": "η"}
 SYMBOLS |= {"timestep_spacing": "τ", "variance_type": "variance"}
+# What the snippets load: a variant, unless there are plain weights, of a revision. The stock pipeline that samples, the
+# caption of samples.png (None without it), and sections to add.
+DETAILS = {"variant": None, "revision": None, "pipeline": "DDIMPipeline", "samples": None, "sections": ""}
+Config = dict[str, Any]
 
 
 def card(
-    repo_id: str,
-    unet: dict[str, Any],
-    scheduler: dict[str, Any],
-    parameters: int,
-    license: str | None = None,
-    variant: str | None = None,
-    revision: str | None = None,
-    pipeline: str | None = "DDIMPipeline",
-    samples: str | None = None,
-    sections: str = "",
-    **metadata: Any,
+    repo_id: str, unet: Config, scheduler: Config, parameters: int, license: str | None = None, **details: Any
 ) -> str:
-    """Write the card of a model, as Markdown with its metadata, to which `sections` and `metadata` are added.
+    """Write the card of a model, as Markdown with its metadata.
 
-    `unet` and `scheduler` are the configs, with "_class_name". The snippets load a `variant`, unless there are plain
-    weights, of `revision`. `pipeline` is the stock one that samples, and `samples` the caption of samples.png.
+    `unet` and `scheduler` are the configs, with "_class_name". `details` are those of `DETAILS`, or more metadata.
     """
     check_license(license)
-    title = repo_id.split("/")[-1]
+    shown, title = {key: details.pop(key, default) for key, default in DETAILS.items()}, repo_id.split("/")[-1]
     known = {"library_name": "diffusers", "pipeline_tag": TASK, "tags": ["ddim", "diffusion", "ddim-plugin"]}
-    metadata = ModelCardData(**known, license=license, model_name=title, **metadata).to_yaml()
-    return _sign(TEMPLATE.render(locals(), code=code().name, settings=settings, cell=cell))
+    metadata = ModelCardData(**known, license=license, model_name=title, **details).to_yaml()
+    return _sign(TEMPLATE.render(locals() | shown, code=code().name, settings=settings, cell=cell))
 
 
 def adapt(text: str, repo_id: str, license: str | None = None) -> str:
@@ -89,7 +82,7 @@ def cell(value: Any) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
-def settings(config: dict[str, Any]) -> dict[str, Any]:
+def settings(config: Config) -> Config:
     """Select the settings in a config that are not the defaults of their class, and those of `SYMBOLS` in any case."""
     parameters = inspect.signature(CLASSES.get(name := config["_class_name"]) or getattr(diffusers, name)).parameters
     hidden = (config.get(KEY) or {}).keys() & {"trained_betas"}  # from the schedule

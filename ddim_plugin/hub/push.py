@@ -39,12 +39,9 @@ class Model:
         folder = Path(folder)
         if not (folder / INDEX).is_file():
             raise OSError(f"{folder} has no {INDEX}: pass the folder of a saved pipeline")
-        index = GeneralizedDDIMPipeline.load_config(folder)
-        if (name := index["_saved_as"][0]) != GeneralizedDDIMPipeline.__name__:
+        name, _ = GeneralizedDDIMPipeline.load_config(folder)["_saved_as"]
+        if name != GeneralizedDDIMPipeline.__name__:
             raise ValueError(f"{folder} is a {name}: load it with GeneralizedDDIMPipeline, push that")
-        for name, entry in index.items():
-            if isinstance(entry, list) and (name not in ("unet", "scheduler") or entry[0] != "diffusers"):
-                raise ValueError(f"{folder} has a {entry[-1]} of {entry[0]} for {name}, which is not pushed: remove it")
         weights = {f"unet/{p.name}": p for p in folder.glob("unet/*.safetensors*") if variant_of(p.name) is not None}
         if not weights:
             raise ValueError(f"{folder} has no weights as safetensors: load it, and save_pretrained into a new folder")
@@ -55,17 +52,15 @@ class Model:
         for name, part in {INDEX: self.pipe, UNET: self.pipe.unet, SCHEDULER: self.pipe.scheduler}.items():
             config = {k: v for k, v in json.loads(part.to_json_string()).items() if k != "_name_or_path"}
             self.files[name] = (json.dumps(config, indent=2) + "\n").encode()
-        found = [folder / GRID]
-        if (folder / README).is_file():  # other pictures and records belong to the card
-            found += [folder / README, *folder.glob("*.png"), *(folder / name for name in RECORDS)]
-        self.files |= {path.name: path for path in found if path.is_file()}
+        names = (README, "*.png", *RECORDS) if (folder / README).is_file() else (GRID,)  # the rest belongs to the card
+        self.files |= {path.name: path for name in names for path in folder.glob(name) if path.is_file()}
 
-    def card(self, repo_id: str, license: str | None = None, revision: str | None = None, **details: Any) -> str:
+    def card(self, repo_id: str, license: str | None = None, **details: Any) -> str:
         """Write the card, with more `details` for `card`."""
         unet, scheduler, stock = self.pipe.unet, self.pipe.scheduler, json.loads(self.files[INDEX])["_class_name"]
         configs = (dict(unet.config), dict(scheduler.config) | {"_class_name": type(scheduler).__name__})
-        details |= {"pipeline": None if stock == GeneralizedDDIMPipeline.__name__ else stock}
-        return card(repo_id, *configs, unet.num_parameters(), license, self.variant, revision, **details)
+        details |= {"pipeline": None if stock == GeneralizedDDIMPipeline.__name__ else stock, "variant": self.variant}
+        return card(repo_id, *configs, unet.num_parameters(), license, **details)
 
 
 def push_folder(
@@ -79,17 +74,14 @@ def push_folder(
     create_pr: bool = False,
     license: str | None = None,
 ) -> CommitInfo:
-    """Push what `save_pretrained` or the training scripts wrote, in one commit. The folder is not changed.
+    """Push a pipeline that `save_pretrained` or a training script wrote, in one commit. The folder is not changed.
 
     A README.md in the folder is the card, and top-level pictures and records of training scripts are pushed with it.
     Without one, a plain card is written, with samples.png of the folder, unless the repository has a card that somebody
-    wrote. Replacing a card of this package deletes its records, and pictures that are not shown.
+    wrote. Replacing a card of this package deletes its records, and pictures that are not shown. Weights of variants
+    that the folder does not have are kept, and so is the `license`, the Hub's id, if none is given.
 
-    Args, the others as for the `push_to_hub` of diffusers:
-        folder: the folder of a pipeline. Variants of weights that it does not have are kept.
-        repo_id, revision: the repository and its branch, which are created if they do not exist.
-        license: the Hub's id of the licence of the weights. A plain card keeps that of the card it replaces.
-
+    Other arguments are those of the `push_to_hub` of diffusers. Repository and branch are created if they do not exist.
     Returns the commit, or the last one if nothing has changed. Raises ValueError for invalid input and OSError if the
     Hub cannot be reached or refuses, before the branch is changed.
     """
@@ -107,7 +99,7 @@ def push_folder(
         if not has_card and (is_written_here(old) or not old):
             license = license or (ModelCard(old).data.license if old else None)
             samples = "" if GRID in model.files else None  # a picture without a caption
-            text = model.card(repo_id, license, None if create_pr else revision, samples=samples)
+            text = model.card(repo_id, license, revision=None if create_pr else revision, samples=samples)
             model.files[README] = text.encode()
         elif is_written_here(text):
             model.files[README] = adapt(text, repo_id, license).encode()
@@ -145,27 +137,18 @@ def open_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
 
 @contextmanager
 def explained(repo_id: str, token: Any = None) -> Iterator[None]:
-    """Raise failures of the Hub's client as an OSError with the remedy, which never shows the token."""
-    used = token if isinstance(token, str) else None if token is False else get_token()
-    if used is not None and not (used and used.isascii() and used.isprintable() and " " not in used):
+    """Raise failures of the Hub's client as an OSError with the answer of the Hub. It never shows the token."""
+    used = token if isinstance(token, str) else get_token() or "none"
+    if not re.fullmatch("[!-~]+", used):
         raise OSError("the token is empty, or contains invalid characters: copy it again")  # the client shows it
     try:
         yield
     except Exception as error:
-        chain, where = [error], HfApi().endpoint
+        chain = [error]
         while cause := chain[-1].__cause__ or chain[-1].__context__:
             chain.append(cause)
-        statuses = [getattr(getattr(each, "response", None), "status_code", "") for each in chain]
-        kinds = "".join(f"{type(each).__name__} {status}\n" for each, status in zip(chain, statuses, strict=True))
-        for pattern, remedy in {
-            "HFValidation": f"{repo_id} is no id of a repository: it must be like user/model",
-            "^(Repository|Gated|Revision|Entry|RemoteEntry)": f"{repo_id} was not found on {where}, or it is private: "
-            "log in, or check the id and revision",
-            " 401|LocalToken": f"{where} refused the token for {repo_id}: log in with `hf auth login`, or set HF_TOKEN",
-            " 403": f"the token may not write to {repo_id} on {where}: use a token with write access",
-            r" \d": f"{where} answered with status {max(statuses, key=str)} for {repo_id}: try again later",
-            "Connect|Timeout|Protocol|Offline|Pipe|LocalEntry": f"{where} cannot be reached for {repo_id}: try again",
-        }.items():
-            if re.search(pattern, kinds, re.MULTILINE):
-                raise OSError(remedy) from error
+        known = [each for each in chain if type(each).__module__.startswith(("huggingface_hub", "httpx", "requests"))]
+        answers = [each for each in known if getattr(each, "response", None) is not None]
+        if known:
+            raise OSError(f"{repo_id} on {HfApi().endpoint}: {(answers or known[::-1])[0]}") from error
         raise

@@ -13,7 +13,7 @@ def test_what_is_neither_a_folder_nor_an_id(name, tmp_path, capsys):
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("ddim-plugin sample: ")
     assert name in line
-    assert "is no id of a repository" in line or "neither a valid local path nor a valid repo id" in line
+    assert "Repo id must" in line or "neither a valid local path nor a valid repo id" in line
 
 
 def test_folders_without_an_index(model, tmp_path, capsys):
@@ -35,6 +35,7 @@ def test_models_on_the_hub(model, tmp_path, capsys):
             for name, *revision in (("ada/modle",), ("ada/model", "--revision", "gone"), ("ada/notes",)):
                 capsys.readouterr()
                 run("sample", name, *revision, *FEW, "--output", tmp_path / "not", ok=False)
-                said = f"ddim-plugin sample: {name} (no folder) was not found on {hub.url}, or it is private"
-                assert capsys.readouterr().err.splitlines()[-1].startswith(said)
+                said = capsys.readouterr().err.splitlines()[-1]
+                assert said.startswith(f"ddim-plugin sample: {name} (no folder) on {hub.url}: 40")
+                assert "Not Found" in said
     assert not (tmp_path / "not").exists()

@@ -32,8 +32,8 @@ def test_the_command_opens_requests(hub, folder, capsys):
     ("arguments", "said"),
     [
         (["nowhere", REPO], "nowhere has no model_index.json"),
-        (["FOLDER", "a b"], "is no id of a repo"),
-        (["FOLDER", REPO, "--token", "hf_nobody"], "refused the token for ada/digits"),
+        (["FOLDER", "a b"], "Repo id must"),
+        (["FOLDER", REPO, "--token", "hf_nobody"], "401 Unauthorized"),
     ],
 )
 def test_the_command_says_what_is_wrong(hub, folder, arguments, said, capsys):
@@ -91,8 +91,8 @@ def test_training_pushes_what_it_made(hub, fit, tmp_path):
 
 def test_training_asks_for_the_repo_first(hub, fit, tmp_path):
     for settings, said in [
-        ({"push_to_hub": "no id"}, "is no id of a repo"),
-        ({"push_to_hub": "eve/digits"}, "may not write|no eve/digits"),
+        ({"push_to_hub": "no id"}, "Repo id must"),
+        ({"push_to_hub": "eve/digits"}, "403 Forbidden"),
     ]:
         with pytest.raises(OSError, match=said):
             fit(**settings)
@@ -102,7 +102,7 @@ def test_training_asks_for_the_repo_first(hub, fit, tmp_path):
 def test_training_keeps_what_could_not_be_pushed(hub, fit, tmp_path, capsys):
     hub.fail_next("POST", "/commit/", status=507)
     result = fit()
-    assert "status 507" in result["not_pushed"]
+    assert "507" in result["not_pushed"]
     assert train.exit_status(result) == 1
     assert f"The pipeline is saved: ddim-plugin push {tmp_path / 'run'} {REPO}" in capsys.readouterr().err
     assert result["status"] == "finished"
