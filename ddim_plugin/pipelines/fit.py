@@ -21,6 +21,7 @@ from .loop import batches, check_count, finite
 HELD_OUT = 4  # one image in so many judges the solvers, and does not enter
 # Arguments of the call that a fit sets, or that a fitted solver does not have.
 OWN = {"num_inference_steps", "generator", "latents", "timesteps", "sigmas", "eta", "batch_size", "output_type"}
+OWN |= {"classifier", "classifier_scale"}
 Solver = dict[str, Any]
 
 

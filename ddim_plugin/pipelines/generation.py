@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..schedulers import KEY, GeneralizedDDIMScheduler, Randomness, check_generators, restored
 from ..schedulers.config import CLASSES, FLOW, VE, VP, path_of
+from .guidance import Classifier
 from .latents import Latents
-from .loop import Labels, Timesteps, accepted, check_count, check_output_type
+from .loop import SELF_CONDITIONING, Labels, Timesteps, accepted, check_count, check_output_type
 
 CALLBACK_TENSORS = ("latents", "sample", "pred_original_sample", "pred_epsilon")
 # The stock pipeline for each stock scheduler, and its predictions. `DDIMPipeline` would replace schedulers of flows.
@@ -59,6 +60,8 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         mu: float | None = None,
+        classifier: Classifier | None = None,
+        classifier_scale: float = 1.0,
     ) -> ImagePipelineOutput | tuple:
         """Generate images.
 
@@ -69,7 +72,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
             eta: η of Eq. 16. None is the scheduler's. Schedulers whose `step` has no η refuse a non-zero one.
             generator: one for the batch, or a list with one for each image, which then depends on no other image.
             latents: x_T in units of its noise, (B, C, H, W), instead of fresh noise.
-            class_labels: for a class-conditional network: one label for all, or one for each image.
+            class_labels: for a class-conditional network or a classifier: one label for all, or one for each image.
             guidance_scale: w of classifier-free guidance, ε̂ = ε̂(null) + w·(ε̂(class) − ε̂(null)); two evaluations if ≠ 1.
             null_class_label: the label that means "no class"; the network's last by default.
             use_clipped_model_output: recompute ε̂ from a clipped x̂0. None is the scheduler's setting.
@@ -79,6 +82,10 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
                 and "pred_epsilon" (ε̂) it receives, None if the scheduler does not return them.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent" (x_0 itself).
             mu: logarithm of the shift of flow matching, for a scheduler with `use_dynamic_shifting`.
+            classifier: a differentiable function of x_t (B, C, H, W) and timesteps (B,) that returns logits (B, K) for
+                noisy images. ε̂ becomes ε̂ − s·b_t·∇ log p(y|x_t), except at pure noise; with η = 1 the mean of x_s moves
+                by s·σ²·∇ log p(y|x_t) instead (Dhariwal & Nichol 2021, Algorithms 2 and 1; multistep: always ε̂).
+            classifier_scale: s.
         """
         check_output_type(output_type)
         if unknown := set(callback_on_step_end_tensor_inputs) - set(CALLBACK_TENSORS):
@@ -86,7 +93,8 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         check_count("batch_size", 1 if batch_size is None else batch_size, 1)
         shape = self._shape(batch_size or 1) if latents is None else self._check_latents(latents, batch_size)
         check_generators(generator, shape[0])
-        condition = self._condition(shape[0], class_labels, guidance_scale, null_class_label)
+        guidance = class_labels, guidance_scale, null_class_label, classifier, classifier_scale
+        condition = self._condition(shape[0], *guidance)
         ours = isinstance(self.scheduler, GeneralizedDDIMScheduler)  # None and 0 differ in its plan, not in its step
         self._set_timesteps(self.scheduler, num_inference_steps, timesteps, mu=mu, eta=eta if ours else None)
         settings = {"generator": generator, "use_clipped_model_output": use_clipped_model_output}
@@ -98,7 +106,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         x = latents.to(**condition.state) * scale
         self._interrupt = False
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            step = self._step(x, t, condition, **settings)
+            step, condition = self._step(x, t, condition, **settings)
             known, x = {"sample": x, "latents": step.prev_sample}, step.prev_sample
             if callback_on_step_end is not None:
                 names = callback_on_step_end_tensor_inputs
@@ -165,6 +173,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         name, config = index["scheduler"][1], self.scheduler.config
         pipeline, predictions = STOCK.get(name, STOCK[VP])
         on_path = (name in STOCK or path_of(config) == VP) and config.get("beta_schedule") != "sqrt"
+        on_path &= SELF_CONDITIONING not in self.unet.config
         is_known = on_path and config.get("prediction_type", predictions[0]) in predictions
         if type(self) is GeneralizedDDIMPipeline and is_known:
             index["_class_name"] = pipeline

@@ -52,7 +52,7 @@ class Latents(Loop):
         if not isinstance(tolerance, Real) or not 0 <= tolerance < math.inf:
             raise ValueError(f"tolerance must be a non-negative number, not {tolerance!r}")
         self._check_deterministic(invertible=True)
-        x = read(images, self.unet.config.in_channels, self.image_size, *self.scheduler.image_range)
+        x = read(images, self.image_channels, self.image_size, *self.scheduler.image_range)
         x, condition, steps, unit = self._prepare(x, num_inference_steps, timesteps, strength, **labels)
         scheduler = self.scheduler
         up = INVERSES[sampler_class(scheduler)].from_config(scheduler.config, refinement_steps=refinement_steps)
@@ -117,7 +117,8 @@ class Latents(Loop):
         for rows in batches(len(x), batch_size):
             part, labels = x[rows] * unit, condition.rows(rows)
             for t in self.progress_bar(self.scheduler.timesteps[-steps:]):
-                part = self._step(part, t, labels).prev_sample
+                step, labels = self._step(part, t, labels)
+                part = step.prev_sample
             parts.append(part)
         self.maybe_free_model_hooks()
         return self._images(torch.cat(parts), output_type)

@@ -14,7 +14,10 @@ from ..process.moves import adds_noise
 from ..process.spacings import is_integer
 from ..schedulers import GeneralizedDDIMScheduler, MultistepDDIMScheduler, sampler_class
 from ..schedulers.inverse import InverseDDIMScheduler, InverseMultistepDDIMScheduler, Upwards
+from ..schedulers.tensors import number as read_number
+from .guidance import Classifier, Guide
 
+SELF_CONDITIONING = "_self_conditioning"  # entry in the config of a network that sees x_t and x̂0
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Timesteps = Sequence[float] | Tensor | None
 Labels = int | Sequence[int] | Tensor | None
@@ -22,15 +25,18 @@ INVERSES = {GeneralizedDDIMScheduler: InverseDDIMScheduler, MultistepDDIMSchedul
 
 
 class Condition(NamedTuple):
-    """Labels and the scale of guidance (Ho & Salimans 2022), and where the network runs."""
+    """Labels and guidance (Ho & Salimans 2022), x̂0 for self-conditioning, and where the network runs."""
 
     labels: Tensor | None  # (1, B), or (2, B) with those of "no class" for guidance
     scale: float  # unless it is 1, a prediction takes two evaluations of the network
     dtype: torch.dtype  # of the network
     state: dict[str, Any]  # device and dtype of samples between the steps: only the network has half precision
+    guide: Guide | None = None
+    guess: Tensor | None = None  # x̂0 of the last step, at first 0, if the network sees it (Chen et al. 2022)
 
     def rows(self, rows: Tensor | slice) -> "Condition":
-        return self if self.labels is None else self._replace(labels=self.labels[:, rows])
+        labels = None if self.labels is None else self.labels[:, rows]
+        return self._replace(labels=labels, guide=self.guide and self.guide.rows(rows))
 
 
 class Loop:
@@ -42,16 +48,21 @@ class Loop:
         size = self.unet.config.sample_size
         return (size, size) if isinstance(size, int) else size and tuple(size)
 
+    @property
+    def image_channels(self) -> int:
+        """C of the images, half of the network's if it sees x̂0 beside x_t."""
+        return self.unet.config.in_channels // (2 if SELF_CONDITIONING in self.unet.config else 1)
+
     def _shape(self, batch_size: int) -> tuple[int, ...]:
         if self.image_size is None:
             raise ValueError("the network's config has no sample_size: pass latents of the wanted size, or set it")
-        return batch_size, self.unet.config.in_channels, *self.image_size
+        return batch_size, self.image_channels, *self.image_size
 
     def _check_latents(self, latents: Tensor, batch_size: int | None = None) -> tuple[int, ...]:
         given = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
         if isinstance(given, str) or len(given) != 4 or not given[0]:
             raise ValueError(f"latents must be a torch tensor (B, C, H, W) with B ≥ 1, not {given}")
-        shape = (batch_size or given[0], self.unet.config.in_channels, *(self.image_size or given[2:]))
+        shape = (batch_size or given[0], self.image_channels, *(self.image_size or given[2:]))
         if given != shape:
             raise ValueError(f"latents have shape {given}; this network and batch_size need {shape}")
         if not latents.is_floating_point() or not bool(torch.isfinite(latents).all()):
@@ -59,45 +70,62 @@ class Loop:
         return shape
 
     def _condition(
-        self, number: int, class_labels: Labels = None, guidance_scale: float = 1.0, null_class_label: int | None = None
+        self,
+        number: int,
+        class_labels: Labels = None,
+        guidance_scale: float = 1.0,
+        null_class_label: int | None = None,
+        classifier: Classifier | None = None,
+        classifier_scale: float = 1.0,
     ) -> Condition:
         self._check_channels()
         scale, dtype, device = guidance_scale, self.unet.dtype, self._execution_device
         state = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
+        labels = None if class_labels is None else torch.as_tensor(class_labels)
+        labels = labels.expand(number) if labels is not None and labels.ndim == 0 else labels
+        if labels is not None and len(labels) != number:
+            raise ValueError(f"{len(labels)} class_labels for a batch of {number}: give one, or one for each")
+        guide = Guide.of(classifier, classifier_scale, labels)
+        guess = torch.zeros((), **state) if SELF_CONDITIONING in self.unet.config else None
+        if guide is not None or guess is not None:
+            self._check_ours("a classifier needs" if guess is None else "self-conditioning needs")
+        condition = Condition(None, scale, dtype, state, guide, guess)
         classes = self.unet.config.num_class_embeds  # None for a custom embedding, whose labels need not be classes
         if self.unet.class_embedding is None:
-            if class_labels is not None or scale != 1 or null_class_label is not None:
+            if (labels is not None and guide is None) or scale != 1 or null_class_label is not None:
                 raise ValueError("this network is unconditional: leave out class labels and guidance_scale")
-            return Condition(None, scale, dtype, state)
+            return condition
         null = classes and classes - 1 if null_class_label is None else null_class_label
-        if class_labels is None or (scale != 1 and null is None):
+        if labels is None or (scale != 1 and null is None):
             known = f"class_labels (0..{classes - 1})" if classes else "class_labels, and null_class_label for guidance"
             raise ValueError(f"this network is class-conditional: pass {known}")
-        labels = torch.as_tensor(class_labels)
-        labels = labels.expand(number) if labels.ndim == 0 else labels
-        if len(labels) != number:
-            raise ValueError(f"{len(labels)} class_labels for a batch of {number}: give one, or one for each")
         rows = labels[None] if scale == 1 else torch.stack([labels, torch.full_like(labels, null)])
         if classes:
             whole = not rows.is_floating_point() and rows.dtype != torch.bool and rows.ndim == 2
             if not whole or not ((rows >= 0) & (rows < classes)).all():
                 raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {rows.flatten().tolist()}")
-        return Condition(rows.to(device), scale, dtype, state)
+        return condition._replace(labels=rows.to(device))
 
     def _check_channels(self) -> None:
         if isinstance(self.scheduler, GeneralizedDDIMScheduler):
-            made, channels = self.unet.config.out_channels, self.unet.config.in_channels
+            made, channels = self.unet.config.out_channels, self.image_channels
             kind = self.scheduler.config.variance_type
             if made != (needed := channels * (1 + (kind == "learned_range"))):
                 remedy = f"variance_type={kind!r} needs {needed} ('learned_range' twice as many as images have)"
                 raise ValueError(f"the network predicts {made} channels from {channels}: {remedy}")
 
+    def _check_ours(self, what: str) -> str:
+        """Raise ValueError for a foreign scheduler. Returns the beginning of what makes another."""
+        remedy = f"pipe.scheduler = {sampler_class(self.scheduler).__name__}.from_config(pipe.scheduler.config"
+        if isinstance(self.scheduler, Upwards) or not isinstance(self.scheduler, GeneralizedDDIMScheduler):
+            given = f"{type(self.scheduler).__module__}.{type(self.scheduler).__name__}"
+            raise ValueError(f"{what} a GeneralizedDDIMScheduler of ddim_plugin, not {given}: {remedy})")
+        return remedy
+
     def _check_deterministic(self, invertible: bool = False) -> None:
-        scheduler, config = self.scheduler, self.scheduler.config
-        remedy = f"pipe.scheduler = {sampler_class(scheduler).__name__}.from_config(pipe.scheduler.config"
-        if isinstance(scheduler, Upwards) or not isinstance(scheduler, GeneralizedDDIMScheduler):
-            given = f"{type(scheduler).__module__}.{type(scheduler).__name__}"
-            raise ValueError(f"latents need a GeneralizedDDIMScheduler of ddim_plugin, not {given}: {remedy})")
+        remedy, config = self._check_ours("latents need"), self.scheduler.config
+        if invertible and SELF_CONDITIONING in self.unet.config:
+            raise ValueError("this network sees x̂0 of its last step (self-conditioning), so no step has an inverse")
         needed = {"eta": 0.0, "variance_type": "fixed_small"} if adds_noise(config.variance_type, config.eta) else {}
         needed |= {"clip_sample": False, "thresholding": False} if invertible else {}
         needed |= {"corrector_steps": 0, "denoising_start": 0.0, "denoising_end": 1.0}
@@ -111,10 +139,31 @@ class Loop:
         settings |= {"num_inference_steps": S, "timesteps": timesteps}
         scheduler.set_timesteps(**accepted(scheduler.set_timesteps, device=self._execution_device, **settings))
 
-    def _step(self, x: Tensor, t: Tensor, condition: Condition, **settings: Any) -> Any:
-        """Make the step from x_t. Stock schedulers of flow matching do not scale the network's input."""
+    def _step(self, x: Tensor, t: Tensor, condition: Condition, **settings: Any) -> tuple[Any, Condition]:
+        """Make the step from x_t, and the condition of the next. Stock flow schedulers do not scale the input."""
         scale = getattr(self.scheduler, "scale_model_input", lambda x, t: x)
-        return self.scheduler.step(self._predict(scale(x, t), t, condition), t, x, **settings)
+        step = self.scheduler.step(self._predict(scale(x, t), t, condition), t, x, **settings)
+        if condition.guide is not None and self._shifts_mean:
+            step.prev_sample = step.prev_sample + step.std.square() * condition.guide.gradient(x, t)
+        if condition.guess is not None:
+            condition = condition._replace(guess=step.pred_original_sample.clamp(*self.scheduler.image_range))
+        return step, condition
+
+    @property
+    def _shifts_mean(self) -> bool:
+        """Whether a classifier adds s·σ²·∇ log p(y|x_t) to x_s (Algorithm 1), as the process is Markovian (η = 1)."""
+        multistep = isinstance(self.scheduler, MultistepDDIMScheduler)
+        return self.scheduler._kind(None)[1] == 1 and not multistep and not self.scheduler.config.corrector_steps
+
+    def _shift(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor | float:
+        """Compute the change of the output by which ε̂ becomes ε̂ − s·b_t·∇ log p(y|x_t) (Algorithm 2)."""
+        if condition.guide is None or self._shifts_mean:
+            return 0.0
+        path = self.scheduler.path
+        level = path.level(path.time(read_number(t, whole=not path.continuous)))
+        if level.signal == 0:  # pure noise has no class
+            return 0.0
+        return condition.guide.gradient(x, t) * (-level.noise / self.scheduler._prediction(level).eps_out)
 
     def _images(self, x: Tensor, output_type: str) -> Any:
         x = finite(x) if output_type in ("pil", "np") else x
@@ -124,7 +173,9 @@ class Loop:
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Evaluate the network, with guidance. A learned variance is not guided, and is dropped if it is not used."""
-        x, channels = x.to(condition.dtype), x.shape[1]
+        channels, shift = x.shape[1], self._shift(x, t, condition)
+        x = x if condition.guess is None else torch.cat([x, condition.guess.to(x).expand_as(x)], 1)
+        x = x.to(condition.dtype)
         labels = None if condition.labels is None else condition.labels.flatten(0, 1)
         if condition.scale == 1:
             output = self.unet(x, t, class_labels=labels).sample
@@ -133,7 +184,8 @@ class Loop:
             guided = torch.lerp(null[:, :channels], output[:, :channels], condition.scale)
             output = torch.cat([guided, output[:, channels:]], dim=1)
         learned = getattr(self.scheduler.config, "variance_type", None) in ("learned", "learned_range")
-        return output[:, :channels] if not learned and output.shape[1] == 2 * channels else output
+        output = output[:, :channels] if not learned and output.shape[1] == 2 * channels else output
+        return output if condition.guide is None else torch.cat([output[:, :channels] + shift, output[:, channels:]], 1)
 
 
 def accepted(method: Callable, **given: Any) -> dict[str, Any]:

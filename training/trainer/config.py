@@ -38,6 +38,7 @@ FREE += ("keep_checkpoints", "push_to_hub", "hub_private", "hub_revision", "hub_
 """Settings that may change on resuming, without a note."""
 
 BOUND = ("unet", "scheduler", "resolution", "channels", "class_conditional", "label_dropout", "loss", "times")
+BOUND += ("self_conditioning",)
 """Settings that must not change on resuming."""
 
 
@@ -67,6 +68,7 @@ class TrainConfig(Reading):
     memory_gb: float = setting(4.0, "sets up to this size are held in memory, as bytes")
     class_conditional: bool = setting(False, "train with the labels of the set")
     label_dropout: float = setting(0.1, "share trained without label, for guidance")
+    self_conditioning: bool = setting(False, "give the network its last x̂0 too")
 
     unet: dict = field(default_factory=dict)
     scheduler: dict = field(default_factory=dict)

@@ -85,7 +85,7 @@ class Objective:
             raise ValueError(f"unknown loss {loss!r}: use one of {', '.join(LOSSES)}")
         if not snr_gamma > 0 or not bound_weight > 0:
             raise ValueError(f"snr_gamma and bound_weight must be positive, not {snr_gamma!r} and {bound_weight!r}")
-        self.T, self.loss, self.prediction_type = path.T, loss, prediction_type
+        self.T, self.loss, self.prediction_type, self.range = path.T, loss, prediction_type, path.image_range
         self.learned, self.bound_weight = variance_type == "learned_range", bound_weight
         terminal = path.levels.signal[-1] == 0
         if terminal and prediction_type in ("epsilon", "score"):
@@ -101,7 +101,7 @@ class Objective:
                 "(or 'bound'), and 'hybrid' needs variance_type 'learned_range'"
             )
         with np.errstate(divide="ignore", invalid="ignore"):
-            columns = _weights(path, prediction_type, loss, snr_gamma)
+            columns = _weights(path, prediction_type, loss, snr_gamma) | _x0_maps(path, prediction_type)
             if loss in OF_PROCESS:
                 columns |= _bound_table(path, prediction_type, variance_type, eta)
         if loss in ("bound", "hybrid") and path.levels.noise[-1] > 1 + 1e-9:
@@ -142,6 +142,11 @@ class Objective:
         if self.loss == "hybrid":
             loss = loss + self.bound_weight * self._bound(error.detach(), variance, batch)
         return loss
+
+    def guess(self, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Return x̂0 of x_t and the network's output at times `t`, (B, C, H, W), clipped to the range of images."""
+        x0_x, x0_out = self._at(t, "x0_x", "x0_out")
+        return (x0_x * x + x0_out * output[:, : x.shape[1]].float()).clamp(*self.range)
 
     def _target(self, batch: Noised) -> Tensor:
         if self.prediction_type == "epsilon":
@@ -188,6 +193,12 @@ def _weights(path: Path, prediction_type: str, loss: str, gamma: float) -> dict[
         of_x0 = np.minimum(snr, gamma) if loss == "min_snr" else 1 / (1 / snr + 1 / gamma)
         weight = of_x0 * np.append(np.nan, _x0_error(path, prediction_type)) ** 2
     return {"signal": signal, "scale": noise, "weight": weight}
+
+
+def _x0_maps(path: Path, prediction_type: str) -> dict[str, NDArray]:
+    """Return the coefficients of x̂0 = x0_x·x_t + x0_out·output for every t; row 0 is never read."""
+    maps = [prediction(prediction_type, path.level(t)) for t in range(1, path.T + 1)]
+    return {name: np.array([np.nan, *(getattr(each, name) for each in maps)]) for name in ("x0_x", "x0_out")}
 
 
 def _x0_error(path: Path, prediction_type: str) -> NDArray[np.float64]:

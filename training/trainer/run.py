@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.pipelines.loop import SELF_CONDITIONING
 
 from .config import TrainConfig, learning_rate
-from .objective import ImportanceTimes, Objective, draw_times
+from .objective import ImportanceTimes, Noised, Objective, draw_times
 from .report import Clock
 from .settings import write_json
 
@@ -79,6 +80,7 @@ class Run:
         rng = np.random.default_rng([config.seed, 2, step])
         times, weights = self._draw_times(rng)
         dropped = rng.random(config.batch_size) < config.label_dropout
+        first = int(rng.integers(2))
         noise: tuple[Tensor, ...] = ()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -92,7 +94,8 @@ class Run:
             t = torch.from_numpy(share.of(times, part)).to(images.device, non_blocking=True)
             batch = self.objective.noised(self._to_model(images), noise[part], t)
             with accelerator.accumulate(self.network):
-                losses = self.objective(self._predict(self.network, batch.x, t, labels), batch)
+                x = self._input(self.network, batch, labels, first)
+                losses = self.objective(self._predict(self.network, x, t, labels), batch)
                 if weights is not None:
                     self.importance.record(accelerator.gather(t), accelerator.gather(losses.detach()))
                     losses = losses * torch.from_numpy(share.of(weights, part)).to(losses)
@@ -131,6 +134,21 @@ class Run:
             x = x.contiguous(memory_format=torch.channels_last)
         t = self.objective.timesteps(t)
         return network(x, t, class_labels=labels).sample  # under autocast, which Accelerate has added to `network`
+
+    def _input(self, network: torch.nn.Module, batch: Noised, labels: Tensor | None, first: int) -> Tensor:
+        """Return x_t, or for self-conditioning x_t and x̂0, (B, 2C, H, W) (Chen et al. 2022).
+
+        x̂0 is that of a pass without gradient for every second image, from image `first` on, and 0 for the others.
+        """
+        if not self.config.self_conditioning:
+            return batch.x
+        rows, guess = slice(first, None, 2), torch.zeros_like(batch.x)
+        if len(x := batch.x[rows]):
+            t, labels = batch.t[rows], None if labels is None else labels[rows]
+            with torch.no_grad():
+                output = self._predict(network, torch.cat([x, torch.zeros_like(x)], 1), t, labels)
+            guess[rows] = self.objective.guess(output, x, t)
+        return torch.cat([batch.x, guess], 1)
 
     def _was_skipped(self, step: int) -> bool:
         """Whether fp16's scaler saw an overflow, skipped the step and lowered its scale."""
@@ -174,7 +192,8 @@ class Run:
             batch = self.objective.noised(self._to_model(images[rows].to(device)), noise[rows].to(device), t)
             given = None if labels is None else labels[rows].to(device)
             with self.accelerator.autocast():
-                output = unet(batch.x, self.objective.timesteps(t), class_labels=given).sample
+                x = self._input(unet, batch, given, 0)
+                output = unet(x, self.objective.timesteps(t), class_labels=given).sample
             total += self.objective(output, batch).sum()
         return float(self.accelerator.reduce(total, "sum")) / count
 
@@ -194,7 +213,10 @@ class Run:
             state |= {"seen": self.seen, "skipped": self.skipped}
             parts = {"unet": self.unet.config, "scheduler": self.scheduler.config}
             for name, part in parts.items():  # for a pipeline made of this checkpoint
-                state[name] = {key: value for key, value in part.items() if not key.startswith("_")}
+                kept = {
+                    key: value for key, value in part.items() if not key.startswith("_") or key == SELF_CONDITIONING
+                }
+                state[name] = kept
             write_json(folder / "run.json", state | {"config": dataclasses.asdict(self.config)})
 
     def read(self, folder: Path, state: dict[str, Any]) -> int:

@@ -13,6 +13,7 @@ from guard import check_processes
 from pictures import Feed, Frame, Pictures, Share, find_frame, held_out, in_memory, open_pictures, open_stream
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin.pipelines.loop import SELF_CONDITIONING
 from ddim_plugin.process.paths import FlowMatching, VarianceExploding
 
 from .config import TrainConfig, check
@@ -192,6 +193,8 @@ def make_unet(config: TrainConfig, frame: Frame, learned: bool, classes: int, ex
     embeds = classes + (config.label_dropout > 0) if classes else None
     size = frame.size[0] if frame.size[0] == frame.size[1] else frame.size
     needed = {"sample_size": size, "in_channels": frame.channels, "out_channels": frame.channels * (1 + learned)}
+    if config.self_conditioning:  # x_t, and x̂0 beside it
+        needed |= {"in_channels": 2 * frame.channels, SELF_CONDITIONING: True}
     needed |= {"num_class_embeds": embeds} if embeds else {}
     unet = UNet2DModel(**needed | {key: None if value == "none" else value for key, value in config.unet.items()})
     if unet.config.time_embedding_type == "fourier" and not exploding:
@@ -231,8 +234,8 @@ def check_fit(unet: UNet2DModel, size: tuple[int, int], channels: int, learned: 
     config = unet.config
     square = isinstance(config.sample_size, int)
     sample = config.sample_size if square else tuple(config.sample_size)
-    made = (config.in_channels, config.out_channels, sample)
-    needed = (channels, channels * (1 + learned), size[0] if square and size[0] == size[1] else size)
+    made, seen = (config.in_channels, config.out_channels, sample), channels * (1 + (SELF_CONDITIONING in config))
+    needed = (seen, channels * (1 + learned), size[0] if square and size[0] == size[1] else size)
     if made != needed:
         raise ValueError(
             f"[unet] has in_channels, out_channels, sample_size {made}; the images"
