@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ..schedulers import KEY, GeneralizedDDIMScheduler, Randomness, check_generators, restored
 from ..schedulers.config import CLASSES, FLOW, VE, VP, path_of
-from .guidance import Classifier
 from .latents import Latents
-from .loop import SELF_CONDITIONING, Labels, Timesteps, accepted, check_count, check_output_type
+from .loop import SELF_CONDITIONING, Classifier, Labels, Timesteps, accepted, check_count, check_output_type
 
 CALLBACK_TENSORS = ("latents", "sample", "pred_original_sample", "pred_epsilon")
 # The stock pipeline for each stock scheduler, and its predictions. `DDIMPipeline` would replace schedulers of flows.
@@ -82,9 +81,9 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
                 and "pred_epsilon" (ε̂) it receives, None if the scheduler does not return them.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "latent" (x_0 itself).
             mu: logarithm of the shift of flow matching, for a scheduler with `use_dynamic_shifting`.
-            classifier: a differentiable function of x_t (B, C, H, W) and timesteps (B,) that returns logits (B, K) for
-                noisy images. ε̂ becomes ε̂ − s·b_t·∇ log p(y|x_t), except at pure noise; with η = 1 the mean of x_s moves
-                by s·σ²·∇ log p(y|x_t) instead (Dhariwal & Nichol 2021, Algorithms 2 and 1; multistep: always ε̂).
+            classifier: a differentiable function of x_t and timesteps (B,) that returns logits (B, classes). ε̂ becomes
+                ε̂ − s·b_t·∇ log p(y|x_t), except at pure noise. At η = 1 the mean of x_s moves by s·σ²·∇ log p(y|x_t)
+                instead, but for multistep methods (Dhariwal & Nichol 2021, Algorithms 2 and 1).
             classifier_scale: s.
         """
         check_output_type(output_type)
@@ -100,8 +99,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         settings = {"generator": generator, "use_clipped_model_output": use_clipped_model_output}
         settings = accepted(self.scheduler.step, eta=None if ours else eta, **settings)
 
-        if latents is None:
-            latents = randn_tensor(shape, generator, **condition.state)
+        latents = randn_tensor(shape, generator, **condition.state) if latents is None else latents
         scale = getattr(self.scheduler, "init_noise_sigma", 1.0)  # stock schedulers of flow matching have none
         x = latents.to(**condition.state) * scale
         self._interrupt = False
@@ -173,8 +171,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         name, config = index["scheduler"][1], self.scheduler.config
         pipeline, predictions = STOCK.get(name, STOCK[VP])
         on_path = (name in STOCK or path_of(config) == VP) and config.get("beta_schedule") != "sqrt"
-        on_path &= SELF_CONDITIONING not in self.unet.config
         is_known = on_path and config.get("prediction_type", predictions[0]) in predictions
-        if type(self) is GeneralizedDDIMPipeline and is_known:
+        if type(self) is GeneralizedDDIMPipeline and is_known and SELF_CONDITIONING not in self.unet.config:
             index["_class_name"] = pipeline
         return json.dumps(index, indent=2, sort_keys=True) + "\n"

@@ -1,6 +1,7 @@
 """What all calls of the pipeline share: labels and guidance, checks, and the loop over timesteps."""
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
@@ -14,12 +15,12 @@ from ..process.moves import adds_noise
 from ..process.spacings import is_integer
 from ..schedulers import GeneralizedDDIMScheduler, MultistepDDIMScheduler, sampler_class
 from ..schedulers.inverse import InverseDDIMScheduler, InverseMultistepDDIMScheduler, Upwards
-from ..schedulers.tensors import number as read_number
-from .guidance import Classifier, Guide
+from ..schedulers.tensors import number
 
 SELF_CONDITIONING = "_self_conditioning"  # entry in the config of a network that sees x_t and x̂0
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 Timesteps = Sequence[float] | Tensor | None
+Classifier = Callable[[Tensor, Tensor], Tensor]  # of x_t (B, C, H, W) and timesteps (B,): logits (B, classes)
 Labels = int | Sequence[int] | Tensor | None
 INVERSES = {GeneralizedDDIMScheduler: InverseDDIMScheduler, MultistepDDIMScheduler: InverseMultistepDDIMScheduler}
 
@@ -31,12 +32,14 @@ class Condition(NamedTuple):
     scale: float  # unless it is 1, a prediction takes two evaluations of the network
     dtype: torch.dtype  # of the network
     state: dict[str, Any]  # device and dtype of samples between the steps: only the network has half precision
-    guide: Guide | None = None
-    guess: Tensor | None = None  # x̂0 of the last step, at first 0, if the network sees it (Chen et al. 2022)
+    classifier: Classifier | None
+    classifier_scale: float
+    classes: Tensor  # for the classifier, (1, B), NaN if none are given
+    guess: Tensor | None  # x̂0 of the last step, at first 0, if the network sees it (Chen et al. 2022)
 
     def rows(self, rows: Tensor | slice) -> "Condition":
         labels = None if self.labels is None else self.labels[:, rows]
-        return self._replace(labels=labels, guide=self.guide and self.guide.rows(rows))
+        return self._replace(labels=labels, classes=self.classes[:, rows])
 
 
 class Loop:
@@ -71,7 +74,7 @@ class Loop:
 
     def _condition(
         self,
-        number: int,
+        count: int,
         class_labels: Labels = None,
         guidance_scale: float = 1.0,
         null_class_label: int | None = None,
@@ -81,38 +84,41 @@ class Loop:
         self._check_channels()
         scale, dtype, device = guidance_scale, self.unet.dtype, self._execution_device
         state = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
-        labels = None if class_labels is None else torch.as_tensor(class_labels)
-        labels = labels.expand(number) if labels is not None and labels.ndim == 0 else labels
-        if labels is not None and len(labels) != number:
-            raise ValueError(f"{len(labels)} class_labels for a batch of {number}: give one, or one for each")
-        guide = Guide.of(classifier, classifier_scale, labels)
+        labels = torch.as_tensor(math.nan if class_labels is None else class_labels, device=device)
+        labels = labels.expand(count) if labels.ndim == 0 else labels
+        if len(labels) != count:
+            raise ValueError(f"{len(labels)} class_labels for a batch of {count}: give one, or one for each")
+        whole = labels.ndim == 1 and not labels.is_floating_point() and labels.dtype != torch.bool
+        if classifier is None and classifier_scale != 1:
+            raise ValueError(f"classifier_scale={classifier_scale!r} has no effect without a classifier: pass one")
+        usable = whole and isinstance(classifier_scale, Real) and math.isfinite(classifier_scale)
+        if classifier is not None and not usable:
+            given = f"{class_labels!r}, {classifier_scale!r}"
+            raise ValueError(f"a classifier needs integers as class_labels, and a finite scale, not {given}")
         guess = torch.zeros((), **state) if SELF_CONDITIONING in self.unet.config else None
-        if guide is not None or guess is not None:
-            self._check_ours("a classifier needs" if guess is None else "self-conditioning needs")
-        condition = Condition(None, scale, dtype, state, guide, guess)
+        if classifier is not None or guess is not None:
+            self._check_ours("a classifier and self-conditioning need")
+        condition = Condition(None, scale, dtype, state, classifier, classifier_scale, labels[None], guess)
         classes = self.unet.config.num_class_embeds  # None for a custom embedding, whose labels need not be classes
         if self.unet.class_embedding is None:
-            if (labels is not None and guide is None) or scale != 1 or null_class_label is not None:
+            if (class_labels is not None and classifier is None) or scale != 1 or null_class_label is not None:
                 raise ValueError("this network is unconditional: leave out class labels and guidance_scale")
             return condition
         null = classes and classes - 1 if null_class_label is None else null_class_label
-        if labels is None or (scale != 1 and null is None):
+        if class_labels is None or (scale != 1 and null is None):
             known = f"class_labels (0..{classes - 1})" if classes else "class_labels, and null_class_label for guidance"
             raise ValueError(f"this network is class-conditional: pass {known}")
         rows = labels[None] if scale == 1 else torch.stack([labels, torch.full_like(labels, null)])
-        if classes:
-            whole = not rows.is_floating_point() and rows.dtype != torch.bool and rows.ndim == 2
-            if not whole or not ((rows >= 0) & (rows < classes)).all():
-                raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {rows.flatten().tolist()}")
-        return condition._replace(labels=rows.to(device))
+        if classes and not (whole and ((rows >= 0) & (rows < classes)).all()):
+            raise ValueError(f"class labels must be integers in 0..{classes - 1}, not {rows.flatten().tolist()}")
+        return condition._replace(labels=rows)
 
     def _check_channels(self) -> None:
         if isinstance(self.scheduler, GeneralizedDDIMScheduler):
-            made, channels = self.unet.config.out_channels, self.image_channels
-            kind = self.scheduler.config.variance_type
-            if made != (needed := channels * (1 + (kind == "learned_range"))):
+            config, channels, kind = self.unet.config, self.image_channels, self.scheduler.config.variance_type
+            if config.out_channels != (needed := channels * (1 + (kind == "learned_range"))):
                 remedy = f"variance_type={kind!r} needs {needed} ('learned_range' twice as many as images have)"
-                raise ValueError(f"the network predicts {made} channels from {channels}: {remedy}")
+                raise ValueError(f"the network predicts {config.out_channels} channels from {channels}: {remedy}")
 
     def _check_ours(self, what: str) -> str:
         """Raise ValueError for a foreign scheduler. Returns the beginning of what makes another."""
@@ -143,27 +149,33 @@ class Loop:
         """Make the step from x_t, and the condition of the next. Stock flow schedulers do not scale the input."""
         scale = getattr(self.scheduler, "scale_model_input", lambda x, t: x)
         step = self.scheduler.step(self._predict(scale(x, t), t, condition), t, x, **settings)
-        if condition.guide is not None and self._shifts_mean:
-            step.prev_sample = step.prev_sample + step.std.square() * condition.guide.gradient(x, t)
+        if condition.classifier is not None and self._shifts_mean:
+            step.prev_sample = step.prev_sample + step.std.square() * self._gradient(x, t, condition)
         if condition.guess is not None:
             condition = condition._replace(guess=step.pred_original_sample.clamp(*self.scheduler.image_range))
         return step, condition
 
     @property
     def _shifts_mean(self) -> bool:
-        """Whether a classifier adds s·σ²·∇ log p(y|x_t) to x_s (Algorithm 1), as the process is Markovian (η = 1)."""
+        """Whether a classifier adds σ²·s·∇ log p(y|x_t) to x_s (Algorithm 1), as the process is Markovian (η = 1)."""
         multistep = isinstance(self.scheduler, MultistepDDIMScheduler)
         return self.scheduler._kind(None)[1] == 1 and not multistep and not self.scheduler.config.corrector_steps
 
-    def _shift(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor | float:
-        """Compute the change of the output by which ε̂ becomes ε̂ − s·b_t·∇ log p(y|x_t) (Algorithm 2)."""
-        if condition.guide is None or self._shifts_mean:
-            return 0.0
-        path = self.scheduler.path
-        level = path.level(path.time(read_number(t, whole=not path.continuous)))
-        if level.signal == 0:  # pure noise has no class
-            return 0.0
-        return condition.guide.gradient(x, t) * (-level.noise / self.scheduler._prediction(level).eps_out)
+    def _gradient(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Compute s·∇ log p(y|x_t) of the classifier, (B, C, H, W) (Dhariwal & Nichol 2021)."""
+        classifier, classes = condition.classifier, condition.classes
+        like = next(classifier.parameters(), x) if isinstance(classifier, torch.nn.Module) else x
+        with torch.inference_mode(False), torch.enable_grad():
+            given, classes = x.detach().to(like.dtype, copy=True).requires_grad_(), classes[0].long().clone()
+            logits = classifier(given, torch.as_tensor(t, device=x.device).expand(len(x)).clone())
+            if logits.ndim != 2 or len(logits) != len(x) or not logits.requires_grad:
+                raise ValueError(
+                    f"a classifier returns differentiable logits ({len(x)}, classes), not {tuple(logits.shape)}"
+                )
+            if not ((classes >= 0) & (classes < logits.shape[1])).all():
+                raise ValueError(f"class_labels must lie in 0..{logits.shape[1] - 1}, not {classes.tolist()}")
+            chosen = logits.to(x.dtype).log_softmax(1).gather(1, classes[:, None])
+            return condition.classifier_scale * torch.autograd.grad(chosen.sum(), given)[0].to(x.dtype)
 
     def _images(self, x: Tensor, output_type: str) -> Any:
         x = finite(x) if output_type in ("pil", "np") else x
@@ -173,7 +185,12 @@ class Loop:
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Evaluate the network, with guidance. A learned variance is not guided, and is dropped if it is not used."""
-        channels, shift = x.shape[1], self._shift(x, t, condition)
+        channels, guides = x.shape[1], condition.classifier is not None and not self._shifts_mean
+        if guides:  # ε̂ becomes ε̂ − b_t·s·∇ log p(y|x_t) (Algorithm 2)
+            path = self.scheduler.path
+            level = path.level(path.time(number(t, whole=not path.continuous)))
+            per_eps = 1 / self.scheduler._prediction(level).eps_out if level.signal else 0.0  # pure noise has no class
+            shift = -level.noise * per_eps * self._gradient(x, t, condition)
         x = x if condition.guess is None else torch.cat([x, condition.guess.to(x).expand_as(x)], 1)
         x = x.to(condition.dtype)
         labels = None if condition.labels is None else condition.labels.flatten(0, 1)
@@ -185,7 +202,7 @@ class Loop:
             output = torch.cat([guided, output[:, channels:]], dim=1)
         learned = getattr(self.scheduler.config, "variance_type", None) in ("learned", "learned_range")
         output = output[:, :channels] if not learned and output.shape[1] == 2 * channels else output
-        return output if condition.guide is None else torch.cat([output[:, :channels] + shift, output[:, channels:]], 1)
+        return torch.cat([output[:, :channels] + shift, output[:, channels:]], 1) if guides else output
 
 
 def accepted(method: Callable, **given: Any) -> dict[str, Any]:
