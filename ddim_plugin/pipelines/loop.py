@@ -169,9 +169,7 @@ class Loop:
             given, classes = x.detach().to(like.dtype, copy=True).requires_grad_(), classes[0].long().clone()
             logits = classifier(given, torch.as_tensor(t, device=x.device).expand(len(x)).clone())
             if logits.ndim != 2 or len(logits) != len(x) or not logits.requires_grad:
-                raise ValueError(
-                    f"a classifier returns differentiable logits ({len(x)}, classes), not {tuple(logits.shape)}"
-                )
+                raise ValueError(f"a classifier returns differentiable logits ({len(x)}, K), not {tuple(logits.shape)}")
             if not ((classes >= 0) & (classes < logits.shape[1])).all():
                 raise ValueError(f"class_labels must lie in 0..{logits.shape[1] - 1}, not {classes.tolist()}")
             chosen = logits.to(x.dtype).log_softmax(1).gather(1, classes[:, None])

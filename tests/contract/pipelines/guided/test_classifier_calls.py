@@ -89,8 +89,8 @@ def test_in_inference_mode(make_pipe):
             {"classifier": Small(), "class_labels": 1, "classifier_scale": "2"},
             "finite scale, not 1, '2'",
         ),
-        ({"classifier": lambda x, t: x.mean(), "class_labels": 1}, r"differentiable logits \(2, classes\), not \(\)"),
-        ({"classifier": lambda x, t: x[:1, :, 0, 0], "class_labels": 0}, r"logits \(2, classes\), not \(1, 1\)"),
+        ({"classifier": lambda x, t: x.mean(), "class_labels": 1}, r"differentiable logits \(2, K\), not \(\)"),
+        ({"classifier": lambda x, t: x[:1, :, 0, 0], "class_labels": 0}, r"logits \(2, K\), not \(1, 1\)"),
         ({"classifier": lambda x, t: x.detach()[:, 0, 0], "class_labels": 0}, "returns differentiable logits"),
     ],
 )
