@@ -98,7 +98,7 @@ def check(config: NLLConfig) -> None:
     if not config.tolerance > 0:
         raise ValueError(f"tolerance must be positive, not {config.tolerance}")
     if config.spacing is not None:
-        spacings.check_spacing(config.spacing)
+        spacings.check_name("spacing", config.spacing, spacings.SPACINGS)
 
 
 @guard.output(alone=True, results="nll")

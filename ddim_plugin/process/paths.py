@@ -4,13 +4,14 @@ Times run from 0, the data, to T. A network's timestep is t − 1 for a table of
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from .spacings import Array, Times, explicit
+from .spacings import Array, Times, is_integer
 
 Number = Any  # a float, a float64 array or a tensor
 
@@ -24,10 +25,8 @@ class Level(NamedTuple):
     @property
     def ratio(self) -> Number:
         """Compute ς = noise/signal (Eq. 14), which is infinite for pure noise."""
-        if isinstance(self.signal, float):
-            return self.noise / self.signal if self.signal else math.inf
         with np.errstate(divide="ignore"):
-            return self.noise / self.signal
+            return np.divide(self.noise, self.signal)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +35,7 @@ class Path:
 
     levels: Level  # arrays, (T + 1,)
     continuous: ClassVar[bool] = False  # timesteps are real numbers
+    first: ClassVar[int] = 1  # lowest time at which networks are evaluated
     output_sign: ClassVar[int] = 1  # factor on the network's output
     image_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)  # black and white in x_0
 
@@ -51,7 +51,8 @@ class Path:
     @property
     def bounds(self) -> tuple[float, float]:
         """Return the lowest and the highest timestep."""
-        return 0, self.T - 1
+        ends = self.timestep(self.first), self.timestep(self.T)
+        return min(ends), max(ends)
 
     def level(self, time: float) -> Level:
         """Return the level at a time 0..T."""
@@ -63,20 +64,35 @@ class Path:
     def time(self, timestep: Number) -> Number:
         return timestep + 1
 
-    def times(self, timesteps: Sequence[Number]) -> Array | Times:
-        """Check descending timesteps, and convert them to increasing times. Raises ValueError as `explicit`."""
-        values = explicit(timesteps, *self.bounds, whole=not self.continuous)
-        return np.array([self.time(value) for value in reversed(values)])
+    def check(self, *timesteps: float) -> None:
+        """Raise ValueError for timesteps outside `bounds`. Real ones may be rounded to float32."""
+        low, high = self.bounds
+        for value in timesteps:
+            if not low - 1e-6 * abs(low) <= value <= high + 1e-6 * abs(high):
+                raise ValueError(f"timestep {value:g} is outside {low:g}..{high:g}: pass timesteps in that range")
+
+    def times(self, timesteps: Iterable[Number]) -> Array | Times:
+        """Convert timesteps, from noise to data, to increasing times.
+
+        Raises ValueError unless they are numbers (integers for a table of levels) within `bounds`, each below the last.
+        """
+        values = list(timesteps) if isinstance(timesteps, Iterable) else []
+        if not values or not all(is_integer(each) or (self.continuous and isinstance(each, Real)) for each in values):
+            kind = "numbers" if self.continuous else "integers"
+            raise ValueError(f"timesteps must be a list of {kind}, not {timesteps!r}")
+        self.check(*values)
+        times = np.array([self.time(value) for value in values])
+        if (np.diff(times) >= 0).any() or times[-1] == 0:
+            order = "ascending" if self.output_sign < 0 else "in descending order"
+            raise ValueError(f"timesteps must be distinct, {order} and above the data, not {values}")
+        return times[::-1]
 
 
 class FlowMatching(Path):
     """x_t = (1 − σ)·x_0 + σ·ε with σ = t/T, for real t (Lipman et al. 2023). Networks are evaluated at T·σ."""
 
     continuous = True
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return 0, self.T
+    first = 0
 
     def level(self, time: float) -> Level:
         return Level(1 - time / self.T, time / self.T)
@@ -93,12 +109,6 @@ class InvertedFlow(FlowMatching):
 
     output_sign = -1
 
-    def times(self, timesteps: Sequence[Number]) -> Array:
-        try:
-            return np.array(explicit([self.time(each) for each in timesteps], *self.bounds, whole=False)[::-1])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"timesteps of this network are {self.T}·(1 − σ), ascending, not {timesteps!r}") from error
-
 
 class VarianceExploding(Path):
     """x_t = x_0 + σ_t·ε with ln σ_t linear on 1 ≤ t ≤ T (Song et al. 2021). Networks are evaluated at σ_t."""
@@ -106,19 +116,15 @@ class VarianceExploding(Path):
     continuous = True
     image_range = (0.0, 1.0)  # as for NCSN++
 
-    @property
-    def bounds(self) -> tuple[float, float]:
-        return float(self.levels.noise[1]), float(self.levels.noise[-1])
-
     def level(self, time: float) -> Level:
         return Level(1.0, self.timestep(time) if time else 0.0)
 
     def timestep(self, time: Number) -> Number:
-        low, high = self.bounds
+        low, high = self.levels.noise[[1, -1]].tolist()
         return low * (high / low) ** ((time - 1) / max(1, self.T - 1))
 
     def time(self, timestep: Number) -> Number:
-        low, high = self.bounds
+        low, high = self.levels.noise[[1, -1]].tolist()
         return 1 + (self.T - 1) * math.log(timestep / low) / math.log(high / low)
 
 
@@ -135,8 +141,7 @@ def flow_matching(T: int, inverted: bool = False) -> FlowMatching:
 
 def variance_exploding(T: int, sigma_min: float, sigma_max: float) -> VarianceExploding:
     """Build the path of NCSN++ (Song et al. 2021), σ from `sigma_min` at time 1 to `sigma_max` at T."""
-    noise = np.append(0.0, np.geomspace(sigma_min, sigma_max, T) if T > 1 else [sigma_max])
-    return VarianceExploding(Level(np.ones(T + 1), noise))
+    return VarianceExploding(Level(np.ones(T + 1), np.append(0.0, np.geomspace(sigma_max, sigma_min, T)[::-1])))
 
 
 def square_root(T: int) -> Path:

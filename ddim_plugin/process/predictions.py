@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from .moves import Move
 from .paths import Level
+from .spacings import check_name
 
 PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction", "score")
 FLAT = 0.02  # slope of a step below which `unfold` does not divide by it
@@ -22,23 +23,15 @@ class Prediction(NamedTuple):
     eps_out: float
 
 
-def check_prediction(prediction_type: str) -> None:
-    """Raise ValueError unless `prediction_type` is known."""
-    if prediction_type not in PREDICTIONS:
-        raise ValueError(f"unknown prediction_type {prediction_type!r}: use one of {', '.join(PREDICTIONS)}")
-
-
 def prediction(prediction_type: str, level: Level) -> Prediction:
     """Solve x_t = a·x_0 + b·ε and output = c·x_0 + d·ε for x_0 and ε. Raises ValueError if they are dependent."""
-    check_prediction(prediction_type)
+    check_name("prediction_type", prediction_type, PREDICTIONS)
     a, b = level
     c, d = {"sample": (1, 0), "v_prediction": (-b, a), "flow_prediction": (-1, 1)}.get(prediction_type, (0, 1))
     determinant = a * d - b * c
     if determinant == 0:
-        if prediction_type == "sample":
-            raise ValueError("prediction_type='sample' gives no ε̂ at the data: use timesteps above it")
-        remedy = "use a network that predicts v, x0 or the flow, or timesteps below the top"
-        raise ValueError(f"prediction_type={prediction_type!r} divides by zero at ᾱ = 0 or σ = 1, pure noise: {remedy}")
+        place = "the data" if a else "ᾱ = 0 or σ = 1, pure noise: use timesteps below, or a network that predicts x0"
+        raise ValueError(f"prediction_type={prediction_type!r} divides by zero at {place}")
     unit = -b if prediction_type == "score" else 1.0  # the score is ε in units of −b
     return Prediction(d / determinant, -unit * b / determinant, -c / determinant, unit * a / determinant)
 

@@ -6,7 +6,8 @@ Times are the paper's: 1..T, increasing. The timestep of a network is one lower.
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from numbers import Integral, Real
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,85 +84,56 @@ def _spread(times: Array, T: int) -> Times:
     return np.minimum(up, T + 1 - len(times) + steps)
 
 
-# τ_i for i = 1..S by name, as functions of i, S and T.
-SPACINGS: dict[str, Callable[[Times, int, int], NDArray]] = {
+# τ_i for i = 1..S by name, as functions of i, S, T and ᾱ_0..ᾱ_T.
+SPACINGS: dict[str, Callable[[Times, int, int, Any], NDArray]] = {
     # ⌊T·i/S⌋ (Appendix D.2, with c = T/S, so that τ_S = T).
-    "linear": lambda i, S, T: T * i // S,
+    "linear": lambda i, S, T, _: T * i // S,
     # max(i, ⌊T·i²/S²⌋) (Appendix D.2 with c = T/S²; the maximum keeps small times distinct).
-    "quadratic": lambda i, S, T: np.maximum(i, T * i * i // (S * S)),
+    "quadratic": lambda i, S, T, _: np.maximum(i, T * i * i // (S * S)),
     # 1 + (i − 1)·⌊T/S⌋, as diffusers' "leading"; an offset is added by `tau`.
-    "leading": lambda i, S, T: 1 + (i - 1) * (T // S),
+    "leading": lambda i, S, T, _: 1 + (i - 1) * (T // S),
     # round(T·i/S), half to even, as diffusers' "trailing": the top is T.
-    "trailing": lambda i, S, T: np.round(T * i / S),
+    "trailing": lambda i, S, T, _: np.round(T * i / S),
     # Evenly spaced from 1 to T, rounded half to even, as diffusers' "linspace" (S = 1 gives 1).
-    "linspace": lambda i, S, T: 1 + np.round(np.linspace(0, T - 1, S)),
+    "linspace": lambda i, S, T, _: 1 + np.round(np.linspace(0, T - 1, S)),
     # The authors' "uniform" to the letter: every ⌊T/S⌋-th time from 1 on, more than S if S does not divide T.
-    "paper_linear": lambda i, S, T: 1 + np.arange(0, T, T // S),
+    "paper_linear": lambda i, S, T, _: 1 + np.arange(0, T, T // S),
     # The authors' "quad" to the letter: 1 + ⌊u²⌋, u evenly spaced on [0, √(0.8 T)]. Small times may repeat.
-    "paper_quadratic": lambda i, S, T: 1 + np.floor(np.linspace(0, np.sqrt(T * 0.8), S) ** 2),
+    "paper_quadratic": lambda i, S, T, _: 1 + np.floor(np.linspace(0, np.sqrt(T * 0.8), S) ** 2),
+    "few_steps": lambda i, S, T, alpha_bar: few_steps(S, alpha_bar),
+    "few_steps_noise": lambda i, S, T, alpha_bar: few_steps_noise(S, alpha_bar),
 }
-# Spacings that depend on ᾱ.
-OF_ALPHA_BAR: dict[str, Callable[[int, Array], Times]] = {f.__name__: f for f in (few_steps, few_steps_noise)}
-NAMES = (*SPACINGS, *OF_ALPHA_BAR)
 
 
 def tau(spacing: str, S: int, T: int, steps_offset: int = 0, alpha_bar: Array | None = None) -> Times:
     """Compute the subsequence named `spacing`: S distinct increasing times in 1..T, int64.
 
     The two `paper_` spacings have those of the authors' code instead. `steps_offset` ≥ 0 shifts "leading" upwards as in
-    diffusers, and is reduced with a warning if T leaves less room. `alpha_bar`, shape (T + 1,), is for the spacings
-    that depend on it.
-
-    Raises ValueError for an unknown name, S outside 1..T, a negative or fractional offset, or missing ᾱ.
+    diffusers, and is reduced with a warning if T leaves less room. `alpha_bar`, shape (T + 1,), is for "few_steps" and
+    "few_steps_noise". Raises ValueError for an unknown name, S outside 1..T, and a negative or fractional offset.
     """
-    check_spacing(spacing)
-    if not is_integer(S) or not 1 <= S <= T:
-        raise ValueError(f"num_inference_steps must be an integer from 1 to {T} (num_train_timesteps), not {S!r}")
-    if spacing in OF_ALPHA_BAR:
-        if alpha_bar is None or len(alpha_bar) != T + 1:
-            raise ValueError(f"the spacing {spacing!r} depends on ᾱ: give alpha_bar, ᾱ_0..ᾱ_{T}")
-        return OF_ALPHA_BAR[spacing](int(S), alpha_bar)
-    times = SPACINGS[spacing](np.arange(1, S + 1, dtype=np.int64), int(S), T).astype(np.int64)
+    check_name("timestep_spacing", spacing, SPACINGS)
+    S = integer("num_inference_steps", S, 1, T)
+    times = SPACINGS[spacing](np.arange(1, S + 1, dtype=np.int64), S, T, alpha_bar).astype(np.int64)
     if spacing != "leading":
         return times
     room = T - int(times[-1])
-    if check_offset(steps_offset) > room:
+    if integer("steps_offset", steps_offset) > room:
         warnings.warn(f"steps_offset={steps_offset} does not fit {S} of {T} steps: {room} is used", stacklevel=2)
     return times + min(steps_offset, room)
 
 
-def check_spacing(spacing: str) -> None:
-    """Raise ValueError unless `spacing` is a known name."""
-    if spacing not in NAMES:
-        raise ValueError(f"unknown timestep_spacing {spacing!r}: use one of {', '.join(NAMES)}, or pass timesteps=")
+def check_name(setting: str, value: str, names: Iterable[str]) -> None:
+    """Raise ValueError unless the `value` of a setting is one of `names`."""
+    if value not in names:
+        raise ValueError(f"unknown {setting} {value!r}: use one of {', '.join(names)}")
 
 
-def check_offset(steps_offset: int) -> int:
-    """Convert `steps_offset` to an int, and raise ValueError unless it is a non-negative integer."""
-    if not is_integer(steps_offset) or steps_offset < 0:
-        raise ValueError(f"steps_offset must be a non-negative integer, not {steps_offset!r}")
-    return int(steps_offset)
-
-
-def explicit(timesteps: Iterable[float], low: float, high: float, whole: bool = True) -> list[float]:
-    """Check explicit network timesteps, in descending order.
-
-    Raises ValueError for the first that is no number (no integer if `whole`), outside `low`..`high`, or not below the
-    one before.
-    """
-    values, kind = list(timesteps) if isinstance(timesteps, Iterable) else [], "integers" if whole else "numbers"
-    if not values:
-        raise ValueError(f"timesteps must be a list of {kind}, not {timesteps!r}")
-    for before, value in zip([math.inf, *values], values, strict=False):
-        if not is_integer(value) and (whole or not isinstance(value, Real)):
-            raise ValueError(f"timesteps must be {kind}, not {value!r}")
-        above = low <= value if whole else low < value * (1 + 1e-6)  # real ones may be rounded to float32
-        if not above or not value * (1 - 1e-6) <= high:
-            raise ValueError(f"timestep {value!r} is outside {low:g}..{high:g}")
-        if value >= before:
-            repeated = f": timestep {value:g} is repeated" if value == before else ""
-            raise ValueError(f"timesteps must be in descending order, but {before:g} precedes {value:g}{repeated}")
-    return values
+def integer(setting: str, value: object, low: int = 0, high: float = math.inf) -> int:
+    """Convert the value of a setting to an int. Raises ValueError unless it is an integer from `low` to `high`."""
+    if not is_integer(value) or not low <= value <= high:
+        raise ValueError(f"{setting} must be an integer from {low} to {high}, not {value!r}")
+    return int(value)
 
 
 def is_integer(value: object) -> bool:

@@ -8,11 +8,11 @@ from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
-from ..process import betas, moves, predictions, spacings
+from ..process import moves, predictions, spacings
 from .config import with_settings_of
 from .planned import Kind, Planned
-from .step import Evaluation, GeneralizedDDIMSchedulerOutput, Step, StepTuple
-from .tensors import Randomness, accumulate, draw, split_variance
+from .step import Evaluation, GeneralizedDDIMSchedulerOutput, Step
+from .tensors import Randomness, accumulate, draw
 
 DETERMINISTIC = {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False, "thresholding": False}
 DETERMINISTIC |= {"corrector_steps": 0}
@@ -30,7 +30,7 @@ class GeneralizedDDIMScheduler(Planned):
         beta_start, beta_end, beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "const", "jsd", "sigmoid"
             or "laplace", and the range of β. "sqrt" is the path x_t = x_0 + √t·ε. `trained_betas` are β_1..β_T instead.
         prediction_type: "epsilon", "sample" (x_0), "v_prediction", "flow_prediction" (ε − x_0), or "score" (−ε/b).
-        timestep_spacing: τ by name, such as "linear" or "quadratic", of `ddim_plugin.process.spacings.NAMES`.
+        timestep_spacing: τ by name, such as "linear" or "quadratic", of `ddim_plugin.process.spacings.SPACINGS`.
         eta: η of Eq. 16, 0 for DDIM and 1 for DDPM. "fixed_large" and "learned_range" do not use it: theirs is 1.
         variance_type: "fixed_small" (σ = η·√β̃, Eq. 16), "fixed_large" (σ̂ only in the noise term, Appendix D.3),
             "learned_range" (a network with twice the channels, between β̃ and β), or "optimal" (Analytic-DPM) with
@@ -84,14 +84,14 @@ class GeneralizedDDIMScheduler(Planned):
 
     def _build(self) -> None:
         config, start, end = self.config, self.config.denoising_start, self.config.denoising_end
-        T, steps, snr = config.num_train_timesteps, config.corrector_steps, config.corrector_snr
-        betas.check_length(T)
-        predictions.check_prediction(config.prediction_type)
-        spacings.check_spacing(config.timestep_spacing)
-        spacings.check_offset(config.steps_offset)
+        T = spacings.integer("num_train_timesteps", config.num_train_timesteps, 1)
+        self.order = 1 + spacings.integer("corrector_steps", config.corrector_steps)
+        spacings.integer("steps_offset", config.steps_offset)
+        spacings.check_name("prediction_type", config.prediction_type, predictions.PREDICTIONS)
+        spacings.check_name("timestep_spacing", config.timestep_spacing, spacings.SPACINGS)
         moves.effective_eta(config.variance_type, config.eta or None, config.eta)
-        if not spacings.is_integer(steps) or steps < 0 or not (isinstance(snr, Real) and 0 < snr < float("inf")):
-            raise ValueError(f"corrector_steps must be 0 or more, corrector_snr positive, not {steps!r} and {snr!r}")
+        if not isinstance(config.corrector_snr, Real) or not 0 < config.corrector_snr < float("inf"):
+            raise ValueError(f"corrector_snr must be positive, not {config.corrector_snr!r}")
         if config.clip_sample and not (isinstance(config.clip_sample_range, Real) and config.clip_sample_range > 0):
             raise ValueError(f"clip_sample_range must be positive, not {config.clip_sample_range!r}")
         ratio, largest = config.dynamic_thresholding_ratio, config.sample_max_value
@@ -100,13 +100,12 @@ class GeneralizedDDIMScheduler(Planned):
         if not 0 <= start < end <= 1:
             raise ValueError(f"denoising_start={start!r} and denoising_end={end!r} must satisfy 0 ≤ start < end ≤ 1")
         self._eps_mean_square = moves.eps_table(config.variance_type, config.eps_mean_square, T)
-        self.order = 1 + config.corrector_steps
-        path, alpha_bar = self._make_path()
+        path = self._make_path()
         new, old = ((type(each), each.T, each.bounds) for each in (path, getattr(self, "path", path)))
         if self._planned is None or new != old:
             self.num_inference_steps, self._planned, self._sigmas = None, None, None
             self.timesteps = torch.tensor([path.timestep(t) for t in range(T, 0, -1)], device="cpu")
-        self._use(path, alpha_bar)
+        self._use(path)
         self._replan()
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
@@ -124,7 +123,7 @@ class GeneralizedDDIMScheduler(Planned):
         variance_noise: Tensor | None = None,
         per_token_timesteps: Tensor | None = None,
         return_dict: bool = True,
-    ) -> GeneralizedDDIMSchedulerOutput | tuple:
+    ) -> GeneralizedDDIMSchedulerOutput:
         """Compute x_s from x_t, with s the next lower time of the plan (Eq. 12).
 
         Args:
@@ -138,7 +137,7 @@ class GeneralizedDDIMScheduler(Planned):
             generator: source of z: one generator, or a list with one for each image. Not used in a step without noise.
             variance_noise: z itself, (B, C, H, W), instead of a generator.
             per_token_timesteps: timesteps (B, N) of a flow model's tokens, with −1 times its output (LTX).
-            return_dict: False returns the tuple (x_s, x̂0).
+            return_dict: False returns (x_s, x̂0).
 
         Raises ValueError before `set_timesteps`, and for shapes, timesteps, η or generators that do not fit.
         """
@@ -157,27 +156,26 @@ class GeneralizedDDIMScheduler(Planned):
         t, s = self._pairs[self._place] if self.config.corrector_steps else (1, 0)
         corrects, z = t == s, None
         if corrects or (kind != ("fixed_small", 0.0) and (isinstance(step.noise, Tensor) or step.noise > 0)):
-            z = draw(sample, generator, variance_noise, torch.promote_types(sample.dtype, torch.float32))
+            z = draw(sample, generator, variance_noise)
         evaluation = self._evaluate(kind, step, sample, output, variance, use_clipped_model_output)
         if corrects:
             evaluation = evaluation.langevin(self.config.corrector_snr)
         x = self._advance(evaluation)
         if z is not None:
             x = accumulate(x, evaluation.std(), z)
-        result = GeneralizedDDIMSchedulerOutput(x.to(sample.dtype), evaluation)
-        return result if return_dict else StepTuple(result)
+        return GeneralizedDDIMSchedulerOutput(x.to(sample.dtype), evaluation, None if return_dict else 2)
 
     def _advance(self, evaluation: Evaluation) -> Tensor:
         return evaluation.mean()
 
     def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
-        kind, shape = self.config.variance_type, tuple(sample.shape)
-        learned, hint = kind == "learned_range", "a network with twice the channels needs variance_type='learned_range'"
-        needed = (*shape[:1], *(2 * channels for channels in shape[1:2]), *shape[2:]) if learned else shape
-        if model_output.shape != needed:
-            given = f"shape {tuple(model_output.shape)}, and a sample of shape {shape} with variance_type={kind!r}"
-            raise ValueError(f"model_output has {given} needs {needed}{'' if learned else f'; {hint}'}")
-        return split_variance(model_output, shape[1]) if learned else (model_output, None)
+        learned = self.config.variance_type == "learned_range"
+        parts = model_output.chunk(2, dim=1) if learned else (model_output,)
+        if [part.shape for part in parts] != [sample.shape] * (1 + learned):
+            shapes = f"shape {tuple(model_output.shape)}, and a sample of shape {tuple(sample.shape)}"
+            needs = "twice the channels" if learned else "the same; twice the channels need 'learned_range'"
+            raise ValueError(f"model_output has {shapes} with {self.config.variance_type!r} needs {needs}")
+        return parts[0], parts[1] if learned else None
 
     def _evaluate(
         self, kind: Kind, step: Step, sample: Tensor, output: Tensor, variance: Tensor | None, recompute: bool | None

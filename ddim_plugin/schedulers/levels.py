@@ -27,7 +27,7 @@ class Levels(StockConfig):
     _planned: Tensor | None = None  # the timesteps of the plan
     _sigmas: Tensor | None = None  # b at its levels, not for the paper's path
 
-    def _make_path(self) -> tuple[paths.Path, np.ndarray | None]:
+    def _make_path(self) -> paths.Path:
         config, kind, T = self.config, path_of(self.config), self.config.num_train_timesteps
         for other, keys in OF_PATH.items():
             for key in keys if other != kind else ():
@@ -40,18 +40,18 @@ class Levels(StockConfig):
             if config.timestep_spacing not in OF_FLOW:
                 spacing = f"timestep_spacing={config.timestep_spacing!r} is for tables of β"
                 raise ValueError(f"{spacing}: use {' or '.join(OF_FLOW)}, or pass sigmas")
-            return paths.flow_matching(T, bool(config.get("invert_sigmas"))), None
+            return paths.flow_matching(T, bool(config.get("invert_sigmas")))
         if kind == VE:
             if config.sigma_min is None:  # the default of `ScoreSdeVeScheduler`
                 super().register_to_config(sigma_min=0.01)
             low, high = self.config.sigma_min, self.config.sigma_max
             if T < 2 or not (isinstance(low, Real) and isinstance(high, Real) and 0 < low < high < float("inf")):
                 raise ValueError(f"sigma_min must be positive and less than sigma_max, T ≥ 2, not {low!r} and {high!r}")
-            return paths.variance_exploding(T, low, high), None
+            return paths.variance_exploding(T, low, high)
         if config.beta_schedule == "sqrt":
             if config.trained_betas is not None or config.rescale_betas_zero_snr or not config.set_alpha_to_one:
                 raise ValueError("beta_schedule='sqrt' has no β: leave out trained_betas and the other settings of β")
-            return paths.square_root(T), None
+            return paths.square_root(T)
         known = None if self._derived_betas else config.trained_betas
         named = config.beta_schedule, T, config.beta_start, config.beta_end
         betas = schedules.betas(*named) if known is None else schedules.check(known, T)
@@ -64,15 +64,15 @@ class Levels(StockConfig):
         if derived or self._derived_betas:
             self._derived_betas = derived
             super().register_to_config(trained_betas=betas.tolist() if derived else None)
-        return paths.variance_preserving(alpha_bar), alpha_bar
+        return paths.variance_preserving(alpha_bar)
 
-    def _use(self, path: paths.Path, alpha_bar: np.ndarray | None) -> None:
-        (signal, noise), self._shown = path.levels, None
-        self.path, self.init_noise_sigma, self.image_range = path, float(noise[-1]), path.image_range
-        self._alpha_bar = signal**2 / (signal**2 + noise**2)
-        if alpha_bar is not None:
-            self._alpha_bar, self.init_noise_sigma = alpha_bar, 1.0
-            self._show(alpha_bar[1:])
+    def _use(self, path: paths.Path) -> None:
+        (signal, noise), self.path, self.image_range = path.levels, path, path.image_range
+        self._alpha_bar, self._shown = signal**2 / (signal**2 + noise**2), None
+        preserves = not path.continuous and not path.explodes
+        self.init_noise_sigma = 1.0 if preserves else float(noise[-1])
+        if preserves:
+            self._show(self._alpha_bar[1:])
         self._tables: dict[Any, Tensor] = {}  # a and b for all timesteps, on a device
 
     @property
@@ -106,11 +106,10 @@ class Levels(StockConfig):
         times = numbers(times, whole=not self.path.continuous)
         times = times.flatten() if times.numel() == 1 else times
         axes = (*times.shape, *[1] * (x.ndim - times.ndim))
-        shape, (low, high) = torch.broadcast_shapes(axes, x.shape, noise.shape), self.path.bounds
-        if times.device.type == "cpu" and not (low <= times.min() * (1 + 1e-6) and times.max() * (1 - 1e-6) <= high):
-            raise ValueError(f"timesteps must lie in {low:g}..{high:g}, not {times.tolist()}")
+        if times.device.type == "cpu":
+            self.path.check(times.min().item(), times.max().item())
         levels = self._levels_at(times.flatten().to(x.device), torch.promote_types(x.dtype, torch.float32))
-        return x.expand(shape), *levels.view(2, *axes)
+        return x.expand(torch.broadcast_shapes(axes, x.shape, noise.shape)), *levels.view(2, *axes)
 
     def _levels_at(self, times: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.path.continuous:

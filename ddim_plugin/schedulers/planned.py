@@ -123,8 +123,7 @@ class Planned(Levels):
         self._shift = shift
 
     def _flow_times(self, S: int | None, sigmas: flow.Sigmas | None, stock: str = "", **given: Any) -> FlowTimes:
-        if S is not None and not (spacings.is_integer(S) and S > 0):
-            raise ValueError(f"num_inference_steps must be a positive integer, not {S!r}")
+        S = S if S is None else spacings.integer("num_inference_steps", S, 1)
         levels, timesteps = flow.grid(self.config, stock or self._stock, self._shift, S, sigmas, **given)
         times = (levels * self.path.T).tolist()
         return np.array(times[::-1]), dict(zip(times, timesteps, strict=True))
@@ -191,9 +190,7 @@ class Planned(Levels):
     def _step_at(self, timestep: float, kind: Kind) -> Step:
         if timestep in self._moving:
             return self._plan(kind)[self._moving[timestep]]
-        low, high = self.path.bounds
-        if not low * (1 - 1e-6) <= timestep <= high * (1 + 1e-6):  # σ in float32 is rounded
-            raise ValueError(f"timestep {timestep:g} is outside {low:g}..{high:g}: pass a timestep in that range")
+        self.path.check(timestep)
         t = self.path.time(timestep)
         if (t, kind) not in self._off_plan:
             below = int(np.searchsorted(self._tau, t))

@@ -1,6 +1,6 @@
 """Apply one step of the sampler to x_t and the network's output."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,9 +74,6 @@ class Evaluation(NamedTuple):
 
     def pred_original_sample(self) -> Tensor:
         """Predict x̂0, and clip or threshold it."""
-        is_output = not isinstance(self.step.x0_x, Tensor) and (self.step.x0_x, self.step.x0_out) == (0, 1)
-        if is_output and self.limit is not None and self.thresholding is None:
-            return at_least_float32(self.output).clamp(-self.limit, self.limit)
         x0 = combine(self.step.x0_x, self.sample, self.step.x0_out, self.output)
         if self.thresholding is not None:
             return threshold(x0, *self.thresholding)
@@ -120,7 +117,7 @@ class Evaluation(NamedTuple):
 
 
 class GeneralizedDDIMSchedulerOutput:
-    """Return the result of a step by attribute, key or position.
+    """Return the result of a step by attribute, key or position, of which there are `length`.
 
     Tensors have the shape (B, C, H, W) and dtype of the sample. All but `prev_sample` are computed when first read,
     from the step's `sample` and `model_output`. RuntimeError is raised if one of these was changed in place since.
@@ -133,14 +130,14 @@ class GeneralizedDDIMSchedulerOutput:
 
     _KEYS = ("prev_sample", "pred_original_sample", "mean", "std", "pred_epsilon")
 
-    def __init__(self, prev_sample: Tensor, evaluation: Evaluation):
+    def __init__(self, prev_sample: Tensor, evaluation: Evaluation, length: int | None = None):
         sample, output, self._versions = evaluation.sample, evaluation.output, None  # numbers of changes in place
         if sample.is_inference() or output.is_inference():
             variance = None if evaluation.variance is None else evaluation.variance.clone()
             evaluation = evaluation._replace(sample=sample.clone(), output=output.clone(), variance=variance)
         else:
             self._versions = sample._version, output._version
-        self.prev_sample, self._evaluation = prev_sample, evaluation
+        self.prev_sample, self._evaluation, self._length = prev_sample, evaluation, length
 
     def __getattr__(self, name: str) -> Tensor:
         if name not in self._KEYS:
@@ -174,23 +171,8 @@ class GeneralizedDDIMSchedulerOutput:
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, slice):
-            return tuple(getattr(self, name) for name in self._KEYS[key])
-        return getattr(self, self._KEYS[key] if isinstance(key, int) else key)
+            return tuple(getattr(self, name) for name in self._KEYS[: self._length][key])
+        return getattr(self, self._KEYS[: self._length][key] if isinstance(key, int) else key)
 
 
-class StepTuple(tuple):
-    """Return (x_s, x̂0) of a step. x̂0 is computed when it is read."""
-
-    def __new__(cls, result: GeneralizedDDIMSchedulerOutput) -> "StepTuple":
-        pair = super().__new__(cls, (result.prev_sample, None))
-        pair._result = result
-        return pair
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._result.prev_sample if key == 0 else tuple(self)[key]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self._result[i] for i in range(2))
-
-
-register_pytree_node(StepTuple, lambda pair: (list(pair), None), lambda values, _: tuple(values))
+register_pytree_node(GeneralizedDDIMSchedulerOutput, lambda result: ([*result], None), lambda each, _: tuple(each))

@@ -29,11 +29,6 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float32 or x.dtype == torch.float64 else x.float()
 
 
-def split_variance(output: Tensor, channels: int) -> tuple[Tensor, Tensor]:
-    """Split the output (B, 2C, H, W) of a network into prediction and variance, each (B, C, H, W)."""
-    return torch.split(output, channels, dim=1)
-
-
 def learned_log_variance(variance: Tensor, log_variance: tuple[Coefficient, Coefficient]) -> Tensor:
     """Compute v·ln β + (1 − v)·ln β̃, v = (`variance` + 1)/2, from (ln β̃, ln β) (Nichol & Dhariwal 2021, Eq. 15)."""
     low, high = log_variance
@@ -79,11 +74,11 @@ def check_generators(generator: Randomness, batch_size: int) -> None:
         raise ValueError(f"{len(generator)} generators for a batch of {batch_size}: give one, or one for each image")
 
 
-def draw(sample: Tensor, generator: Randomness, noise: Tensor | None, dtype: torch.dtype) -> Tensor:
+def draw(sample: Tensor, generator: Randomness, noise: Tensor | None) -> Tensor:
     """Draw z for a sample, or return the `noise` given. Raises ValueError if that does not fit, or both are given."""
     if noise is None:
         check_generators(generator, sample.shape[0])
-        return randn_tensor(sample.shape, generator, sample.device, dtype)
+        return randn_tensor(sample.shape, generator, sample.device, torch.promote_types(sample.dtype, torch.float32))
     if generator is not None:
         raise ValueError("give either generator or variance_noise, not both")
     if noise.shape != sample.shape:

@@ -20,8 +20,8 @@ from torch import Generator, Tensor
 
 from ddim_plugin.process import moves
 from ddim_plugin.process.paths import Level, Path
-from ddim_plugin.process.predictions import check_prediction, prediction
-from ddim_plugin.schedulers.tensors import learned_log_variance, split_variance
+from ddim_plugin.process.predictions import prediction
+from ddim_plugin.schedulers.tensors import learned_log_variance
 
 DECODERS = ("next", "beta")
 """Variance of p(x_0|x_{τ_1}), where σ(η) is 0: of the move before (Ho's code; if any), or β = b_{τ_1}²."""
@@ -73,7 +73,6 @@ class VariationalBound:
         decoder: str | Array = "next",
         density: bool = False,
     ):
-        check_prediction(prediction_type)
         if (first := path.level(0).noise) != 0:
             raise ValueError(f"the bound requires ᾱ_0 = 1, not {1 - first**2:g}: use set_alpha_to_one")
         if (last := path.level(path.T).noise) > 1 + 1e-9:
@@ -153,7 +152,7 @@ class VariationalBound:
         output = network(x, t.flatten().round().long()).to(x0.dtype)
         log_variance = low
         if self.learned:
-            output, variance = split_variance(output, x0.shape[1])
+            output, variance = output.chunk(2, dim=1)
             log_variance = learned_log_variance(variance, (low, high))
         guess = x0_x * x + x0_out * output
         if self.clip is not None:

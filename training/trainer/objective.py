@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ddim_plugin.process import moves
 from ddim_plugin.process.paths import Level, Path
-from ddim_plugin.process.predictions import check_prediction, prediction
-from ddim_plugin.schedulers.tensors import learned_log_variance, split_variance
+from ddim_plugin.process.predictions import PREDICTIONS, prediction
+from ddim_plugin.process.spacings import check_name
+from ddim_plugin.schedulers.tensors import learned_log_variance
 
 LOSSES = ("simple", "theorem1", "min_snr", "soft_min_snr", "bound", "hybrid")
 """See `Objective`."""
@@ -80,9 +81,8 @@ class Objective:
         bound_weight: float = 1e-3,
         device: torch.device | str | None = None,
     ):
-        check_prediction(prediction_type)
-        if loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}: use one of {', '.join(LOSSES)}")
+        check_name("prediction_type", prediction_type, PREDICTIONS)
+        check_name("loss", loss, LOSSES)
         if not snr_gamma > 0 or not bound_weight > 0:
             raise ValueError(f"snr_gamma and bound_weight must be positive, not {snr_gamma!r} and {bound_weight!r}")
         self.T, self.loss, self.prediction_type, self.range = path.T, loss, prediction_type, path.image_range
@@ -131,7 +131,7 @@ class Objective:
         """
         output = output.float()
         if self.learned:
-            output, variance = split_variance(output, batch.x0.shape[1])
+            output, variance = output.chunk(2, dim=1)
         else:
             variance = None
         error = self._target(batch) - output

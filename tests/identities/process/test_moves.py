@@ -140,7 +140,7 @@ def test_coefficients_are_finite_and_real(schedule, eta):
         alpha_bar = schedules.alpha_bar(schedules.betas(schedule, T))
         path = variance_preserving(alpha_bar)
         for S in {1, T, int(rng.integers(1, T + 1))}:
-            for name in spacing.NAMES:
+            for name in spacing.SPACINGS:
                 for t, s in process.downwards(spacing.tau(name, S, T, alpha_bar=alpha_bar)):
                     move = process.move(path, t, s, eta, kind)
                     assert math.isfinite(move.x0 + move.eps + move.noise)
