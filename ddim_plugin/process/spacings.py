@@ -4,7 +4,6 @@ Times are the paper's: 1..T, increasing. The timestep of a network is one lower.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any
@@ -109,18 +108,13 @@ def tau(spacing: str, S: int, T: int, steps_offset: int = 0, alpha_bar: Array | 
     """Compute the subsequence named `spacing`: S distinct increasing times in 1..T, int64.
 
     The two `paper_` spacings have those of the authors' code instead. `steps_offset` ≥ 0 shifts "leading" upwards as in
-    diffusers, and is reduced with a warning if T leaves less room. `alpha_bar`, shape (T + 1,), is for "few_steps" and
-    "few_steps_noise". Raises ValueError for an unknown name, S outside 1..T, and a negative or fractional offset.
+    diffusers. `alpha_bar`, (T + 1,), is for "few_steps" and "few_steps_noise". Raises ValueError for an unknown name, S
+    outside 1..T, and an offset that is no integer or leads beyond T.
     """
     check_name("timestep_spacing", spacing, SPACINGS)
     S = integer("num_inference_steps", S, 1, T)
     times = SPACINGS[spacing](np.arange(1, S + 1, dtype=np.int64), S, T, alpha_bar).astype(np.int64)
-    if spacing != "leading":
-        return times
-    room = T - int(times[-1])
-    if integer("steps_offset", steps_offset) > room:
-        warnings.warn(f"steps_offset={steps_offset} does not fit {S} of {T} steps: {room} is used", stacklevel=2)
-    return times + min(steps_offset, room)
+    return times + (integer("steps_offset", steps_offset, 0, T - int(times[-1])) if spacing == "leading" else 0)
 
 
 def check_name(setting: str, value: str, names: Iterable[str]) -> None:

@@ -24,6 +24,7 @@ class GeneralizedDDIMScheduler(Planned):
 
     One step is x_s = a_s·x̂0 + √(b_s² − σ²)·ε̂ + σz (Eq. 12) with σ = σ(η) (Eq. 16), for the pairs (t, s) of τ. In the
     paper a = √ᾱ and b = √(1 − ᾱ). Settings not listed are those of `DDIMScheduler`. By default x̂0 is not clipped.
+    Values out of range, and combinations that do not exist, raise a ValueError.
 
     Args:
         num_train_timesteps: T, the number of timesteps the network was trained on.
@@ -43,8 +44,6 @@ class GeneralizedDDIMScheduler(Planned):
             evaluation: `timesteps` repeats its time.
         denoising_start, denoising_end: part of the process that the plan makes, shares of T counted from noise, as in
             the pipelines of SDXL. With `denoising_start` 0.4 the first sample is x_t at t = 0.6·T.
-
-    Raises ValueError for unknown names, values out of range, and combinations that do not exist.
     """
 
     _compatibles: ClassVar = [each.name for each in KarrasDiffusionSchedulers if not each.name.startswith("EDM")]
@@ -146,10 +145,15 @@ class GeneralizedDDIMScheduler(Planned):
         if per_token_timesteps is not None:
             timestep, model_output = per_token_timesteps, -model_output
         self._adopt()
-        output, variance = self._split(model_output, sample)
+        learned = self.config.variance_type == "learned_range"
+        output, *more = model_output.chunk(2, dim=1) if learned else (model_output,)
+        if [part.shape for part in (output, *more)] != [sample.shape] * (1 + learned):
+            shapes = f"shape {tuple(model_output.shape)}, and a sample of shape {tuple(sample.shape)}"
+            needs = "twice the channels" if learned else "the same; twice the channels need 'learned_range'"
+            raise ValueError(f"model_output has {shapes} with {self.config.variance_type!r} needs {needs}")
         kind = self._kind(eta or None)
         step = self._find(timestep, kind, sample)
-        variance = variance if kind[0] == "learned_range" else None
+        variance = more[0] if kind[0] == "learned_range" else None
         if self._place is None and (self.config.corrector_steps or self._in_order):
             given = f"timestep {timestep} is not in the plan, or not the same for all samples"
             raise ValueError(f"{given}: exact inversion and corrector_steps need the timesteps of the plan")
@@ -167,15 +171,6 @@ class GeneralizedDDIMScheduler(Planned):
 
     def _advance(self, evaluation: Evaluation) -> Tensor:
         return evaluation.mean()
-
-    def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
-        learned = self.config.variance_type == "learned_range"
-        parts = model_output.chunk(2, dim=1) if learned else (model_output,)
-        if [part.shape for part in parts] != [sample.shape] * (1 + learned):
-            shapes = f"shape {tuple(model_output.shape)}, and a sample of shape {tuple(sample.shape)}"
-            needs = "twice the channels" if learned else "the same; twice the channels need 'learned_range'"
-            raise ValueError(f"model_output has {shapes} with {self.config.variance_type!r} needs {needs}")
-        return parts[0], parts[1] if learned else None
 
     def _evaluate(
         self, kind: Kind, step: Step, sample: Tensor, output: Tensor, variance: Tensor | None, recompute: bool | None

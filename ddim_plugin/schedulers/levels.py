@@ -123,22 +123,14 @@ class Levels(StockConfig):
             sigma = torch.where(here.any(1), planned[here.long().argmax(1)], sigma)
         return torch.stack([torch.ones_like(sigma) if self.path.explodes else 1 - sigma, sigma])
 
-    @property
-    def sigmas(self) -> Tensor:
-        """Return the noise b at the levels of the plan, ending with that of the last step. Not for the paper's path."""
-        if self._sigmas is None:
-            raise AttributeError("this scheduler has no sigmas: its levels are alphas_cumprod")
-        return self._sigmas
+    def _offered(self, table: Tensor | None, other: str) -> Tensor:
+        if table is None:
+            raise AttributeError(f"this scheduler has no such levels: its levels are {other}")
+        return table
 
-    @property
-    def alphas_cumprod(self) -> Tensor:
-        """Return ᾱ_1..ᾱ_T, float32, of the paper's path."""
-        if self._shown is None:
-            raise AttributeError("this scheduler has no ᾱ: its levels are sigmas")
-        return self._shown
-
-    alphas_cumprod = alphas_cumprod.setter(lambda self, value: self._assign(value))
-
+    # b at the levels of the plan, ending with that of the last step, and on the paper's path ᾱ_1..ᾱ_T instead.
+    sigmas = property(lambda self: self._offered(self._sigmas, "alphas_cumprod"))
+    alphas_cumprod = property(lambda self: self._offered(self._shown, "sigmas"), lambda self, new: self._assign(new))
     alphas = property(lambda self: 1 - self.betas, lambda self, value: self._assign(np.cumprod(_numbers(value))))
     betas = property(
         lambda self: torch.tensor(schedules.from_alpha_bars(self._alpha_bar[1:]), dtype=torch.float32, device="cpu"),

@@ -108,9 +108,7 @@ class Planned(Levels):
     def _replan(self) -> None:
         if self._planned is not None and self.path.explodes:
             self.init_noise_sigma = 1.0 if self.config.denoising_start else self.path.level(self._tau[-1].item()).noise
-        self._plans: dict[Kind, list[Step]] = {}
-        self._off_plan: dict[tuple[float, Kind], Step] = {}  # steps from times outside the plan
-        self._step_tables: dict[Any, Tensor] = {}  # steps from all times, on a device
+        self._cache: dict[Any, Any] = {}  # what `_cached` has computed for this plan
 
     def move(self, i: int) -> moves.Move:
         """Return step `i` of the plan without noise, in the order of `timesteps`."""
@@ -143,14 +141,16 @@ class Planned(Levels):
         found, sign = predictions.prediction(self.config.prediction_type, level), self.path.output_sign
         return found._replace(x0_out=sign * found.x0_out, eps_out=sign * found.eps_out)
 
+    def _cached(self, method: str, *args: Any) -> Any:
+        if (key := (method, *args)) not in self._cache:
+            self._cache[key] = getattr(self, method)(*args)
+        return self._cache[key]
+
     def _plan(self, kind: Kind) -> list[Step]:
-        if kind not in self._plans:
-            self._plans[kind] = self._make_plan(kind)
-        return self._plans[kind]
+        return self._cached("_make_plan", kind)
 
     def _make_plan(self, kind: Kind) -> list[Step]:
-        steps = {pair: self._make_step(*pair, kind) for pair in dict.fromkeys(self._pairs)}  # a plan repeats pairs
-        return [steps[pair] for pair in self._pairs]
+        return [self._cached("_make_step", *pair, kind) for pair in self._pairs]
 
     def _kind(self, eta: float | None) -> Kind:
         return moves.effective_eta(self.config.variance_type, self._eta if eta is None else eta, self.config.eta)
@@ -170,7 +170,7 @@ class Planned(Levels):
             steps = [self._step_at(t, kind) for t in values.tolist()]
             rows = torch.tensor(steps, dtype=torch.float64, device="cpu")[rows.cpu()].to(dtype).to(device)
         else:
-            rows = self._all_steps(kind, dtype, device)[times.flatten().to(device)]
+            rows = self._cached("_all_steps", kind, dtype, device)[times.flatten().to(device)]
         return Step(*rows.T.reshape(-1, *times.shape, *[1] * (sample.ndim - times.ndim)).unbind())
 
     def _find_one(self, timestep: int | Tensor, kind: Kind) -> Step:
@@ -192,16 +192,12 @@ class Planned(Levels):
             return self._plan(kind)[self._moving[timestep]]
         self.path.check(timestep)
         t = self.path.time(timestep)
-        if (t, kind) not in self._off_plan:
-            below = int(np.searchsorted(self._tau, t))
-            self._off_plan[t, kind] = self._make_step(t, self._tau[below - 1].item() if below else 0, kind)
-        return self._off_plan[t, kind]
+        below = int(np.searchsorted(self._tau, t))
+        return self._cached("_make_step", t, self._tau[below - 1].item() if below else 0, kind)
 
     def _all_steps(self, kind: Kind, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if (key := (kind, dtype, device)) not in self._step_tables:
-            rows = np.full((self.config.num_train_timesteps, len(Step._fields)), np.nan)
-            for timestep in range(len(rows)):
-                with suppress(ValueError):
-                    rows[timestep] = self._step_at(timestep, kind)
-            self._step_tables[key] = torch.tensor(rows, device="cpu").to(dtype).to(device)
-        return self._step_tables[key]
+        rows = np.full((self.path.T, len(Step._fields)), np.nan)
+        for timestep in range(self.path.T):
+            with suppress(ValueError):
+                rows[timestep] = self._step_at(timestep, kind)
+        return torch.tensor(rows, device="cpu").to(dtype).to(device)

@@ -191,7 +191,7 @@ def test_another_scheduler_does_without(settings, reason):
     text = f"the solver for 4 steps was fitted for {reason}: the default is used"
     assert said(lambda: times(scheduler)) == [text]
     assert times(usual) == scheduler.timesteps.tolist()
-    assert scheduler._plans == usual._plans
+    assert scheduler._cache == usual._cache
     assert scheduler._weighted == usual._weighted
     assert said(lambda: times(scheduler, 5)) == []
 
