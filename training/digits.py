@@ -23,10 +23,9 @@ from latent.fitting import Schedule, fit
 from latent.networks import SIZE, build
 from measure.extractors import Extractor, open_extractor
 from pictures import Order, Reading, as_dataset, find_frame, in_memory, open_pictures
+from pictures.grids import grid
 from torch import Tensor, nn
 from trainer.settings import command, parse, record, write_json
-
-from ddim_plugin.pipelines.images import grid
 
 FREE = ("output", "save_every", "steps", "test_split", "extractor", "samples")
 """Settings that may change when a run continues."""

@@ -17,10 +17,9 @@ from cards.weights import weights_digest
 from guard.writing import write_file
 from measure.reconstructions import Bench, arrays, entries, paths, plot, round_trip, same_latent, table
 from pictures import Reading, choose_split, load_images
+from pictures.grids import grid
 from torch import Tensor
 from trainer.settings import command, parse, record, write_json
-
-from ddim_plugin.pipelines.images import grid
 
 PICTURES = {
     "table2.png": "Table 2: the error of reconstructions against S.",

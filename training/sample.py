@@ -20,11 +20,11 @@ import torch
 from guard.writing import write_file
 from measure.labels import check_label
 from pictures import Reading, choose_split, load_images
+from pictures.grids import grid
 from torch import Generator
 from trainer.settings import parse, record, write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
-from ddim_plugin.pipelines.images import grid
 
 BATCH = 64  # pictures of an array at a time
 WRITTEN = ("samples_by_steps.png", "samples_by_eta.png", "sample.json")

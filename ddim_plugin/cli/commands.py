@@ -67,8 +67,8 @@ def sample(args: Namespace) -> tuple:
     """Sample images from noise, or decode --latents."""
     if args.latents:
         _refuse(args, "num", "eta", "variance", "clip")
-        z, kept, _ = inversion.load_latents(args.latents)
-        kept = kept.get("settings", kept)  # earlier files have nothing else
+        found = inversion.Inverted.load(args.latents)
+        z, kept = found.latents, found.settings
         kept |= {"steps": None, "timesteps": None} if _given(args, "steps", "timesteps") else {}
         vars(args).update({key: kept.get(key) for key in KEPT} | _given(args, *KEPT))
         pipe = _load(args)
@@ -86,7 +86,7 @@ def sample(args: Namespace) -> tuple:
         for rows in batches(args.num, args.batch_size):
             settings |= {"class_labels": labels and labels[rows], "generator": generators[rows]}
             images.extend(pipe(None, latents=z[rows], **settings).images)
-    picture = grid(np.split(np.asarray(images), range(args.columns, args.num, args.columns)))
+    picture = grid(np.asarray(images), args.columns)
     return {"images": args.num}, picture, inversion.Inverted(z, None, {key: getattr(args, key) for key in KEPT})
 
 
@@ -120,8 +120,8 @@ def edit(args: Namespace) -> tuple:
     edited = inverted.decode(pipe, args.new_prompt, output_type="np", **scale)
     again = inverted.decode(pipe, output_type="np")
     shown = [np.stack([*map(np.asarray, images)]).reshape(again.shape) / np.float32(255)] if images else []
-    title = " | ".join(["image", "decoded", "edited"][-len(shown) - 2 :])
-    return record, grid([*np.stack([*shown, again, edited], 1)], title=title), inverted
+    rows = np.stack([*shown, again, edited], 1)  # the image, decoded, and edited
+    return record, grid(rows.reshape(-1, *again.shape[1:]), rows.shape[1]), inverted
 
 
 def fit(args: Namespace) -> tuple:

@@ -1,13 +1,12 @@
 """Images for a network, checked, and grids of images."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.utils import load_image, numpy_to_pil
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from diffusers.utils import load_image, make_image_grid, numpy_to_pil
+from PIL import Image, ImageOps
 from torch import Tensor
 
 Images = Any  # a PIL image, an array (H, W), (H, W, C) or (B, H, W, C), a tensor (C, H, W) or (B, C, H, W), or a list
@@ -86,21 +85,13 @@ def check_channels(channels: int) -> str:
     return MODES[channels]
 
 
-def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), title: str = "", cell: int = 64) -> Image.Image:
-    """Draw rows of pictures (N, H, W, C) in [0, 1], each with its label, in ASCII, on the left."""
-    check_channels(rows[0].shape[-1])
-    scale = max(1, round(cell / rows[0].shape[1]))
-    height, width = (scale * side for side in rows[0].shape[1:3])
-    gap, points = max(2, scale // 2), max(11, min(16, height // 2))
-    font = ImageFont.load_default(size=points)
-    margin = gap + int(max((font.getlength(label) + 2 * gap for label in labels if label), default=0))
-    top = 2 * points if title else gap
-    size = margin + max(map(len, rows)) * (width + gap), top + len(rows) * (height + gap)
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
-    draw.text((gap, points // 2), title, fill="black", font=font)
-    for y, row, label in zip(range(top, size[1], height + gap), rows, labels or [""] * len(rows), strict=True):
-        draw.text((gap, y + height // 2), label, fill="black", font=font, anchor="lm")
-        for x, picture in zip(range(margin, size[0], width + gap), numpy_to_pil(row), strict=False):
-            canvas.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (x, y))
-    return canvas
+def grid(pictures: np.ndarray, columns: int, cell: int = 64) -> Image.Image:
+    """Draw pictures (N, H, W, C) in [0, 1] row by row, about `cell` pixels high or more."""
+    check_channels(pictures.shape[-1])
+    scale = max(1, round(cell / pictures.shape[1]))
+    gap, size = max(2, scale // 2), (scale * pictures.shape[2], scale * pictures.shape[1])
+    made = [picture.resize(size, Image.Resampling.BICUBIC).convert("RGB") for picture in numpy_to_pil(pictures)]
+    made = [ImageOps.expand(picture, (0, 0, gap, gap), "white") for picture in made]
+    columns = min(columns, len(made))
+    made += [Image.new("RGB", made[0].size, "white")] * (-len(made) % columns)
+    return ImageOps.expand(make_image_grid(made, len(made) // columns, columns), (gap, gap, 0, 0), "white")

@@ -5,7 +5,6 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from itertools import count
 from numbers import Real
 from pathlib import Path
@@ -49,6 +48,8 @@ class Inverted:
 
         `changes` replace arguments of the inversion's call. Pass its tensors, such as `prompt_embeds`, again.
         """
+        if "call" not in self.settings:
+            raise ValueError("these latents have no settings of an inversion: use those of invert, or decode of a pipe")
         changes, missed = changes | ({} if prompt is None else {"prompt": prompt}), self.corrections
         texts = [key for key in self.settings["left_out"] if prompt and "prompt" in key and "negative" not in key]
         if lost := [key for key in self.settings["left_out"] if key not in {*changes, *texts}]:
@@ -62,30 +63,24 @@ class Inverted:
 
     def save(self, path: str | Path) -> None:
         """Save as a safetensors file."""
-        tensors = {"latents": self.latents} | ({} if self.corrections is None else {"corrections": self.corrections})
         known = {"settings": self.settings, "report": self.report and self.report.to_dict()}
-        content = {name: each.cpu().contiguous() for name, each in tensors.items()}
+        tensors = {"latents": self.latents, "corrections": self.corrections}
+        content = {name: each.cpu().contiguous() for name, each in tensors.items() if each is not None}
         Path(path).write_bytes(save(content, {"ddim_plugin": json.dumps(known)}))
 
     @classmethod
     def load(cls, path: str | Path) -> "Inverted":
-        """Load a file that `save` wrote. Raises ValueError for other latents."""
-        latents, known, corrections = load_latents(path)
-        if "call" not in known.get("settings", ()):
-            raise ValueError(f"{path} has no settings of an inversion: use a file that Inverted.save wrote")
-        report = {k: np.array(v, float if k == "residual" else None) for k, v in (known["report"] or {}).items()}
-        return cls(latents, InversionReport(**report) if report else None, known["settings"], corrections)
-
-
-def load_latents(path: str | Path) -> tuple[Tensor, dict[str, Any], Tensor | None]:
-    """Load latents, what was saved with them, and their corrections or None. Raises ValueError for other files."""
-    try:
-        with safe_open(path, "pt") as file:
-            known = json.loads((file.metadata() or {}).get("ddim_plugin", "{}"))
-            corrections = file.get_tensor("corrections") if "corrections" in file.keys() else None  # noqa: SIM118
-            return file.get_tensor("latents"), known, corrections
-    except SafetensorError as error:
-        raise ValueError(f"cannot read latents from {path}: {error}") from error
+        """Load a file that `save` wrote, or one of latents alone. Raises ValueError for others."""
+        try:
+            with safe_open(path, "pt") as file:
+                known = json.loads((file.metadata() or {}).get("ddim_plugin", "{}"))
+                names = ["latents", *{"corrections"}.intersection(file.keys())]
+                latents, *corrections = map(file.get_tensor, names)
+        except SafetensorError as error:
+            raise ValueError(f"cannot read latents from {path}: {error}") from error
+        report = {k: np.array(v, float if k == "residual" else None) for k, v in (known.get("report") or {}).items()}
+        settings = known.get("settings", known)  # earlier files have nothing else
+        return cls(latents, InversionReport(**report) if report else None, settings, *corrections)
 
 
 @torch.no_grad()
@@ -101,7 +96,7 @@ def invert(
 ) -> Inverted:
     """Find the latents from which a pipeline makes pictures, in its own loop.
 
-    Args:
+    Args, with a ValueError for those that do not fit, before any long work:
         pipe: a pipeline with a `vae` whose call takes `latents`: Stable Diffusion, XL, 3, Flux, PixArt, Qwen-Image, …
         images: PIL images, arrays (B, H, W, C), tensors (B, C, H, W), one of them or a list; bytes, or in [0, 1].
         prompt: for all pictures, or a list with one for each. None is the empty prompt.
@@ -110,8 +105,6 @@ def invert(
         tolerance: residual of a step, in units of latents (of deviation 1), above which a warning is logged.
         decode_with: arguments of the call that decodes, if they differ. What its steps miss is kept as `corrections`.
         call: other arguments of the pipeline's call. `guidance_scale=1` is the most exact.
-
-    Raises ValueError for arguments that do not fit, before any long work.
     """
     parameters, packs = inspect.signature(pipe.__call__).parameters, hasattr(pipe, "_pack_latents")
     form = 5 if not packs else len(inspect.signature(pipe._pack_latents).parameters)  # 5 arguments in Flux, Qwen-Image
@@ -155,7 +148,7 @@ def _missed(pipe: Any, known: dict[str, Any], z: Tensor, z_0: Tensor, call: dict
     states, missed = {}, {}
 
     def follow(i: int, x: Tensor) -> Tensor:
-        missed[i] = states.setdefault(i, x).float() - x.float()  # 0 the first time
+        missed[i] = states.setdefault(i, x) - x  # 0 the first time
         return states[i]
 
     _run(pipe, _sampler(known, follow), z, output_type="latent", **call)
@@ -165,19 +158,11 @@ def _missed(pipe: Any, known: dict[str, Any], z: Tensor, z_0: Tensor, call: dict
 
 
 def _sampler(settings: dict[str, Any], change: Callable[[int, Tensor], Tensor]) -> SchedulerMixin:
-    """Make the sampler that decodes. `change` replaces x_s after step i of the loop."""
+    """Make the sampler that decodes. `change` replaces x_s, in float32 at least, in step i of the loop."""
     config, places = settings["scheduler"], count()
     scheduler = CLASSES[config[KEY]["class"]].from_config(config)
-    step = scheduler.step
-
-    @wraps(step)  # pipelines read its signature
-    def changed(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
-        output = getattr(result, "_result", result)
-        output.prev_sample = change(next(places), output.prev_sample).to(output.prev_sample.dtype)
-        return result
-
-    scheduler.step = changed
+    advance = scheduler._advance
+    scheduler._advance = lambda evaluation: change(next(places), advance(evaluation))
     return scheduler
 
 

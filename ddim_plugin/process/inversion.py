@@ -52,26 +52,26 @@ class Search:
         if not self.best:
             self.best = size, x, r
         else:
-            self._learn(x - self.last[0], r - self.last[1])
+            dx, dr = x - self.last[0], r - self.last[1]
+            whole, (dx, dr) = inner(dr, dr), self._free(dx, dr)
+            left = inner(dr, dr)
+            scale = torch.where(left > 1e-10 * whole, left, torch.inf).rsqrt()  # 0 for a direction that is known
+            self.changes = [*self.changes, (scale * dx, scale * dr)][-MEMORY:]
             better, grown = size < self.best[0], ~(size <= GROWTH**2 * self.best[0])  # NaN has grown
             self.best = tuple(torch.where(better, *each) for each in zip((size, x, r), self.best, strict=True))
             x, r = torch.where(grown, self.best[1], x), torch.where(grown, self.best[2], r)
             self.gamma = self.gamma * torch.where(grown, 0.5, 1.0)
             self.changes = [tuple(torch.where(grown, 0, each) for each in change) for change in self.changes]
         self.last = x, r
+        x, r = self._free(x, r)
+        return x + self.gamma * r
+
+    def _free(self, x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Subtract the changes that x and r contain."""
         for dx, dr in self.changes:
             weight = inner(dr, r)
             x, r = x - weight * dx, r - weight * dr
-        return x + self.gamma * r
-
-    def _learn(self, dx: Tensor, dr: Tensor) -> None:
-        whole = inner(dr, dr)
-        for old_dx, old_dr in self.changes:
-            weight = inner(old_dr, dr)
-            dx, dr = dx - weight * old_dx, dr - weight * old_dr
-        left = inner(dr, dr)
-        scale = torch.where(left > 1e-10 * whole, left, torch.inf).rsqrt()  # 0 for a direction that is known
-        self.changes = [*self.changes, (scale * dx, scale * dr)][-MEMORY:]
+        return x, r
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

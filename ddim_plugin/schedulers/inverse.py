@@ -30,11 +30,10 @@ class Upwards(StockConfig):
         config, k, kind, eta = self.config, self.config.refinement_steps, self.config.variance_type, self.config.eta
         if k is not None and not (spacings.is_integer(k) and k >= 0):
             raise ValueError(f"refinement_steps must be 0 or more, or None for the plain inverse, not {k!r}")
-        if config.corrector_steps:
-            raise ValueError(f"encoding has no corrector: set corrector_steps to 0, not {config.corrector_steps}")
-        if moves.adds_noise(kind, eta):
-            problem = f"with eta={eta:g} and variance_type={kind!r} many x_t lead to one x_s"
-            raise ValueError(f"encoding needs the deterministic process: {problem}. Pass eta=0, 'fixed_small'")
+        if config.corrector_steps or moves.adds_noise(kind, eta):
+            given = f"eta={eta:g} and variance_type={kind!r}, corrector_steps={config.corrector_steps}"
+            remedy = "many x_t lead to one x_s. Pass eta=0, 'fixed_small' and 0"
+            raise ValueError(f"encoding needs the deterministic process: with {given} {remedy}")
         if config.use_clipped_model_output and (config.clip_sample or config.thresholding):
             raise ValueError("use_clipped_model_output=True needs x_t, which an inverse step computes: set it to False")
         self.order, self._in_order = 1 + (k or 0), self.is_joint or k is not None
@@ -42,19 +41,17 @@ class Upwards(StockConfig):
     def set_begin_index(self, begin_index: int = 0) -> None:
         super().set_begin_index(begin_index)
         self._x = self._handed = None  # where the network is evaluated next, and the same in the type of the pipeline
-        self.kept: Tensor | None = None  # mask (B, 1, …) of solved samples, which this search leaves as they are
         self.residual = torch.tensor(torch.nan)  # root mean square of (x_s − f(x_t))/a_s, the smallest evaluated, (B,)
-        self._solution: Tensor | None = None  # x_t of the last step that is solved
-        self._seen: torch.Size | None = None  # shape of a sample that the network saw with noise
-        self._done: int | None = None  # place of the last evaluation
+        # A mask (B, 1, …) of samples that the search leaves as they are, the last solution x_t, the shape of a sample
+        # that the network saw with noise, and the place of the last evaluation.
+        self.kept = self._solution = self._seen = self._done = None
         self._records: list[tuple[float, int, Tensor]] = []  # timestep, evaluations and residual of each step
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
         """Compute x_t as in the sampler; but x_0 at the first time of the plan, where encoding begins with x_0."""
         begins = self._planned is not None and self._done is None
-        if begins and bool((torch.as_tensor(timesteps, device="cpu") == self._called[self._span.start]).all()):
-            return original_samples
-        return super().add_noise(original_samples, noise, timesteps)
+        begins = begins and bool((torch.as_tensor(timesteps, device="cpu") == self._called[self._span.start]).all())
+        return original_samples if begins else super().add_noise(original_samples, noise, timesteps)
 
     def _replan(self) -> None:
         super()._replan()
@@ -68,23 +65,21 @@ class Upwards(StockConfig):
         times, spent, found = zip(*self._records, strict=True)
         return inversion.InversionReport.of(times, torch.stack(found).cpu(), np.array([spent]).T, tolerance, self._x)
 
-    def _receive(self, sample: Tensor) -> Tensor:
-        """Return the state for the sample of a pipeline, which may have a lower precision."""
-        self._type = sample.dtype
-        return self._x if sample is self._handed and not edits(sample) else at_least_float32(sample)
-
-    def _hand(self, x: Tensor) -> Tensor:
-        self._x, self._done, self._handed = x, self._place, x.to(self._type)
-        return self._handed
-
     def searches(self) -> list[slice]:
         """List the places in the plan of the evaluations of each step, or of each pass if all steps are joint."""
         return [slice(*ends) for ends in pairwise(self._bounds)]
 
-    def _evaluate(self, *args: Any) -> Evaluation:
+    def _evaluate(self, kind: Kind, step: Step, sample: Tensor, *args: Any) -> Evaluation:
         if args[-1] and (self.config.clip_sample or self.config.thresholding):
             raise ValueError("use_clipped_model_output=True needs x_t, which an inverse step computes: leave it out")
-        return super()._evaluate(*args)
+        x = self._x if sample is self._handed and not edits(sample) else at_least_float32(sample)
+        self._type = sample.dtype  # of the pipeline, which may have a lower precision than the state
+        return super()._evaluate(kind, step, self._begun(x), *args)
+
+    def _advance(self, evaluation: Evaluation) -> Tensor:
+        x = self._ended(evaluation, super()._advance(evaluation))
+        self._x, self._done, self._handed = x, self._place, x.to(self._type)
+        return self._handed
 
     def _kind(self, eta: float | None) -> Kind:
         if moves.effective_eta("fixed_small", eta, 0.0)[1] > 0:
@@ -106,14 +101,11 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
     """Encode an image x_0 as the latent x_T that `GeneralizedDDIMScheduler` decodes, in the loop of any pipeline.
 
     Each step x_s = f(x_t) of the sampler is solved for x_t with `refinement_steps` + 1 evaluations of the network at t,
-    and a multiple of them if it contracts slowly (`process.inversion.rounds`). `timesteps` ascend, each repeated.
+    and a multiple of them if it contracts slowly (`process.inversion.rounds`). `timesteps` ascend, each repeated. None
+    is the plain inverse, at x_s (Section 5.4). Other settings and errors are those of `GeneralizedDDIMScheduler`.
 
     The step from b_s = 0 does not determine the noise in x_t. With several evaluations it starts from a_t·x_0 + b_t·z
     with one fixed draw z, by `scale_model_input`. Flow pipelines do not call that: their first evaluation is not used.
-
-    Args:
-        refinement_steps: evaluations of a step beyond the first, or None for the plain inverse, at x_s (Section 5.4).
-        The others, and errors, are those of `GeneralizedDDIMScheduler`. Noise is refused.
     """
 
     @with_settings_of(GeneralizedDDIMScheduler)
@@ -125,17 +117,14 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         self._prediction(self.path.level(self._top))  # raises ValueError for a level that the sampler cannot use
         if k is not None:
             rounds = [inversion.rounds(self.path.level(t), self.path.level(s)) for t, s in pairs]
-            counts = [(k + 1) * each for each in rounds] if k else self._spread(rounds)
+            counts = [(k + 1) * each for each in rounds] if k else counts
+            # As many evaluations as steps: those of the last one or two of a table are made in the hardest step.
+            hardest, whole = rounds.index(max(rounds)), self.config.denoising_end - self.config.denoising_start == 1
+            more = min(2 if self._from_data else 1, max(rounds) - 1, (len(rounds) - 1) // 2 - hardest)
+            if k == 0 and more > 0 and whole and not self.path.continuous:
+                counts[hardest], counts[-more:] = 1 + more, [0] * more
         self._bounds = [0, *dict.fromkeys(np.cumsum(counts).tolist())]  # of the evaluations of each step
         return [pair for pair, count in zip(pairs, counts, strict=True) for _ in range(count)]
-
-    def _spread(self, rounds: list[int]) -> list[int]:
-        """Spread as many evaluations as there are steps: those of the last one or two of a table go to the hardest."""
-        hardest, counts = rounds.index(max(rounds)), [1] * len(rounds)
-        more = min(2 if self._from_data else 1, max(rounds) - 1, (len(rounds) - 1) // 2 - hardest)
-        if more > 0 and not self.path.continuous and self.config.denoising_end - self.config.denoising_start == 1:
-            counts[hardest], counts[-more:] = 1 + more, [0] * more
-        return counts
 
     def _make_step(self, t: float, s: float, kind: Kind) -> Step:
         move = moves.move(self.path, t, s)
@@ -154,10 +143,11 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         level, z = self.move(0).start, torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))
         return combine(level.signal, x, level.noise, z.to(x.device).expand(x.shape))
 
-    def _evaluate(self, kind: Kind, step: Step, sample: Tensor, *args: Any) -> Evaluation:
+    def _begun(self, x: Tensor) -> Tensor:
+        """Return the x_t at which the network was evaluated."""
         if not self._in_order:
-            return super()._evaluate(kind, step, sample, *args)
-        i, x, follows = self._place, self._receive(sample), self._done == self._place - 1
+            return x
+        i, follows = self._place, self._done == self._place - 1
         self._is_blind = i in self._bounds and not follows  # the network was evaluated at x_s
         if i in self._bounds:
             move, self._below = self.move(i), self._solution.view(x.shape) if follows else x  # x_s
@@ -169,30 +159,31 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         elif not follows:
             remedy = "step along scheduler.timesteps, with one scheduler for each loop"
             raise ValueError(f"timestep {self._called[i]:g} continues a step of another loop: {remedy}")
-        return super()._evaluate(kind, step, x, *args)
+        return x
 
-    def _advance(self, evaluation: Evaluation) -> Tensor:
+    def _ended(self, evaluation: Evaluation, made: Tensor) -> Tensor:
+        """Return the x_t to evaluate next, from the x_s that was `made` of the last one."""
         if not self._in_order:
-            return super()._advance(evaluation)
-        i, x, made = self._place, evaluation.sample, super()._advance(evaluation)
+            return made
+        i, x = self._place, evaluation.sample
         move, is_last = self.move(i), i + 1 == self._span.stop
-        ends = is_last or i + 1 in self._bounds
+        ends, kept = is_last or i + 1 in self._bounds, self.kept
         if self._image_range is not None and move.s == 0:
             made = made.clamp(*self._image_range)
         if self._is_blind and self._from_data and move.s == 0 and not ends:
-            return self._hand(self._noised(x))
-        r, kept = self._below - made, self.kept
+            return self._noised(x)
+        r = self._below - made
         found = self._search.next(x, r if kept is None else torch.where(kept, torch.nan, r))
         if self._is_blind:
             found = evaluation._replace(step=Step.up(move, self._prediction(move.start))).mean()
         found = found if kept is None else torch.where(kept, x, found)
         self.residual = (self._search.best[0].flatten() / x[0].numel()).sqrt() / move.end.signal
         if not ends:
-            return self._hand(found)
+            return found
         self._records.append((self._called[i], self._pairs[: i + 1].count(self._pairs[i]), self.residual))
         self._solution, self.kept = found, None
         above = self._top if i + 1 == len(self._pairs) else move.t if is_last else self._pairs[i + 1][0]
-        return self._hand(self._on_line(evaluation, self.path.level(above)) if above > move.t else found)
+        return self._on_line(evaluation, self.path.level(above)) if above > move.t else found
 
     def _on_line(self, evaluation: Evaluation, level: Level) -> Tensor:
         """Continue the line through the last two solutions, x/a over b/a, to a higher level."""
@@ -208,12 +199,10 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
 
     A pass solves the ODE of Eq. 14 upwards with the same method. The network is evaluated at the lower end of a step,
     and at τ_1 for the first. If the sampler starts from T and has more than one step, the last step ends at T.
-    A step of the sampler uses ε̂ of noisier steps, so all steps are refined together: the loop decodes the latent (with
-    descending `timesteps`), corrects the image that it started from by the error, the residual, and encodes it again.
-
-    Args:
-        refinement_steps: evaluations of a step beyond the first, two for each round, at least one round. None is 0.
-        The others, and errors, are those of `MultistepDDIMScheduler` and `InverseDDIMScheduler`.
+    A step of the sampler uses ε̂ of noisier steps, so all steps are refined together: for every two `refinement_steps`,
+    at least once unless they are 0 or None, the loop decodes the latent (with descending `timesteps`), corrects the
+    image that it started from by the error, the residual, and encodes it again. Other settings, and errors, are those
+    of `MultistepDDIMScheduler` and `InverseDDIMScheduler`.
     """
 
     is_joint = True
@@ -225,15 +214,11 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
     def _make_pairs(self, times: spacings.Times) -> Pairs:
         if self.config.denoising_end < 1:
             raise ValueError(f"denoising_end={self.config.denoising_end:g} must be 1: all steps are solved together")
-        T, start, k = self.path.T, self.config.denoising_start, self.config.refinement_steps or 0
-        high = round(T * (1 - start)) + (not self.path.continuous)
-        n = sum(1 for t in times if t < high or not start)
-        if n == 0:
-            raise ValueError(f"no step lies below denoising_start={start:g}: use more steps, or a larger part")
-        path = [0, *times.tolist()]
+        self._pairs, path, k = moves.downwards(times)[::-1], [0, *times.tolist()], self.config.refinement_steps
+        n = super()._make_span().stop  # steps below denoising_start
         self._whole = len(times) > 1 and self._starts_above(path[-1]) and (self._most or n) == len(times)
         if self._whole:
-            path[-1] = T  # a single step ends at τ_1, where the network was evaluated
+            path[-1] = self.path.T  # a single step ends at τ_1, where the network was evaluated
         self._length = min(n, self._most or n)
         up, down = list(pairwise(path))[: self._length], moves.downwards(times)[-self._length :]
         more = max(1, k // 2) if k else 0  # that decode, and encode again
@@ -251,25 +236,24 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
         build, called = (Step.down, move.start) if t else (Step.from_data, move.end)
         return build(move, self._prediction(called))
 
-    def _evaluate(self, kind: Kind, step: Step, sample: Tensor, *args: Any) -> Evaluation:
-        x = self._receive(sample)
+    def _begun(self, x: Tensor) -> Tensor:
         if self._place == 0:
             self._image = self._begin = x
             self._search = inversion.Search(1.0)
         if self._place % self._length == 0:
             self._forget()
-        return super()._evaluate(kind, step, x, *args)
+        return x
 
-    def _advance(self, evaluation: Evaluation) -> Tensor:
-        x, done = super()._advance(evaluation), self._place + 1
+    def _ended(self, evaluation: Evaluation, x: Tensor) -> Tensor:
+        done = self._place + 1
         if done % self._length:
-            return self._hand(x)
+            return x
         if done // self._length % 2 == 0:  # decoded
             x = x if self._image_range is None else x.clamp(*self._image_range)
             self._begin = self._search.next(self._begin, self._image - x)
             self.residual = (self._search.best[0].flatten() / x[0].numel()).sqrt() / self.path.level(0).signal
             self._records = [(self._called[self._length], len(self._pairs), self.residual)]
-            return self._hand(self._begin)
+            return self._begin
         keeps = self.kept is not None and self._solution is not None
         self._solution = torch.where(self.kept, self._solution, x) if keeps else x
-        return self._hand(self._solution)
+        return self._solution

@@ -17,12 +17,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from guard import warn
 from guard.writing import write_file
+from pictures.grids import grid
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ddim_plugin import GeneralizedDDIMPipeline
-from ddim_plugin.pipelines.images import grid
 
 SPIKE = 5.0
 """A loss or gradient norm this many times the median before it counts as a spike."""

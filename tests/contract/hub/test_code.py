@@ -42,7 +42,7 @@ def run(source, namespace=None):
 
 def joined(sources, entry):
     """The names that the last module defines, of the file that is made of these sources."""
-    text = "from types import SimpleNamespace\n" + builder.join(entry, sources.get)
+    text = "from types import SimpleNamespace\n" + builder.join(entry, sources)
     return vars(run(text)[f"ddim_{entry.replace('.', '_')}"])
 
 

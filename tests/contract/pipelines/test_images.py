@@ -110,9 +110,11 @@ def test_transparency_is_judged_by_content(tmp_path, mode):
         open_image(tmp_path / "clear.png", channels, None)
 
 
-def test_a_grid_without_labels():
-    rows = [RNG.random((3, 8, 8, 1)), RNG.random((2, 8, 8, 1))]
-    plain, labelled = grid(rows), grid(rows, ["first", "second"], "title")
-    assert labelled.width > plain.width
-    assert labelled.height > plain.height
-    assert plain.width < 3 * 80
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grid(channels):
+    """Rows of pictures, enlarged by a whole factor, on white."""
+    made = np.asarray(grid(RNG.random((3, 8, 6, channels)), 2))
+    assert made.shape == (4 + 2 * 68, 4 + 2 * 52, 3)
+    assert (made[72:, 56:] == 255).all()
+    assert not (made[72:136, 4:52] == 255).all()
+    assert grid(RNG.random((3, 8, 6, channels)), 8).size == (4 + 3 * 52, 4 + 68)

@@ -127,7 +127,7 @@ def test_half_precision(name, parts, trained, pictures):
     assert pipe.vae.dtype == kind
     assert inverted.latents.dtype == (torch.float32 if name in ("Z-Image", "Wan") else torch.bfloat16)
     tensors = {key: call[key] for key in inverted.settings["left_out"]}
-    assert distance(inverted.decode(pipe, output_type="latent", **tensors), coded(pipe, pictures[:1])) < 0.02
+    assert distance(inverted.decode(pipe, output_type="latent", **tensors), coded(pipe, pictures[:1])) < 0.03
 
 
 def test_an_upcast_vae_is_exact_and_comes_back(parts, trained, pictures, monkeypatch):
@@ -308,8 +308,10 @@ def test_latents_of_another_kind(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"latents": torch.zeros(1, 4, 8, 8)}, tmp_path / "z.safetensors")
-    with pytest.raises(ValueError, match=r"has no settings of an inversion"):
-        Inverted.load(tmp_path / "z.safetensors")
+    found = Inverted.load(tmp_path / "z.safetensors")
+    assert found.latents.shape == (1, 4, 8, 8)
+    with pytest.raises(ValueError, match="have no settings of an inversion"):
+        found.decode(None)
 
 
 def test_the_scheduler_comes_back_after_an_error(parts, trained, pictures):

@@ -282,7 +282,7 @@ def test_a_part_of_a_multistep_path():
     assert up.report().residual.shape == (1, 3)
     with pytest.raises(ValueError, match="denoising_end=0.5 must be 1: all steps are solved together"):
         planned(10, InverseMultistepDDIMScheduler, denoising_end=0.5)
-    with pytest.raises(ValueError, match="no step lies below denoising_start"):
+    with pytest.raises(ValueError, match="no step lies between denoising_start"):
         planned(5, InverseMultistepDDIMScheduler, denoising_start=0.9999)
 
 

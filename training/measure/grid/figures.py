@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ddim_plugin.pipelines.images import grid
+from pictures.grids import grid
 
 from ..parts import read_arrays
 from .cells import Cell
