@@ -34,9 +34,9 @@ class Path:
     """A path given by its levels at the times 0..T. Networks are evaluated at t − 1."""
 
     levels: Level  # arrays, (T + 1,)
+    output_sign: int = 1  # factor on the network's output
     continuous: ClassVar[bool] = False  # timesteps are real numbers
     first: ClassVar[int] = 1  # lowest time at which networks are evaluated
-    output_sign: ClassVar[int] = 1  # factor on the network's output
     image_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)  # black and white in x_0
 
     @property
@@ -89,7 +89,10 @@ class Path:
 
 
 class FlowMatching(Path):
-    """x_t = (1 − σ)·x_0 + σ·ε with σ = t/T, for real t (Lipman et al. 2023). Networks are evaluated at T·σ."""
+    """x_t = (1 − σ)·x_0 + σ·ε with σ = t/T, for real t (Lipman et al. 2023). Networks are evaluated at T·σ.
+
+    With the output sign −1 they are evaluated at T·(1 − σ), and predict x_0 − ε.
+    """
 
     continuous = True
     first = 0
@@ -102,12 +105,6 @@ class FlowMatching(Path):
 
     def time(self, timestep: Number) -> Number:
         return self.timestep(timestep)  # its own inverse
-
-
-class InvertedFlow(FlowMatching):
-    """Flow matching for networks that are evaluated at T·(1 − σ), and predict x_0 − ε."""
-
-    output_sign = -1
 
 
 class VarianceExploding(Path):
@@ -136,7 +133,7 @@ def variance_preserving(alpha_bar: Array) -> Path:
 def flow_matching(T: int, inverted: bool = False) -> FlowMatching:
     """Build the path of flow matching."""
     noise = np.arange(T + 1) / T
-    return (InvertedFlow if inverted else FlowMatching)(Level(1 - noise, noise))
+    return FlowMatching(Level(1 - noise, noise), -1 if inverted else 1)
 
 
 def variance_exploding(T: int, sigma_min: float, sigma_max: float) -> VarianceExploding:

@@ -85,22 +85,16 @@ def _spread(times: Array, T: int) -> Times:
 
 # τ_i for i = 1..S by name, as functions of i, S, T and ᾱ_0..ᾱ_T.
 SPACINGS: dict[str, Callable[[Times, int, int, Any], NDArray]] = {
-    # ⌊T·i/S⌋ (Appendix D.2, with c = T/S, so that τ_S = T).
-    "linear": lambda i, S, T, _: T * i // S,
-    # max(i, ⌊T·i²/S²⌋) (Appendix D.2 with c = T/S²; the maximum keeps small times distinct).
-    "quadratic": lambda i, S, T, _: np.maximum(i, T * i * i // (S * S)),
-    # 1 + (i − 1)·⌊T/S⌋, as diffusers' "leading"; an offset is added by `tau`.
-    "leading": lambda i, S, T, _: 1 + (i - 1) * (T // S),
-    # round(T·i/S), half to even, as diffusers' "trailing": the top is T.
-    "trailing": lambda i, S, T, _: np.round(T * i / S),
-    # Evenly spaced from 1 to T, rounded half to even, as diffusers' "linspace" (S = 1 gives 1).
-    "linspace": lambda i, S, T, _: 1 + np.round(np.linspace(0, T - 1, S)),
-    # The authors' "uniform" to the letter: every ⌊T/S⌋-th time from 1 on, more than S if S does not divide T.
-    "paper_linear": lambda i, S, T, _: 1 + np.arange(0, T, T // S),
-    # The authors' "quad" to the letter: 1 + ⌊u²⌋, u evenly spaced on [0, √(0.8 T)]. Small times may repeat.
-    "paper_quadratic": lambda i, S, T, _: 1 + np.floor(np.linspace(0, np.sqrt(T * 0.8), S) ** 2),
+    "linear": lambda i, S, T, _: T * i // S,  # ⌊T·i/S⌋ (Appendix D.2, with c = T/S, so that τ_S = T)
+    "quadratic": lambda i, S, T, _: np.maximum(i, T * i * i // (S * S)),  # ⌊T·i²/S²⌋ (Appendix D.2), but distinct
+    "leading": lambda i, S, T, _: 1 + (i - 1) * (T // S),  # as in diffusers; `tau` adds an offset
+    "trailing": lambda i, S, T, _: np.round(T * i / S),  # as in diffusers, half to even: the top is T
+    "linspace": lambda i, S, T, _: 1 + np.round(np.linspace(0, T - 1, S)),  # as in diffusers: from 1 to T
     "few_steps": lambda i, S, T, alpha_bar: few_steps(S, alpha_bar),
     "few_steps_noise": lambda i, S, T, alpha_bar: few_steps_noise(S, alpha_bar),
+    # The authors' code to the letter: more than S times if S does not divide T, and small times that may repeat.
+    "paper_linear": lambda i, S, T, _: 1 + np.arange(0, T, T // S),
+    "paper_quadratic": lambda i, S, T, _: 1 + np.floor(np.linspace(0, np.sqrt(T * 0.8), S) ** 2),
 }
 
 

@@ -55,8 +55,7 @@ class Planned(Levels):
             raise ValueError("set_timesteps takes either num_inference_steps or timesteps=[...], not both or neither")
         flows = isinstance(self.path, paths.FlowMatching)
         if not flows and (sigmas is not None or mu is not None):
-            name = "mu" if sigmas is None else "sigmas"
-            raise ValueError(f"{name} is for flow matching, and this scheduler is not: leave it out, or pass timesteps")
+            raise ValueError("sigmas and mu are for flow matching, and this scheduler is not: pass timesteps instead")
         self._adopt()
         before = dict(self.__dict__)
         try:

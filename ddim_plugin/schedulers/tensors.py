@@ -57,11 +57,9 @@ def numbers(timesteps: Tensor, whole: bool) -> Tensor:
     """Convert timesteps to integers if they must be `whole`, else to float32 at least. Raises ValueError for others."""
     if not whole and timesteps.dtype not in HALF:
         return timesteps.to(torch.promote_types(timesteps.dtype, torch.float32))
-    if timesteps.dtype in (torch.float32, torch.float64):
-        if timesteps.device.type != "cpu" or bool((timesteps == timesteps.floor()).all()):
-            return timesteps.long()
-    elif not timesteps.is_floating_point() and not timesteps.is_complex() and timesteps.dtype != torch.bool:
-        return timesteps
+    exact = timesteps.dtype not in (*HALF, torch.bool) and not timesteps.is_complex()
+    if exact and (timesteps.device.type != "cpu" or bool((timesteps == timesteps.long()).all())):
+        return timesteps.long()
     raise ValueError(f"timesteps must be integers, not {timesteps!r}")
 
 

@@ -81,9 +81,8 @@ def test_step_counts_that_do_not_divide_T(spacing, S):
 
 def test_offset_with_as_many_steps_as_times():
     scheduler = GeneralizedDDIMScheduler(timestep_spacing="leading", steps_offset=1)
-    with pytest.warns(UserWarning, match="steps_offset=1 does not fit 1000 of 1000 steps"):
+    with pytest.raises(ValueError, match="steps_offset must be an integer from 0 to 0, not 1"):
         scheduler.set_timesteps(1000)
-    assert scheduler.timesteps.tolist() == list(range(999, -1, -1))
 
 
 def test_the_authors_repeated_times_leave_x_as_it_is():
