@@ -23,9 +23,8 @@ NOISE = 0.004  # largest ᾱ at which a network can be evaluated with x_T in pla
 def few_steps(S: int, alpha_bar: Array) -> Times:
     """Space S times for a multistep method that starts from T: closer at both ends, up to where x̂0 hardly changes.
 
-    The top is T·S/(S + 2), or the lowest time with ᾱ ≤ `NOISE` if that is higher. Below 8 steps the bottom is 2.5·T/S²,
-    or T/(2S) for S < 5, and times are even in t^0.8 with smaller uppermost gaps. Else it is T/S², and they are even in
-    a mixture of t and the log-SNR.
+    The top is T·S/(S + 2), or the lowest time with ᾱ ≤ `NOISE` if that is higher. Below 8 steps the bottom is 2.5·T/S²
+    (T/(2S) for S < 5), and times are even in t^0.8. Else it is T/S², and they are even in a mixture of t and log-SNR.
     """
     T, (top, bottom) = len(alpha_bar) - 1, _ends(S, alpha_bar)
     if S < MANY_STEPS:

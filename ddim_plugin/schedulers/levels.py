@@ -22,6 +22,7 @@ class Levels(StockConfig):
     """Make the path of a config, show its levels as diffusers does, and add noise to samples."""
 
     path: paths.Path
+    alpha_bar: np.ndarray  # ᾱ_0..ᾱ_T, float64, of the path scaled to a² + b² = 1. It is read-only
     _derived_betas = False  # trained_betas were computed from a schedule that stock schedulers do not have
     _shown: Tensor | None = None  # ᾱ_1..ᾱ_T, float32
     _planned: Tensor | None = None  # the timesteps of the plan
@@ -68,17 +69,13 @@ class Levels(StockConfig):
 
     def _use(self, path: paths.Path) -> None:
         (signal, noise), self.path, self.image_range = path.levels, path, path.image_range
-        self._alpha_bar, self._shown = signal**2 / (signal**2 + noise**2), None
+        self.alpha_bar, self._shown = signal**2 / (signal**2 + noise**2), None
+        self.alpha_bar.setflags(write=False)
         preserves = not path.continuous and not path.explodes
         self.init_noise_sigma = 1.0 if preserves else float(noise[-1])
         if preserves:
-            self._show(self._alpha_bar[1:])
+            self._show(self.alpha_bar[1:])
         self._tables: dict[Any, Tensor] = {}  # a and b for all timesteps, on a device
-
-    @property
-    def alpha_bar(self) -> np.ndarray:
-        """Return ᾱ_0..ᾱ_T, float64, (T + 1,), of the path scaled to a² + b² = 1. ᾱ_0 is that of the data."""
-        return self._alpha_bar.copy()
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
         """Compute x_t = a_t·x_0 + b_t·ε (Eq. 4) at network timesteps.
@@ -133,14 +130,14 @@ class Levels(StockConfig):
     alphas_cumprod = property(lambda self: self._offered(self._shown, "sigmas"), lambda self, new: self._assign(new))
     alphas = property(lambda self: 1 - self.betas, lambda self, value: self._assign(np.cumprod(_numbers(value))))
     betas = property(
-        lambda self: torch.tensor(schedules.from_alpha_bars(self._alpha_bar[1:]), dtype=torch.float32, device="cpu"),
+        lambda self: torch.tensor(schedules.from_alpha_bars(self.alpha_bar[1:]), dtype=torch.float32, device="cpu"),
         lambda self, value: self._assign(np.cumprod(1 - _numbers(value))),
     )
-    final_alpha_cumprod = property(lambda self: torch.tensor(self._alpha_bar[0], dtype=torch.float32, device="cpu"))
+    final_alpha_cumprod = property(lambda self: torch.tensor(self.alpha_bar[0], dtype=torch.float32, device="cpu"))
 
     def _assign(self, value: Any) -> None:
         alpha_bar, dtype = _numbers(value), value.dtype if getattr(value, "dtype", None) in HALF else torch.float32
-        known = torch.tensor(self._alpha_bar[1:], device="cpu").to(dtype)
+        known = torch.tensor(self.alpha_bar[1:], device="cpu").to(dtype)
         if not np.array_equal(_numbers(known), _numbers(torch.tensor(alpha_bar, device="cpu").to(dtype))):
             known = {"trained_betas": schedules.from_alpha_bars(alpha_bar).tolist(), "rescale_betas_zero_snr": False}
             self.register_to_config(**known)

@@ -127,7 +127,7 @@ class Planned(Levels):
 
     def _spaced(self, S: int | None, spacing: str | None = None) -> spacings.Times:
         spacing, offset = spacing or self.config.timestep_spacing, self.config.steps_offset
-        return spacings.tau(spacing, S, self.path.T, offset, self._alpha_bar)
+        return spacings.tau(spacing, S, self.path.T, offset, self.alpha_bar)
 
     def _make_pairs(self, times: spacings.Times) -> Pairs:
         return [(t, r) for t, s in moves.downwards(times) for r in (*[t] * self.config.corrector_steps, s)]

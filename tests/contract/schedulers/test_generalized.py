@@ -34,7 +34,7 @@ def test_mean_std_x0_and_eps_make_up_the_step(prediction_type, clip_sample):
     out, x, z = tensors(3, dtype=torch.float64)
     result = scheduler.step(out, 599, x, variance_noise=z)
     assert torch.allclose(result.mean + result.std * z, result.prev_sample, atol=1e-14)
-    a, b = scheduler._alpha_bar[600], scheduler._alpha_bar[500]
+    a, b = scheduler.alpha_bar[600], scheduler.alpha_bar[500]
     rebuilt = b**0.5 * result.pred_original_sample + (1 - b - result.std**2) ** 0.5 * result.pred_epsilon
     assert torch.allclose(rebuilt, result.mean, atol=1e-12)
     if not clip_sample:

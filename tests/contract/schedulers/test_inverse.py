@@ -145,7 +145,7 @@ def test_clipping_where_it_is_asked_for(network):
     assert made["free"].pred_original_sample.abs().max() > 1
     clipped = made["free"].pred_original_sample.clamp(-1, 1)
     assert torch.allclose(made["asked"].pred_original_sample, clipped)
-    a = float(GeneralizedDDIMScheduler()._alpha_bar[400])
+    a = float(GeneralizedDDIMScheduler().alpha_bar[400])
     expected = a**0.5 * clipped + (1 - a) ** 0.5 * made["free"].pred_epsilon
     assert torch.allclose(made["asked"].prev_sample, expected, atol=1e-9)
 
