@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..process import inversion, moves, spacings
-from ..process.paths import Level
 from .config import CONSTRAINTS, SAMPLER, StockConfig, with_settings_of
 from .generalized import GeneralizedDDIMScheduler
 from .levels import edits
@@ -183,15 +182,13 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         self._records.append((self._called[i], self._pairs[: i + 1].count(self._pairs[i]), self.residual))
         self._solution, self.kept = found, None
         above = self._top if i + 1 == len(self._pairs) else move.t if is_last else self._pairs[i + 1][0]
-        return self._on_line(evaluation, self.path.level(above)) if above > move.t else found
-
-    def _on_line(self, evaluation: Evaluation, level: Level) -> Tensor:
-        """Continue the line through the last two solutions, x/a over b/a, to a higher level."""
-        x, start, end = self._solution, self.move(self._place).start, self.move(self._place).end
-        gap, scale = start.ratio - end.ratio, level.signal / start.signal
-        a, b = start.signal * gap, -end.signal * gap
-        eps = combine(1 / a, x, 1 / b, self._below) if gap else evaluation.pred_epsilon()
-        return combine(scale, x, level.noise - scale * start.noise, eps)
+        if above <= move.t:
+            return found
+        # Continue the line through the last two solutions, x/a over b/a, to the higher level.
+        (signal, noise), gap = self.path.level(above), move.start.ratio - move.end.ratio
+        a, b, scale = move.start.signal * gap, -move.end.signal * gap, signal / move.start.signal
+        eps = combine(1 / a, found, 1 / b, self._below) if gap else evaluation.pred_epsilon()
+        return combine(scale, found, noise - scale * move.start.noise, eps)
 
 
 class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
