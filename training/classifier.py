@@ -1,6 +1,7 @@
-"""Train an image classifier whose features replace Inception's for pictures unlike photographs, such as digits.
+"""Train an image classifier: its features replace Inception's for digits and the like, or it guides a model.
 
 python training/classifier.py --data my/labelled --output my/classifier
+python training/classifier.py --data my/labelled --noisy my/model --output my/guide
 """
 
 import guard
@@ -19,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from cards.weights import weights_digest
+from classifiers.clean import Classifier, moments
+from classifiers.noisy import Guide
 from guard.reading import read_object
 from guard.writing import replace_folder
 from measure.parts import start_processes
@@ -32,7 +35,7 @@ TRAINING, MODEL = "training.json", "config.json"
 
 @dataclass(frozen=True)
 class ClassifierConfig(Reading):
-    """Train a small ResNet on labelled pictures."""
+    """Train a small ResNet on labelled pictures, or with --noisy a network for x_t whose gradient guides a model."""
 
     data: str = field(metadata={"help": "digits, a folder with one subfolder a class, parquet or arrow, or a Hub id"})
     output: str = field(metadata={"help": "folder for the classifier"})
@@ -41,6 +44,7 @@ class ClassifierConfig(Reading):
     label_column: str | None = field(default=None, metadata={"help": "column of the labels; by default found"})
     test_split: str | None = field(default=None, metadata={"help": "split to measure the accuracy on, such as test"})
     hidden_sizes: tuple[int, ...] = field(default=(32, 64, 128), metadata={"help": "channels a stage; last: features"})
+    noisy: str | None = field(default=None, metadata={"help": "the model to guide, whose noise is added to pictures"})
     layers: int = field(default=2, metadata={"help": "blocks in each stage"})
     steps: int = field(default=3000, metadata={"help": "steps of the optimizer"})
     batch_size: int = field(default=128, metadata={"help": "pictures in a step"})
@@ -67,7 +71,8 @@ def check(config: ClassifierConfig) -> None:
     if output.exists() and not config.overwrite:
         raise ValueError(f"{output} exists: choose another folder, or pass --overwrite")
     ours = output.is_dir() and all((output / name).is_file() for name in (TRAINING, MODEL))
-    if output.exists() and not (ours and read_object(output / MODEL).get("model_type") == "resnet"):
+    saved = read_object(output / MODEL) if ours else {}
+    if output.exists() and saved.get("model_type") != "resnet" and saved.get("_class_name") != "NoisyClassifier":
         raise ValueError(f"{output} is no classifier that was made here, so --overwrite keeps it: choose another")
 
 
@@ -81,7 +86,8 @@ def main(config: ClassifierConfig) -> dict[str, Any]:
     tested = None if split is None else held_out(split, frame, split.count, pictures.classes)
     images = in_memory(pictures, frame, config.resolution is not None, 2, not sys.stderr.isatty())
     assert images is not None  # pictures cropped at the centre have one size
-    model = Classifier(config, frame, pictures.classes, *moments(images, config.data)).to(device)
+    scale, share = moments(images, config.data), (config, frame, pictures.classes)
+    model = (Guide(*share) if config.noisy else Classifier(*share, *scale)).to(device)
     with replace_folder(Path(config.output).resolve()) as folder:
         started = time.perf_counter()
         feed = Feed(pictures, frame, Share(config.batch_size, 1), config.seed, config.flip, 2, device, images)
@@ -96,6 +102,10 @@ def main(config: ClassifierConfig) -> dict[str, Any]:
             "dataset": as_dataset(config.data, pictures.split, config.data_config),
             "images": pictures.count,
         } | ({} if tested is None else {"accuracy": accuracy(model, *tested)})
+        if config.noisy and tested is not None:
+            known["accuracy_at"] = {
+                f"{share:g}·T": accuracy(model.at(share), *tested) for share in (0.1, 0.3, 0.5, 0.7)
+            }
         model.save(folder)
         write_json(folder / TRAINING, record(config) | known)
         check(config)  # another program may have written to the output by now
@@ -118,60 +128,16 @@ def to_train_on(config: ClassifierConfig) -> tuple[Pictures, Frame]:
     return pictures, frame
 
 
-def moments(images: Tensor, name: str) -> tuple[list[float], list[float]]:
-    """Measure the mean and the standard deviation of each channel, in [0, 1]; 1 for a channel of one value."""
-    some = images[:: 1 + len(images) // 10_000].double() / 255
-    mean, std = (found(some, dim=(0, 2, 3)).tolist() for found in (torch.mean, torch.std))
-    if max(std) < 1e-6:
-        raise ValueError(f"the pictures of {name} are all of one colour: a classifier cannot learn from them")
-    return mean, [each if each > 1e-6 else 1.0 for each in std]
-
-
-class Classifier(nn.Module):
-    """A ResNet of transformers with its preprocessing, which maps uint8 pictures (B, C, H, W) to logits (B, K)."""
-
-    def __init__(self, config: ClassifierConfig, frame: Frame, classes: tuple[str, ...], mean: list, std: list):
-        super().__init__()
-        try:
-            from transformers import ResNetConfig, ResNetForImageClassification
-        except ImportError as error:
-            raise ValueError(f"a classifier needs transformers ({error}): pip install transformers") from error
-        torch.manual_seed(config.seed)
-        self.network: Any = ResNetForImageClassification(
-            ResNetConfig(
-                num_channels=frame.channels,
-                embedding_size=config.hidden_sizes[0],
-                hidden_sizes=list(config.hidden_sizes),
-                depths=[config.layers] * len(config.hidden_sizes),
-                layer_type="basic",
-                id2label=dict(enumerate(classes)),
-                label2id={name: i for i, name in enumerate(classes)},
-            )
-        )
-        self.frame, self.mean, self.std = frame, mean, std
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        x = pictures.to(self.network.device).float() / 255
-        mean, std = (x.new_tensor(each).view(1, -1, 1, 1) for each in (self.mean, self.std))
-        return self.network(pixel_values=(x - mean) / std).logits
-
-    def save(self, folder: Path) -> None:
-        """Write the network and its preprocessing, as transformers reads them."""
-        self.network.save_pretrained(folder)
-        size = dict(zip(("height", "width"), self.frame.size, strict=True))
-        processor = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "size": size, "resample": 2}
-        processor |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
-        write_json(folder / "preprocessor_config.json", processor | {"image_mean": self.mean, "image_std": self.std})
-
-
-def train(model: Classifier, feed: Feed, config: ClassifierConfig) -> float:
+def train(model: Classifier | Guide, feed: Feed, config: ClassifierConfig) -> float:
     """Train a classifier and return the loss of the last step. Raises ValueError if it is not finite."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps + 1)
     generator = np.random.default_rng([config.seed, 2])
     bar = tqdm(range(config.steps), desc="training", disable=not sys.stderr.isatty())
     for step, (batch, labels) in zip(bar, feed.batches(0), strict=False):
-        loss = nn.functional.cross_entropy(model(shifted(batch, config.shift, generator)), labels, label_smoothing=0.1)
+        loss = nn.functional.cross_entropy(
+            model(shifted(batch, config.shift, generator)), labels, label_smoothing=model.smoothing
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -188,7 +154,7 @@ def shifted(batch: Tensor, shift: int, generator: np.random.Generator) -> Tensor
 
 
 @torch.no_grad()
-def accuracy(model: Classifier, images: Tensor, labels: Tensor) -> float:
+def accuracy(model: Classifier | Guide, images: Tensor, labels: Tensor) -> float:
     """Return the share of pictures that are classified correctly."""
     parts = zip(images.split(500), labels.split(500), strict=True)
     return float(torch.cat([model(part).argmax(1).cpu() == known for part, known in parts]).double().mean())

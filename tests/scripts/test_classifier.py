@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from classifiers.noisy import NoisyClassifier
 from measure.extractors import open_extractor
 from pictures.sources import load
 from PIL import Image
 from trainer.settings import build
 
-from ddim_plugin import GeneralizedDDIMPipeline, MultistepDDIMScheduler
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"data": "digits", "hidden_sizes": (16, 16), "layers": 1, "steps": 150, "batch_size": 64, "shift": 0}
@@ -75,6 +76,44 @@ def test_bad_settings_of_a_classifier(settings, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         classifier.main(build(classifier.ClassifierConfig, SMALL | {"output": str(tmp_path / "out")} | settings))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        MultistepDDIMScheduler(prediction_type="v_prediction"),
+        GeneralizedDDIMScheduler(prediction_type="flow_prediction"),
+        GeneralizedDDIMScheduler(prediction_type="score", sigma_max=20.0),
+    ],
+    ids=["table", "flow", "exploding"],
+)
+def test_a_classifier_of_noisy_pictures_guides_its_model(make_unet, tmp_path, scheduler):
+    """It knows the digits but where all is noise, at the timesteps of the model, and opens for the pipeline."""
+    pipe = GeneralizedDDIMPipeline(make_unet(), scheduler)
+    pipe.save_pretrained(tmp_path / "model")
+    settings = SMALL | {"output": str(tmp_path / "guide"), "noisy": str(tmp_path / "model"), "steps": 100}
+    said = classifier.main(build(classifier.ClassifierConfig, settings))
+    early, *_, late = said["accuracy_at"].values()
+    assert early > 0.35
+    assert early > said["accuracy"] > late
+    guide = NoisyClassifier.from_pretrained(tmp_path / "guide")
+    images, labels = load("digits", "test")
+    low, high = scheduler.image_range
+    x0 = low + (high - low) * images.float() / 255
+    scheduler.set_timesteps(10)
+    noise, t = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), scheduler.timesteps[-1:]
+    x = scheduler.add_noise(x0, noise, t)
+    accuracy = float((guide(x, t).argmax(1) == labels).double().mean())
+    assert accuracy > 0.7 * early
+    pipe.set_progress_bar_config(disable=True)
+    call = {"generator": torch.Generator().manual_seed(0), "class_labels": 3, "output_type": "latent"}
+    assert pipe(2, 3, classifier=guide, classifier_scale=2.0, **call).images.isfinite().all()
+    again = classifier.main(build(classifier.ClassifierConfig, settings | {"steps": 2, "overwrite": True}))
+    assert again["sha256"] != said["sha256"]
+    GeneralizedDDIMPipeline(make_unet(channels=3), scheduler).save_pretrained(tmp_path / "colours")
+    settings |= {"noisy": str(tmp_path / "colours"), "output": str(tmp_path / "other")}
+    with pytest.raises(ValueError, match=r"\(C, H, W\) = \(1, 8, 8\), and .* makes \(3, 8, 8\)"):
+        classifier.main(build(classifier.ClassifierConfig, settings))
 
 
 def test_what_is_there_is_kept(extractor, make_unet, tmp_path):

@@ -1,0 +1,1 @@
+"""Classifiers of pictures: of clean ones, whose features are compared, and of noisy ones, which guide a model."""
