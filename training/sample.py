@@ -80,7 +80,7 @@ def main(config: SampleConfig) -> dict[str, Any]:
         check_label(config.model, pipe.unet, label)
     real = None
     if config.data is not None:
-        shape = (pipe.unet.config.in_channels, pipe.image_size)
+        shape = (pipe.image_channels, pipe.image_size)
         images = load_images(config.data, config.split, *shape, config.columns, **config.reading)
         real = images.permute(0, 2, 3, 1).numpy() / 255
     pipe.set_progress_bar_config(desc="sampling", leave=False)

@@ -98,7 +98,7 @@ def encode(args: Namespace) -> tuple:
     side = getattr(pipe, "default_sample_size", None) or network.config.get("sample_size")
     sides = getattr(pipe, "vae_scale_factor", 1) * np.broadcast_to(side or 0, 2)
     size = tuple(sides.tolist()) if side and args.resize else None
-    channels = (getattr(pipe, "vae", None) or network).config.get("in_channels", 3)
+    channels = getattr(pipe, "image_channels", 0) or (getattr(pipe, "vae", 0) or network).config.get("in_channels", 3)
     images = [open_image(file, channels, size) for file in args.images]
     if "prompt" not in vars(args):
         z, report = pipe.encode(images, refinement_steps=args.refine or 0, return_report=True, **settings)
@@ -149,7 +149,7 @@ def _load(args: Namespace, changes: dict[str, Any] = DETERMINISTIC) -> Any:
     with explained(args.model if Path(args.model).is_dir() else f"{args.model} (no folder)"):
         pipe = kind.from_pretrained(args.model, revision=args.revision)
     if isinstance(pipe, GeneralizedDDIMPipeline):
-        check_channels(pipe.unet.config.in_channels)
+        check_channels(pipe.image_channels)
     scheduler: Any = restored(pipe.scheduler)
     before, changes = scheduler.config, changes | {"timestep_spacing": args.spacing}
     changes = keep_learned(before, {key: value for key, value in changes.items() if value is not None})

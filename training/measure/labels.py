@@ -1,4 +1,4 @@
-"""Class labels of a model: how many there are, without the one that means "no class"."""
+"""What a network sees beside x_t: class labels, without the one that means "no class", and its last x̂0."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import huggingface_hub
 from cards.records import TRAINING
 from guard.reading import read_object
+
+from ddim_plugin.pipelines.loop import SELF_CONDITIONING
 
 
 def count_classes(model: str, unet: Any, given: int | None = None) -> int | None:
@@ -44,6 +46,15 @@ def check_label(model: str, unet: Any, class_label: int | None) -> None:
     if not 0 <= class_label < classes:
         null = ', which means "no class"' if class_label in range(unet.config.num_class_embeds) else ""
         raise ValueError(f"class_label must be in 0..{classes - 1}, not {class_label}{null}")
+
+
+def check_memory(model: str, unet: Any) -> None:
+    """Raise ValueError for a network with self-conditioning, whose output is no function of x_t and t."""
+    if SELF_CONDITIONING in unet.config:
+        raise ValueError(
+            f"the network of {model} sees x̂0 of its last step (self-conditioning), and this measures functions of x_t "
+            "and t: use evaluate.py"
+        )
 
 
 def _trained(model: str) -> list[str]:

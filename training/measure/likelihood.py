@@ -25,7 +25,7 @@ from ddim_plugin.process.paths import FlowMatching, Path
 from ddim_plugin.process.predictions import prediction
 
 from .bound import Array, Errors, Generators, Network, VariationalBound, best_paths, bound_costs, bound_of, draw
-from .labels import check_label
+from .labels import check_label, check_memory
 from .ode import finite, ode_bits
 
 OF_SEEDS = (
@@ -89,6 +89,7 @@ class Bench:
         self.class_label, self.batch_size, self.seed = class_label, batch_size, seed
         self.model, unet = model, self.pipe.unet
         check_label(model, unet, class_label)
+        check_memory(model, unet)
         self.learned = unet.config.out_channels == 2 * unet.config.in_channels
         self.path = self.pipe.scheduler.path
         self.T, top = self.path.T, self.path.level(self.path.T)
@@ -184,7 +185,7 @@ class Bench:
 
     def load(self, data: str, split: str, count: int, **reading: Any) -> Tensor:
         """Read the first images of a data set as bytes, (N, C, H, W), and note on stderr if there are fewer."""
-        channels, size = self.pipe.unet.config.in_channels, self.pipe.image_size
+        channels, size = self.pipe.image_channels, self.pipe.image_size
         images = load_images(data, split, channels, size, count, **reading)
         if len(images) < count:
             print(f"note: {data} has {len(images)} images in {split}, not {count}", file=sys.stderr)

@@ -14,7 +14,7 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.process.inversion import InversionReport
 from ddim_plugin.schedulers import DETERMINISTIC, keep_learned
 
-from .labels import check_label
+from .labels import check_label, check_memory
 
 PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 """Table 2: errors on CIFAR-10's test set, with the paper's network of 35.7M parameters."""
@@ -54,6 +54,7 @@ class Bench:
         for S in steps:
             self.pipe.scheduler.set_timesteps(S)
         check_label(model, self.pipe.unet, class_label)
+        check_memory(model, self.pipe.unet)
         if self.pipe.image_size is None:
             raise ValueError("the network's config has no sample_size: set it there")
         self.tolerance, self.shared = tolerance, {"batch_size": batch_size, "class_labels": class_label}

@@ -22,7 +22,7 @@ from ddim_plugin import GeneralizedDDIMPipeline
 from ddim_plugin.process.paths import VarianceExploding
 
 from ..extractors import open_extractor
-from ..labels import count_classes
+from ..labels import check_memory, count_classes
 from ..metrics import Gaussian, check_count, fit, frechet
 from ..parts import DTYPES, digest, start_processes
 from ..references import open_reference
@@ -111,6 +111,7 @@ class Bench:
         self.pipe = GeneralizedDDIMPipeline.from_pretrained(config.model).to(self.device)
         self.unet = self.pipe.unet.eval()
         self.fast = copy.deepcopy(self.unet).to(DTYPES[config.dtype])
+        check_memory(config.model, self.unet)
         self.classes = count_classes(config.model, self.unet, config.classes)
         self.shape = (self.unet.config.in_channels, *self.pipe.image_size)
         self.saved = self.pipe.scheduler.config

@@ -74,7 +74,7 @@ class Model:
         if self.ours:
             if self.pipe.image_size is None:
                 raise ValueError("the network's config has no sample_size: set it there")
-            return (self.pipe.unet.config.in_channels, *self.pipe.image_size)
+            return (self.pipe.image_channels, *self.pipe.image_size)
         eta = self.prepare(Cell(SAVED, SAVED, SAVED, 2)).eta
         return tuple(self.pictures(range(1), 2, eta).shape[1:])
 
