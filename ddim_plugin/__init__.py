@@ -9,10 +9,10 @@ from .version import __version__
 
 __all__ = ["GeneralizedDDIMPipeline", "GeneralizedDDIMScheduler", "GeneralizedDDIMSchedulerOutput"]
 __all__ += ["InverseDDIMScheduler", "InverseMultistepDDIMScheduler", "Inverted", "ModelMixin", "MultistepDDIMScheduler"]
-__all__ += ["SchedulerMixin", "__version__", "fit_solver", "invert", "restore_scheduler"]
+__all__ += ["DiscreteDDIMScheduler", "SchedulerMixin", "__version__", "fit_solver", "invert", "restore_scheduler"]
 
 # Folders of version 0.1 name this package for components, and diffusers looks for its base classes here too.
-_SOURCES = (".schedulers", ".pipelines.generation", ".pipelines.invert", ".pipelines.fit", "diffusers")
+_SOURCES = ("diffusers", ".schedulers", ".pipelines.generation", ".pipelines.invert", ".pipelines.fit")  # last counts
 _PARTS = ("process", "schedulers", "pipelines", "hub")
 
 

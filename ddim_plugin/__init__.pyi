@@ -7,6 +7,7 @@ from .pipelines.fit import fit_solver as fit_solver
 from .pipelines.generation import GeneralizedDDIMPipeline as GeneralizedDDIMPipeline
 from .pipelines.invert import Inverted as Inverted
 from .pipelines.invert import invert as invert
+from .schedulers import DiscreteDDIMScheduler as DiscreteDDIMScheduler
 from .schedulers import GeneralizedDDIMScheduler as GeneralizedDDIMScheduler
 from .schedulers import GeneralizedDDIMSchedulerOutput as GeneralizedDDIMSchedulerOutput
 from .schedulers import InverseDDIMScheduler as InverseDDIMScheduler

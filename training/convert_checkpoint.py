@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cards.card import write_card
-from diffusers import UNet2DModel
+from diffusers import SchedulerMixin, UNet2DModel
 from trainer.checkpoints import damage
+from trainer.config import scheduler_class
 from trainer.convert import check_values, choose, fingerprint, network, read, sets
 from trainer.output import PART, replace_pipeline
 from trainer.run import read_network, read_state
@@ -83,7 +84,7 @@ def main(config: ConvertConfig) -> dict[str, Any]:
     return result
 
 
-Converted = tuple[UNet2DModel, GeneralizedDDIMScheduler, dict[str, Any]]
+Converted = tuple[UNet2DModel, SchedulerMixin, dict[str, Any]]
 """A network, its scheduler, and what `conversion.json` says of their source."""
 
 
@@ -115,7 +116,8 @@ def convert_run(config: ConvertConfig, folder: Path) -> Converted:
     try:
         unet = UNet2DModel(**settings)
         unet.load_state_dict(weights)
-        scheduler = GeneralizedDDIMScheduler(**state["scheduler"])
+        made, table = scheduler_class(state["scheduler"]), state["scheduler"]
+        scheduler = made(**table) if made is GeneralizedDDIMScheduler else made.from_config(table)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{folder / 'run.json'} does not describe the network and scheduler ({reason})") from error

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import SchedulerMixin
 from guard.writing import write_file
 from measure.labels import check_label
 from pictures import Reading, choose_split, load_images
@@ -24,7 +25,7 @@ from pictures.grids import grid
 from torch import Generator
 from trainer.settings import parse, record, write_json
 
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin import DiscreteDDIMScheduler, GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 
 BATCH = 64  # pictures of an array at a time
 WRITTEN = ("samples_by_steps.png", "samples_by_eta.png", "sample.json")
@@ -84,11 +85,16 @@ def main(config: SampleConfig) -> dict[str, Any]:
         images = load_images(config.data, config.split, *shape, config.columns, **config.reading)
         real = images.permute(0, 2, 3, 1).numpy() / 255
     pipe.set_progress_bar_config(desc="sampling", leave=False)
-    stock = pipe.scheduler.config
-    larger = GeneralizedDDIMScheduler.from_config(stock, variance_type="fixed_large", eta=0.0)
-    smaller = GeneralizedDDIMScheduler.from_config(stock, variance_type="fixed_small", eta=0.0)
+    stock, discrete = pipe.scheduler.config, isinstance(pipe.scheduler, DiscreteDDIMScheduler)
+    largest = "the largest of Appendix A" if discrete else "Ho's larger variance"
+    if discrete:
+        larger, most = DiscreteDDIMScheduler.from_config(stock, noisiest="independent", eta=1.0), "sigma = 0"
+        smaller = DiscreteDDIMScheduler.from_config(stock, noisiest="bayes")
+    else:
+        larger = GeneralizedDDIMScheduler.from_config(stock, variance_type="fixed_large", eta=0.0)
+        smaller, most = GeneralizedDDIMScheduler.from_config(stock, variance_type="fixed_small", eta=0.0), "sigma-hat"
 
-    def draw(S: int, eta: float | None, scheduler: GeneralizedDDIMScheduler, start: int = 0, stop: int = 0) -> Any:
+    def draw(S: int, eta: float | None, scheduler: SchedulerMixin, start: int = 0, stop: int = 0) -> Any:
         pipe.scheduler, seeds = scheduler, range(start, stop or config.columns)
         labels = [config.class_label[i % len(config.class_label)] for i in seeds] if config.class_label else None
         generators = [Generator().manual_seed(config.seed + i) for i in seeds]  # x_T, then each z
@@ -106,8 +112,8 @@ def main(config: SampleConfig) -> dict[str, Any]:
     rows = []
     for S in config.eta_steps:
         rows += [(f"S = {S}  eta = {eta:g}", draw(S, eta, smaller)) for eta in config.etas]
-        rows += [(f"S = {S}  sigma-hat", draw(S, None, larger))]
-    by_eta = picture(rows, "noise by eta, and Ho's larger variance; the same x_T in each column")
+        rows += [(f"S = {S}  {most}", draw(S, None, larger))]
+    by_eta = picture(rows, f"noise by eta, and {largest}; the same x_T in each column")
     seconds["samples_by_eta"] = time.perf_counter() - start
 
     made = {Path(config.output) / name: content for name, content in zip(WRITTEN, (by_steps, by_eta), strict=False)}

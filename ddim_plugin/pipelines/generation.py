@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..schedulers import KEY, GeneralizedDDIMScheduler, Randomness, check_generators, restored
+from ..schedulers import KEY, DiscreteDDIMScheduler, GeneralizedDDIMScheduler, Randomness, check_generators, restored
 from ..schedulers.config import CLASSES, FLOW, VE, VP, path_of
 from .latents import Latents
 from .loop import SELF_CONDITIONING, Classifier, Labels, Timesteps, accepted, check_count, check_output_type
@@ -102,6 +102,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         latents = randn_tensor(shape, generator, **condition.state) if latents is None else latents
         scale = getattr(self.scheduler, "init_noise_sigma", 1.0)  # stock schedulers of flow matching have none
         x = latents.to(**condition.state) * scale
+        x = self.scheduler.initial_sample(x) if isinstance(self.scheduler, DiscreteDDIMScheduler) else x
         self._interrupt = False
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             step, condition = self._step(x, t, condition, **settings)
@@ -170,7 +171,8 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         index.pop("_name_or_path", None)  # a place on this machine
         name, config = index["scheduler"][1], self.scheduler.config
         pipeline, predictions = STOCK.get(name, STOCK[VP])
-        on_path = (name in STOCK or path_of(config) == VP) and config.get("beta_schedule") != "sqrt"
+        on_path = name in STOCK or (path_of(config) == VP and "num_classes" not in config)
+        on_path = on_path and config.get("beta_schedule") != "sqrt"
         is_known = on_path and config.get("prediction_type", predictions[0]) in predictions
         if type(self) is GeneralizedDDIMPipeline and is_known and SELF_CONDITIONING not in self.unet.config:
             index["_class_name"] = pipeline

@@ -176,6 +176,8 @@ class Loop:
             return condition.classifier_scale * torch.autograd.grad(chosen.sum(), given)[0].to(x.dtype)
 
     def _images(self, x: Tensor, output_type: str) -> Any:
+        if not x.is_floating_point() and output_type != "latent":  # tokens
+            x = self.scheduler.scale_model_input(x)
         x = finite(x) if output_type in ("pil", "np") else x
         if getattr(self.scheduler, "image_range", None) == (0, 1) and output_type != "latent":
             x = 2 * x - 1
@@ -183,7 +185,8 @@ class Loop:
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Evaluate the network, with guidance. A learned variance is not guided, and is dropped if it is not used."""
-        channels, guides = x.shape[1], condition.classifier is not None and not self._shifts_mean
+        channels = x.shape[1] * self.scheduler.config.get("num_classes", 1)
+        guides = condition.classifier is not None and not self._shifts_mean
         if guides:  # ε̂ becomes ε̂ − b_t·s·∇ log p(y|x_t) (Algorithm 2)
             path = self.scheduler.path
             level = path.level(path.time(number(t, whole=not path.continuous)))

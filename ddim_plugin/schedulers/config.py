@@ -192,7 +192,8 @@ def _path_of_stock(name: str, known: dict[str, Any], is_stock: bool) -> str:
         return FLOW
     if name == VE or ("sigma_max" in known and not {"beta_schedule", "sigma_data"} & known.keys()):
         return VE
-    if "beta_schedule" not in known and (is_stock or {"_use_default_values", "sigma_data"} & known.keys()):
+    others = is_stock or {"_use_default_values", "sigma_data"} & known.keys()
+    if "num_classes" in known or ("beta_schedule" not in known and others):
         raise ValueError(f"{name} belongs to another family of models: pass one with β or σ, such as DDIMScheduler")
     return VP
 

@@ -13,8 +13,9 @@ PACKAGE, TRAINING, TESTS = ROOT / "ddim_plugin", ROOT / "training", ROOT / "test
 FLOORS = ("process", "schedulers", "pipelines", "hub", "cli")
 """Sub-packages from the ground up: each may import those before it."""
 
-ROOMS = {"pictures": {"pictures"}, "trainer": {"trainer", "pictures"}, "measure": {"measure", "pictures"}}
-"""What a sub-package of training may import of training, beside `trainer.settings`."""
+ROOMS = {"pictures": {"pictures"}, "discrete": {"discrete", "pictures"}, "measure": {"measure", "pictures"}}
+ROOMS |= {"trainer": {"trainer", "pictures", "discrete"}}
+"""What a sub-package of training may import of training, beside `trainer.settings`. `trainer` also trains on tokens."""
 
 TAKEN = {"evaluate", "datasets", "data", "config", "metrics", "utils", "models", "losses", "train_utils"}
 """Names of libraries, or names that a library may own: none of our modules may be imported by one."""

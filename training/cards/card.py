@@ -9,7 +9,7 @@ from guard.writing import write_file
 from huggingface_hub import EvalResult, ModelCard
 from jinja2 import Template
 
-from ddim_plugin import GeneralizedDDIMPipeline
+from ddim_plugin import DiscreteDDIMScheduler, GeneralizedDDIMPipeline
 from ddim_plugin.hub.card import LAYOUT, SYMBOLS, TASK, cell, check_license, is_written_here
 from ddim_plugin.hub.push import CONFIGS, GRID, README, Model, variant_of
 
@@ -28,8 +28,11 @@ def write_card(folder: str | Path, repo_id: str, license: str | None = None) -> 
 
     If there is no `samples.png`, the last preview becomes it. A card that somebody wrote is kept. Without `license`,
     the licence of the earlier card is kept. Raises ValueError for records that are not valid, or of other weights.
+    A pipeline for categorical data is not pushed, and has no card.
     """
     folder = Path(folder)
+    if GeneralizedDDIMPipeline.load_config(folder)["scheduler"][1] == DiscreteDDIMScheduler.__name__:
+        return
     file, records, model = folder / README, read_records(folder), Model(folder)
     if not fits(records, model, folder):
         raise ValueError(f"{folder / RESULTS} was measured on other weights than those in {folder}: measure these")

@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import UNet2DModel
 from pictures import Reading
 
-from ddim_plugin import GeneralizedDDIMScheduler
+from ddim_plugin import DiscreteDDIMScheduler, GeneralizedDDIMScheduler
 
 from .objective import TIMES
 
@@ -72,7 +72,7 @@ class TrainConfig(Reading):
 
     unet: dict = field(default_factory=dict)
     scheduler: dict = field(default_factory=dict)
-    loss: str = setting("simple", "simple, theorem1, min_snr, soft_min_snr, bound, or hybrid")
+    loss: str = setting("simple", "simple, theorem1, min_snr, soft_min_snr, bound, hybrid; cross_entropy of tokens")
     loss_eta: float = setting(1.0, "η of the process that theorem1, bound and hybrid refer to")
     snr_gamma: float = setting(5.0, "γ of min_snr and soft_min_snr")
     bound_weight: float = setting(1e-3, "weight of the bound in hybrid")
@@ -144,12 +144,19 @@ def check(config: TrainConfig, processes: int) -> None:
         )
     if config.scheduler.get("variance_type") == "optimal":
         raise ValueError("variance_type 'optimal' is measured on a trained network: train with 'fixed_small'")
+    if scheduler_class(config.scheduler) is DiscreteDDIMScheduler and (config.push_to_hub or config.self_conditioning):
+        raise ValueError("categorical data has no push_to_hub, nor self_conditioning: leave them out, or num_classes")
     if config.label_column is not None and not config.class_conditional:
         raise ValueError("label_column is used with class_conditional alone: add --class_conditional")
     if config.resume is not None and config.overwrite:
         raise ValueError("--resume continues a run and --overwrite replaces it: choose one")
     check_table("unet", config.unet, UNet2DModel)
-    check_table("scheduler", config.scheduler, GeneralizedDDIMScheduler)
+    check_table("scheduler", config.scheduler, scheduler_class(config.scheduler))
+
+
+def scheduler_class(table: dict[str, Any]) -> type[DiscreteDDIMScheduler] | type[GeneralizedDDIMScheduler]:
+    """Return the class that the settings of [scheduler] belong to: with `num_classes` that for categorical data."""
+    return DiscreteDDIMScheduler if "num_classes" in table else GeneralizedDDIMScheduler
 
 
 def check_table(name: str, table: dict[str, Any], cls: type) -> None:

@@ -12,13 +12,14 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
+from discrete import DiscreteObjective
 from guard.reading import read_object
 from pictures import Feed, Pictures, Share, Stream, to_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin import DiscreteDDIMScheduler, GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.pipelines.loop import SELF_CONDITIONING
 
 from .config import TrainConfig, learning_rate
@@ -53,8 +54,8 @@ class Run:
     accelerator: Accelerator
     feed: Feed
     share: Share
-    scheduler: GeneralizedDDIMScheduler
-    objective: Objective
+    scheduler: GeneralizedDDIMScheduler | DiscreteDDIMScheduler
+    objective: Objective | DiscreteObjective
     unet: UNet2DModel
     network: torch.nn.Module
     optimizer: Any
@@ -119,7 +120,7 @@ class Run:
 
     def _to_model(self, images: Tensor) -> Tensor:
         """Map bytes to the range of the path: −1..1, or the 0..1 of NCSN++."""
-        images, (low, high) = to_model(images), self.scheduler.image_range
+        images, (low, high) = to_model(images), getattr(self.scheduler, "image_range", (-1, 1))
         return images if low == -1 else low + (high - low) * (images + 1) / 2
 
     def _noise(self, shape: tuple[int, ...], step: int) -> Tensor:
@@ -174,7 +175,7 @@ class Run:
 
     def pipeline(self) -> GeneralizedDDIMPipeline:
         """Return the averaged weights as a pipeline. All processes call it."""
-        pipe = GeneralizedDDIMPipeline(self.averaged(), GeneralizedDDIMScheduler.from_config(self.scheduler.config))
+        pipe = GeneralizedDDIMPipeline(self.averaged(), type(self.scheduler).from_config(self.scheduler.config))
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

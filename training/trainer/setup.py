@@ -9,14 +9,15 @@ from accelerate import Accelerator, DistributedType
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from diffusers import UNet2DModel
+from discrete import DiscreteObjective
 from guard import check_processes
 from pictures import Feed, Frame, Pictures, Share, find_frame, held_out, in_memory, open_pictures, open_stream
 
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
+from ddim_plugin import DiscreteDDIMScheduler, GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.pipelines.loop import SELF_CONDITIONING
 from ddim_plugin.process.paths import FlowMatching, VarianceExploding
 
-from .config import TrainConfig, check
+from .config import TrainConfig, check, scheduler_class
 from .objective import OF_PROCESS, ImportanceTimes, Objective
 from .output import check_output, check_space
 from .run import Run, make_average, read_network
@@ -29,18 +30,9 @@ def build_run(config: TrainConfig) -> Run:
     check_output(config)
     parts, processes = config.gradient_accumulation_steps, accelerator.num_processes
     share = Share(config.batch_size // processes // parts, parts, accelerator.process_index, processes)
-    scheduler = GeneralizedDDIMScheduler(**config.scheduler)
+    scheduler = scheduler_class(config.scheduler)(**config.scheduler)
     shift = time_shift(config, scheduler)
-    objective = Objective(
-        scheduler.path,
-        scheduler.config.prediction_type,
-        config.loss,
-        scheduler.config.variance_type,
-        config.loss_eta,
-        config.snr_gamma,
-        config.bound_weight,
-        accelerator.device,
-    )
+    objective = make_objective(config, scheduler, accelerator.device)
     columns = {"label_column": config.label_column, "labelled": config.class_conditional, **config.reading}
     with accelerator.main_process_first():  # one process reads the Hub, the others its cache
         pictures = (open_stream if config.streaming else open_pictures)(config.data, config.split, **columns)
@@ -51,13 +43,13 @@ def build_run(config: TrainConfig) -> Run:
     classes = pictures.classes if config.class_conditional else ()
 
     set_seed(config.seed)  # the same weights on every process
-    exploding = isinstance(scheduler.path, VarianceExploding)
-    unet = make_unet(config, frame, scheduler.config.variance_type == "learned_range", len(classes), exploding)
+    exploding = isinstance(getattr(scheduler, "path", None), VarianceExploding)
+    unet = make_unet(config, frame, outputs(scheduler), len(classes), exploding)
     if config.init_from is not None:
         with accelerator.main_process_first():
             take_weights(unet, config.init_from)
     check_space(config, unet.num_parameters())
-    GeneralizedDDIMScheduler.from_config(scheduler.config).set_timesteps(min(config.preview_steps, objective.T))
+    type(scheduler).from_config(scheduler.config).set_timesteps(min(config.preview_steps, objective.T))
     eval_set = None
     if config.eval_every:
         split = config.eval_split or ("test" if config.eval_data is None else "train")
@@ -103,9 +95,34 @@ def build_run(config: TrainConfig) -> Run:
     )
 
 
-def time_shift(config: TrainConfig, scheduler: GeneralizedDDIMScheduler) -> float:
+def make_objective(
+    config: TrainConfig, scheduler: GeneralizedDDIMScheduler | DiscreteDDIMScheduler, device: torch.device
+) -> Objective | DiscreteObjective:
+    """Build the objective of a scheduler. Raises ValueError for a loss that it does not have."""
+    if isinstance(scheduler, DiscreteDDIMScheduler):
+        return DiscreteObjective(scheduler, config.loss, config.loss_eta, device)
+    return Objective(
+        scheduler.path,
+        scheduler.config.prediction_type,
+        config.loss,
+        scheduler.config.variance_type,
+        config.loss_eta,
+        config.snr_gamma,
+        config.bound_weight,
+        device,
+    )
+
+
+def outputs(scheduler: GeneralizedDDIMScheduler | DiscreteDDIMScheduler) -> int:
+    """Return the number of the network's outputs for each value of a picture."""
+    if isinstance(scheduler, DiscreteDDIMScheduler):
+        return scheduler.config.num_classes
+    return 2 if scheduler.config.variance_type == "learned_range" else 1
+
+
+def time_shift(config: TrainConfig, scheduler: GeneralizedDDIMScheduler | DiscreteDDIMScheduler) -> float:
     """Return the shift of the drawn times, 1 for none. Raises ValueError if it, or the times, contradict the loss."""
-    flow, shift = isinstance(scheduler.path, FlowMatching), 1.0
+    flow, shift = isinstance(getattr(scheduler, "path", None), FlowMatching), 1.0
     if flow:
         if scheduler.config.use_dynamic_shifting:
             raise ValueError("use_dynamic_shifting depends on the size of a picture, and training has one: use shift")
@@ -179,11 +196,11 @@ def keep_memory() -> None:
 # ---- the network and its pictures ----------------------------------------------------------------------------------
 
 
-def make_unet(config: TrainConfig, frame: Frame, learned: bool, classes: int, exploding: bool = False) -> UNet2DModel:
+def make_unet(config: TrainConfig, frame: Frame, outputs: int, classes: int, exploding: bool = False) -> UNet2DModel:
     """Build the network of [unet] for pictures of a frame, with random weights.
 
     Args:
-        learned: whether it predicts the variance too, with twice the channels.
+        outputs: number of its outputs for each value: 2 with a learned variance, K for categorical data, else 1.
         classes: number of classes, or 0. With label_dropout one more embedding means "no class".
         exploding: whether its timestep is σ of the variance-exploding path.
 
@@ -192,7 +209,7 @@ def make_unet(config: TrainConfig, frame: Frame, learned: bool, classes: int, ex
     """
     embeds = classes + (config.label_dropout > 0) if classes else None
     size = frame.size[0] if frame.size[0] == frame.size[1] else frame.size
-    needed = {"sample_size": size, "in_channels": frame.channels, "out_channels": frame.channels * (1 + learned)}
+    needed = {"sample_size": size, "in_channels": frame.channels, "out_channels": frame.channels * outputs}
     if config.self_conditioning:  # x_t, and x̂0 beside it
         needed |= {"in_channels": 2 * frame.channels, SELF_CONDITIONING: True}
     needed |= {"num_class_embeds": embeds} if embeds else {}
@@ -202,7 +219,7 @@ def make_unet(config: TrainConfig, frame: Frame, learned: bool, classes: int, ex
             "time_embedding_type='fourier' divides the output by the timestep, so it needs the levels of variance "
             "exploding: set sigma_min and sigma_max in [scheduler], or use 'positional'"
         )
-    check_fit(unet, frame.size, frame.channels, learned, embeds)
+    check_fit(unet, frame.size, frame.channels, outputs, embeds)
     return unet
 
 
@@ -229,17 +246,17 @@ def take_weights(unet: UNet2DModel, name: str) -> None:
     unet.load_state_dict(weights)
 
 
-def check_fit(unet: UNet2DModel, size: tuple[int, int], channels: int, learned: bool, embeds: int | None) -> None:
+def check_fit(unet: UNet2DModel, size: tuple[int, int], channels: int, outputs: int, embeds: int | None) -> None:
     """Raise ValueError if the network does not take pictures of (H, W) = `size` and these labels."""
     config = unet.config
     square = isinstance(config.sample_size, int)
     sample = config.sample_size if square else tuple(config.sample_size)
     made, seen = (config.in_channels, config.out_channels, sample), channels * (1 + (SELF_CONDITIONING in config))
-    needed = (seen, channels * (1 + learned), size[0] if square and size[0] == size[1] else size)
+    needed = (seen, channels * outputs, size[0] if square and size[0] == size[1] else size)
     if made != needed:
         raise ValueError(
             f"[unet] has in_channels, out_channels, sample_size {made}; the images"
-            f"{' with a learned variance' if learned else ''} need {needed}"
+            f"{f' with {outputs} outputs for each value' if outputs > 1 else ''} need {needed}"
         )
     halvings = len(config.down_block_types) - 1
     if size[0] % 2**halvings or size[1] % 2**halvings:
