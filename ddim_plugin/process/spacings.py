@@ -15,7 +15,7 @@ Array = NDArray[np.float64]
 Times = NDArray[np.int64]
 
 MANY_STEPS = 8  # S from which `few_steps` looks at the log-SNR, and multistep methods have order 4
-SHARE = 0.45  # of the log-SNR in the coordinate in which `few_steps` is even
+SHARE, SHARE_OF_FLOW = 0.45, 0.6  # of the log-SNR in the coordinate in which `few_steps` is even
 FIRST_GAPS = (0.7, 0.85)  # uppermost gaps of `few_steps` relative to the others: two steps are of lower order
 NOISE = 0.004  # largest ᾱ at which a network can be evaluated with x_T in place of the sample
 
@@ -30,10 +30,7 @@ def few_steps(S: int, alpha_bar: Array) -> Times:
     if S < MANY_STEPS:
         return _spread(_descend(top, bottom, S, 1.25), T)
     times = np.arange(max(1, min(top, round(T / S**2))), top + 1)
-    known = np.clip(alpha_bar[times], 1e-12, 1 - 1e-12)
-    scaled = [(each - each[0]) / max(each[-1] - each[0], 1e-12) for each in (times, np.log(1 / known - 1))]
-    even = np.linspace(1, 0, S)
-    return _spread(np.interp(even, (1 - SHARE) * scaled[0] + SHARE * scaled[1], times), T)
+    return _spread(_mixed(S, times, 1 / np.clip(alpha_bar[times], 1e-12, 1 - 1e-12) - 1, SHARE), T)
 
 
 def few_steps_noise(S: int, alpha_bar: Array) -> Times:
@@ -48,11 +45,20 @@ def few_steps_noise(S: int, alpha_bar: Array) -> Times:
 def few_sigmas(S: int, shifted: bool = False, noisy: bool = False) -> list[float]:
     """Space S values of σ for a multistep method on the path of flow matching, before its shift, descending.
 
-    They are even from 1 − 1/(2S), at least 0.9, to 1/(2S), with smaller uppermost gaps. If they are `shifted`, they are
-    even in σ^(1/1.25), to 1/(4S). With noise they end at 1/S.
+    They are even from 1 − 1/(2S), at least 0.9, to 1/(2S), with smaller uppermost gaps. From 8 steps on they are even
+    in a mixture of σ and log-SNR, to 4/S². If they are `shifted`, they are even in σ^(1/1.25), to 1/(4S). With noise
+    they end at 1/S.
     """
-    power, bottom = (1.25, 0.25) if shifted else (1.0, 0.5)
-    return _descend(max(0.9, 1 - 0.5 / S), min(0.9, (1 if noisy else bottom) / S), S, power).tolist()
+    top, (power, bottom) = max(0.9, 1 - 0.5 / S), (1.25, 0.25) if shifted else (1.0, 0.5)
+    if S >= MANY_STEPS and not shifted and not noisy:
+        sigmas = np.linspace(4 / S**2, top, 1000)
+        return _mixed(S, sigmas, sigmas / (1 - sigmas), SHARE_OF_FLOW).tolist()
+    return _descend(top, min(0.9, (1 if noisy else bottom) / S), S, power).tolist()
+
+
+def _mixed(S: int, values: Array | Times, noise: Array, share: float) -> Array:
+    scaled = [(each - each[0]) / max(each[-1] - each[0], 1e-12) for each in (values, np.log(noise))]
+    return np.interp(np.linspace(1, 0, S), (1 - share) * scaled[0] + share * scaled[1], values)
 
 
 def _descend(top: float, bottom: float, S: int, power: float) -> Array:
