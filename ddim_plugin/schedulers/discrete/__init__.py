@@ -135,7 +135,7 @@ class DiscreteDDIMScheduler(SchedulerMixin, ConfigMixin):
         times = numbers(torch.as_tensor(timesteps), whole=True).flatten()
         if self._check(original_samples) and times.device.type == "cpu":
             self._path.check(*times.tolist())
-        uniform = categorical.uniforms(noise)
+        uniform = categorical.uniforms(draw(original_samples, None, noise))
         flipped = torch.tensor(1 - self.alpha_bar[1:], device="cpu").to(uniform)[times.to(uniform.device)]
         flipped = flipped.view(-1, *[1] * (uniform.ndim - 1))
         return categorical.noised(original_samples, uniform, flipped, self.config.num_classes)

@@ -190,5 +190,7 @@ def test_impossible_plans_and_noise_are_refused(scheduler):
     x = torch.zeros(1, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match="1000"):
         scheduler.add_noise(x, torch.zeros(1, 3), 1000)
+    with pytest.raises(ValueError, match=r"\(3,\), the sample \(1, 3\)"):
+        scheduler.add_noise(x, torch.zeros(3), 10)
     with pytest.raises(ValueError, match=r"not 5\.\.5"):
         scheduler.add_noise(x + K, torch.zeros(1, 3), 10)

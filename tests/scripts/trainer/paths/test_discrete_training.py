@@ -5,6 +5,7 @@ import math
 import convert_checkpoint
 import pytest
 import sample
+import tokens
 import torch
 from discrete import DiscreteObjective, bound_bits, quantize
 from discrete.objective import Corrupted, prior_nats, step_nats
@@ -38,6 +39,22 @@ def test_a_run_previews_resumes_and_samples(tmp_path):
     drawn = {"model": str(tmp_path / "whole"), "output": str(tmp_path / "drawn"), "steps": [2], "eta_steps": [2]}
     drawn |= {"columns": 2, "etas": [1.0], "class_label": [1]}
     assert len(sample.main(build(sample.SampleConfig, drawn))["pictures"]) == 2
+
+
+def test_a_network_is_measured_by_steps_and_eta(tmp_path):
+    fit(tmp_path / "model", **TOKENS)
+    settings = {"model": str(tmp_path / "model"), "data": "digits", "output": str(tmp_path / "out"), "steps": [2, 5]}
+    settings |= {"bound_images": 3, "images": 4, "batch_size": 2, "split": "train"}
+    result = tokens.main(build(tokens.TokensConfig, settings))
+    assert [(row["S"], row["eta"]) for row in result["results"]] == [(2, 0), (2, 1), (5, 0), (5, 1)]
+    assert all(1 < row["bits"] < 20 for row in result["results"])
+    table = (tmp_path / "out" / "tokens.md").read_text().splitlines()
+    assert len(table) == 6
+    assert all((tmp_path / "out" / name).is_file() for name in result["pictures"])
+    with pytest.raises(ValueError, match="--overwrite"):
+        tokens.main(build(tokens.TokensConfig, settings))
+    with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\], not 2"):
+        tokens.main(build(tokens.TokensConfig, settings | {"output": str(tmp_path / "other"), "etas": [2.0]}))
 
 
 @pytest.mark.parametrize(
@@ -100,6 +117,22 @@ def test_the_bound_is_tight_for_the_best_network(eta):
         bits += float((weights * found).nansum()) / T
     assert bits == pytest.approx(nats / math.log(2), abs=1e-4)
     assert abs(bits - 1) < 1e-6 if eta == 1 else 1 + 1e-3 < bits < 2, bits
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("noisiest", ["bayes", "independent"])
+def test_the_cross_entropy_bounds_the_divergence_of_each_step(noisiest, eta):
+    """KL ≤ (α_s − σ·α_t)·(−ln p̂(x_0)) by convexity (Appendix A), and without the weight for any q."""
+    scheduler, t, s = DiscreteDDIMScheduler(5, noisiest=noisiest), 600, 400
+    torch.manual_seed(0)
+    logits, x0, x = 3 * torch.randn(50, 5, 5, 5), torch.randint(5, (50, 5, 5)), torch.randint(5, (50, 5, 5))
+    nats = step_nats(logits, x, x0, scheduler.posterior(t, s, eta))
+    entropy = torch.nn.functional.cross_entropy(logits, x0, reduction="none")
+    alpha_t, alpha_s = scheduler.alpha_bar[[t, s]]
+    sigma = (1 - eta) * (1 - alpha_s) / (1 - alpha_t)
+    weight = alpha_s - sigma * alpha_t if noisiest == "independent" else 1.0
+    assert (nats <= weight * entropy + 1e-6).all()
+    assert nats.max() > 0.1
 
 
 def test_the_bound_of_a_plan_sums_its_steps():
