@@ -149,8 +149,8 @@ def _fit(run: _Run, plain: Recorder, teacher: Recorder, curve: Curve, minutes: f
 
         times = tuple(default if spread is None else descend(default, cost, step, least))
         if times not in tried:
-            timesteps = {str(S): [path.timestep(t) for t in times]}
-            student = run(Student.from_config(config, fitted_timesteps=timesteps).follow(teacher, curve), S)
+            solvers = {str(S): {"timesteps": [path.timestep(t) for t in times]}}
+            student = run(Student.from_config(config, fitted_solvers=solvers).follow(teacher, curve), S)
             tried[times] = _distance(student, teacher), student
     times, (_, student) = min(tried.items(), key=lambda each: each[1][0])
     known = {"solver_order": order, "prediction_type": config.prediction_type, "guidance_scale": student.scale}

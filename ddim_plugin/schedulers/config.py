@@ -15,7 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_c
 KEY = "_ddim_plugin"  # entry of a scheduler's config with our settings, which stock schedulers keep but do not read
 SAMPLER = "sampler"  # entry of `KEY` of an inverse scheduler; in version 0.1 with the constraints it switched off
 CONSTRAINTS = ("clip_sample", "thresholding", "use_clipped_model_output")  # they change x̂0: such a step has no inverse
-SOLVER = ("solver_order", "lower_order_final", "fitted_timesteps", "fitted_solvers")  # of `MultistepDDIMScheduler` only
+SOLVER = ("solver_order", "lower_order_final", "fitted_solvers")  # of `MultistepDDIMScheduler` only
 STOCK_SPACINGS = ("leading", "trailing", "linspace")
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 STAND_IN = "trailing"  # spacing that is saved for stock schedulers in place of one that they do not have
@@ -121,8 +121,6 @@ class StockConfig(SchedulerMixin, ConfigMixin):
                 of_stock = defaults(getattr(diffusers, writer or path))  # with settings that we have no name for
                 later = {key: kwargs.pop(key, config.pop(key, of_stock[key])) for key in of_stock.keys() - known}
                 config |= {"_writer": writer} if writer else {}
-                if SOLVER[2] in known:  # its timesteps are checked on the path of all settings
-                    later[SOLVER[2]] = kwargs.pop(SOLVER[2], own.pop(SOLVER[2], None))
             if path == FLOW and kwargs.get("prediction_type", "flow_prediction") != "flow_prediction":
                 kwargs.setdefault("use_flow_sigmas", True)  # on the same path
             config, own = cls._adapt(config, own)
@@ -167,6 +165,8 @@ def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]
     if path != VP:
         settings.setdefault("prediction_type", "flow_prediction" if path == FLOW else "score")
     own, variance = dict(settings.pop(KEY, None) or {}), settings.get("variance_type")
+    if times := own.pop("fitted_timesteps", None):  # of version 0.1
+        own["fitted_solvers"] = {S: {"timesteps": each} for S, each in times.items()} | own.get("fitted_solvers", {})
     if variance is None or (KEY not in config and variance.startswith("fixed_")):
         settings.pop("variance_type", None)
     _drop_removed(settings, own)

@@ -12,14 +12,14 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..process import moves, multistep, spacings
-from ..process.paths import Path, VarianceExploding
+from ..process.paths import VarianceExploding
 from . import flow
-from .config import FLOW, SAMPLER, SOLVER, StockConfig, path_of, with_settings_of
+from .config import FLOW, SAMPLER, SOLVER, path_of, with_settings_of
 from .generalized import GeneralizedDDIMScheduler
 from .planned import FlowTimes, Kind
 from .step import Evaluation, Step
 
-SOLVER_KEYS = ("timesteps", "noise", "weights", "solver_order", "prediction_type", "guidance_scale")
+SOLVER_KEYS = {"timesteps", "noise", "weights", "solver_order", "prediction_type", "guidance_scale"}
 MUCH_NOISE = 0.5  # least η for which "few_steps" becomes "few_steps_noise", and a step extrapolates further
 REACH = 1.5  # factor on (mean − last value) in even steps with much noise: the mean of x̂0 lacks variance
 # Settings that are not copied from the config of another class: they were chosen for its sampler.
@@ -44,12 +44,11 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     Args:
         solver_order: number of values that a step uses, 1 to 4. None is 3, or 4 from 8 steps on, or 2 with noise.
         lower_order_final: whether the last step, to the data, is of order 1.
-        fitted_timesteps: τ for some step counts, {"S": network timesteps, descending}. They replace the spacing
-            "few_steps" for η < 0.5.
         fitted_solvers: solvers of `fit_solver` for some step counts, which replace "few_steps" for η = 0. A pipeline
             with another guidance scale, and a scheduler with other noise levels, prediction or order, warn and do
             without. Each has the "timesteps" of the network, descending, the "noise" b at these, the "weights" of x̂0,
-            ε̂ and earlier ε̂ in x_s for each step, "solver_order", "prediction_type" and "guidance_scale".
+            ε̂ and earlier ε̂ in x_s for each step, "solver_order", "prediction_type" and "guidance_scale". One with
+            "timesteps" alone has the weights of the method, and is for η < 0.5.
         The others, and errors, are those of `GeneralizedDDIMScheduler`. From η = 0.5 on, `set_timesteps` uses
             "few_steps_noise" in place of "few_steps". "learned_range" has η = 0 by default.
     """
@@ -60,22 +59,17 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         timestep_spacing: str = "few_steps",
         solver_order: int | None = None,
         lower_order_final: bool = False,
-        fitted_timesteps: dict[str, list[int]] | None = None,
         fitted_solvers: dict[str, dict[str, Any]] | None = None,
     ): ...
 
     def _build(self) -> None:
         super()._build()
-        self._order, fitted = self.config.solver_order, self.config.fitted_timesteps
+        self._order = self.config.solver_order
         if self._order is not None and not (spacings.is_integer(self._order) and 1 <= self._order <= 4):
             raise ValueError(f"solver_order must be 1, 2, 3 or 4, or None, not {self._order!r}")
         if steps := self.config.corrector_steps:
             raise ValueError(f"corrector_steps={steps} needs a GeneralizedDDIMScheduler: set it to 0")
-        self._fitted = _check_fitted(fitted, self.path)
         self._solvers = _check_solvers(self.config.fitted_solvers)
-        if fitted is not None:  # JSON has strings as keys
-            kept = {str(S): self.path.timestep(times[::-1]).tolist() for S, times in self._fitted.items()}
-            StockConfig.register_to_config(self, fitted_timesteps=kept)
         self._forget()
 
     @classmethod
@@ -117,27 +111,26 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         return super()._flow_times(S, sigmas, stock, **given)
 
     def _fitted_times(self, S: Any) -> spacings.Times | None:
-        """Return the times that were fitted for S steps: of a solver, with its weights, if it fits the loop."""
-        solver, plain = (each.get(S) if spacings.is_integer(S) else None for each in (self._solvers, self._fitted))
-        if solver is None or self.config.denoising_start or moves.adds_noise(*self._kind(None)):
-            return plain
+        """Return the times that were fitted for S steps, and use the weights, if they fit the loop."""
+        solver = self._solvers.get(S) if spacings.is_integer(S) else None
+        plain = not self.config.denoising_start and not moves.adds_noise(*self._kind(None))
+        if solver is None or (solver["weights"] and not plain):
+            return None
         now = {"guidance_scale": guidance_scale(), "solver_order": self._values(("fixed_small", 0.0), S)}
         now |= {"prediction_type": self.config.prediction_type}
-        of_fit = {key: 1.0 if solver[key] is None else solver[key] for key in now}  # no guidance
-        wrong = [
-            f"{key}={of_fit[key]!r}, not {value!r}" for key, value in now.items() if value not in (None, of_fit[key])
-        ]
+        of_fit = {key: solver[key] or 1.0 for key in now if key in solver}  # no guidance is a scale of 1
+        wrong = [f"{key}={each!r}, not {now[key]!r}" for key, each in of_fit.items() if now[key] not in (None, each)]
         try:
             times = self.path.times(solver["timesteps"])
             levels = [self.path.level(t).noise for t in times.tolist()][::-1]
-            wrong += [] if np.allclose(levels, solver["noise"], rtol=1e-3, atol=1e-6) else ["other noise levels"]
+            if not np.allclose(levels, solver.get("noise", levels), rtol=1e-3, atol=1e-6):
+                wrong.append("other noise levels")
         except ValueError:  # timesteps of another path
             wrong.append("other timesteps")
         if wrong:
-            text = f"the solver for {S} steps was fitted for {wrong[0]}: the default is used"
-            warnings.warn(text, stacklevel=4)
-            return plain
-        self._solver = dict(zip(times[::-1].tolist(), solver["weights"], strict=True))
+            warnings.warn(f"the solver for {S} steps was fitted for {wrong[0]}: the default is used", stacklevel=4)
+            return None
+        self._solver = dict(zip(times[::-1].tolist(), solver["weights"], strict=False))
         return times
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -280,26 +273,14 @@ def _check_solvers(solvers: dict[str, dict[str, Any]] | None) -> dict[int, dict[
     found = {}
     for key, each in (solvers or {}).items():
         try:
-            S, widths = int(key), [len(row) for row in each["weights"]]
-            sizes = len(each["timesteps"]), len(each["noise"]), len(widths)
-            finite = np.isfinite(np.concatenate([each["timesteps"], each["noise"], *each["weights"]])).all()
-            valid = finite and sizes == (S, S, S) and all(2 <= n <= 2 + i for i, n in enumerate(widths))
-            found[S] = {key: each[key] for key in SOLVER_KEYS}
+            S, times, weights = int(str(key)), each["timesteps"], each.get("weights", [])
+            widths, noise = [len(row) for row in weights], each["noise"] if weights else []
+            whole = (len(noise), len(widths)) == (S, S) and each.keys() >= SOLVER_KEYS if weights else len(each) == 1
+            valid = whole and len(times) == S and all(2 <= n <= 2 + i for i, n in enumerate(widths))
+            valid = valid and np.isfinite(np.concatenate([times, noise, *weights])).all()
+            found[S] = {"weights": weights} | each
         except (KeyError, TypeError, ValueError):
             valid = False
         if not valid:
             raise ValueError(f"fitted_solvers[{key!r}] is no solver that fit_solver wrote: leave it out, or fit again")
-    return found
-
-
-def _check_fitted(timesteps: dict[str, list[float]] | None, path: Path) -> dict[int, spacings.Times]:
-    timesteps, found = timesteps or {}, {}
-    if not isinstance(timesteps, dict):
-        raise ValueError(f"fitted_timesteps must be a dictionary of lists by step counts, not {timesteps!r}")
-    for S, times in timesteps.items():
-        if not (spacings.is_integer(S) or (isinstance(S, str) and S.isdecimal())):
-            raise ValueError(f"fitted_timesteps has the key {S!r}, which is no step count: use integers as keys")
-        found[int(S)] = path.times(times)
-        if len(times) != int(S):
-            raise ValueError(f"fitted_timesteps has {len(times)} timesteps for {S} steps: give as many as steps")
     return found

@@ -44,7 +44,7 @@ WRITTEN = {
     "MultistepDDIMScheduler": [
         {},
         {"solver_order": 2, "lower_order_final": True, "timestep_spacing": "quadratic", "eta": 0.2},
-        {"fitted_timesteps": {"2": [900, 100], "3": [950, 400, 20]}, "prediction_type": "v_prediction"},
+        {"fitted_solvers": {"2": {"timesteps": [900, 100]}}, "prediction_type": "v_prediction"},
         {"clip_sample": True, "timestep_spacing": "leading", "steps_offset": 1},
         {"variance_type": "learned_range", "thresholding": True},
     ],

@@ -217,7 +217,10 @@ def run(case: Case, nudge: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plain = {"refinement_steps": None} if case.scheduler is InverseDDIMScheduler else {}  # 0.1 had no other inverse
-        scheduler = case.scheduler(**case.config, **plain)
+        config = dict(case.config)
+        if fitted := config.pop("fitted_timesteps", None):  # which 0.1 had
+            config["fitted_solvers"] = {S: {"timesteps": times} for S, times in fitted.items()}
+        scheduler = case.scheduler(**config, **plain)
         scheduler.set_timesteps(**case.plan)
     x, rows = numbers(0), []
     places = selected(len(scheduler.timesteps))

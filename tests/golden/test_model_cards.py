@@ -102,7 +102,7 @@ def test_it_knows_the_times_that_were_fitted_to_it(folder):
     found = json.loads((folder / "measured" / "fit.json").read_text())["fitted"]
     assert set(found) >= {"5", "8", "10", "15", "20"}
     scheduler = GeneralizedDDIMPipeline.from_pretrained(folder).scheduler
-    kept = (scheduler.config.fitted_timesteps or {}) | (scheduler.config.fitted_solvers or {})
+    kept = scheduler.config.fitted_solvers or {}
     assert kept.keys() == {S for S, fitted in found.items() if fitted["error"] < fitted["default_error"]}
     for S in kept:
         scheduler.set_timesteps(int(S))

@@ -22,7 +22,7 @@ READER = Path(__file__).parents[2] / "reader.py"
 OFFSET = {"steps_offset": 1}  # Stable Diffusion sets it when it loads
 SCHEDULERS = {
     "noisy": GeneralizedDDIMScheduler(eta=0.4, timestep_spacing="quadratic", beta_schedule="sigmoid", **OFFSET),
-    "multistep": MultistepDDIMScheduler(solver_order=2, fitted_timesteps={2: [700, 300]}, **OFFSET),
+    "multistep": MultistepDDIMScheduler(solver_order=2, fitted_solvers={"2": {"timesteps": [700, 300]}}, **OFFSET),
     "inverse": InverseDDIMScheduler(timestep_spacing="paper_linear", **OFFSET),
 }
 

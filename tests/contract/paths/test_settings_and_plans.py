@@ -19,13 +19,6 @@ def test_solver_settings_of_a_stock_class_are_not_ours():
     assert (back.config.solver_order, back.config.lower_order_final) == (3, False)
 
 
-def test_fitted_timesteps_of_inverted_flow_are_kept():
-    ours = MultistepDDIMScheduler.from_config(FlowMatchEulerDiscreteScheduler(invert_sigmas=True).config)
-    ours.register_to_config(fitted_timesteps={"3": [59.0, 300.0, 704.0]})
-    again = MultistepDDIMScheduler.from_config(ours.config)
-    assert again.config.fitted_timesteps == {"3": [59.0, 300.0, 704.0]}
-
-
 def test_a_plan_of_exploding_variance_follows_its_settings():
     scheduler = GeneralizedDDIMScheduler(sigma_max=50.0, **VE)
     scheduler.set_timesteps(timesteps=[20.0, 1.0])

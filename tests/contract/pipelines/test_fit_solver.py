@@ -147,16 +147,18 @@ def test_a_learned_variance_is_kept(make_unet):
 
 
 def test_what_was_fitted_before_stays(make_pipe):
-    pipe = make_pipe(MultistepDDIMScheduler(fitted_timesteps={"9": [*range(900, 0, -100)]}, solver_order=2))
+    pipe = make_pipe(
+        MultistepDDIMScheduler(fitted_solvers={"9": {"timesteps": [*range(900, 0, -100)]}}, solver_order=2)
+    )
     fit_solver(pipe, [3, 2], **QUICK)
     before = pipe.scheduler.config.fitted_solvers
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     fit_solver(pipe, [3, 5], **QUICK | {"seed": 100})
     config = pipe.scheduler.config
-    assert config.fitted_solvers.keys() == {"2", "3", "5"}
+    assert config.fitted_solvers.keys() == {"2", "3", "5", "9"}
     assert config.fitted_solvers["2"] == before["2"]
     assert config.fitted_solvers["3"] != before["3"]
-    assert (config.solver_order, config.fitted_timesteps) == (2, {"9": [*range(900, 0, -100)]})
+    assert (config.solver_order, config.fitted_solvers.pop("9")) == (2, {"timesteps": [*range(900, 0, -100)]})
     assert all(each["solver_order"] == 2 for each in config.fitted_solvers.values())
 
 

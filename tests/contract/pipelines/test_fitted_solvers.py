@@ -27,7 +27,7 @@ FLOW = {"prediction_type": "flow_prediction", "shift": 3.0}
 
 def solver(timesteps=(900, 600, 300, 50), *, guidance_scale=None, **settings):
     """The default's weights at other times, a little changed."""
-    scheduler = MultistepDDIMScheduler(**settings, fitted_timesteps={len(timesteps): timesteps})
+    scheduler = MultistepDDIMScheduler(**settings, fitted_solvers={len(timesteps): {"timesteps": timesteps}})
     scheduler.set_timesteps(len(timesteps))
     rows = [[step.x0, step.eps, *rest] for step, *rest in scheduler._weighted.values()]
     rows = [[1.01 * weight for weight in row] for row in rows]
@@ -245,7 +245,7 @@ def test_image_to_image_begins_between(parts, network):
         images = pipe(**call | {"num_inference_steps": 4, "strength": strength}).images
         assert images.isfinite().all()
         assert pipe.scheduler.timesteps.tolist() == [900, 600, 300, 50]
-    scheduler, usual = fitted(), MultistepDDIMScheduler(fitted_timesteps={4: [900, 600, 300, 50]})
+    scheduler, usual = fitted(), MultistepDDIMScheduler(fitted_solvers={4: {"timesteps": [900, 600, 300, 50]}})
     made = []
     for each in (scheduler, usual):
         each.set_timesteps(4)

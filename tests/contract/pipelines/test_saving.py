@@ -38,7 +38,7 @@ def settings(scheduler):
 
 OURS = [
     GeneralizedDDIMScheduler(eta=0.3, timestep_spacing="quadratic", beta_schedule="sigmoid"),
-    MultistepDDIMScheduler(solver_order=2, fitted_timesteps={"2": [700, 30]}),
+    MultistepDDIMScheduler(solver_order=2, fitted_solvers={"2": {"timesteps": [700, 30]}}),
     InverseDDIMScheduler(timestep_spacing="leading"),
     InverseMultistepDDIMScheduler(),
 ]

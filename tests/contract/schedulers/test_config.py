@@ -270,7 +270,7 @@ SAVED = [
     GeneralizedDDIMScheduler(timestep_spacing="trailing", variance_type="fixed_large"),
     GeneralizedDDIMScheduler(beta_schedule="sigmoid", prediction_type="v_prediction"),
     InverseDDIMScheduler.from_config(GeneralizedDDIMScheduler(clip_sample=True).config),
-    MultistepDDIMScheduler(solver_order=2, fitted_timesteps={"2": [900, 100]}),
+    MultistepDDIMScheduler(solver_order=2, fitted_solvers={"2": {"timesteps": [900, 100]}}),
     MultistepDDIMScheduler(timestep_spacing="trailing"),
     InverseMultistepDDIMScheduler(lower_order_final=True),
 ]

@@ -21,7 +21,7 @@ RATIO = np.sqrt(1 / ALPHA - 1)
 
 def test_the_way_up_by_hand():
     """In the stock loop: from the data with the network at τ_1, then at the lower end of each move, and to T."""
-    up = InverseMultistepDDIMScheduler(solver_order=2, fitted_timesteps={3: [700, 300, 100]})
+    up = InverseMultistepDDIMScheduler(solver_order=2, fitted_solvers={3: {"timesteps": [700, 300, 100]}})
     up.set_timesteps(3)
     assert up.timesteps.tolist() == [100, 100, 300]
     x, *outputs = draws(3)

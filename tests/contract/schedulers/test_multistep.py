@@ -61,7 +61,7 @@ TIMES = [930, 700, 610, 333, 120, 0]
 @pytest.mark.parametrize("lower_order_final", [True, False])
 def test_a_step_is_ddims_with_the_mean(prediction_type, order, lower_order_final):
     config = {"prediction_type": prediction_type, "solver_order": order, "lower_order_final": lower_order_final}
-    scheduler = MultistepDDIMScheduler(**config, fitted_timesteps={6: TIMES})
+    scheduler = MultistepDDIMScheduler(**config, fitted_solvers={6: {"timesteps": TIMES}})
     scheduler.set_timesteps(6)
     x, *outputs = draws(6)
     found = run(scheduler, outputs, x)
@@ -269,7 +269,9 @@ def test_the_first_move_is_made_from_the_top(settings):
     """What the network tells of x_T at a lower time is an x̂0: with the exact one the start costs nothing."""
     x0 = torch.rand(2, 3, 4, 4, dtype=torch.float64) - 0.5
     x, _ = draws(1)
-    scheduler = MultistepDDIMScheduler(prediction_type="sample", fitted_timesteps={2: [700, 300]}, **settings)
+    scheduler = MultistepDDIMScheduler(
+        prediction_type="sample", fitted_solvers={2: {"timesteps": [700, 300]}}, **settings
+    )
     plain = GeneralizedDDIMScheduler(prediction_type="sample", **settings)
     scheduler.set_timesteps(2)
     plain.set_timesteps(timesteps=[999, 300])

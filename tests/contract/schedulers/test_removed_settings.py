@@ -60,7 +60,7 @@ def test_defaults_open_in_silence(cls, tmp_path, quiet_diffusers):
         scheduler, said = opened(cls, config, tmp_path)
         assert said == quiet_diffusers == []
         assert (scheduler.config.solver_order, scheduler.config.lower_order_final) == (2, True)
-        assert scheduler.config.fitted_timesteps == {"3": [900, 500, 20]}
+        assert scheduler.config.fitted_solvers == {"3": {"timesteps": [900, 500, 20]}}
         assert DEFAULTS.keys().isdisjoint(scheduler.config)
 
 
@@ -132,8 +132,9 @@ def test_a_setting_that_is_gone_is_refused_where_it_is_asked_for(key):
         MultistepDDIMScheduler(**{key: OTHERS[key]})
 
 
-@pytest.mark.parametrize("name", ["solver_order", "fitted_timesteps"])
-def test_what_stays_is_not_dropped(name, tmp_path):
+def test_what_stays_is_not_dropped(tmp_path):
     config = saved_by_0_1(MultistepDDIMScheduler, {"solver_corrector": "pec"})
     scheduler, _ = opened(MultistepDDIMScheduler, config, tmp_path)
-    assert scheduler.config[name] == config["_ddim_plugin"][name]
+    assert scheduler.config.solver_order == config["_ddim_plugin"]["solver_order"]
+    scheduler.set_timesteps(3)
+    assert scheduler.timesteps.tolist() == config["_ddim_plugin"]["fitted_timesteps"]["3"]

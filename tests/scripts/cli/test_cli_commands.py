@@ -79,7 +79,9 @@ def test_encode_then_sample_its_latents(model, pictures, tmp_path, capsys):
 def test_the_multistep_method(model, pictures, tmp_path):
     """A model with fitted timesteps is used as it was saved; --no-multistep takes DDIM instead."""
     pipe = GeneralizedDDIMPipeline.from_pretrained(model)
-    pipe.scheduler = MultistepDDIMScheduler.from_config(pipe.scheduler.config, fitted_timesteps={3: [900, 400, 30]})
+    pipe.scheduler = MultistepDDIMScheduler.from_config(
+        pipe.scheduler.config, fitted_solvers={3: {"timesteps": [900, 400, 30]}}
+    )
     pipe.save_pretrained(tmp_path / "model")
     run("sample", tmp_path / "model", "--num", 2, "--steps", 3, "--output", tmp_path / "own")
     run("sample", model, "--num", 2, "--steps", 3, "--multistep", "--output", tmp_path / "asked")

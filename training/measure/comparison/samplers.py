@@ -147,7 +147,6 @@ def make_scheduler(sampler: Sampler, nfe: int, saved: Mapping[str, Any]) -> Any:
         saved = {key: value for key, value in kept.items() if key in known}
     changes = settings | {key: False for key in ("clip_sample", "thresholding") if key in known}
     if sampler.scheduler == "MultistepDDIMScheduler":
-        changes["fitted_timesteps"] = None
         changes["fitted_solvers"] = _fitted(nfe, saved) if sampler.family == FITTED else None
     if sampler.scheduler == "SASolverScheduler":
         changes["corrector_order"] = sampler.settings["predictor_order"]

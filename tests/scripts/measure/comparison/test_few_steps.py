@@ -138,7 +138,7 @@ def test_what_belongs_to_another_model_or_reference_is_not_taken(compared, tmp_p
     assert Bench(config).journal.known.keys() == bench.journal.known.keys()
     assert bench.journal.file.read_text().endswith("}\n")
     pipe = GeneralizedDDIMPipeline.from_pretrained(config.model)
-    times = {"fitted_timesteps": {"3": [700, 400, 100]}}
+    times = {"fitted_solvers": {"3": {"timesteps": [700, 400, 100]}}}
     pipe.scheduler = MultistepDDIMScheduler.from_config(pipe.scheduler.config, **times)
     pipe.save_pretrained(tmp_path / "fitted")
     assert not Bench(replace(config, model=str(tmp_path / "fitted"))).journal.known
