@@ -5,7 +5,7 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace, RawDescri
 from collections.abc import Sequence
 
 from ..process.moves import VARIANCES
-from ..process.spacings import SPACINGS
+from ..process.spacings import NAMES
 from ..version import __version__
 
 LATENTS = "latents.safetensors"
@@ -32,7 +32,7 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
 
     timesteps.add_argument("--steps", type=int, help="number of steps S (default: 50)")
     timesteps.add_argument("--timesteps", type=json.loads, nargs="+", metavar="T", help="these timesteps, descending")
-    timesteps.add_argument("--spacing", choices=SPACINGS, help="spacing of the timesteps (default: the model's)")
+    timesteps.add_argument("--spacing", choices=NAMES, help="spacing of the timesteps (default: the model's)")
     timesteps.add_argument("--multistep", action=BooleanOptionalAction, help="the scheduler (default: the model's)")
     timesteps.add_argument("--strength", type=float, help="share of the steps to make, in (0, 1] (default: 1)")
 

@@ -35,6 +35,7 @@ class Path:
 
     levels: Level  # arrays, (T + 1,)
     output_sign: int = 1  # factor on the network's output
+    sigma_data: float | None = None  # deviation of the data for which the network is preconditioned
     continuous: ClassVar[bool] = False  # timesteps are real numbers
     first: ClassVar[int] = 1  # lowest time at which networks are evaluated
     image_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)  # black and white in x_0
@@ -114,15 +115,35 @@ class VarianceExploding(Path):
     image_range = (0.0, 1.0)  # as for NCSN++
 
     def level(self, time: float) -> Level:
-        return Level(1.0, self.timestep(time) if time else 0.0)
+        return Level(1.0, VarianceExploding.timestep(self, time) if time else 0.0)
+
+    def sigma(self, timestep: Number) -> Number:
+        """Return σ at a timestep."""
+        return timestep
+
+    def at(self, sigma: Number) -> Number:
+        """Return the time at which the noise is σ."""
+        low, high = self.levels.noise[[1, -1]]
+        return 1 + (self.T - 1) * np.log(sigma / low) / np.log(high / low)
 
     def timestep(self, time: Number) -> Number:
         low, high = self.levels.noise[[1, -1]].tolist()
         return low * (high / low) ** ((time - 1) / max(1, self.T - 1))
 
     def time(self, timestep: Number) -> Number:
-        low, high = self.levels.noise[[1, -1]].tolist()
-        return 1 + (self.T - 1) * math.log(timestep / low) / math.log(high / low)
+        return float(self.at(self.sigma(timestep)))
+
+
+class Preconditioned(VarianceExploding):
+    """Variance exploding for networks that are evaluated at c_noise = ln(σ)/4 (Karras et al. 2022, Table 1)."""
+
+    image_range = (-1.0, 1.0)
+
+    def sigma(self, timestep: Number) -> Number:
+        return math.e ** (4 * timestep)
+
+    def timestep(self, time: Number) -> Number:
+        return math.log(super().timestep(time)) / 4
 
 
 def variance_preserving(alpha_bar: Array) -> Path:
@@ -136,9 +157,12 @@ def flow_matching(T: int, inverted: bool = False) -> FlowMatching:
     return FlowMatching(Level(1 - noise, noise), -1 if inverted else 1)
 
 
-def variance_exploding(T: int, sigma_min: float, sigma_max: float) -> VarianceExploding:
-    """Build the path of NCSN++ (Song et al. 2021), σ from `sigma_min` at time 1 to `sigma_max` at T."""
-    return VarianceExploding(Level(np.ones(T + 1), np.append(0.0, np.geomspace(sigma_max, sigma_min, T)[::-1])))
+def variance_exploding(
+    T: int, sigma_min: float, sigma_max: float, sigma_data: float | None = None
+) -> VarianceExploding:
+    """Build the path of NCSN++, or with `sigma_data` of EDM: σ from `sigma_min` at time 1 to `sigma_max` at T."""
+    levels = Level(np.ones(T + 1), np.append(0.0, np.geomspace(sigma_max, sigma_min, T)[::-1]))
+    return (Preconditioned if sigma_data else VarianceExploding)(levels, sigma_data=sigma_data)
 
 
 def square_root(T: int) -> Path:

@@ -2,15 +2,19 @@
 
 With the noise prediction x̂0 = (x_t − b·ε̂)/a (Eq. 9). A network may predict x_0 instead, v = a·ε − b·x_0 (Salimans & Ho
 2022), the velocity ε − x_0 of flow matching, or the score −ε/b (Song et al. 2021).
+
+F of "edm" sees c_in·x, c_in = 1/√(σ² + σ_d²), and gives x̂0 = σ_d²·c_in²·x + σ·σ_d·c_in·F (Karras et al. 2022, Eq. 7).
+On the paper's path c_in·x is the data x_0/σ_d at √ᾱ = σ_d·c_in, and F is −v there: v-prediction, but for the sign.
 """
 
+import math
 from typing import NamedTuple
 
 from .moves import Move
 from .paths import Level
 from .spacings import check_name
 
-PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction", "score")
+PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction", "score", "edm")
 FLAT = 0.02  # slope of a step below which `unfold` does not divide by it
 
 
@@ -23,11 +27,16 @@ class Prediction(NamedTuple):
     eps_out: float
 
 
-def prediction(prediction_type: str, level: Level) -> Prediction:
+def prediction(prediction_type: str, level: Level, sigma_data: float | None = None) -> Prediction:
     """Solve x_t = a·x_0 + b·ε and output = c·x_0 + d·ε for x_0 and ε. Raises ValueError if they are dependent."""
     check_name("prediction_type", prediction_type, PREDICTIONS)
     a, b = level
     c, d = {"sample": (1, 0), "v_prediction": (-b, a), "flow_prediction": (-1, 1)}.get(prediction_type, (0, 1))
+    if prediction_type == "edm" and sigma_data is None:
+        raise ValueError("prediction_type='edm' needs sigma_data, the standard deviation of the data: pass it too")
+    if sigma_data is not None:  # F, or −F for "v_prediction"
+        scale = (1 if prediction_type == "edm" else -1) / math.hypot(b, sigma_data)
+        c, d = scale * b / sigma_data, -scale * sigma_data
     determinant = a * d - b * c
     if determinant == 0:
         place = "the data" if a else "ᾱ = 0 or σ = 1, pure noise: use timesteps below, or a network that predicts x0"

@@ -68,10 +68,10 @@ def _descend(top: float, bottom: float, S: int, power: float) -> Array:
     return (top - (top - bottom) * way) ** power
 
 
-def few_exploding(S: int, sigma_min: float, sigma_max: float) -> list[float]:
+def few_exploding(S: int, sigma_min: float, sigma_max: float) -> Array:
     """Space S values of σ for a multistep method and images in 0..1, geometric from 3·S, at least 10, to 0.4/S."""
     top, bottom = min(sigma_max, max(10, 3 * S)), max(sigma_min, 0.4 / S)
-    return np.geomspace(*((top, bottom) if bottom < top else (sigma_max, sigma_min)), S).tolist()
+    return np.geomspace(*((top, bottom) if bottom < top else (sigma_max, sigma_min)), S)
 
 
 def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
@@ -101,6 +101,12 @@ SPACINGS: dict[str, Callable[[Times, int, int, Any], NDArray]] = {
     "paper_linear": lambda i, S, T, _: 1 + np.arange(0, T, T // S),
     "paper_quadratic": lambda i, S, T, _: 1 + np.floor(np.linspace(0, np.sqrt(T * 0.8), S) ** 2),
 }
+# Descending σ by name, as functions of S, the range and ρ, for variance exploding (Karras et al. 2022, Eq. 5).
+SIGMAS: dict[str, Callable[[int, float, float, float], Array]] = {
+    "karras": lambda S, low, high, rho: np.linspace(high ** (1 / rho), low ** (1 / rho), S) ** rho,
+    "exponential": lambda S, low, high, _: np.geomspace(high, low, S),
+}
+NAMES = (*SPACINGS, *SIGMAS)
 
 
 def tau(spacing: str, S: int, T: int, steps_offset: int = 0, alpha_bar: Array | None = None) -> Times:

@@ -3,7 +3,7 @@
 import inspect
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from functools import cache
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+
+from ..process.predictions import PREDICTIONS
 
 KEY = "_ddim_plugin"  # entry of a scheduler's config with our settings, which stock schedulers keep but do not read
 SAMPLER = "sampler"  # entry of `KEY` of an inverse scheduler; in version 0.1 with the constraints it switched off
@@ -27,14 +29,16 @@ REMOVED_VALUES = {"timestep_spacing": ("few_steps_power", "log_snr"), "beta_sche
 
 # Stock schedulers whose keys configs of the three paths have, and those with `use_flow_sigmas` and grids of their own.
 VP, FLOW, VE = "DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "ScoreSdeVeScheduler"
+EDM = "EDMEulerScheduler"  # variance exploding with a network that is preconditioned
 FLOW_SOLVERS = ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")
 FLOW_SOLVERS += ("DEISMultistepScheduler", "SASolverScheduler")
+EDM_SOLVERS = (EDM, "EDMDPMSolverMultistepScheduler")
 
 # Settings of one path, refused on the others, and those that are copied with the default of the config's writer.
 BETA = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "set_alpha_to_one", "rescale_betas_zero_snr")
 SHIFT = ("use_flow_sigmas", "shift", "flow_shift", "use_dynamic_shifting")
-OF_PATH = {VP: BETA, FLOW: SHIFT, VE: ("sigma_min", "sigma_max")}
-PROCESS = ("num_train_timesteps", "prediction_type", *BETA, *SHIFT, *OF_PATH[VE])
+OF_PATH = {VP: BETA, FLOW: SHIFT, VE: ("sigma_min", "sigma_max"), EDM: ("sigma_min", "sigma_max", "sigma_data")}
+PROCESS = ("num_train_timesteps", "prediction_type", *BETA, *SHIFT, *OF_PATH[EDM])
 
 OTHER_PROCESS = {"snr_shift_scale": 1.0, "timestep_type": "discrete", "stochastic_sampling": False}  # have no effect
 CLASSES: dict[str, type["StockConfig"]] = {}  # schedulers of this package by name
@@ -44,6 +48,8 @@ def path_of(settings: dict[str, Any]) -> str:
     """Return the path of a scheduler with these settings, one of `OF_PATH`."""
     if settings.get("use_flow_sigmas") or settings.get("prediction_type") == "flow_prediction":
         return FLOW
+    if settings.get("sigma_data") is not None or settings.get("prediction_type") == "edm":
+        return EDM
     return VP if settings.get("sigma_max") is None else VE
 
 
@@ -74,13 +80,14 @@ class StockConfig(SchedulerMixin, ConfigMixin):
     @property
     def _stock(self) -> str:
         path = path_of(self.config)
-        return self.config.get("_writer") or FLOW if path == FLOW else path
+        return (path in (FLOW, EDM) and self.config.get("_writer")) or path
 
     def _own_settings(self) -> dict[str, Any]:
         known, foreign = defaults(type(self)), self._foreign()
         names = {"eta", "eps_mean_square", "use_clipped_model_output", *SOLVER, *({"prediction_type"} & foreign)}
         names |= {key for key in foreign if self.config[key] != known[key]}
         named = {"timestep_spacing": STOCK_SPACINGS, "variance_type": ("fixed_large", "learned_range")}
+        named |= {"prediction_type": PREDICTIONS[:-1]}
         names |= {key for key, stock in named.items() if self.config[key] not in stock}
         own = {key: self.config[key] for key in known if key in names}
         return own | ({"trained_betas": None} if self._derived_betas else {})
@@ -116,7 +123,7 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         later = {}
         if isinstance(config, dict):
             known, given, (config, own, path) = defaults(cls), config, _split(config)
-            writer = _flow_writer(given) if path == FLOW else None
+            writer = _writer(given, {FLOW: FLOW_SOLVERS, EDM: EDM_SOLVERS}.get(path, ()))
             if path != VP:
                 of_stock = defaults(getattr(diffusers, writer or path))  # with settings that we have no name for
                 later = {key: kwargs.pop(key, config.pop(key, of_stock[key])) for key in of_stock.keys() - known}
@@ -154,16 +161,20 @@ def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]
     # In memory diffusers lists the keys left to defaults. On disk a value equal to its default counts as not set.
     unset = config.get("_use_default_values", [key for key in config if of_writer.get(key, KEY) == config[key]])
     name, known = config.get("_class_name", "this config"), of_writer | dict(config)
-    path = _path_of_stock(name, known, bool(of_writer))
+    is_edm = _writer(config, EDM_SOLVERS) and "beta_schedule" not in config.keys() - {*unset}
+    path = EDM if is_edm else _path_of_stock(name, known, bool(of_writer))
     for key, neutral in OTHER_PROCESS.items():
         if known.get(key, neutral) != neutral:
             raise ValueError(f"{key}={known[key]!r} is of another process: use another model, or eta for its noise")
     settings = {key: known[key] for key in PROCESS if key in known} | dict(config)
-    dropped = {key for other, keys in OF_PATH.items() if other != path for key in keys}
+    dropped = {key for keys in OF_PATH.values() for key in keys if key not in OF_PATH[path]}
     dropped |= {"timestep_spacing", "steps_offset"} if path == FLOW else set()  # of tables of β
     settings = {key: value for key, value in settings.items() if key not in dropped}
     if path != VP:
         settings.setdefault("prediction_type", "flow_prediction" if path == FLOW else "score")
+    if path == EDM:
+        settings |= {"prediction_type": "edm"} if settings["prediction_type"] == "epsilon" else {}
+        settings |= {} if KEY in settings else {"timestep_spacing": known["sigma_schedule"]}
     own, variance = dict(settings.pop(KEY, None) or {}), settings.get("variance_type")
     if times := own.pop("fitted_timesteps", None):  # of version 0.1
         own["fitted_solvers"] = {S: {"timesteps": each} for S, each in times.items()} | own.get("fitted_solvers", {})
@@ -178,13 +189,12 @@ def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]
     return settings, {key: value for key, value in own.items() if key not in changed}, path
 
 
-def _flow_writer(config: dict[str, Any]) -> str | None:
-    """Name the stock solver that a flow model's config belongs to, if it is not `FLOW`. In memory it has no name."""
+def _writer(config: dict[str, Any], names: Sequence[str]) -> str | None:
+    """Find the stock scheduler among `names` that a config belongs to. In memory it has no name."""
     if "_class_name" in config:
-        return config["_class_name"] if config["_class_name"] in FLOW_SOLVERS else None
-    settings = {each: defaults(getattr(diffusers, each)).keys() for each in FLOW_SOLVERS}
-    fits = [each for each in FLOW_SOLVERS if settings[each] <= config.keys()]
-    return max(fits, key=lambda each: len(settings[each]), default=None)
+        return config["_class_name"] if config["_class_name"] in names else None
+    known = {key for key in config if not key.startswith("_")}
+    return next((each for each in names if defaults(getattr(diffusers, each)).keys() == known), None)
 
 
 def _path_of_stock(name: str, known: dict[str, Any], is_stock: bool) -> str:

@@ -30,8 +30,9 @@ class GeneralizedDDIMScheduler(Planned):
         num_train_timesteps: T, the number of timesteps the network was trained on.
         beta_start, beta_end, beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "const", "jsd", "sigmoid"
             or "laplace", and the range of β. "sqrt" is the path x_t = x_0 + √t·ε. `trained_betas` are β_1..β_T instead.
-        prediction_type: "epsilon", "sample" (x_0), "v_prediction", "flow_prediction" (ε − x_0), or "score" (−ε/b).
-        timestep_spacing: τ by name, such as "linear" or "quadratic", of `ddim_plugin.process.spacings.SPACINGS`.
+        prediction_type: "epsilon", "sample" (x_0), "v_prediction", "flow_prediction" (ε − x_0), "score" (−ε/b), or
+            "edm" (F of Karras et al. 2022).
+        timestep_spacing: τ by name, such as "linear" or "quadratic", of `ddim_plugin.process.spacings.NAMES`.
         eta: η of Eq. 16, 0 for DDIM and 1 for DDPM. "fixed_large" and "learned_range" do not use it: theirs is 1.
         variance_type: "fixed_small" (σ = η·√β̃, Eq. 16), "fixed_large" (σ̂ only in the noise term, Appendix D.3),
             "learned_range" (a network with twice the channels, between β̃ and β), or "optimal" (Analytic-DPM) with
@@ -40,13 +41,15 @@ class GeneralizedDDIMScheduler(Planned):
         use_flow_sigmas, shift, flow_shift, use_dynamic_shifting: flow matching, which "flow_prediction" implies, and
             its noise levels, computed by diffusers' own scheduler. `flow_shift` is another name of `shift`.
         sigma_min, sigma_max: variance exploding, for a network that is evaluated at σ. `sigma_min` None is 0.01.
+        sigma_data: deviation σ_d of the data of an EDM network ("edm", or "v_prediction" for −F). It is evaluated at
+            ln(σ)/4, and `scale_model_input` multiplies x_t by c_in. σ is in 0.002..80 by default, images in −1..1.
         corrector_steps, corrector_snr: number and signal-to-noise ratio of Langevin steps before a step. Each is an
             evaluation: `timesteps` repeats its time.
         denoising_start, denoising_end: part of the process that the plan makes, shares of T counted from noise, as in
             the pipelines of SDXL. With `denoising_start` 0.4 the first sample is x_t at t = 0.6·T.
     """
 
-    _compatibles: ClassVar = [each.name for each in KarrasDiffusionSchedulers if not each.name.startswith("EDM")]
+    _compatibles: ClassVar = [each.name for each in KarrasDiffusionSchedulers]
 
     @with_settings_of(DDIMScheduler)
     def __init__(
@@ -63,6 +66,7 @@ class GeneralizedDDIMScheduler(Planned):
         use_dynamic_shifting: bool = False,
         sigma_min: float | None = None,
         sigma_max: float | None = None,
+        sigma_data: float | None = None,
         corrector_steps: int = 0,
         corrector_snr: float = 0.16,
         denoising_start: float = 0.0,
@@ -87,7 +91,7 @@ class GeneralizedDDIMScheduler(Planned):
         self.order = 1 + spacings.integer("corrector_steps", config.corrector_steps)
         spacings.integer("steps_offset", config.steps_offset)
         spacings.check_name("prediction_type", config.prediction_type, predictions.PREDICTIONS)
-        spacings.check_name("timestep_spacing", config.timestep_spacing, spacings.SPACINGS)
+        spacings.check_name("timestep_spacing", config.timestep_spacing, spacings.NAMES)
         moves.effective_eta(config.variance_type, config.eta or None, config.eta)
         if not isinstance(config.corrector_snr, Real) or not 0 < config.corrector_snr < float("inf"):
             raise ValueError(f"corrector_snr must be positive, not {config.corrector_snr!r}")
@@ -108,8 +112,12 @@ class GeneralizedDDIMScheduler(Planned):
         self._replan()
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """Return `sample` unchanged: the network's input is x_t."""
-        return sample
+        """Return the network's input: x_t, or x_t/√(σ² + σ_d²) for a network with `sigma_data`."""
+        if self.path.sigma_data is None:
+            return sample
+        times = torch.as_tensor(timestep, device=sample.device).to(torch.promote_types(sample.dtype, torch.float32))
+        times = times.view(-1, *[1] * (sample.ndim - 1)) if times.numel() > 1 else times
+        return (sample / (self.path.sigma(times) ** 2 + self.path.sigma_data**2).sqrt()).to(sample.dtype)
 
     def step(
         self,

@@ -134,9 +134,9 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         """Return x_t at which the network is evaluated: `sample`, but a_t·x_0 + b_t·z at a first step of several."""
         begins = self._planned is not None and self._done in (None, self._span.stop - 1) and self._span.start == 0
         if not begins or 1 in self._bounds or not self._from_data or self.config.refinement_steps is None:
-            return sample
+            return super().scale_model_input(sample, timestep)
         self._seen = sample.shape[1:]
-        return self._noised(at_least_float32(sample)).to(sample.dtype)
+        return super().scale_model_input(self._noised(at_least_float32(sample)).to(sample.dtype), timestep)
 
     def _noised(self, x: Tensor) -> Tensor:
         level, z = self.move(0).start, torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(0))

@@ -4,18 +4,19 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..process import betas as schedules
-from ..process import paths
+from ..process import paths, spacings
 from . import flow
-from .config import FLOW, OF_PATH, STOCK_SCHEDULES, VE, VP, StockConfig, defaults, path_of
+from .config import EDM, FLOW, OF_PATH, STOCK_SCHEDULES, VE, VP, StockConfig, defaults, path_of
 from .tensors import HALF, combine, numbers
 
 OF_FLOW = ("linear", "few_steps", "few_steps_noise")  # spacings of flow matching: stock, and for multistep methods
-PATHS = {VP: "the path of a β schedule", FLOW: "flow matching", VE: "variance exploding"}
+PATHS = {VP: "the path of a β schedule", FLOW: "flow matching", VE: "variance exploding", EDM: "variance exploding"}
 
 
 class Levels(StockConfig):
@@ -30,10 +31,9 @@ class Levels(StockConfig):
 
     def _make_path(self) -> paths.Path:
         config, kind, T = self.config, path_of(self.config), self.config.num_train_timesteps
-        for other, keys in OF_PATH.items():
-            for key in keys if other != kind else ():
-                if isinstance(config[key], list | np.ndarray) or config[key] != defaults(type(self))[key]:
-                    raise ValueError(f"{key}={config[key]!r} has no effect on {PATHS[kind]}: leave it out")
+        for key in {key for keys in OF_PATH.values() for key in keys} - {*OF_PATH[kind]}:
+            if isinstance(config[key], list | np.ndarray) or config[key] != defaults(type(self))[key]:
+                raise ValueError(f"{key}={config[key]!r} has no effect on {PATHS[kind]}: leave it out")
         if kind != VP and config.variance_type in ("learned_range", "optimal"):
             raise ValueError(f"variance_type={config.variance_type!r} needs a β schedule, not {PATHS[kind]}")
         if kind == FLOW:
@@ -42,13 +42,20 @@ class Levels(StockConfig):
                 spacing = f"timestep_spacing={config.timestep_spacing!r} is for tables of β"
                 raise ValueError(f"{spacing}: use {' or '.join(OF_FLOW)}, or pass sigmas")
             return paths.flow_matching(T, bool(config.get("invert_sigmas")))
-        if kind == VE:
-            if config.sigma_min is None:  # the default of `ScoreSdeVeScheduler`
-                super().register_to_config(sigma_min=0.01)
-            low, high = self.config.sigma_min, self.config.sigma_max
+        if kind in (VE, EDM):
+            of_stock = defaults(getattr(diffusers, kind))
+            super().register_to_config(**{key: of_stock[key] for key in OF_PATH[VE] if config[key] is None})
+            low, high, sigma_data = self.config.sigma_min, self.config.sigma_max, config.sigma_data
+            positive = isinstance(sigma_data, Real) and 0 < sigma_data < float("inf")
+            if kind == EDM and not (positive and config.prediction_type in ("edm", "v_prediction")):
+                given = f"{sigma_data!r} and {config.prediction_type!r}"
+                raise ValueError(f"'edm' and 'v_prediction' take a positive sigma_data, and no others, not {given}")
             if T < 2 or not (isinstance(low, Real) and isinstance(high, Real) and 0 < low < high < float("inf")):
                 raise ValueError(f"sigma_min must be positive and less than sigma_max, T ≥ 2, not {low!r} and {high!r}")
-            return paths.variance_exploding(T, low, high)
+            return paths.variance_exploding(T, low, high, sigma_data)
+        if config.timestep_spacing in spacings.SIGMAS:
+            spacing = f"timestep_spacing={config.timestep_spacing!r} is for variance exploding"
+            raise ValueError(f"{spacing}: use one of {', '.join(spacings.SPACINGS)}")
         if config.beta_schedule == "sqrt":
             if config.trained_betas is not None or config.rescale_betas_zero_snr or not config.set_alpha_to_one:
                 raise ValueError("beta_schedule='sqrt' has no β: leave out trained_betas and the other settings of β")
@@ -113,12 +120,13 @@ class Levels(StockConfig):
             if (key := (dtype, times.device)) not in self._tables:
                 self._tables[key] = torch.tensor(np.stack(self.path.levels)[:, 1:], dtype=dtype, device=times.device)
             return self._tables[key][:, times]
-        sigma = times if self.path.explodes else self.path.time(times) / self.path.T
+        exploding = isinstance(self.path, paths.VarianceExploding)
+        sigma = self.path.sigma(times) if exploding else self.path.time(times) / self.path.T
         if self._planned is not None:
             here = times[:, None] == self._planned.to(times)
             planned = self._sigmas[: len(self._planned)].to(sigma)
             sigma = torch.where(here.any(1), planned[here.long().argmax(1)], sigma)
-        return torch.stack([torch.ones_like(sigma) if self.path.explodes else 1 - sigma, sigma])
+        return torch.stack([torch.ones_like(sigma) if exploding else 1 - sigma, sigma])
 
     def _offered(self, table: Tensor | None, other: str) -> Tensor:
         if table is None:

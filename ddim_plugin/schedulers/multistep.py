@@ -96,7 +96,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             elif (times := self._fitted_times(S)) is not None:
                 return times
             elif isinstance(self.path, VarianceExploding) and super()._spaced(S, "linear").size:
-                return self.path.times(spacings.few_exploding(S, *self.path.bounds))
+                return self.path.at(spacings.few_exploding(S, *self.path.levels.noise[[1, -1]]))[::-1]
         return super()._spaced(S, spacing)
 
     def _flow_times(self, S: int | None, sigmas: Any, stock: str = "", **given: Any) -> FlowTimes:

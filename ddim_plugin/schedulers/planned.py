@@ -127,6 +127,9 @@ class Planned(Levels):
 
     def _spaced(self, S: int | None, spacing: str | None = None) -> spacings.Times:
         spacing, offset = spacing or self.config.timestep_spacing, self.config.steps_offset
+        if spacing in spacings.SIGMAS:
+            S, rho = spacings.integer("num_inference_steps", S, 1, self.path.T), self.config.get("rho", 7.0)
+            return self.path.at(spacings.SIGMAS[spacing](S, *self.path.levels.noise[[1, -1]], rho))[::-1]
         return spacings.tau(spacing, S, self.path.T, offset, self.alpha_bar)
 
     def _make_pairs(self, times: spacings.Times) -> Pairs:
@@ -137,7 +140,8 @@ class Planned(Levels):
         return Step.down(move, self._prediction(move.start))
 
     def _prediction(self, level: paths.Level) -> predictions.Prediction:
-        found, sign = predictions.prediction(self.config.prediction_type, level), self.path.output_sign
+        sign = self.path.output_sign
+        found = predictions.prediction(self.config.prediction_type, level, self.path.sigma_data)
         return found._replace(x0_out=sign * found.x0_out, eps_out=sign * found.eps_out)
 
     def _cached(self, method: str, *args: Any) -> Any:

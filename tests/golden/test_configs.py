@@ -12,6 +12,7 @@ import ddim_plugin
 FROZEN = json.loads((Path(__file__).parent / "frozen" / "configs.json").read_text())
 CASES = FROZEN["cases"]
 SINCE = ("use_flow_sigmas", "shift", "flow_shift", "use_dynamic_shifting", "sigma_min", "sigma_max")
+SINCE += ("sigma_data",)
 SINCE += ("corrector_steps", "corrector_snr", "denoising_start", "denoising_end", "refinement_steps", "fitted_solvers")
 """Settings that 0.1 did not have."""
 REMOVED = ("solver_quantity", "solver_coordinate", "solver_corrector", "solver_extrapolation", "start_from_top")

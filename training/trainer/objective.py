@@ -1,8 +1,8 @@
 """The losses of training: L_γ of Theorem 1, its variational bound, and weights that later papers introduced.
 
 The network sees x_t = a_t·x_0 + b_t·ε, a level of any Gaussian path, at a time t in 1..T. It predicts ε, x0, v, the
-velocity or the score. On the paper's path a = √ᾱ and b = √(1 − ᾱ) (Eq. 4). Every loss is a function of the error of
-that prediction (and of the learned variance), image by image, in float32.
+velocity, the score or F of EDM. On the paper's path a = √ᾱ and b = √(1 − ᾱ) (Eq. 4). Every loss is a function of the
+error of that prediction (and of the learned variance), image by image, in float32.
 """
 
 from typing import NamedTuple
@@ -14,20 +14,23 @@ from pictures.bits import BITS, discretized_log_likelihood, kl
 from torch import Tensor
 
 from ddim_plugin.process import moves
-from ddim_plugin.process.paths import Level, Path
+from ddim_plugin.process.paths import Level, Path, VarianceExploding
 from ddim_plugin.process.predictions import PREDICTIONS, prediction
 from ddim_plugin.process.spacings import check_name
 from ddim_plugin.schedulers.tensors import learned_log_variance
 
-LOSSES = ("simple", "theorem1", "min_snr", "soft_min_snr", "bound", "hybrid")
+LOSSES = ("simple", "theorem1", "min_snr", "soft_min_snr", "bound", "hybrid", "edm")
 """See `Objective`."""
 
 OF_PROCESS = ("theorem1", "bound", "hybrid")
 """Losses that belong to the process q_σ, and to uniform times."""
 
-TIMES = ("antithetic", "uniform", "importance", "logit_normal")
-"""Ways to draw times: in pairs t and T + 1 − t (the authors' code), independently, by their share of the loss, or with
-a normal logit of t/T (Esser et al. 2024)."""
+TIMES = ("antithetic", "uniform", "importance", "logit_normal", "log_normal")
+"""Ways to draw times: in pairs t and T + 1 − t (the authors' code), independently, by their share of the loss, with a
+normal logit of t/T (Esser et al. 2024), or with a normal ln σ (Karras et al. 2022)."""
+
+LOG_SIGMA = (-1.2, 1.2)
+"""Mean and deviation of that ln σ."""
 
 
 class Noised(NamedTuple):
@@ -49,6 +52,7 @@ class Objective:
       dimension.
     - "min_snr": x̂0's squared error times min(SNR, γ) (Hang et al. 2023), SNR = a_t²/b_t².
     - "soft_min_snr": x̂0's squared error times 1/(1/SNR + 1/γ) (Crowson et al. 2024).
+    - "edm": x̂0's squared error times λ(σ) = (σ² + σ_d²)/(σ·σ_d)² (Karras et al. 2022), which is the squared error of F.
     - "bound": an unbiased estimate of the variational bound in bits per dimension: T times one KL, or at t = 1 the
       decoder's −log p(x_0|x_1) over 256 bins, and the prior's KL.
     - "hybrid": "simple" + `bound_weight`·"bound", whose gradient flows into the learned variance alone (Nichol &
@@ -59,7 +63,7 @@ class Objective:
 
     Args:
         path: the levels at the times 0..T.
-        prediction_type: "epsilon", "sample" (x0), "v_prediction", "flow_prediction" or "score".
+        prediction_type: "epsilon", "sample" (x0), "v_prediction", "flow_prediction", "score" or "edm".
         loss: one of `LOSSES`.
         variance_type: "fixed_small", "fixed_large" or "learned_range"; the network then has 2C channels.
         eta: η of the process that "theorem1", "bound" and "hybrid" refer to.
@@ -86,6 +90,9 @@ class Objective:
         if not snr_gamma > 0 or not bound_weight > 0:
             raise ValueError(f"snr_gamma and bound_weight must be positive, not {snr_gamma!r} and {bound_weight!r}")
         self.T, self.loss, self.prediction_type, self.range = path.T, loss, prediction_type, path.image_range
+        self.sigma_data = path.sigma_data
+        if loss == "edm" and self.sigma_data is None:
+            raise ValueError('loss "edm" weights by sigma_data: set it in [scheduler], with prediction_type = "edm"')
         self.learned, self.bound_weight = variance_type == "learned_range", bound_weight
         terminal = path.levels.signal[-1] == 0
         if terminal and prediction_type in ("epsilon", "score"):
@@ -116,6 +123,12 @@ class Objective:
     def timesteps(self, t: Tensor) -> Tensor:
         """Return the timesteps at which the network is evaluated at times `t` in 1..T, float32 (B,)."""
         return self._timesteps[t]
+
+    def seen(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the network's input: x_t, or c_in·x_t with `sigma_data`, (B, C, H, W)."""
+        if self.sigma_data is None:
+            return x
+        return x * (self._at(t, "scale")[0].square() + self.sigma_data**2).rsqrt()
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> Noised:
         """Make x_t from images `x0` and normal `noise`, both (B, C, H, W), at times `t` in 1..T, (B,)."""
@@ -155,6 +168,9 @@ class Objective:
             return batch.x0
         if self.prediction_type == "flow_prediction":
             return batch.noise - batch.x0
+        if self.sigma_data is not None:
+            x0_x, x0_out = self._at(batch.t, "x0_x", "x0_out")
+            return (batch.x0 - x0_x * batch.x) / x0_out
         signal, scale = self._at(batch.t, "signal", "scale")
         if self.prediction_type == "score":
             return -batch.noise / scale
@@ -188,22 +204,24 @@ def _weights(path: Path, prediction_type: str, loss: str, gamma: float) -> dict[
     """Return a_t, b_t and the weight of the squared error for every t; row 0 is never read."""
     signal, noise = path.levels
     weight = noise**2 if prediction_type == "score" else np.ones_like(noise)
-    if loss in ("min_snr", "soft_min_snr"):
+    if loss in ("min_snr", "soft_min_snr", "edm"):
         snr = (signal / noise) ** 2
         of_x0 = np.minimum(snr, gamma) if loss == "min_snr" else 1 / (1 / snr + 1 / gamma)
-        weight = of_x0 * np.append(np.nan, _x0_error(path, prediction_type)) ** 2
+        if loss == "edm":
+            of_x0 = snr + 1 / path.sigma_data**2
+        weight = of_x0 * _x0_maps(path, prediction_type)["x0_out"] ** 2
     return {"signal": signal, "scale": noise, "weight": weight}
 
 
 def _x0_maps(path: Path, prediction_type: str) -> dict[str, NDArray]:
     """Return the coefficients of x̂0 = x0_x·x_t + x0_out·output for every t; row 0 is never read."""
-    maps = [prediction(prediction_type, path.level(t)) for t in range(1, path.T + 1)]
+    maps = [prediction(prediction_type, path.level(t), path.sigma_data) for t in range(1, path.T + 1)]
     return {name: np.array([np.nan, *(getattr(each, name) for each in maps)]) for name in ("x0_x", "x0_out")}
 
 
 def _x0_error(path: Path, prediction_type: str) -> NDArray[np.float64]:
     """Return k with x_0 − x̂0 = k·(target − output), for t = 1..T."""
-    return np.array([prediction(prediction_type, path.level(t)).x0_out for t in range(1, path.T + 1)])
+    return _x0_maps(path, prediction_type)["x0_out"][1:]
 
 
 def _bound_table(path: Path, prediction_type: str, variance_type: str, eta: float) -> dict[str, NDArray]:
@@ -252,6 +270,13 @@ def draw_times(kind: str, count: int, T: int, rng: np.random.Generator, shift: f
         part = (t - rng.random(count)) / T  # so that every time can be drawn
     part = shift * part / (1 + (shift - 1) * part)
     return np.minimum((T * part).astype(np.int64), T - 1) + 1
+
+
+def log_normal_times(count: int, path: VarianceExploding, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Draw `count` times in 1..T, those nearest to a σ with normal ln σ (Karras et al. 2022, Table 1)."""
+    mean, deviation = LOG_SIGMA
+    times = np.rint(path.at(np.exp(mean + deviation * rng.standard_normal(count))))
+    return times.clip(1, path.T).astype(np.int64)
 
 
 class ImportanceTimes:

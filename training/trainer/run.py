@@ -23,7 +23,7 @@ from ddim_plugin import DiscreteDDIMScheduler, GeneralizedDDIMPipeline, Generali
 from ddim_plugin.pipelines.loop import SELF_CONDITIONING
 
 from .config import TrainConfig, learning_rate
-from .objective import ImportanceTimes, Noised, Objective, draw_times
+from .objective import ImportanceTimes, Noised, Objective, draw_times, log_normal_times
 from .report import Clock
 from .settings import write_json
 
@@ -116,6 +116,8 @@ class Run:
     def _draw_times(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
         if self.importance is not None:
             return self.importance.draw(self.config.batch_size, rng)
+        if self.config.times == "log_normal":
+            return log_normal_times(self.config.batch_size, self.scheduler.path, rng), None
         return draw_times(self.config.times, self.config.batch_size, self.objective.T, rng, self.shift), None
 
     def _to_model(self, images: Tensor) -> Tensor:
@@ -141,15 +143,16 @@ class Run:
 
         x̂0 is that of a pass without gradient for every second image, from image `first` on, and 0 for the others.
         """
+        seen = self.objective.seen(batch.x, batch.t)
         if not self.config.self_conditioning:
-            return batch.x
+            return seen
         rows, guess = slice(first, None, 2), torch.zeros_like(batch.x)
-        if len(x := batch.x[rows]):
+        if len(x := seen[rows]):
             t, labels = batch.t[rows], None if labels is None else labels[rows]
             with torch.no_grad():
                 output = self._predict(network, torch.cat([x, torch.zeros_like(x)], 1), t, labels)
-            guess[rows] = self.objective.guess(output, x, t)
-        return torch.cat([batch.x, guess], 1)
+            guess[rows] = self.objective.guess(output, batch.x[rows], t)
+        return torch.cat([seen, guess], 1)
 
     def _was_skipped(self, step: int) -> bool:
         """Whether fp16's scaler saw an overflow, skipped the step and lowered its scale."""

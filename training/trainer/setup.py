@@ -43,7 +43,8 @@ def build_run(config: TrainConfig) -> Run:
     classes = pictures.classes if config.class_conditional else ()
 
     set_seed(config.seed)  # the same weights on every process
-    exploding = isinstance(getattr(scheduler, "path", None), VarianceExploding)
+    path = getattr(scheduler, "path", None)
+    exploding = isinstance(path, VarianceExploding) and path.sigma_data is None
     unet = make_unet(config, frame, outputs(scheduler), len(classes), exploding)
     if config.init_from is not None:
         with accelerator.main_process_first():
@@ -129,9 +130,11 @@ def time_shift(config: TrainConfig, scheduler: GeneralizedDDIMScheduler | Discre
         shift = float(max(scheduler.config.shift, scheduler.config.flow_shift))
     if config.times == "logit_normal" and not flow:
         raise ValueError('times "logit_normal" are those of flow matching: use antithetic, uniform or importance')
+    if config.times == "log_normal" and not isinstance(scheduler.path, VarianceExploding):
+        raise ValueError('times "log_normal" are those of variance exploding: use antithetic, uniform or importance')
     if config.times == "importance" and shift != 1:
         raise ValueError(f"times 'importance' are drawn by the loss, so shift={shift:g} has no effect: leave it out")
-    if config.loss in OF_PROCESS and (config.times == "logit_normal" or shift != 1):
+    if config.loss in OF_PROCESS and (config.times in ("logit_normal", "log_normal") or shift != 1):
         raise ValueError(f"loss {config.loss!r} needs times without preference: use times 'uniform' and shift 1")
     return shift
 

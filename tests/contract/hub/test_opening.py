@@ -8,11 +8,11 @@ import diffusers
 import pytest
 import torch
 from diffusers import (
+    CMStochasticIterativeScheduler,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
-    EDMEulerScheduler,
     PNDMPipeline,
     PNDMScheduler,
     UNet2DModel,
@@ -112,9 +112,9 @@ def test_the_oldest_layout_opens(kind, make_unet, tmp_path, told, quiet_diffuser
 
 def test_a_scheduler_of_another_family_is_refused(make_unet, tmp_path):
     pipe = DDPMPipeline(make_unet(), DDPMScheduler())
-    pipe.scheduler = EDMEulerScheduler()
+    pipe.scheduler = CMStochasticIterativeScheduler()
     pipe.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="EDMEulerScheduler belongs to another family of models"):
+    with pytest.raises(ValueError, match="CMStochasticIterativeScheduler belongs to another family of models"):
         OPEN(tmp_path)
     assert OPEN(tmp_path, scheduler=GeneralizedDDIMScheduler(eta=0.4)).scheduler.config.eta == 0.4
 

@@ -138,4 +138,4 @@ def test_the_paths_do_not_mix(quiet_diffusers):
         assert ours.config.beta_schedule == "scaled_linear"
         assert len(ours.alphas_cumprod) == 1000
     with pytest.raises(ValueError, match="belongs to another family of models"):
-        GeneralizedDDIMScheduler.from_config(diffusers.EDMEulerScheduler().config)
+        GeneralizedDDIMScheduler.from_config(diffusers.CMStochasticIterativeScheduler().config)

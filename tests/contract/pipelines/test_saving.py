@@ -117,10 +117,12 @@ def test_the_scheduler_of_a_stock_pipeline_becomes_ours(make_unet, tmp_path, log
 def test_a_scheduler_of_another_family(make_unet, tmp_path):
     unet = make_unet()
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
-    diffusers.EDMEulerScheduler().save_pretrained(tmp_path / "scheduler")
-    index = index_of(tmp_path) | {"scheduler": ["diffusers", "EDMEulerScheduler"]}
+    diffusers.CMStochasticIterativeScheduler().save_pretrained(tmp_path / "scheduler")
+    index = index_of(tmp_path) | {"scheduler": ["diffusers", "CMStochasticIterativeScheduler"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"EDMEulerScheduler belongs to another family .*such as DDIMScheduler"):
+    with pytest.raises(
+        ValueError, match=r"CMStochasticIterativeScheduler belongs to another family .*such as DDIMScheduler"
+    ):
         GeneralizedDDIMPipeline.from_pretrained(tmp_path)
 
 

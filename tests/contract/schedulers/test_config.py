@@ -77,7 +77,7 @@ OTHERS = {
     "CogVideoXDDIMScheduler": (diffusers.CogVideoXDDIMScheduler, {}, "snr_shift_scale=3.0 .*is of another process"),
     "CogVideoXDPMScheduler": (diffusers.CogVideoXDPMScheduler, {"snr_shift_scale": 2.0}, "snr_shift_scale=2.0"),
     "continuous": (diffusers.EulerDiscreteScheduler, {"timestep_type": "continuous"}, "timestep_type='continuous'"),
-    "EDM": (diffusers.EDMEulerScheduler, {}, "belongs to another family of models"),
+    "consistency": (diffusers.CMStochasticIterativeScheduler, {}, "belongs to another family of models"),
     "IPNDM": (diffusers.IPNDMScheduler, {}, "belongs to another family of models"),
 }
 

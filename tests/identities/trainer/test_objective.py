@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import outputs
 from pictures.bits import discretized_log_likelihood, kl
 from torch.distributions import Normal, kl_divergence
-from trainer.objective import ImportanceTimes, Objective, draw_times
+from trainer.objective import ImportanceTimes, Objective, draw_times, log_normal_times
 
 from ddim_plugin import GeneralizedDDIMScheduler
 from ddim_plugin.process.paths import flow_matching, variance_exploding, variance_preserving
@@ -183,6 +183,36 @@ def test_simple_on_every_path(name):
     assert torch.equal(batch.x[-1], noise[-1]) == (name == "flow")
 
 
+@pytest.mark.parametrize("kind", ["edm", "v_prediction"])
+def test_the_weights_of_edm_are_the_error_of_the_output(kind):
+    """λ(σ)·c_out² = 1, and x̂0 of the right output is x_0 (Karras et al. 2022, Eqs. 7 and 8)."""
+    path, (x0, noise, t) = variance_exploding(T, 0.01, 9.0, 0.5), images()
+    weighted, simple = Objective(path, kind, "edm"), Objective(path, kind)
+    batch = weighted.noised(x0, noise, t)
+    sigma = torch.tensor([path.level(int(each)).noise for each in t]).view(-1, 1, 1, 1)
+    root = (sigma**2 + 0.25).sqrt()
+    assert torch.allclose(weighted.seen(batch.x, t), batch.x / root)
+    right = (sigma * x0 / 0.5 - 0.5 * noise) / root * (1 if kind == "edm" else -1)
+    assert weighted(right, batch).max() < 1e-8
+    losses = weighted(right + 0.1 * torch.cos(noise), batch)
+    assert torch.allclose(losses, simple(right + 0.1 * torch.cos(noise), batch), rtol=1e-4)
+    guess = 0.25 / root**2 * batch.x + (1 if kind == "edm" else -1) * sigma * 0.5 / root * (
+        right + 0.1 * torch.cos(noise)
+    )
+    error = (guess - x0).square() * (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+    assert torch.allclose(losses, error.mean((1, 2, 3)), rtol=1e-2)
+    assert torch.equal(Objective(PATH).seen(batch.x, t), batch.x)
+
+
+def test_log_normal_times():
+    path = variance_exploding(1000, 0.002, 80.0, 0.5)
+    times = log_normal_times(20_000, path, np.random.default_rng(0))
+    logs = np.log([path.level(int(t)).noise for t in times])
+    assert (logs.mean(), logs.std()) == pytest.approx((-1.2, 1.2), abs=0.03)
+    assert (times.min() >= 1, times.max() <= 1000) == (True, True)
+    assert {*log_normal_times(99, variance_exploding(3, 1e3, 1e4), np.random.default_rng(0))} == {1}
+
+
 def test_hybrid_moves_the_mean_by_the_simple_loss_alone():
     x0, noise, t = images()
     hybrid = Objective(PATH, loss="hybrid", variance_type="learned_range", bound_weight=0.5)
@@ -230,6 +260,8 @@ def test_zero_terminal_snr():
             "weight 0 at zero",
         ),
         ({"path": variance_preserving(ALPHA[:2]), "loss": "bound"}, "at least 2"),
+        ({"loss": "edm"}, "weights by sigma_data: set it"),
+        ({"prediction_type": "edm"}, "needs sigma_data"),
     ],
 )
 def test_objectives_that_do_not_exist(settings, message):

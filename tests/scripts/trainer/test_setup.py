@@ -32,6 +32,7 @@ def test_the_optimiser_is_as_the_settings_say(tmp_path):
         ("mnist_small", 1, 156_057),
         ("mnist_flow", 1, 332_761),
         ("mnist_ve", 1, 333_025),
+        ("mnist_edm", 1, 332_761),
         ("cifar10_small", 3, 1_325_299),
         ("cifar10", 3, 35_746_307),
         ("celeba64", 3, 78_700_803),
@@ -49,7 +50,7 @@ def test_presets(name, channels, parameters):
     assert parameters in (None, unet.num_parameters())
     assert GeneralizedDDIMScheduler(**config.scheduler).config.prediction_type
     heads = {block.heads for block in unet.modules() if type(block).__name__ == "Attention"}
-    if name not in ("digits", "mnist", "mnist_small", "mnist_flow", "mnist_ve", "cifar10_small"):
+    if name not in ("digits", "mnist", "mnist_small", "mnist_flow", "mnist_ve", "mnist_edm", "cifar10_small"):
         assert heads == {1}
     text = (ROOT / "training" / "configs" / f"{name}.toml").read_text()
     assert "not measured" in text or "minutes" in text or "hours" in text
