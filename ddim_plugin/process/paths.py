@@ -36,9 +36,9 @@ class Path:
     levels: Level  # arrays, (T + 1,)
     output_sign: int = 1  # factor on the network's output
     sigma_data: float | None = None  # deviation of the data for which the network is preconditioned
+    image_range: tuple[float, float] = (-1.0, 1.0)  # black and white in x_0
     continuous: ClassVar[bool] = False  # timesteps are real numbers
     first: ClassVar[int] = 1  # lowest time at which networks are evaluated
-    image_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)  # black and white in x_0
 
     @property
     def T(self) -> int:
@@ -109,41 +109,32 @@ class FlowMatching(Path):
 
 
 class VarianceExploding(Path):
-    """x_t = x_0 + σ_t·ε with ln σ_t linear on 1 ≤ t ≤ T (Song et al. 2021). Networks are evaluated at σ_t."""
+    """x_t = x_0 + σ_t·ε with ln σ_t linear on 1 ≤ t ≤ T (Song et al. 2021).
+
+    Networks are evaluated at σ_t, or with `sigma_data` at c_noise = ln(σ_t)/4 (Karras et al. 2022, Table 1).
+    """
 
     continuous = True
-    image_range = (0.0, 1.0)  # as for NCSN++
 
     def level(self, time: float) -> Level:
-        return Level(1.0, VarianceExploding.timestep(self, time) if time else 0.0)
-
-    def sigma(self, timestep: Number) -> Number:
-        """Return σ at a timestep."""
-        return timestep
+        low, high = self.levels.noise[[1, -1]].tolist()
+        return Level(1.0, low * (high / low) ** ((time - 1) / max(1, self.T - 1)) if time else 0.0)
 
     def at(self, sigma: Number) -> Number:
         """Return the time at which the noise is σ."""
         low, high = self.levels.noise[[1, -1]]
         return 1 + (self.T - 1) * np.log(sigma / low) / np.log(high / low)
 
+    def sigma(self, timestep: Number) -> Number:
+        """Return σ at a timestep."""
+        return timestep if self.sigma_data is None else math.e ** (4 * timestep)
+
     def timestep(self, time: Number) -> Number:
-        low, high = self.levels.noise[[1, -1]].tolist()
-        return low * (high / low) ** ((time - 1) / max(1, self.T - 1))
+        sigma = self.level(time).noise
+        return sigma if self.sigma_data is None else math.log(sigma) / 4
 
     def time(self, timestep: Number) -> Number:
         return float(self.at(self.sigma(timestep)))
-
-
-class Preconditioned(VarianceExploding):
-    """Variance exploding for networks that are evaluated at c_noise = ln(σ)/4 (Karras et al. 2022, Table 1)."""
-
-    image_range = (-1.0, 1.0)
-
-    def sigma(self, timestep: Number) -> Number:
-        return math.e ** (4 * timestep)
-
-    def timestep(self, time: Number) -> Number:
-        return math.log(super().timestep(time)) / 4
 
 
 def variance_preserving(alpha_bar: Array) -> Path:
@@ -160,9 +151,9 @@ def flow_matching(T: int, inverted: bool = False) -> FlowMatching:
 def variance_exploding(
     T: int, sigma_min: float, sigma_max: float, sigma_data: float | None = None
 ) -> VarianceExploding:
-    """Build the path of NCSN++, or with `sigma_data` of EDM: σ from `sigma_min` at time 1 to `sigma_max` at T."""
+    """Build the path of NCSN++, with images in 0..1, or of EDM, σ from `sigma_min` at time 1 to `sigma_max` at T."""
     levels = Level(np.ones(T + 1), np.append(0.0, np.geomspace(sigma_max, sigma_min, T)[::-1]))
-    return (Preconditioned if sigma_data else VarianceExploding)(levels, sigma_data=sigma_data)
+    return VarianceExploding(levels, sigma_data=sigma_data, image_range=(-1.0 if sigma_data else 0.0, 1.0))
 
 
 def square_root(T: int) -> Path:

@@ -115,8 +115,8 @@ class GeneralizedDDIMScheduler(Planned):
         """Return the network's input: x_t, or x_t/√(σ² + σ_d²) for a network with `sigma_data`."""
         if self.path.sigma_data is None:
             return sample
-        times = torch.as_tensor(timestep, device=sample.device).to(torch.promote_types(sample.dtype, torch.float32))
-        times = times.view(-1, *[1] * (sample.ndim - 1)) if times.numel() > 1 else times
+        wide = torch.promote_types(sample.dtype, torch.float32)
+        times = torch.as_tensor(timestep, dtype=wide, device=sample.device).view(-1, *[1] * (sample.ndim - 1))
         return (sample / (self.path.sigma(times) ** 2 + self.path.sigma_data**2).sqrt()).to(sample.dtype)
 
     def step(

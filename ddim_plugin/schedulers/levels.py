@@ -36,11 +36,12 @@ class Levels(StockConfig):
                 raise ValueError(f"{key}={config[key]!r} has no effect on {PATHS[kind]}: leave it out")
         if kind != VP and config.variance_type in ("learned_range", "optimal"):
             raise ValueError(f"variance_type={config.variance_type!r} needs a β schedule, not {PATHS[kind]}")
+        allowed = {VP: spacings.SPACINGS, FLOW: OF_FLOW}.get(kind, spacings.NAMES)
+        if config.timestep_spacing not in allowed:
+            spacing = f"timestep_spacing={config.timestep_spacing!r} is not for {PATHS[kind]}"
+            raise ValueError(f"{spacing}: use one of {', '.join(allowed)}")
         if kind == FLOW:
             flow.shift_of(config)
-            if config.timestep_spacing not in OF_FLOW:
-                spacing = f"timestep_spacing={config.timestep_spacing!r} is for tables of β"
-                raise ValueError(f"{spacing}: use {' or '.join(OF_FLOW)}, or pass sigmas")
             return paths.flow_matching(T, bool(config.get("invert_sigmas")))
         if kind in (VE, EDM):
             of_stock = defaults(getattr(diffusers, kind))
@@ -53,9 +54,6 @@ class Levels(StockConfig):
             if T < 2 or not (isinstance(low, Real) and isinstance(high, Real) and 0 < low < high < float("inf")):
                 raise ValueError(f"sigma_min must be positive and less than sigma_max, T ≥ 2, not {low!r} and {high!r}")
             return paths.variance_exploding(T, low, high, sigma_data)
-        if config.timestep_spacing in spacings.SIGMAS:
-            spacing = f"timestep_spacing={config.timestep_spacing!r} is for variance exploding"
-            raise ValueError(f"{spacing}: use one of {', '.join(spacings.SPACINGS)}")
         if config.beta_schedule == "sqrt":
             if config.trained_betas is not None or config.rescale_betas_zero_snr or not config.set_alpha_to_one:
                 raise ValueError("beta_schedule='sqrt' has no β: leave out trained_betas and the other settings of β")

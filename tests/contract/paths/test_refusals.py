@@ -25,7 +25,10 @@ VE = {"prediction_type": "score", "sigma_max": 50.0}
         ({**FLOW, "variance_type": "optimal", "eps_mean_square": [0.5] * 1000}, "'optimal' needs a β schedule"),
         ({**FLOW, "eta": -0.1}, r"eta must be a non-negative number, not -0\.1"),
         # spacings of the paper's times
-        ({**FLOW, "timestep_spacing": "quadratic"}, "timestep_spacing='quadratic' is for tables of β.*or pass sigmas"),
+        (
+            {**FLOW, "timestep_spacing": "quadratic"},
+            "timestep_spacing='quadratic' is not for flow matching: use one of linear",
+        ),
         ({**FLOW, "timestep_spacing": "trailing"}, "timestep_spacing='trailing'"),
         # the shift
         ({**FLOW, "shift": 0.0}, r"shift.*positive"),
