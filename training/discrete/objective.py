@@ -57,6 +57,10 @@ class DiscreteObjective:
         """Return the timesteps at which the network is evaluated at times `t` in 1..T, float32 (B,)."""
         return (t - 1).float()
 
+    def seen(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the network's input, (B, C, H, W): `x` itself."""
+        return x
+
     def noised(self, images: Tensor, noise: Tensor, t: Tensor) -> Corrupted:
         """Make tokens x_t of images −1..1 and normal `noise`, both (B, C, H, W), at times `t` in 1..T, (B,)."""
         x0 = quantize(images, self.K)

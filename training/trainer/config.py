@@ -72,7 +72,9 @@ class TrainConfig(Reading):
 
     unet: dict = field(default_factory=dict)
     scheduler: dict = field(default_factory=dict)
-    loss: str = setting("simple", "simple, theorem1, min_snr, soft_min_snr, edm, bound, hybrid; cross_entropy of tokens")
+    loss: str = setting(
+        "simple", "simple, theorem1, min_snr, soft_min_snr, edm, bound, hybrid; cross_entropy of tokens"
+    )
     loss_eta: float = setting(1.0, "η of the process that theorem1, bound and hybrid refer to")
     snr_gamma: float = setting(5.0, "γ of min_snr and soft_min_snr")
     bound_weight: float = setting(1e-3, "weight of the bound in hybrid")

@@ -130,7 +130,7 @@ def time_shift(config: TrainConfig, scheduler: GeneralizedDDIMScheduler | Discre
         shift = float(max(scheduler.config.shift, scheduler.config.flow_shift))
     if config.times == "logit_normal" and not flow:
         raise ValueError('times "logit_normal" are those of flow matching: use antithetic, uniform or importance')
-    if config.times == "log_normal" and not isinstance(scheduler.path, VarianceExploding):
+    if config.times == "log_normal" and not isinstance(getattr(scheduler, "path", None), VarianceExploding):
         raise ValueError('times "log_normal" are those of variance exploding: use antithetic, uniform or importance')
     if config.times == "importance" and shift != 1:
         raise ValueError(f"times 'importance' are drawn by the loss, so shift={shift:g} has no effect: leave it out")
