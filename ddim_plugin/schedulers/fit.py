@@ -37,11 +37,9 @@ class Recorder(MultistepDDIMScheduler):
             self.angles = np.array([angle(level) for level in self.levels])
 
     def _advance(self, evaluation: Evaluation) -> Tensor:
-        x, i = self._follow(evaluation), self._place
+        x, i = super()._advance(evaluation), self._place
         if i is None:
-            raise ValueError(
-                "this pipeline does not step through the timesteps of its scheduler: no solver can be fitted"
-            )
+            raise ValueError("this pipeline does not step through its scheduler's timesteps: no solver can be fitted")
         x0, eps = (self.sampled(each()) for each in (evaluation.pred_original_sample, evaluation.pred_epsilon))
         v = math.cos(self.angles[i]) * eps - math.sin(self.angles[i]) * x0
         self.nodes[i].append((self.sampled(evaluation.sample) / math.hypot(*self.levels[i]), v))
@@ -50,9 +48,6 @@ class Recorder(MultistepDDIMScheduler):
             share = self.angles[i] / (self.angles[i - 1] - self.angles[i]) if i else 0
             self.nodes[-1].append((self.sampled(x), v + share * (v - before)))
         return x
-
-    def _follow(self, evaluation: Evaluation) -> Tensor:
-        return evaluation.mean()
 
     def sampled(self, x: Tensor) -> Tensor:
         """Select the coordinates that are recorded, (B, coordinates)."""
@@ -82,7 +77,7 @@ class Student(Recorder):
         self.teacher, self.solved, self.sums, self.weights = teacher, curve, {}, {}
         return self
 
-    def _follow(self, evaluation: Evaluation) -> Tensor:
+    def _advance(self, evaluation: Evaluation) -> Tensor:
         i, step = self._place, evaluation.step
         prior = np.array([step.x0, step.eps, *(weight for weight, _ in evaluation.history)])
         values = [evaluation.pred_original_sample(), evaluation.pred_epsilon(), *(v for _, v in evaluation.history)]
@@ -94,7 +89,9 @@ class Student(Recorder):
         sums = torch.stack([*(flat @ heavy.T), heavy @ goal.flatten()]).numpy() / goal.numel()
         self.sums[i] = self.sums.get(i, 0) + sums
         self.weights[i] = least_squares(self.sums[i][:-1], self.sums[i][-1], prior)
-        return sum(float(weight) * value for weight, value in zip(self.weights[i], values, strict=True))
+        x0, eps, *rest = self.weights[i].tolist()
+        history = [(weight, value) for weight, (_, value) in zip(rest, evaluation.history, strict=True)]
+        return super()._advance(evaluation._replace(step=step._replace(x0=x0, eps=eps), history=history))
 
     def _goal(self, batch: int, phi: float) -> Tensor:
         """Interpolate y of this batch of images at an angle."""

@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -152,7 +152,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             plan[0] = plan[0].from_top(self.path.level(self.path.T))
         for place, (t, _) in enumerate(self._pairs if self._order != 1 else ()):
             times = (t, *(each for each in times if each != t))[: self._values(kind)]
-            self._weigh(plan, kind, place, times)
+            self._cached("_weighed", plan[place], kind, place, times)
         return plan
 
     def _starts_above(self, top: float) -> bool:
@@ -167,10 +167,6 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         self._history: list[tuple[float, Tensor]] = []  # times and values of ε̂ or x̂0, the newest first
         self._last: tuple[bool, int, torch.Size] | None = None  # of x̂0, position in the plan and shape of the newest
         self._stepped: frozenset[int] = frozenset()  # positions that this loop has stepped from; copies may share it
-
-    def _replan(self) -> None:
-        super()._replan()
-        self._weighted: dict[tuple[Kind, int, tuple[float, ...]], tuple[Any, ...]] = {}
 
     def _values(self, kind: Kind, S: int | None = None) -> int:
         many = (S or len(self._tau)) >= spacings.MANY_STEPS
@@ -187,41 +183,33 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         follows = self._last == (of_x0, place - 1, like.shape)
         earlier = [each for each in self._history if each[0] != t] if follows else []  # a plan may repeat a time
         earlier = earlier[: self._values(kind) - 1]
-        step, *rest = self._weigh(self._plan(kind), kind, place, (t, *(time for time, _ in earlier)))
+        times = (t, *(time for time, _ in earlier))
+        step, *rest = self._cached("_weighed", self._plan(kind)[place], kind, place, times)
         if place == len(self._pairs) - 1:  # nothing follows
             self._forget()
         else:
-            self._history = [(t, self._value(evaluation, of_x0)), *earlier]
+            value = evaluation.pred_original_sample if of_x0 else evaluation.pred_epsilon
+            if not (of_x0 or evaluation.recompute_eps) and (step.eps_x, step.eps_out) == (0, 1):
+                value = evaluation.output.clone  # the network may write its next output into the same memory
+            self._history = [(t, value()), *earlier]
             self._last = of_x0, place, like.shape
             self._stepped |= {place}
         history = [(weight, value) for weight, (_, value) in zip(rest, earlier, strict=True)]
         return evaluation._replace(step=step, history=history)
 
-    def _value(self, evaluation: Evaluation, of_x0: bool) -> Tensor:
-        if of_x0:
-            return evaluation.pred_original_sample()
-        if (evaluation.step.eps_x, evaluation.step.eps_out) != (0, 1) or evaluation.recompute_eps:
-            return evaluation.pred_epsilon()
-        return evaluation.output.clone()  # the network may write its next output into the same memory
-
-    def _weigh(self, plan: list[Step], kind: Kind, place: int, times: tuple[float, ...]) -> tuple[Any, ...]:
-        key = kind, place, times
-        if key not in self._weighted:
-            step, of_x0, (t, s) = plan[place], moves.adds_noise(*kind), self._pairs[place]
-            fits = kind == ("fixed_small", 0.0) and t > s and (place > 0 or self._from_noise)  # an inverse goes up too
-            if fits and len(fitted := self._solver.get(t, ())) == 1 + len(times):
-                self._weighted[key] = step._replace(x0=fitted[0], eps=fitted[1]), *fitted[2:]
-                return self._weighted[key]
-            weights, mean = np.zeros(len(times)), self._mean(of_x0, self._pairs[place], times, kind[1])
-            if len(mean) > 1:  # they are added to the DDIM step scale·x_t + slope·value
-                level = self.path.level(self._pairs[place][0])
-                slope = step.x0 - step.eps / level.ratio if of_x0 else step.eps - step.x0 * level.ratio
-                weights[: len(mean)] += slope * mean
-                weights[0] -= slope
-            first, *rest = weights.tolist()
-            part = "x0" if of_x0 else "eps"
-            self._weighted[key] = step._replace(**{part: getattr(step, part) + first}), *rest
-        return self._weighted[key]
+    def _weighed(self, step: Step, kind: Kind, place: int, times: tuple[float, ...]) -> tuple[Any, ...]:
+        of_x0, (t, s) = moves.adds_noise(*kind), self._pairs[place]
+        fits = kind == ("fixed_small", 0.0) and t > s and (place > 0 or self._from_noise)  # an inverse goes up too
+        if fits and len(fitted := self._solver.get(t, ())) == 1 + len(times):
+            return step._replace(x0=fitted[0], eps=fitted[1]), *fitted[2:]
+        weights, mean = np.zeros(len(times)), self._mean(of_x0, (t, s), times, kind[1])
+        if len(mean) > 1:  # they are added to the DDIM step scale·x_t + slope·value
+            ratio = self.path.level(t).ratio
+            slope = step.x0 - step.eps / ratio if of_x0 else step.eps - step.x0 * ratio
+            weights[: len(mean)] += slope * mean
+            weights[0] -= slope
+        first, *rest = weights.tolist()
+        return step._replace(**({"x0": step.x0 + first} if of_x0 else {"eps": step.eps + first})), *rest
 
     def _mean(self, of_x0: bool, pair: tuple[float, float], times: Sequence[float], eta: float) -> np.ndarray:
         t, s, *known = (float(self.path.level(time).ratio) for time in (*pair, *times))
@@ -231,12 +219,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         known = known if self._order or pair[0] > pair[1] else known[:3]  # of four it is far off upwards
         if of_x0 and known[-1] in (0, np.inf):  # log-SNR is infinite there
             known = known[:-1]
-        weights, mean = np.ones(1), partial(_mean_weights, of_x0, t, s, eta=eta)
-        for order in range(len(known), 1, -1):
-            longer = mean(tuple(known[:order]))
-            if np.abs(longer).sum() <= LARGEST[of_x0][order - 2]:
-                weights = longer
-                break
+        tried = (_mean_weights(of_x0, t, s, tuple(known[:order]), eta=eta) for order in range(len(known), 1, -1))
+        weights = next((each for each in tried if np.abs(each).sum() <= LARGEST[of_x0][len(each) - 2]), np.ones(1))
         if of_x0 and self._much_noise and pair[0] - pair[1] + 1 >= 0.9 * (times[1:] or pair)[0] - 0.9 * pair[0]:
             weights = REACH * weights
             weights[0] += 1 - REACH
@@ -250,13 +234,12 @@ def sampler_class(scheduler: object) -> type[GeneralizedDDIMScheduler]:
 
 def keep_learned(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Leave "fixed_small" out of `changes` if the config has "learned_range": the network has twice the channels."""
-    if config.get("variance_type") == "learned_range" and changes.get("variance_type") == "fixed_small":
-        return {key: value for key, value in changes.items() if key != "variance_type"}
-    return changes
+    kept = config.get("variance_type") == "learned_range" and changes.get("variance_type") == "fixed_small"
+    return {key: value for key, value in changes.items() if not (kept and key == "variance_type")}
 
 
 def guidance_scale() -> float | None:
-    """Return the guidance scale of the pipeline's call that is running, if it has one. Schedulers are not told."""
+    """Return the guidance scale of the pipeline's call that is running, if it has one. It is read from the stack."""
     frame = inspect.currentframe()
     while frame := frame and frame.f_back:
         known = frame.f_locals

@@ -10,6 +10,7 @@ import tiny_flow_pipelines as flows
 import tiny_pipelines as tiny
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from exact import weighed
 from tiny_pipelines import FAMILIES, SD
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
@@ -68,7 +69,7 @@ def test_in_stock_pipelines(parts, family):
     assert type(pipe.scheduler) is MultistepDDIMScheduler
     assert pipe.scheduler.timesteps.tolist() == found["timesteps"]
     assert pipe.scheduler.config.fitted_solvers["3"] == found
-    assert [[step.x0, step.eps, *rest] for step, *rest in pipe.scheduler._weighted.values()] == found["weights"]
+    assert [*weighed(pipe.scheduler).values()] == found["weights"]
 
 
 @pytest.mark.parametrize("family", ["Stable Diffusion 3", "Flux", "Wan"])

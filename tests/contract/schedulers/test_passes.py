@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from exact import weighed
 from plans import SHAPE, planned, tensors
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -81,7 +82,7 @@ def test_a_free_step_is_two_passes(cls, prediction_type, plain):
 def test_a_fitted_step_is_as_many_passes(refuse_host_reads):
     """Its weights are numbers of the plan: two passes, one for each earlier value, and one to keep ε̂."""
     usual = planned(6, MultistepDDIMScheduler)
-    rows = [[1.01 * weight for weight in (step.x0, step.eps, *rest)] for step, *rest in usual._weighted.values()]
+    rows = [[1.01 * weight for weight in row] for row in weighed(usual).values()]
     known = {"noise": [usual.path.level(t).noise for t, _ in usual._pairs], "weights": rows, "solver_order": 3}
     known |= {"timesteps": usual.timesteps.tolist(), "prediction_type": "epsilon", "guidance_scale": None}
     scheduler = planned(6, MultistepDDIMScheduler, fitted_solvers={"6": known})
