@@ -98,6 +98,8 @@ class Loop:
         guess = torch.zeros((), **state) if SELF_CONDITIONING in self.unet.config else None
         if classifier is not None or guess is not None:
             self._check_ours("a classifier and self-conditioning need")
+        if classifier is not None and self.scheduler.path.sigma_data is not None:
+            raise ValueError("a classifier sees x_t, and a network with sigma_data c_in·x_t: leave the classifier out")
         condition = Condition(None, scale, dtype, state, classifier, classifier_scale, labels[None], guess)
         classes = self.unet.config.num_class_embeds  # None for a custom embedding, whose labels need not be classes
         if self.unet.class_embedding is None:
