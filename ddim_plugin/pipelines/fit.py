@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..process.fitting import SPREADS, Curve, angle, descend, refine
+from ..process.fitting import SPREADS, descend, refine
 from ..process.spacings import Array, is_integer
 from ..schedulers import MultistepDDIMScheduler
 from ..schedulers.fit import Recorder, Student
@@ -60,23 +60,21 @@ def fit_solver(
     check_count("teacher_steps", teacher_steps)
     if not steps or not all(is_integer(S) and 1 <= S <= teacher_steps // 2 for S in steps):
         raise ValueError(f"steps must be integers from 1 to half of teacher_steps={teacher_steps}, not {[*steps]}")
-    plain = {"eta": 0.0, "variance_type": "fixed_small", "timestep_spacing": "few_steps"}
-    plain = keep_learned(pipe.scheduler.config, plain)
-    config = MultistepDDIMScheduler.from_config(pipe.scheduler.config, **plain).config
+    config, plain = pipe.scheduler.config, {"eta": 0.0, "variance_type": "fixed_small", "timestep_spacing": "few_steps"}
+    config = MultistepDDIMScheduler.from_config(config, **keep_learned(config, plain)).config
     known, found = {str(S): each for S, each in (config.fitted_solvers or {}).items()}, {}
     config = MultistepDDIMScheduler.from_config(config, fitted_solvers=None).config
     if config.solver_order == 1 or config.denoising_start or config.denoising_end < 1:
         raise ValueError("a fit needs the whole process, and solver_order 2, 3 or 4, or None, not 1")
     teacher, judge = (run(Recorder.from_config(config), teacher_steps, held) for held in (False, True))
     finite(torch.cat([teacher.data, judge.data]))
-    curve = teacher.curve()
     for S in tqdm(sorted(set(steps)), desc="fitting"):
         start, before = time.perf_counter(), run.evaluations
         plain = run(Recorder.from_config(config), S, held=True)
         top, solved = (torch.cat([y for y, _ in each.nodes[0]]) for each in (plain, judge))
         if not (top - solved).square().mean() < 0.1 * solved.square().mean():
             raise ValueError(f"{type(pipe).__name__} does not draw x_T from its generators: use another pipeline")
-        solver = _fit(run, plain, teacher, curve, minutes / len(set(steps)))
+        solver = _fit(run, plain, teacher, minutes / len(set(steps)))
         fitted = run(Recorder.from_config(config, fitted_solvers={str(S): solver}), S, held=True)
         errors = {"default_error": _distance(plain, judge), "error": _distance(fitted, judge)}
         spent = {"evaluations": run.evaluations - before, "seconds": time.perf_counter() - start}
@@ -129,7 +127,7 @@ class _Run:
         return value[rows.start : rows.stop] if many and len(value) == self.number else value
 
 
-def _fit(run: _Run, plain: Recorder, teacher: Recorder, curve: Curve, minutes: float) -> Solver:
+def _fit(run: _Run, plain: Recorder, teacher: Recorder, minutes: float) -> Solver:
     """Search times on the trajectories, solve for the weights in the loop, and refine both for some minutes.
 
     `plain` has the steps of the default, from which the search starts.
@@ -145,12 +143,13 @@ def _fit(run: _Run, plain: Recorder, teacher: Recorder, curve: Curve, minutes: f
         def cost(times: Sequence[float], spread: float = spread or 1.0) -> float:
             if times[-1] < lowest:
                 return math.inf
-            return curve.error([angle(path.level(t)) for t in times], order, spread)
+            levels = map(path.level, times)
+            return teacher.curve.error([math.atan2(b, a) for a, b in levels], order, spread)
 
         times = tuple(default if spread is None else descend(default, cost, step, least))
         if times not in tried:
             solvers = {str(S): {"timesteps": [path.timestep(t) for t in times]}}
-            student = run(Student.from_config(config, fitted_solvers=solvers).follow(teacher, curve), S)
+            student = run(Student.from_config(config, fitted_solvers=solvers).follow(teacher), S)
             tried[times] = _distance(student, teacher), student
     times, (_, student) = min(tried.items(), key=lambda each: each[1][0])
     known = {"solver_order": order, "prediction_type": config.prediction_type, "guidance_scale": student.scale}

@@ -66,16 +66,14 @@ def fit(image: Image.Image, channels: int, size: Size, name: str) -> Image.Image
 
     Raises ValueError with `name` for an image of more than 8 bits, or with transparency.
     """
-    mode = check_channels(channels)
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"{name} has mode {image.mode!r}, more than 8 bits: scale it to 0..255 first")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:
             raise ValueError(f"{name} has transparency, which the network cannot use: put it on a background")
-    image = image.convert(mode)
-    resized = size is not None and image.size != size[::-1]
-    return ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS) if resized else image
+    image = image.convert(check_channels(channels))
+    return image if size is None else ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
 
 
 def check_channels(channels: int) -> str:
@@ -87,7 +85,6 @@ def check_channels(channels: int) -> str:
 
 def grid(pictures: np.ndarray, columns: int, cell: int = 64) -> Image.Image:
     """Draw pictures (N, H, W, C) in [0, 1] row by row, about `cell` pixels high or more."""
-    check_channels(pictures.shape[-1])
     scale = max(1, round(cell / pictures.shape[1]))
     gap, size = max(2, scale // 2), (scale * pictures.shape[2], scale * pictures.shape[1])
     made = [picture.resize(size, Image.Resampling.BICUBIC).convert("RGB") for picture in numpy_to_pil(pictures)]

@@ -14,16 +14,10 @@ from itertools import product
 
 import numpy as np
 
-from .paths import Level
 from .spacings import Array
 
 RIDGE = 1e-6  # weight of the distance to the prior weights, relative to the mean squares of the values
 SPREADS = (4.0, 1.5, 0.5)  # deviations of the data, for which the search assumes how errors travel to the data
-
-
-def angle(level: Level) -> float:
-    """Return φ of a level."""
-    return math.atan2(level.noise, level.signal)
 
 
 def least_squares(products: Array, right: Array, prior: Array) -> Array:

@@ -1,14 +1,14 @@
 """Schedulers that fit a solver in the loop of a pipeline: one records trajectories, one solves for its weights."""
 
 import math
-from functools import cache, wraps
+from functools import cache, cached_property, wraps
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..process.fitting import Curve, angle, least_squares
+from ..process.fitting import Curve, least_squares
 from .multistep import MultistepDDIMScheduler, guidance_scale
 from .step import Evaluation
 
@@ -34,7 +34,7 @@ class Recorder(MultistepDDIMScheduler):
             self.nodes: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(len(self._pairs) + 1)]
             tops = self.path.T if self._starts_above(self._pairs[0][0]) else self._pairs[0][0]
             self.levels = [self.path.level(t) for t in (tops, *(s for _, s in self._pairs))]
-            self.angles = np.array([angle(level) for level in self.levels])
+            self.angles = np.array([math.atan2(level.noise, level.signal) for level in self.levels])
 
     def _advance(self, evaluation: Evaluation) -> Tensor:
         x, i = super()._advance(evaluation), self._place
@@ -59,6 +59,7 @@ class Recorder(MultistepDDIMScheduler):
         """Return x_0 of all images, (N, coordinates)."""
         return torch.cat([y for y, _ in self.nodes[-1]])
 
+    @cached_property
     def curve(self) -> Curve:
         """Compute the mean products of the recorded trajectories."""
         whole = torch.stack([torch.cat([pair[k] for pair in node]) for k in (0, 1) for node in self.nodes]).flatten(1)
@@ -72,9 +73,9 @@ class Student(Recorder):
     The weights of a step solve least squares over all images so far: with several batches those of the first move.
     """
 
-    def follow(self, teacher: Recorder, curve: Curve) -> "Student":
+    def follow(self, teacher: Recorder) -> "Student":
         """Set the trajectories. Returns itself."""
-        self.teacher, self.solved, self.sums, self.weights = teacher, curve, {}, {}
+        self.teacher, self.sums, self.weights = teacher, {}, {}
         return self
 
     def _advance(self, evaluation: Evaluation) -> Tensor:
@@ -82,7 +83,9 @@ class Student(Recorder):
         prior = np.array([step.x0, step.eps, *(weight for weight, _ in evaluation.history)])
         values = [evaluation.pred_original_sample(), evaluation.pred_epsilon(), *(v for _, v in evaluation.history)]
         basis = torch.stack([self.sampled(value) for value in values]).double()
-        goal = math.hypot(*self.levels[i + 1]) * self._goal(len(self.nodes[i]), self.angles[i + 1]).double()
+        shares, nodes, batch = self.teacher.curve.at(self.angles[i + 1])[0], self.teacher.nodes, len(self.nodes[i])
+        y = sum(float(shares[k]) * nodes[k % len(nodes)][batch][k // len(nodes)] for k in np.flatnonzero(shares))
+        goal = math.hypot(*self.levels[i + 1]) * y.double()
         missed = (goal - torch.tensordot(torch.from_numpy(prior), basis, 1)).square().mean(1)
         counts = (missed.median() / missed).nan_to_num(1).clamp_max(1)[:, None]  # images that went elsewhere count less
         flat, heavy = basis.flatten(1), (basis * counts).flatten(1)
@@ -92,9 +95,3 @@ class Student(Recorder):
         x0, eps, *rest = self.weights[i].tolist()
         history = [(weight, value) for weight, (_, value) in zip(rest, evaluation.history, strict=True)]
         return super()._advance(evaluation._replace(step=step._replace(x0=x0, eps=eps), history=history))
-
-    def _goal(self, batch: int, phi: float) -> Tensor:
-        """Interpolate y of this batch of images at an angle."""
-        weights, nodes = self.solved.at(phi)[0], self.teacher.nodes
-        number = len(nodes)
-        return sum(float(weights[k]) * nodes[k % number][batch][k // number] for k in np.flatnonzero(weights))

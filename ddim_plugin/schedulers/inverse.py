@@ -73,10 +73,11 @@ class Upwards(StockConfig):
             raise ValueError("use_clipped_model_output=True needs x_t, which an inverse step computes: leave it out")
         x = self._x if sample is self._handed and not edits(sample) else at_least_float32(sample)
         self._type = sample.dtype  # of the pipeline, which may have a lower precision than the state
-        return super()._evaluate(kind, step, self._begun(x), *args)
+        return super()._evaluate(kind, step, self._begun(x) if self._in_order else x, *args)
 
     def _advance(self, evaluation: Evaluation) -> Tensor:
-        x = self._ended(evaluation, super()._advance(evaluation))
+        x = super()._advance(evaluation)
+        x = self._ended(evaluation, x) if self._in_order else x
         self._x, self._done, self._handed = x, self._place, x.to(self._type)
         return self._handed
 
@@ -144,8 +145,6 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
 
     def _begun(self, x: Tensor) -> Tensor:
         """Return the x_t at which the network was evaluated."""
-        if not self._in_order:
-            return x
         i, follows = self._place, self._done == self._place - 1
         self._is_blind = i in self._bounds and not follows  # the network was evaluated at x_s
         if i in self._bounds:
@@ -162,8 +161,6 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
 
     def _ended(self, evaluation: Evaluation, made: Tensor) -> Tensor:
         """Return the x_t to evaluate next, from the x_s that was `made` of the last one."""
-        if not self._in_order:
-            return made
         i, x = self._place, evaluation.sample
         move, is_last = self.move(i), i + 1 == self._span.stop
         ends, kept = is_last or i + 1 in self._bounds, self.kept
