@@ -108,7 +108,13 @@ class GeneralizedDDIMScheduler(Planned):
         if self._planned is None or new != old:
             self.num_inference_steps, self._planned, self._sigmas = None, None, None
             self.timesteps = torch.tensor([path.timestep(t) for t in range(T, 0, -1)], device="cpu")
-        self._use(path)
+        (signal, noise), self.path, self.image_range, self._tables = path.levels, path, path.image_range, {}
+        self.alpha_bar, self._shown = signal**2 / (signal**2 + noise**2), None
+        self.alpha_bar.setflags(write=False)
+        self.init_noise_sigma = float(noise[-1])
+        if not path.continuous and not path.explodes:
+            self.init_noise_sigma = 1.0
+            self._show(self.alpha_bar[1:])
         self._replan()
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:

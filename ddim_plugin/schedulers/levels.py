@@ -28,6 +28,7 @@ class Levels(StockConfig):
     _shown: Tensor | None = None  # ᾱ_1..ᾱ_T, float32
     _planned: Tensor | None = None  # the timesteps of the plan
     _sigmas: Tensor | None = None  # b at its levels, not for the paper's path
+    _tables: dict[Any, Tensor]  # a and b for all timesteps, on a device
 
     def _make_path(self) -> paths.Path:
         config, kind, T = self.config, path_of(self.config), self.config.num_train_timesteps
@@ -71,16 +72,6 @@ class Levels(StockConfig):
             self._derived_betas = derived
             super().register_to_config(trained_betas=betas.tolist() if derived else None)
         return paths.variance_preserving(alpha_bar)
-
-    def _use(self, path: paths.Path) -> None:
-        (signal, noise), self.path, self.image_range = path.levels, path, path.image_range
-        self.alpha_bar, self._shown = signal**2 / (signal**2 + noise**2), None
-        self.alpha_bar.setflags(write=False)
-        preserves = not path.continuous and not path.explodes
-        self.init_noise_sigma = 1.0 if preserves else float(noise[-1])
-        if preserves:
-            self._show(self.alpha_bar[1:])
-        self._tables: dict[Any, Tensor] = {}  # a and b for all timesteps, on a device
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
         """Compute x_t = a_t·x_0 + b_t·ε (Eq. 4) at network timesteps.
