@@ -98,8 +98,6 @@ class Loop:
         guess = torch.zeros((), **state) if SELF_CONDITIONING in self.unet.config else None
         if classifier is not None or guess is not None:
             self._check_ours("a classifier and self-conditioning need")
-        if classifier is not None and self.scheduler.path.sigma_data is not None:
-            raise ValueError("a classifier sees x_t, and a network with sigma_data c_in·x_t: leave the classifier out")
         condition = Condition(None, scale, dtype, state, classifier, classifier_scale, labels[None], guess)
         classes = self.unet.config.num_class_embeds  # None for a custom embedding, whose labels need not be classes
         if self.unet.class_embedding is None:
@@ -193,7 +191,8 @@ class Loop:
             path = self.scheduler.path
             level = path.level(path.time(number(t, whole=not path.continuous)))
             per_eps = 1 / self.scheduler._prediction(level).eps_out if level.signal else 0.0  # pure noise has no class
-            shift = -level.noise * per_eps * self._gradient(x, t, condition)
+            x_t = x if path.sigma_data is None else x * math.hypot(level.noise, path.sigma_data)  # x is c_in·x_t
+            shift = -level.noise * per_eps * self._gradient(x_t, t, condition)
         x = x if condition.guess is None else torch.cat([x, condition.guess.to(x).expand_as(x)], 1)
         x = x.to(condition.dtype)
         labels = None if condition.labels is None else condition.labels.flatten(0, 1)

@@ -24,10 +24,19 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         widths: channels of each level; each but the last halves the pictures.
         layers: residual blocks of a level.
         of_sigma: whether timesteps are σ of a variance-exploding path, whose logarithm is embedded.
+        time_scale: factor on other timesteps: 400 for those of EDM, ln(σ)/4.
     """
 
     @register_to_config
-    def __init__(self, channels: int, classes: int, widths: list[int], layers: int = 1, of_sigma: bool = False):
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        widths: list[int],
+        layers: int = 1,
+        of_sigma: bool = False,
+        time_scale: float = 1.0,
+    ):
         super().__init__()
         first, last, width = widths[0], widths[-1], 4 * widths[0]
         self.conv_in = nn.Conv2d(channels, first, 3, padding=1)
@@ -40,7 +49,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         self.norm, self.head = nn.GroupNorm(math.gcd(8, last), last), nn.Linear(last, classes)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        t = 100 * t.float().log() if self.config.of_sigma else t
+        t = 100 * t.float().log() if self.config.of_sigma else self.config.time_scale * t
         time = self.embedding(self.time(t.expand(len(x))).to(x.dtype))
         x = self.conv_in(x)
         for block in self.blocks:
@@ -66,8 +75,10 @@ class Guide(nn.Module):
             raise ValueError(f"{config.noisy} has a {type(pipe.scheduler).__name__}: a guide needs one of ddim_plugin")
         self.path, self.range = pipe.scheduler.path, pipe.scheduler.image_range
         torch.manual_seed(config.seed)
-        of_sigma = self.path.bounds[0] > 0
-        self.network = NoisyClassifier(frame.channels, len(classes), [*config.hidden_sizes], config.layers, of_sigma)
+        preconditioned = self.path.sigma_data is not None
+        time = {"of_sigma": self.path.explodes and not preconditioned and self.path.bounds[0] > 0}
+        time |= {"time_scale": 400.0 if preconditioned else 1.0}
+        self.network = NoisyClassifier(frame.channels, len(classes), [*config.hidden_sizes], config.layers, **time)
         self.generator, self.share = Generator().manual_seed(config.seed), None
 
     def at(self, share: float) -> "Guide":

@@ -17,7 +17,15 @@ PATHS |= {"flow": {"prediction_type": "flow_prediction", "shift": 2.0}}
 PATHS |= {"inverted": {"prediction_type": "flow_prediction", "shift": 2.0, "invert_sigmas": True}}
 PATHS |= {"exploding": {"prediction_type": "score", "sigma_min": 0.01, "sigma_max": 40.0}}
 PATHS |= {"root": {"beta_schedule": "sqrt"}, "zero": PATHS["v_prediction"] | {"rescale_betas_zero_snr": True}}
+PATHS |= {"edm": {"prediction_type": "edm", "sigma_data": 0.5}}
 every_path = pytest.mark.parametrize("settings", PATHS.values(), ids=PATHS)
+
+
+def build(settings, **changes):
+    """A scheduler. `from_config` reads configs of diffusers, which have no sigma_data."""
+    if "sigma_data" in settings:
+        return GeneralizedDDIMScheduler(**settings, **changes)
+    return GeneralizedDDIMScheduler.from_config(settings, **changes)
 
 
 def level_of(scheduler, t):
@@ -47,15 +55,19 @@ class Mixture(ModelMixin, ConfigMixin):
         self.class_embedding, self.weight, self.known = None, torch.nn.Parameter(torch.zeros(1)), None
 
     def forward(self, x, t, class_labels=None):
-        level = level_of(self.scheduler, t.item())
+        level, width = level_of(self.scheduler, t.item()), self.scheduler.config.sigma_data
+        c_in = 1 / math.hypot(level.noise, width) if width else 1.0
+        x = x / c_in
         guesses = torch.stack([conditional(x, level, k)[0] for k in range(3)], 1)
         share = joint_logs(x, level).softmax(1)
         if self.known is not None:
             share = torch.nn.functional.one_hot(torch.tensor([self.known] * len(x)), 3).to(x)
         x0 = (share.view(-1, 3, 1, 1, 1) * guesses).sum(1)
         eps = (x - level.signal * x0) / level.noise
-        sign = self.scheduler.path.output_sign
-        return UNet2DOutput(sample=sign * outputs(level, x0, eps)[self.scheduler.config.prediction_type])
+        made = outputs(level, x0, eps)
+        if width:  # Eq. 7 of Karras et al. (2022), solved for F
+            made["edm"] = (x0 - (width * c_in) ** 2 * x) / (level.noise * width * c_in)
+        return UNet2DOutput(sample=self.scheduler.path.output_sign * made[self.scheduler.config.prediction_type])
 
 
 def made(scheduler):
@@ -78,13 +90,13 @@ def noise(B, seed=0):
 @every_path
 def test_guided_by_the_exact_classifier_the_network_is_that_of_the_class(settings):
     """At scale 1, Bayes' rule: ∇ log p(x|y) = ∇ log p(x) + ∇ log p(y|x). Labels are those of each image."""
-    scheduler = GeneralizedDDIMScheduler.from_config(settings)
+    scheduler = build(settings)
     pipe, classifier = made(scheduler)
     scheduler.set_timesteps(7)
     condition = pipe._condition(3, class_labels=[2, 0, 1], classifier=classifier)
     for t in scheduler.timesteps:
         level = level_of(scheduler, t.item())
-        x = level.signal * 0.2 + level.noise * noise(3)
+        x = scheduler.scale_model_input(level.signal * 0.2 + level.noise * noise(3), t)
         guided, exact = pipe._predict(x, t, condition), []
         for row, k in enumerate((2, 0, 1)):
             pipe.unet.known = k if level.signal else None  # pure noise is not guided
@@ -101,9 +113,9 @@ def moments(images):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("name", ["v_prediction", "flow", "exploding"])
+@pytest.mark.parametrize("name", ["v_prediction", "flow", "exploding", "edm"])
 def test_samples_have_the_moments_of_their_class(eta, name):
-    pipe, classifier = made(GeneralizedDDIMScheduler.from_config(PATHS[name], eta=eta))
+    pipe, classifier = made(build(PATHS[name], eta=eta))
     generator = torch.Generator().manual_seed(1)
     given = {"class_labels": 2, "classifier": classifier, "generator": generator, "output_type": "latent"}
     images = pipe(1500, 150, latents=noise(1500), **given).images
