@@ -35,6 +35,7 @@ import yaml
 
 DATE = "2020-10-06T00:00:00.000Z"
 GITATTRIBUTES = b"".join(b"*.%s filter=lfs diff=lfs merge=lfs -text\n" % kind for kind in (b"safetensors", b"bin"))
+LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc0-1.0", "openrail", "other")  # some of those that the Hub knows
 ROUTES = []
 
 
@@ -65,6 +66,8 @@ def card_errors(data):
         value = data.get(key, [])
         if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             yield f'"{key}" must be a string or an array of strings'
+    if isinstance(data.get("license"), str) and data["license"] not in LICENSES:
+        yield f'"license" must be one of [{", ".join(LICENSES)}]'
     for i, model in enumerate(data.get("model-index", [])):
         for j, result in enumerate(model.get("results", [])):
             at = f"model-index[{i}].results[{j}]"

@@ -39,7 +39,7 @@ def run(args: Namespace) -> None:
         return
     files = [file for file in FILES[command] if file != LATENTS or not vars(args).get("latents")]
     places = [Path(args.output, file) for file in (*files, f"{command}.json")]
-    for name, value in _given(args, "num", "batch_size", "columns").items():
+    for name, value in _given(args, "num", "batch_size").items():
         check_count(f"--{name.replace('_', '-')}", value, 1)
     for place in places:
         if place.is_dir() or (os.path.lexists(place) and not args.overwrite):
@@ -86,8 +86,8 @@ def sample(args: Namespace) -> tuple:
         for rows in batches(args.num, args.batch_size):
             settings |= {"class_labels": labels and labels[rows], "generator": generators[rows]}
             images.extend(pipe(None, latents=z[rows], **settings).images)
-    picture = grid(np.asarray(images), args.columns)
-    return {"images": args.num}, picture, inversion.Inverted(z, None, {key: getattr(args, key) for key in KEPT})
+    found = inversion.Inverted(z, None, {key: getattr(args, key) for key in KEPT})
+    return {"images": args.num}, grid(np.asarray(images), 8), found
 
 
 def encode(args: Namespace) -> tuple:
@@ -113,7 +113,10 @@ def edit(args: Namespace) -> tuple:
     """Invert images, or load an earlier inversion, and decode them again and with another prompt."""
     if [Path(file).suffix for file in args.images] == [".safetensors"]:
         _refuse(args, "prompt", "guidance_scale", "strength", "tolerance", "refine", "resize", *KEPT[:3], "timesteps")
-        record, inverted, pipe, images = {}, inversion.Inverted.load(args.images[0]), _load(args), []
+        record, inverted, images = {}, inversion.Inverted.load(args.images[0]), []
+        if "call" not in inverted.settings:
+            raise ValueError(f"{args.images[0]} has no settings of an inversion: pass what invert or edit wrote")
+        pipe = _load(args)
     else:
         record, inverted, pipe, images = encode(args)
     scale = {} if args.new_guidance_scale is None else {"guidance_scale": args.new_guidance_scale}

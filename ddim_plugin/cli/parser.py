@@ -55,7 +55,6 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub = command("sample", "sample images from noise, or decode latents", "user/model --steps 20", model, timesteps)
     sub.add_argument("--latents", metavar="FILE", help="use these latents, with the settings in the file (η = 0)")
     sub.add_argument("--seed", type=int, default=0, help="image i is drawn with seed + i (default: %(default)s)")
-    sub.add_argument("--columns", type=int, default=8, help="images in a row of the grid (default: %(default)s)")
     sub.add_argument("--num", type=int, help="number of images (default: 16)")
     sub.add_argument("--eta", type=float, help="η of Eq. 16: 0 is DDIM, 1 is DDPM (default: the model's)")
     sub.add_argument("--variance", choices=VARIANCES, help="variance of the noise (default: the model's)")

@@ -34,7 +34,6 @@ def card(
 
     `unet` and `scheduler` are the configs, with "_class_name". `details` are those of `DETAILS`, or more metadata.
     """
-    check_license(license)
     shown, title = {key: details.pop(key, default) for key, default in DETAILS.items()}, repo_id.split("/")[-1]
     known = {"library_name": "diffusers", "pipeline_tag": TASK, "tags": ["ddim", "diffusion", "ddim-plugin"]}
     metadata = ModelCardData(**known, license=license, model_name=title, **details).to_yaml()
@@ -48,7 +47,7 @@ def adapt(text: str, repo_id: str, license: str | None = None) -> str:
     body = re.sub(r"ddim_plugin_\d+_\d+\w*", code().name, body)
     if license is not None:
         written.data.license = license
-        body = re.sub(r"(?m)^The weights: .+?\. (?=The training data)", f"The weights: {license}. ", body)
+        body = re.sub(r"(?<=\nThe weights: ).+?(?=\. The training data)", lambda _: license, body)
     return _sign(f"---\n{written.data.to_yaml()}\n---\n{body}")
 
 
@@ -61,11 +60,6 @@ def is_written_here(text: str) -> bool:
 def _sign(text: str) -> str:
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{text}\n{MARK} {__version__} from the records and configs of this repo ({digest}).*\n"
-
-
-def check_license(license: str | None) -> None:
-    if license is not None and not re.fullmatch(r"[a-z0-9.+-]+", license):
-        raise ValueError(f"license must be as the Hub names it, such as mit or cc-by-4.0, not {license!r}")
 
 
 def cell(value: Any) -> str:
@@ -83,7 +77,7 @@ def settings(config: Config) -> Config:
     """Select the settings in a config that are not the defaults of their class, and those of `SYMBOLS` in any case."""
     parameters = inspect.signature(CLASSES.get(name := config["_class_name"]) or getattr(diffusers, name)).parameters
     hidden = (config.get(KEY) or {}).keys() & {"trained_betas"}  # from the schedule
-    hidden |= {key for path, keys in OF_PATH.items() if path != path_of(config) for key in keys}
+    hidden |= {key for keys in OF_PATH.values() for key in keys if key not in OF_PATH[path_of(config)]}
     shown = {key for key, each in parameters.items() if config.get(key, each.default) != each.default} | SYMBOLS.keys()
     found = {SYMBOLS.get(key, key): config[key] for key in config if key in shown - hidden}
     solvers = (config.get("fitted_solvers") or {}).items()

@@ -25,10 +25,9 @@ EXPORTS = """    for place, module in [*globals().items()]:
 @cache
 def code() -> Code:
     root = Path(__file__).parents[1]
-    names = {path: ".".join(path.relative_to(root).with_suffix("").parts) for path in root.rglob("*.py")}
-    modules = join("pipelines.generation", {name: path.read_text(encoding="utf-8") for path, name in names.items()})
+    sources = {".".join(p.relative_to(root).with_suffix("").parts): p.read_text("utf-8") for p in root.rglob("*.py")}
     title = f'"""ddim-plugin {__version__} in one file, a function for each module. License: Apache-2.0."""'
-    text = f"{title}\n\nfrom types import SimpleNamespace\n{modules}{EXPORTS}"
+    text = f"{title}\n\nfrom types import SimpleNamespace\n{join('pipelines.generation', sources)}{EXPORTS}"
     return Code("ddim_plugin_" + re.sub(r"\W", "_", __version__), text)
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..schedulers import GeneralizedDDIMSchedulerOutput
 from ..schedulers.config import CLASSES
-from .card import adapt, card, check_license, is_written_here
+from .card import adapt, card, is_written_here
 from .code import STALE, code
 
 README, GRID, TITLE = "README.md", "samples.png", "Upload GeneralizedDDIMPipeline"
@@ -85,7 +85,6 @@ def push_folder(
     Returns the commit, or the last one if nothing has changed. Raises ValueError for invalid input and OSError if the
     Hub cannot be reached or refuses, before the branch is changed.
     """
-    check_license(license)
     model, api = Model(folder), HfApi(token=token)
     repo_id = open_repo(api, repo_id, private)
     with explained(repo_id, token):

@@ -22,9 +22,8 @@ SPREADS = (4.0, 1.5, 0.5)  # deviations of the data, for which the search assume
 
 def least_squares(products: Array, right: Array, prior: Array) -> Array:
     """Solve for the weights of values with these mean `products`, and `right` with the target, near the prior."""
-    ridge = RIDGE * np.diag(products)
     scale = np.sqrt(np.maximum(np.diag(products), 1e-30))  # conditions the system
-    matrix = (products + np.diag(ridge)) / np.outer(scale, scale)
+    matrix = products / np.outer(scale, scale) + RIDGE * np.eye(len(scale))
     return prior + np.linalg.lstsq(matrix, (right - products @ prior) / scale, rcond=1e-12)[0] / scale
 
 

@@ -192,11 +192,10 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
     """Encode images x_0 into the x_T that `MultistepDDIMScheduler` decodes, in the loop of any pipeline.
 
     A pass solves the ODE of Eq. 14 upwards with the same method. The network is evaluated at the lower end of a step,
-    and at τ_1 for the first. If the sampler starts from T and has more than one step, the last step ends at T.
-    A step of the sampler uses ε̂ of noisier steps, so all steps are refined together: for every two `refinement_steps`,
-    at least once unless they are 0 or None, the loop decodes the latent (with descending `timesteps`), corrects the
-    image that it started from by the error, the residual, and encodes it again. Other settings, and errors, are those
-    of `MultistepDDIMScheduler` and `InverseDDIMScheduler`.
+    and at τ_1 for the first. The last of several steps ends at T if the sampler starts there. A sampler's step uses ε̂
+    of noisier steps, so all steps are refined together: for every two `refinement_steps`, and once for a single one,
+    the loop decodes the latent (`timesteps` descend), corrects the image that it started from by the error, the
+    residual, and encodes it again. Other settings, and errors, are those of the sampler and of `InverseDDIMScheduler`.
     """
 
     is_joint = True

@@ -37,9 +37,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     variance of DDPM. The scheduler keeps the values: use one for each loop, in which a second step at one place is
     refused. The first step is of order 1, and so is one that does not follow the last, or has several timesteps.
 
-    The first sample of a spacing is x_T, even if τ ends below T. The network is evaluated at τ_S < T, where it predicts
-    nearly the same x̂0, and without noise the first step starts from T with this x̂0. With explicit timesteps, or after
-    `add_noise`, the first sample is that of its timestep.
+    The first sample of a spacing is x_T, even if τ ends below T. Without noise, the first step then starts from T with
+    the x̂0 predicted at τ_S. With explicit timesteps, or after `add_noise`, the first sample is that of its timestep.
 
     Args:
         solver_order: number of values that a step uses, 1 to 4. None is 3, or 4 from 8 steps on, or 2 with noise.

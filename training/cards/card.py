@@ -1,6 +1,7 @@
 """Write the card of a model with its training and figures, from the records in its folder."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard
 from jinja2 import Template
 
 from ddim_plugin import DiscreteDDIMScheduler, GeneralizedDDIMPipeline
-from ddim_plugin.hub.card import LAYOUT, SYMBOLS, TASK, cell, check_license, is_written_here
+from ddim_plugin.hub.card import LAYOUT, SYMBOLS, TASK, cell, is_written_here
 from ddim_plugin.hub.push import CONFIGS, GRID, README, Model, variant_of
 
 from .records import CONVERSION, RESULTS, TRAINING, Records, read_records
@@ -70,6 +71,12 @@ def made(model: Model, records: Records, repo_id: str, license: str | None = Non
         datasets=[data] if data and training.get("data_from") == "hub" else None,
         eval_results=[listed(entry) for entry in records.results if entry.get("listed", True)] or None,
     )
+
+
+def check_license(license: str | None) -> None:
+    """Raise ValueError for a licence that the Hub refuses, before training and not after."""
+    if license is not None and not re.fullmatch(r"[a-z0-9.+-]+", license):
+        raise ValueError(f"license must be as the Hub names it, such as mit or cc-by-4.0, not {license!r}")
 
 
 def fits(records: Records, model: Model, folder: Path) -> bool:

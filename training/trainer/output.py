@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from cards.card import check_license
 from guard import LOCK
 from guard.writing import share
 from huggingface_hub import HfApi
@@ -19,7 +20,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ddim_plugin import GeneralizedDDIMPipeline
-from ddim_plugin.hub.card import check_license
 from ddim_plugin.hub.push import open_repo, push_folder
 
 from .config import TrainConfig

@@ -18,7 +18,6 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
     [
         (["sample", "MODEL", "--num", "0"], "--num must be an integer of at least 1, not 0"),
         (["sample", "MODEL", "--batch-size", "0"], "--batch-size must be an integer of at least 1, not 0"),
-        (["sample", "MODEL", "--columns", "0"], "--columns must be an integer of at least 1, not 0"),
         (["sample", "PICTURES"], "no file named model_index.json found in directory"),
         (["sample", "MODEL", "--latents", "none.safetensors"], "No such file or directory: none.safetensors"),
         (["sample", "MODEL", "--latents", "PICTURES/0.png"], "0.png"),
@@ -46,6 +45,7 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
         (["edit", "MODEL", "PICTURES/0.png", "FLAT", "--new-prompt", "dog"], "cannot read the image"),
         (["edit", "MODEL", "PICTURES/0.png", *["--new-prompt", "dog"] * 3], "3 of --new-prompt for 1 images"),
         (["edit", "MODEL", "FLAT", "--new-prompt", "dog", "--tolerance", "0.1"], "--tolerance has no effect"),
+        (["edit", "./nowhere", "FLAT", "--new-prompt", "dog"], "flat.safetensors has no settings of an inversion"),
         (["push", "nowhere", "user/model"], "nowhere"),
     ],
 )

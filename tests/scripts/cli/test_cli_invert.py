@@ -101,5 +101,5 @@ def test_errors(text_model, model, cat, tmp_path, capsys):
         run("edit", folder, *words, "--new-prompt", "a dog", *SHORT, "--output", tmp_path / "out", ok=False)
         assert message in capsys.readouterr().err
     run("edit", text_model, other, "--new-prompt", "a dog", "--output", tmp_path / "out", ok=False)
-    assert "have no settings of an inversion" in capsys.readouterr().err
+    assert "latents.safetensors has no settings of an inversion" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

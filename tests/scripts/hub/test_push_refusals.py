@@ -68,10 +68,12 @@ def test_components_that_the_pipeline_does_not_have_are_not_pushed(hub, folder):
     assert "../secret" not in json.loads(hub.files(REPO)["model_index.json"])
 
 
-def test_settings_are_checked_first(hub, folder):
-    with pytest.raises(ValueError, match="license must be as the Hub names it"):
+def test_a_licence_that_the_hub_does_not_know(hub, folder):
+    """The Hub refuses the card before a file is sent."""
+    with pytest.raises(OSError, match='"license" must be one of'):
         pipeline(folder).push_to_hub(REPO, license="my own")
-    assert hub.requests == []
+    assert "README.md" not in hub.files(REPO)
+    assert not hub.asked("PUT", "/lfs/")
 
 
 def test_code_in_the_folder_is_not_pushed(hub, folder):
