@@ -180,7 +180,15 @@ def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]
         own["fitted_solvers"] = {S: {"timesteps": each} for S, each in times.items()} | own.get("fitted_solvers", {})
     if variance is None or (KEY not in config and variance.startswith("fixed_")):
         settings.pop("variance_type", None)
-    _drop_removed(settings, own)
+    lost = {}
+    for place in (settings, own):
+        gone = [key for key, value in place.items() if key in REMOVED or value in REMOVED_VALUES.get(key, ())]
+        lost |= {key: value for key in gone if (value := place.pop(key)) != REMOVED.get(key, KEY)}
+    if "beta_schedule" in lost:
+        own.pop("trained_betas", None)  # 0.1 saved β itself beside the name
+    if lost:
+        named = ", ".join(f"{key}={value!r}" for key, value in lost.items())
+        warnings.warn(f"version 0.2 does not support {named}: the defaults and saved β are used", stacklevel=3)
     changed = (config.keys() & settings.keys()) - {*unset, "trained_betas"}
     if "class" in own:
         replaced = settings.get("timestep_spacing", STAND_IN) != STAND_IN
@@ -206,18 +214,6 @@ def _path_of_stock(name: str, known: dict[str, Any], is_stock: bool) -> str:
     if "num_classes" in known or ("beta_schedule" not in known and others):
         raise ValueError(f"{name} belongs to another family of models: pass one with β or σ, such as DDIMScheduler")
     return VP
-
-
-def _drop_removed(settings: dict[str, Any], own: dict[str, Any]) -> None:
-    lost = {}
-    for place in (settings, own):
-        gone = [key for key, value in place.items() if key in REMOVED or value in REMOVED_VALUES.get(key, ())]
-        lost |= {key: value for key in gone if (value := place.pop(key)) != REMOVED.get(key, KEY)}
-    if "beta_schedule" in lost:
-        own.pop("trained_betas", None)  # 0.1 saved β itself beside the name
-    if lost:
-        named = ", ".join(f"{key}={value!r}" for key, value in lost.items())
-        warnings.warn(f"version 0.2 does not support {named}: the defaults and saved β are used", stacklevel=4)
 
 
 def restored(scheduler: SchedulerMixin) -> SchedulerMixin:

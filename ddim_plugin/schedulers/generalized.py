@@ -194,6 +194,3 @@ class GeneralizedDDIMScheduler(Planned):
         dynamic = (config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None
         recompute = config.use_clipped_model_output if recompute is None else recompute
         return Evaluation(step, sample, output, variance, limit, dynamic, bool(recompute and (limit or dynamic)))
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps
