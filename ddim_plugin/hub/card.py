@@ -10,8 +10,7 @@ import diffusers
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import StrictUndefined, Template
 
-from ..schedulers import KEY
-from ..schedulers.config import CLASSES, OF_PATH, path_of
+from ..schedulers.config import CLASSES, KEY, OF_PATH, path_of
 from ..version import __version__
 from .code import code
 

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from copy import copy
-from functools import cache, cached_property, wraps
+from functools import cached_property, wraps
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,11 @@ from tqdm.auto import tqdm
 
 from ..process.fitting import SPREADS, Curve, descend, least_squares, refine
 from ..process.spacings import Array, is_integer
-from ..schedulers import MultistepDDIMScheduler
-from ..schedulers.multistep import guidance_scale, keep_learned
+from ..schedulers.multistep import MultistepDDIMScheduler, guidance_scale, keep_learned
 from ..schedulers.step import Evaluation
 from .loop import batches, check_count, finite
 
-MOST_COORDINATES = 4096  # numbers of a sample that are recorded, drawn once: products are means over them
+MOST_COORDINATES = 4096  # numbers of a sample that are recorded, always the same ones: products are means over them
 HELD_OUT = 4  # one image in so many judges the solvers, and does not enter
 # Arguments of the call that a fit sets, or that a fitted solver does not have.
 OWN = {"num_inference_steps", "generator", "latents", "timesteps", "sigmas", "eta", "batch_size", "output_type"}
@@ -129,11 +128,6 @@ class _Run:
         return value[rows.start : rows.stop] if many and len(value) == self.number else value
 
 
-@cache
-def _coordinates(number: int) -> Tensor:
-    return torch.randperm(number, generator=torch.Generator().manual_seed(0))[:MOST_COORDINATES]
-
-
 class Recorder(MultistepDDIMScheduler):
     """Sample, and record y = x/√(a² + b²) and v = dy/dφ at the beginning of each step, and x_0.
 
@@ -165,8 +159,8 @@ class Recorder(MultistepDDIMScheduler):
 
     def sampled(self, x: Tensor) -> Tensor:
         """Select the coordinates that are recorded, (B, coordinates)."""
-        x = x.flatten(1)
-        return x[:, _coordinates(x.shape[1]).to(x.device)].float().cpu()
+        x, fixed = x.flatten(1), torch.Generator().manual_seed(0)
+        return x[:, torch.randperm(x.shape[1], generator=fixed)[:MOST_COORDINATES].to(x.device)].float().cpu()
 
     @property
     def data(self) -> Tensor:
@@ -212,10 +206,7 @@ class Student(Recorder):
 
 
 def _fit(run: _Run, plain: Recorder, teacher: Recorder, minutes: float) -> Solver:
-    """Search times on the trajectories, solve for the weights in the loop, and refine both for some minutes.
-
-    `plain` has the steps of the default, from which the search starts.
-    """
+    """Search times from those of `plain`, solve for the weights in the loop, and refine both for some minutes."""
     path, config, default = plain.path, plain.config, [t for t, _ in plain._pairs]
     S, order, whole = len(default), plain._values(plain._kind(None)), not path.continuous
     lowest = min(map(path.time, path.bounds)) - 1e-6

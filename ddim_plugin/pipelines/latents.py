@@ -1,6 +1,7 @@
 """Encode, decode, reconstruct and interpolate latents x_T (Sections 5.3 and 5.4)."""
 
 import math
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -69,10 +70,10 @@ class Latents(Loop):
         """Run the loop of the inverse. The network is evaluated at images that are not solved yet."""
         inverse.set_begin_index(0)  # a new loop
         records, left, output = [], np.ones(len(x), bool), torch.empty(0)
-        for places in self.progress_bar(inverse.searches()):
+        for start, stop in self.progress_bar([*pairwise(inverse._bounds)]):  # of the evaluations of a step, or a pass
             left = left if inverse.is_joint else np.ones(len(x), bool)
             spent = np.zeros(len(x), int)
-            for t in inverse.timesteps[places]:
+            for t in inverse.timesteps[start:stop]:
                 if left.any():
                     rows = slice(None) if left.all() else torch.as_tensor(left, device=x.device)
                     made = self._predict(inverse.scale_model_input(x, t)[rows], t, condition.rows(rows))

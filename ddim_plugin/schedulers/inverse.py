@@ -30,9 +30,8 @@ class Upwards(StockConfig):
         if k is not None and not (spacings.is_integer(k) and k >= 0):
             raise ValueError(f"refinement_steps must be 0 or more, or None for the plain inverse, not {k!r}")
         if config.corrector_steps or moves.adds_noise(kind, eta):
-            given = f"eta={eta:g} and variance_type={kind!r}, corrector_steps={config.corrector_steps}"
-            remedy = "many x_t lead to one x_s. Pass eta=0, 'fixed_small' and 0"
-            raise ValueError(f"encoding needs the deterministic process: with {given} {remedy}")
+            given = f"eta={eta:g}, variance_type={kind!r} and corrector_steps={config.corrector_steps}"
+            raise ValueError(f"many x_t lead to one x_s with {given}: pass 0, 'fixed_small' and 0 to encode")
         if config.use_clipped_model_output and (config.clip_sample or config.thresholding):
             raise ValueError("use_clipped_model_output=True needs x_t, which an inverse step computes: set it to False")
         self.order, self._in_order = 1 + (k or 0), self.is_joint or k is not None
@@ -63,10 +62,6 @@ class Upwards(StockConfig):
             raise ValueError("no residual was measured: run a loop, with refinement_steps (multistep: 1 or more)")
         times, spent, found = zip(*self._records, strict=True)
         return inversion.InversionReport.of(times, torch.stack(found).cpu(), np.array([spent]).T, tolerance, self._x)
-
-    def searches(self) -> list[slice]:
-        """List the places in the plan of the evaluations of each step, or of each pass if all steps are joint."""
-        return [slice(*ends) for ends in pairwise(self._bounds)]
 
     def _evaluate(self, kind: Kind, step: Step, sample: Tensor, *args: Any) -> Evaluation:
         if args[-1] and (self.config.clip_sample or self.config.thresholding):
@@ -123,7 +118,7 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
             more = min(2 if self._from_data else 1, max(rounds) - 1, (len(rounds) - 1) // 2 - hardest)
             if k == 0 and more > 0 and whole and not self.path.continuous:
                 counts[hardest], counts[-more:] = 1 + more, [0] * more
-        self._bounds = [0, *dict.fromkeys(np.cumsum(counts).tolist())]  # of the evaluations of each step
+        self._bounds = [0, *dict.fromkeys(np.cumsum(counts).tolist())]  # in the plan, of the evaluations of each step
         return [pair for pair, count in zip(pairs, counts, strict=True) for _ in range(count)]
 
     def _make_step(self, t: float, s: float, kind: Kind) -> Step:

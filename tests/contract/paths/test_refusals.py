@@ -137,7 +137,7 @@ def test_noise_that_is_too_large_for_a_step():
     with pytest.raises(ValueError, match=r"eta=3 is too large for the step from time .*: use at most"):
         scheduler.set_timesteps(10, eta=3.0)
     assert len(scheduler.timesteps) == 10
-    with pytest.raises(ValueError, match="encoding needs the deterministic process"):
+    with pytest.raises(ValueError, match="many x_t lead to one x_s"):
         InverseDDIMScheduler(**FLOW, eta=0.5)
 
 
