@@ -11,9 +11,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from ...process import betas, categorical, paths, spacings
-from ..levels import edits
-from ..tensors import Randomness, at_least_float32, draw, number, numbers
+from ..process import betas, categorical, paths, spacings
+from .levels import edits
+from .tensors import Randomness, at_least_float32, draw, number, numbers
 
 # A setting of diffusers' own `DiscreteDDIMScheduler`. Its class refuses our configs, as this is no number.
 MARK = {"num_inference_steps": "of set_timesteps, in ddim_plugin.DiscreteDDIMScheduler"}
@@ -74,8 +74,7 @@ class DiscreteDDIMScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(config, dict):
             if "corrector_selection" in config or "num_classes" not in {**config, **kwargs}:
                 raise ValueError(f"this config is of diffusers' {cls.__name__}, or has no num_classes: pass another")
-            left_out = {*MARK, "_use_default_values"}  # where diffusers lists what was given by position
-            config = {key: value for key, value in config.items() if key not in left_out}
+            config = {k: v for k, v in config.items() if k not in (*MARK, "_use_default_values")}  # these are not unset
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: Any = None, timesteps: Any = None) -> None:
