@@ -13,7 +13,7 @@ from trainer.settings import build
 from training_runs import UNET, fit, losses, same_weights
 
 from ddim_plugin import GeneralizedDDIMPipeline
-from ddim_plugin.process.paths import variance_preserving
+from ddim_plugin.process.paths import variance_exploding, variance_preserving
 from ddim_plugin.process.predictions import PREDICTIONS, prediction
 
 PATH = variance_preserving(np.linspace(1, 0.1, 11))
@@ -24,12 +24,15 @@ WITHOUT_DROPOUT = UNET | {"dropout": 0.0}
 @pytest.mark.parametrize(("first", "rows"), [(0, [0, 2, 4]), (1, [1, 3])])
 def test_the_network_sees_a_guess_of_every_second_image(kind, first, rows):
     """x̂0 is that of a pass that sees 0, has no gradient, and is clipped. The other images see 0."""
-    objective = Objective(PATH, kind)
+    path = variance_exploding(10, 0.1, 20.0, 0.5) if kind == "edm" else PATH
+    objective = Objective(path, kind)
     batch = objective.noised(torch.randn(5, 1, 2, 2), torch.randn(5, 1, 2, 2), torch.tensor([1, 4, 6, 9, 10]))
+
+    scaled = objective.seen(batch.x, batch.t)
 
     def predict(network, x, t, labels):
         assert not torch.is_grad_enabled()
-        assert torch.equal(x, torch.cat([batch.x[rows], torch.zeros(len(rows), 1, 2, 2)], 1))
+        assert torch.equal(x, torch.cat([scaled[rows], torch.zeros(len(rows), 1, 2, 2)], 1))
         assert (t.tolist(), labels.tolist()) == (batch.t[rows].tolist(), rows)
         return x[:, :1] / 3
 
@@ -37,9 +40,9 @@ def test_the_network_sees_a_guess_of_every_second_image(kind, first, rows):
     seen = Run._input(run, None, batch, torch.arange(5), first)
     expected = torch.zeros_like(batch.x)
     for row in rows:
-        maps = prediction(kind, PATH.level(int(batch.t[row])))
-        expected[row] = (maps.x0_x * batch.x[row] + maps.x0_out * batch.x[row] / 3).clamp(-1, 1)
-    assert torch.allclose(seen, torch.cat([batch.x, expected], 1), atol=1e-4)
+        maps = prediction(kind, path.level(int(batch.t[row])), path.sigma_data)
+        expected[row] = (maps.x0_x * batch.x[row] + maps.x0_out * scaled[row] / 3).clamp(-1, 1)
+    assert torch.allclose(seen, torch.cat([scaled, expected], 1), atol=1e-4)
 
 
 def test_a_resumed_run_is_the_run_that_was_not_stopped(tmp_path):
