@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import timing
+import tokens
 from measure import likelihood, reconstructions
 from measure.comparison import tables as comparison
 from measure.grid import tables as grid
@@ -22,6 +23,7 @@ TABLES = {
     "inversion": ("inversion.md", inversion.table),
     "results": ("table.md", grid.table),
     "speed": ("speed.md", timing.table),
+    "tokens": ("tokens.md", lambda record: tokens.table(record["results"])),
 }
 """Those of evaluate.py have the name of their folder where they were packaged."""
 
