@@ -9,7 +9,6 @@ from ..process.spacings import NAMES
 from ..version import __version__
 
 LATENTS = "latents.safetensors"
-
 # What each command writes into --output beside the record COMMAND.json.
 FILES = {"sample": ("samples.png", LATENTS), "encode": (LATENTS,), "invert": (LATENTS,)}
 FILES |= {"edit": ("edited.png", LATENTS), "fit": ("model",)}

@@ -37,7 +37,7 @@ def join(entry: str, sources: dict[str, str]) -> str:
     `sources` are texts of modules by their dotted names. The functions are called once, although diffusers runs the
     file at each load, so that the classes of earlier pipelines stay valid.
     """
-    functions: dict[str, str] = {}
+    flat, functions = {module: f"ddim_{module.replace('.', '_')}" for module in sources}, {}
 
     def add(module: str) -> None:
         lines = sources[module].splitlines()
@@ -47,18 +47,14 @@ def join(entry: str, sources: dict[str, str]) -> str:
                 for each in node.names:
                     inner = f"{base}.{each.name}".removeprefix(".")
                     source = next(name for name in (inner, base, f"{base}.__init__") if name in sources)
-                    if _flat(source) not in functions:
+                    if flat[source] not in functions:
                         add(source)
-                    value = _flat(source) if source == inner else f"{_flat(source)}.{each.name}"
+                    value = flat[source] if source == inner else f"{flat[source]}.{each.name}"
                     parts.append(f"{each.asname or each.name} = {value}")
                 lines[node.lineno - 1 : node.end_lineno] = ["; ".join(parts)]
         body = textwrap.indent("\n".join(lines), "    ")
-        functions[_flat(module)] = f"\n\ndef _{_flat(module)}():\n{body}\n    return SimpleNamespace(**locals())\n"
+        functions[flat[module]] = f"\n\ndef _{flat[module]}():\n{body}\n    return SimpleNamespace(**locals())\n"
 
     add(entry)
     calls = [f"    {name} = _{name}()\n" for name in functions]
-    return "".join([*functions.values(), f'\n\nif "{_flat(entry)}" not in globals():\n', *calls])
-
-
-def _flat(module: str) -> str:
-    return f"ddim_{module.replace('.', '_')}"
+    return "".join([*functions.values(), f'\n\nif "{flat[entry]}" not in globals():\n', *calls])

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Sequence
 from copy import copy
-from functools import cached_property, wraps
+from functools import cached_property, partial, wraps
 from typing import Any
 
 import numpy as np
@@ -102,17 +102,19 @@ class _Run:
             if isinstance(each, list | Tensor) and len(each) == 1:
                 texts[key] = each * number if isinstance(each, list) else each.expand(number, *each.shape[1:])
         self.call, self.sized = call | texts, "batch_size" in known
+        many = {key for key, each in self.call.items() if isinstance(each, list | tuple) or getattr(each, "ndim", 0)}
+        self.listed = {key for key in many if len(self.call[key]) == number}  # with an entry for each image
         self.fixed = {key: value for key, value in (("output_type", "latent"), ("return_dict", False)) if key in known}
         held = number // HELD_OUT
         self.rows = {False: range(number - held), True: range(number - held, number)}
-        self.batch_size, self.number = batch_size, number
+        self.batch_size = batch_size
 
     def __call__(self, scheduler: Any, S: int, held: bool = False) -> Any:
         """Run the loop with a scheduler for the images that are held out, or for the others. Returns the scheduler."""
         self.pipe.scheduler = scheduler
         for part in batches(len(self.rows[held]), self.batch_size):
             rows = self.rows[held][part]
-            call = {key: self._of(value, rows) for key, value in self.call.items()}
+            call = self.call | {key: self.call[key][rows.start : rows.stop] for key in self.listed}
             generators = [torch.Generator().manual_seed(self.seed + i) for i in rows]
             sized = {"batch_size": len(rows)} if self.sized else {}
             self.pipe(num_inference_steps=S, generator=generators, **sized, **self.fixed, **call)
@@ -122,10 +124,6 @@ class _Run:
             problem = f"the pipeline sets its own timesteps, or does not make all steps from x_T for {number} images"
             raise ValueError(f"{problem}: pass a prompt for each, and begin with noise")
         return scheduler
-
-    def _of(self, value: Any, rows: range) -> Any:
-        many = isinstance(value, list | tuple) or getattr(value, "ndim", 0)
-        return value[rows.start : rows.stop] if many and len(value) == self.number else value
 
 
 class Recorder(MultistepDDIMScheduler):
@@ -212,21 +210,18 @@ def _fit(run: _Run, plain: Recorder, teacher: Recorder, minutes: float) -> Solve
     lowest = min(map(path.time, path.bounds)) - 1e-6
     step = (default[0] - default[-1] or default[0]) / (4 * S)
     step, least = (max(1, round(step)), 1) if whole else (step, step / 64)
-    tried: dict[tuple[float, ...], tuple[float, Student]] = {}
-    for spread in (None, *SPREADS):
+    students: dict[tuple[float, ...], Student] = {}
 
-        def cost(times: Sequence[float], spread: float = spread or 1.0) -> float:
-            if times[-1] < lowest:
-                return math.inf
-            levels = map(path.level, times)
-            return teacher.curve.error([math.atan2(b, a) for a, b in levels], order, spread)
+    def cost(spread: float, times: Sequence[float]) -> float:
+        if times[-1] < lowest:
+            return math.inf
+        return teacher.curve.error([math.atan2(b, a) for a, b in map(path.level, times)], order, spread)
 
-        times = tuple(default if spread is None else descend(default, cost, step, least))
-        if times not in tried:
-            solvers = {str(S): {"timesteps": [path.timestep(t) for t in times]}}
-            student = run(Student.from_config(config, fitted_solvers=solvers).follow(teacher), S)
-            tried[times] = _distance(student, teacher), student
-    times, (_, student) = min(tried.items(), key=lambda each: each[1][0])
+    searched = [default, *(descend(default, partial(cost, spread), step, least) for spread in SPREADS)]
+    for times in dict.fromkeys(map(tuple, searched)):
+        solvers = {str(S): {"timesteps": [path.timestep(t) for t in times]}}
+        students[times] = run(Student.from_config(config, fitted_solvers=solvers).follow(teacher), S)
+    times, student = min(students.items(), key=lambda each: _distance(each[1], teacher))
     known = {"solver_order": order, "prediction_type": config.prediction_type, "guidance_scale": student.scale}
 
     def solver(theta: Array) -> Solver:
