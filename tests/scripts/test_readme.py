@@ -107,7 +107,7 @@ def test_the_examples_run(monkeypatch, make_unet, tmp_path):
 
 
 def test_the_examples_of_the_reference_run(make_unet, tmp_path):
-    fit, density, latents, _, _, convert = blocks(REFERENCE)
+    fit, categories, density, latents, _, _, convert = blocks(REFERENCE)
     unet = make_unet(channels=3)
     torch.nn.init.normal_(unet.conv_out.weight, std=0.01, generator=torch.Generator().manual_seed(0))
     pipe = GeneralizedDDIMPipeline(unet, GeneralizedDDIMScheduler(timestep_spacing="quadratic"))
@@ -118,6 +118,10 @@ def test_the_examples_of_the_reference_run(make_unet, tmp_path):
     policies = {"old": lambda x, t: old(x), "new": lambda x, t: new(x), "noise": noise, "advantage": torch.randn(4)}
     exec(density, policies | {"pipe": flow, "torch": torch, "GeneralizedDDIMScheduler": GeneralizedDDIMScheduler})
     assert new.weight.grad.norm() > 0
+    classes = {"torch": torch, "network": lambda x, t: torch.ones(4, 8, 1, 28, 28)}
+    exec(categories, classes)
+    assert classes["x"].shape == (4, 1, 28, 28)
+    assert classes["x"].unique().tolist() == [*range(8)]
     exec(latents, names)
     assert names["evaluations"].shape == (2,)
     exec(convert, names)
@@ -128,7 +132,7 @@ def test_the_examples_of_the_reference_run(make_unet, tmp_path):
 
 def test_the_recipes_for_editing_run(monkeypatch, tmp_path):
     """On the committed model, in fewer steps: reconstructions near the pictures, and edits that are not."""
-    _, _, _, pictures, latents, _ = (block.replace("steps=20", "steps=5") for block in blocks(REFERENCE))
+    _, _, _, _, pictures, latents, _ = (block.replace("steps=20", "steps=5") for block in blocks(REFERENCE))
     monkeypatch.chdir(ROOT)
     sd = diffusers.StableDiffusionPipeline.from_pretrained("model_cards/sd-mnist-32", safety_checker=None)
     drawn = sd(["a three", "a seven"], num_inference_steps=10, generator=torch.Generator().manual_seed(0)).images
