@@ -128,7 +128,7 @@ def check_name(setting: str, value: str, names: Iterable[str]) -> None:
         raise ValueError(f"unknown {setting} {value!r}: use one of {', '.join(names)}")
 
 
-def integer(setting: str, value: object, low: int = 0, high: float = math.inf) -> int:
+def integer(setting: str, value: Any, low: int = 0, high: float = math.inf) -> int:
     """Convert the value of a setting to an int. Raises ValueError unless it is an integer from `low` to `high`."""
     if not is_integer(value) or not low <= value <= high:
         raise ValueError(f"{setting} must be an integer from {low} to {high}, not {value!r}")
