@@ -22,5 +22,5 @@ def slerp(x0: Tensor, x1: Tensor, a: float) -> Tensor:
     angle = angle * (u.any(1, keepdim=True) & v.any(1, keepdim=True))  # in units of π; zeros are parallel to all
     if bool((1 - angle < 0.01 / torch.pi).any()):
         raise ValueError("two latents are opposite, and no path between them is the shortest: replace one of them")
-    weights = (w * torch.sinc(w * angle) / torch.sinc(angle) for w in (1 - a, a))  # w itself for parallel samples
-    return sum(w * x for w, x in zip(weights, (p, q), strict=True)).view_as(x0).to(x0.dtype)
+    of_p, of_q = (w * torch.sinc(w * angle) / torch.sinc(angle) for w in (1 - a, a))  # w itself for parallel samples
+    return (of_p * p + of_q * q).view_as(x0).to(x0.dtype)

@@ -109,7 +109,7 @@ class InversionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to numbers and lists for JSON. Residuals that are not finite become None."""
-        finite = np.where(np.isfinite(self.residual), self.residual, None)
+        finite = np.where(np.isfinite(self.residual), self.residual, np.array(None))
         return {key: np.asarray(value).tolist() for key, value in (asdict(self) | {"residual": finite}).items()}
 
     def __str__(self) -> str:
