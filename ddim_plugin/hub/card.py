@@ -26,9 +26,7 @@ DETAILS = {"variant": None, "revision": None, "pipeline": "DDIMPipeline", "sampl
 Config = dict[str, Any]
 
 
-def card(
-    repo_id: str, unet: Config, scheduler: Config, parameters: int, license: str | None = None, **details: Any
-) -> str:
+def card(repo_id: str, unet: Config, scheduler: Config, parameters: int, license: str | None = None, **details: Any):
     """Write the card of a model, as Markdown with its metadata.
 
     `unet` and `scheduler` are the configs, with "_class_name". `details` are those of `DETAILS`, or more metadata.

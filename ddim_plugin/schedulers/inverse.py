@@ -31,7 +31,7 @@ class Upwards(StockConfig):
             raise ValueError(f"refinement_steps must be 0 or more, or None for the plain inverse, not {k!r}")
         if config.corrector_steps or moves.adds_noise(kind, eta):
             given = f"eta={eta:g}, variance_type={kind!r} and corrector_steps={config.corrector_steps}"
-            raise ValueError(f"many x_t lead to one x_s with {given}: pass 0, 'fixed_small' and 0 to encode")
+            raise ValueError(f"many x_t lead to one x_s with {given}: pass eta=0, 'fixed_small' and 0 to encode")
         if config.use_clipped_model_output and (config.clip_sample or config.thresholding):
             raise ValueError("use_clipped_model_output=True needs x_t, which an inverse step computes: set it to False")
         self.order, self._in_order = 1 + (k or 0), self.is_joint or k is not None

@@ -290,7 +290,7 @@ def test_refusals_before_a_network_runs(parts, trained, pictures, monkeypatch):
     with pytest.raises(ValueError, match="crop or resize it"):
         invert(pipe, [pictures[0], wrong], "a cat")
     pipe.scheduler = GeneralizedDDIMScheduler.from_config(pipe.scheduler.config, eta=1.0)
-    with pytest.raises(ValueError, match="with eta=1 and .* Pass eta=0, 'fixed_small'"):
+    with pytest.raises(ValueError, match="with eta=1, .*: pass eta=0, 'fixed_small'"):
         invert(pipe, pictures, "a cat")
     packed, _ = build("Flux", parts, trained)
     with pytest.raises(ValueError, match=r"16×18 \(height × width\): .* multiples of 4"):

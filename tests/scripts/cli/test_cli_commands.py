@@ -14,13 +14,13 @@ from ddim_plugin.cli import commands
 
 
 def test_sample(model, tmp_path):
-    run("sample", model, "--num", 5, "--steps", 4, "--seed", 7, "--batch-size", 2, "--columns", 3, "--output", tmp_path)
+    run("sample", model, "--num", 5, "--steps", 4, "--seed", 7, "--batch-size", 2, "--output", tmp_path)
     pipe = GeneralizedDDIMPipeline.from_pretrained(model)
     generators = [torch.Generator().manual_seed(7 + i) for i in range(5)]
     expected = torch.cat([torch.randn(1, 3, 8, 8, generator=g) for g in generators])
     assert torch.equal(latents(tmp_path), expected)
     grid = np.asarray(Image.open(tmp_path / "samples.png"))
-    assert grid.shape[0] == 2 * 64 + 3 * 4
+    assert grid.shape[0] == 64 + 2 * 4
     first = pipe(latents=expected[:1], num_inference_steps=4).images[0].resize((64, 64), Image.Resampling.BICUBIC)
     assert np.array_equal(grid[4:68, 4:68], np.asarray(first))
     record = json.loads((tmp_path / "sample.json").read_text())
