@@ -25,13 +25,15 @@ MOST_ROUNDS = 8  # at most so many times as many evaluations for a step that is 
 
 def step_size(t: Level, s: Level) -> float:
     """Compute γ = 2/(m + M) with f′ in [m, M] for Gaussian data of variance 0 to `VARIANCE` and the exact ε̂."""
+    if t == s:  # nothing to solve
+        return 1.0
     slopes = [(s.signal * t.signal * v + s.noise * t.noise) / (t.signal**2 * v + t.noise**2) for v in (0.0, VARIANCE)]
     return float(2 / (sum(slopes) or 2))
 
 
 def rounds(t: Level, s: Level) -> int:
     """Compute how many times as many evaluations a step takes as an easy one, from how fast the iteration contracts."""
-    contraction = abs(1 - step_size(t, s) * s.noise / t.noise)
+    contraction = 0.0 if t == s else abs(1 - step_size(t, s) * s.noise / t.noise)
     return max(1, min(MOST_ROUNDS, round(1.5 / max(1e-3, -math.log(max(1e-9, contraction))))))
 
 

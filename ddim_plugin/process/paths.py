@@ -148,9 +148,7 @@ def flow_matching(T: int, inverted: bool = False) -> FlowMatching:
     return FlowMatching(Level(1 - noise, noise), -1 if inverted else 1)
 
 
-def variance_exploding(
-    T: int, sigma_min: float, sigma_max: float, sigma_data: float | None = None
-) -> VarianceExploding:
+def variance_exploding(T: int, sigma_min: float, sigma_max: float, sigma_data: float | None = None) -> Path:
     """Build the path of NCSN++, with images in 0..1, or of EDM, σ from `sigma_min` at time 1 to `sigma_max` at T."""
     levels = Level(np.ones(T + 1), np.append(0.0, np.geomspace(sigma_max, sigma_min, T)[::-1]))
     return VarianceExploding(levels, sigma_data=sigma_data, image_range=(-1.0 if sigma_data else 0.0, 1.0))

@@ -1,5 +1,6 @@
 """The levels of noise of a scheduler: its path, what diffusers reads of it, and samples with noise."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Real
 from typing import Any
@@ -7,15 +8,17 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..process import betas as schedules
 from ..process import paths, spacings
-from . import flow
 from .config import EDM, FLOW, OF_PATH, STOCK_SCHEDULES, VE, VP, StockConfig, defaults, path_of
 from .tensors import HALF, combine, numbers
 
 OF_FLOW = ("linear", "few_steps", "few_steps_noise")  # spacings of flow matching: stock, and for multistep methods
+SHIFTS = ("shift", "flow_shift")  # names of one setting
+Sigmas = Sequence[float] | NDArray[np.floating]
 PATHS = {VP: "the path of a β schedule", FLOW: "flow matching", VE: "variance exploding", EDM: "variance exploding"}
 
 
@@ -42,7 +45,7 @@ class Levels(StockConfig):
             spacing = f"timestep_spacing={config.timestep_spacing!r} is not for {PATHS[kind]}"
             raise ValueError(f"{spacing}: use one of {', '.join(allowed)}")
         if kind == FLOW:
-            flow.shift_of(config)
+            shift_of(config)
             return paths.flow_matching(T, bool(config.get("invert_sigmas")))
         if kind in (VE, EDM):
             of_stock = defaults(getattr(diffusers, kind))
@@ -163,3 +166,39 @@ def edits(x: Tensor) -> int:
 
 def _numbers(value: Any) -> np.ndarray:
     return np.asarray(value.detach().cpu().double() if isinstance(value, Tensor) else value, dtype=np.float64)
+
+
+def flow_grid(
+    config: dict[str, Any], stock: str, shift: float | None, S: int | None, sigmas: Sigmas | None, **given: Any
+) -> tuple[NDArray[np.float64], list[float]]:
+    """Return σ, descending, and the network's timesteps that a stock flow scheduler computes from a config.
+
+    `stock` is the name of its class, `shift` one from `set_shift`. S, `sigmas` and `given` (`mu`, `timesteps`) are
+    arguments of its `set_timesteps`. Raises ValueError for σ that do not fall, and what that raises.
+    """
+    sigmas = None if sigmas is None else check_sigmas(sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)
+    cls = getattr(diffusers, stock)
+    scheduler = cls.from_config(config, **{key: shift_of(config) for key in SHIFTS if key in defaults(cls)})
+    if shift is not None:
+        scheduler.set_shift(shift)
+    given |= {"sigmas": sigmas} if config["use_dynamic_shifting"] else {"sigmas": sigmas, "mu": None}  # given to all
+    scheduler.set_timesteps(S, device="cpu", **{key: value for key, value in given.items() if value is not None})
+    levels = scheduler.sigmas.double().numpy()[: len(scheduler.timesteps)]
+    return check_sigmas(1 - levels if config.get("invert_sigmas") else levels), scheduler.timesteps.tolist()
+
+
+def shift_of(config: dict[str, Any]) -> float:
+    """Return the shift of the noise levels, a setting with two names. Raises ValueError if they disagree."""
+    shifts = [config[key] for key in SHIFTS if config[key] != 1] or [1.0]
+    if len({*shifts}) > 1 or not all(isinstance(value, Real) and value > 0 for value in shifts):
+        raise ValueError(f"shift and flow_shift must be one positive number, not {shifts}")
+    return shifts[0]
+
+
+def check_sigmas(sigmas: Sigmas) -> NDArray[np.float64]:
+    """Convert σ to a float64 array, and check that they fall and lie in (0, 1]. The last of several may be 0."""
+    levels = np.asarray(sigmas, dtype=np.float64)
+    falls = levels.ndim == 1 and len(levels) > 0 and bool((np.diff(levels) < 0).all())
+    if not falls or not 0 < levels[0] <= 1 or levels[-1] < 0:
+        raise ValueError(f"sigmas must fall and lie in (0, 1], only the last of several may be 0, not {sigmas}")
+    return levels

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..process import moves, multistep, spacings
 from ..process.paths import VarianceExploding
-from . import flow
 from .config import FLOW, SAMPLER, SOLVER, path_of, with_settings_of
 from .generalized import GeneralizedDDIMScheduler
+from .levels import shift_of
 from .planned import FlowTimes, Kind
 from .step import Evaluation, Step
 
@@ -104,7 +104,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             fits = given["timesteps"] is None and not noisy and spacing == "few_steps"
             if fits and (times := self._fitted_times(S)) is not None:
                 return times.astype(float), {}
-            shifted = self.config.use_dynamic_shifting or max(flow.shift_of(self.config), self._shift or 1) > 1
+            shifted = self.config.use_dynamic_shifting or max(shift_of(self.config), self._shift or 1) > 1
             sigmas = spacings.few_sigmas(S, shifted, noisy or spacing == "few_steps_noise")
             stock = FLOW  # not all solvers take sigmas
         return super()._flow_times(S, sigmas, stock, **given)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..process import moves, paths, predictions, spacings
-from . import flow
-from .levels import Levels, edits
+from .levels import Levels, Sigmas, edits, flow_grid
 from .step import Step
 from .tensors import number, numbers
 
@@ -35,7 +34,7 @@ class Planned(Levels):
         device: str | torch.device | None = None,
         timesteps: Sequence[float] | Tensor | np.ndarray | None = None,
         eta: float | None = None,
-        sigmas: flow.Sigmas | None = None,
+        sigmas: Sigmas | None = None,
         mu: float | None = None,
     ) -> None:
         """Plan steps of the spacing, or at explicit `timesteps` or `sigmas`.
@@ -119,9 +118,9 @@ class Planned(Levels):
             raise ValueError(f"set_shift takes a positive number, for flow matching only, not {shift!r}")
         self._shift = shift
 
-    def _flow_times(self, S: int | None, sigmas: flow.Sigmas | None, stock: str = "", **given: Any) -> FlowTimes:
+    def _flow_times(self, S: int | None, sigmas: Sigmas | None, stock: str = "", **given: Any) -> FlowTimes:
         S = S if S is None else spacings.integer("num_inference_steps", S, 1)
-        levels, timesteps = flow.grid(self.config, stock or self._stock, self._shift, S, sigmas, **given)
+        levels, timesteps = flow_grid(self.config, stock or self._stock, self._shift, S, sigmas, **given)
         times = (levels * self.path.T).tolist()
         return np.array(times[::-1]), dict(zip(times, timesteps, strict=True))
 

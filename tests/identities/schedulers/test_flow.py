@@ -284,6 +284,23 @@ def test_the_inverse_scheduler_is_the_sampler_backwards():
     assert off[1] < 0.35 * off[0]
 
 
+def test_sigmas_that_end_at_the_data_are_inverted():
+    """The step from the data to itself has nothing to solve."""
+    config = FlowMatchEulerDiscreteScheduler(shift=3.0).config
+    network = lambda x, t: 0.3 * torch.tanh(x) + 1e-4 * float(t)  # noqa: E731
+    x0 = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    up, down = (
+        InverseDDIMScheduler.from_config(config, refinement_steps=6),
+        GeneralizedDDIMScheduler.from_config(config),
+    )
+    x = x0
+    for scheduler in (up, down):
+        scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.0])
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(scheduler.scale_model_input(x, t), t), t, x).prev_sample
+    assert torch.allclose(x, x0, atol=1e-6)
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_the_inverse_multistep_scheduler_is_nearer(shift):
     """Decoding with its sampler and encoding again, at 12 evaluations each."""
