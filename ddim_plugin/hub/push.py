@@ -48,6 +48,8 @@ class Model:
         for variant in sorted({variant_of(name) for name in weights}, reverse=True):  # all load; the first one is kept
             self.variant = variant or None
             self.pipe = GeneralizedDDIMPipeline.from_pretrained(str(folder), variant=self.variant)
+        if "num_classes" in self.pipe.scheduler.config:
+            raise ValueError(f"{folder} is a model of categories, which opens with this package alone: copy the folder")
         self.files: dict[str, Path | bytes] = {f"{code().name}.py": code().text.encode(), **weights}
         for name, part in {INDEX: self.pipe, UNET: self.pipe.unet, SCHEDULER: self.pipe.scheduler}.items():
             config = {k: v for k, v in json.loads(part.to_json_string()).items() if k != "_name_or_path"}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..process.moves import adds_noise
 from ..process.spacings import is_integer
-from ..schedulers import GeneralizedDDIMScheduler, MultistepDDIMScheduler, sampler_class
+from ..schedulers import DiscreteDDIMScheduler, GeneralizedDDIMScheduler, MultistepDDIMScheduler, sampler_class
 from ..schedulers.inverse import InverseDDIMScheduler, InverseMultistepDDIMScheduler, Upwards
 from ..schedulers.tensors import number
 
@@ -114,15 +114,19 @@ class Loop:
         return condition._replace(labels=rows)
 
     def _check_channels(self) -> None:
-        if isinstance(self.scheduler, GeneralizedDDIMScheduler):
-            config, channels, kind = self.unet.config, self.image_channels, self.scheduler.config.variance_type
-            if config.out_channels != (needed := channels * (1 + (kind == "learned_range"))):
+        if isinstance(self.scheduler, GeneralizedDDIMScheduler | DiscreteDDIMScheduler):
+            given, channels, config = self.unet.config.out_channels, self.image_channels, self.scheduler.config
+            K, kind = config.get("num_classes"), config.get("variance_type")
+            if given != (needed := channels * (K or 1 + (kind == "learned_range"))):
                 remedy = f"variance_type={kind!r} needs {needed} ('learned_range' twice as many as images have)"
-                raise ValueError(f"the network predicts {config.out_channels} channels from {channels}: {remedy}")
+                remedy = f"num_classes={K} needs {needed}" if K else remedy
+                raise ValueError(f"the network predicts {given} channels from {channels}: {remedy}")
 
     def _check_ours(self, what: str) -> str:
         """Raise ValueError for a foreign scheduler. Returns the beginning of what makes another."""
         remedy = f"pipe.scheduler = {sampler_class(self.scheduler).__name__}.from_config(pipe.scheduler.config"
+        if isinstance(self.scheduler, DiscreteDDIMScheduler):
+            raise ValueError(f"{what} a Gaussian process, and this one is for categories: use another model")
         if isinstance(self.scheduler, Upwards) or not isinstance(self.scheduler, GeneralizedDDIMScheduler):
             given = f"{type(self.scheduler).__module__}.{type(self.scheduler).__name__}"
             raise ValueError(f"{what} a GeneralizedDDIMScheduler of ddim_plugin, not {given}: {remedy})")

@@ -81,18 +81,21 @@ class DiscreteDDIMScheduler(SchedulerMixin, ConfigMixin):
         """Plan steps of the spacing, without times that it repeats, or at descending network timesteps 0..T−1."""
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("set_timesteps takes either num_inference_steps or timesteps=[...], not both or neither")
+        values = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
         named = self.config.timestep_spacing, num_inference_steps, self.T, 0, self.alpha_bar
-        given = None if timesteps is None else self._path.times(torch.as_tensor(timesteps).tolist())
-        self._tau = np.unique(spacings.tau(*named) if given is None else given)
+        self._tau = np.unique(spacings.tau(*named) if values is None else self._path.times(values))
         self.num_inference_steps = len(self._tau)
-        self._planned = torch.tensor(self._tau[::-1] - 1, device="cpu").to(device)
-        self.timesteps = self._planned[:]
+        with torch.inference_mode(False):  # else `step` cannot see where a timestep lies
+            self._planned = torch.tensor(self._tau[::-1] - 1, device="cpu").to(device)
+            self.timesteps = self._planned[:]
 
     def posterior(self, t: int, s: int, eta: float | None = None) -> categorical.Posterior:
         """Return q(x_s|x_t, x_0) for the paper's times T ≥ t > s ≥ 0."""
         config, eta = self.config, self.config.eta if eta is None else eta
         if not isinstance(eta, Real) or not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {eta!r}: 0 is the least stochastic process")
+        if not 0 <= s < t <= self.T:
+            raise ValueError(f"there is no step from time {t} to {s}: give T = {self.T} ≥ t > s ≥ 0")
         return categorical.posterior(self.alpha_bar[t], self.alpha_bar[s], config.num_classes, eta, config.noisiest)
 
     def step(
@@ -111,17 +114,18 @@ class DiscreteDDIMScheduler(SchedulerMixin, ConfigMixin):
         are as in `GeneralizedDDIMScheduler`, but eta=0 is 0, and there is one timestep. Noise is normal, (B, …).
         Raises ValueError for what does not fit. Values on accelerators are not checked, nor waited for.
         """
-        planned = isinstance(timestep, Tensor) and timestep._base is self._planned and not edits(self._planned)
-        value = self._tau[-1 - timestep.storage_offset()] - 1 if planned else number(timestep, whole=True)
+        own = isinstance(timestep, Tensor) and timestep._base is self._planned and not edits(self._planned)
+        value = self._tau[-1 - timestep.storage_offset()] - 1 if own and not timestep.ndim else number(timestep, True)
         self._path.check(value)
         q = self.posterior(value + 1, max([0, *self._tau[self._tau <= value]]), eta)
         shape, K, given = tuple(sample.shape), self.config.num_classes, tuple(model_output.shape)
         first, last = (*shape[:1], K, *shape[1:]), (*shape, K)
         joint = (shape[0], K * shape[1], *shape[2:]) if len(shape) > 2 else first
-        if given not in (first, last, joint) or (first == last and len(shape) > 1):
-            raise ValueError(f"logits have shape {given}; {K} tokens of shape {shape} need {first} or another {last}")
-        logits = model_output.unflatten(1, (K, -1)) if given == joint != first else model_output
-        p = at_least_float32(logits).movedim(axis := -1 if given == last else 1, -1).softmax(-1)
+        if given not in (first, last, joint) or (given == first == last and len(shape) > 1):
+            remedy = f"{first} or {last}; if these are equal, add an axis of 1 to the tokens"
+            raise ValueError(f"logits have shape {given}, and {K} tokens of shape {shape} need {remedy}")
+        logits = at_least_float32(model_output if given == last else model_output.reshape(first))
+        p = logits.movedim(axis := -1 if given == last else 1, -1).softmax(-1)
         if self._check(sample) and bool(p.isnan().any()):
             raise ValueError("the logits contain NaN or infinity: in half precision, use float32")
         after = categorical.reverse(p, sample.long(), q)
@@ -131,12 +135,11 @@ class DiscreteDDIMScheduler(SchedulerMixin, ConfigMixin):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor | int) -> Tensor:
         """Sample x_t ~ q(x_t|x_0) for tokens and standard normal `noise`, both (B, …), at one timestep or (B,)."""
-        times = numbers(torch.as_tensor(timesteps), whole=True).flatten()
+        times = numbers(torch.as_tensor(timesteps), whole=True).view(-1, *[1] * (original_samples.ndim - 1))
         if self._check(original_samples) and times.device.type == "cpu":
-            self._path.check(*times.tolist())
+            self._path.check(*times.flatten().tolist())
         uniform = categorical.uniforms(draw(original_samples, None, noise))
         flipped = torch.tensor(1 - self.alpha_bar[1:], device="cpu").to(uniform)[times.to(uniform.device)]
-        flipped = flipped.view(-1, *[1] * (uniform.ndim - 1))
         return categorical.noised(original_samples, uniform, flipped, self.config.num_classes)
 
     def initial_sample(self, noise: Tensor) -> Tensor:
@@ -151,5 +154,5 @@ class DiscreteDDIMScheduler(SchedulerMixin, ConfigMixin):
         """Check tokens, and return whether they are on the CPU."""
         on_cpu, K = tokens.device.type == "cpu", self.config.num_classes
         if tokens.is_floating_point() or (on_cpu and tokens.numel() and not (0 <= tokens.min() <= tokens.max() < K)):
-            raise ValueError(f"tokens must be integers in 0..{K - 1}, not {tokens.min():g}..{tokens.max():g}")
+            raise ValueError(f"tokens are integers 0..{K - 1}, not {tokens.dtype} {tokens.min():g}..{tokens.max():g}")
         return on_cpu

@@ -122,7 +122,8 @@ class GeneralizedDDIMScheduler(Planned):
         if self.path.sigma_data is None:
             return sample
         wide = torch.promote_types(sample.dtype, torch.float32)
-        times = torch.as_tensor(timestep, dtype=wide, device=sample.device).view(-1, *[1] * (sample.ndim - 1))
+        times = torch.as_tensor(timestep, dtype=wide, device=sample.device)
+        times = times.view(*times.shape, *[1] * (sample.ndim - times.ndim))
         return (sample / (self.path.sigma(times) ** 2 + self.path.sigma_data**2).sqrt()).to(sample.dtype)
 
     def step(

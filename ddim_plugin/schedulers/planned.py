@@ -128,6 +128,8 @@ class Planned(Levels):
         spacing, offset = spacing or self.config.timestep_spacing, self.config.steps_offset
         if spacing in spacings.SIGMAS:
             S, rho = spacings.integer("num_inference_steps", S, 1, self.path.T), self.config.get("rho", 7.0)
+            if not rho > 0:
+                raise ValueError(f"rho must be positive, not {rho!r}: 7 is that of the paper")
             return self.path.at(spacings.SIGMAS[spacing](S, *self.path.levels.noise[[1, -1]], rho))[::-1]
         return spacings.tau(spacing, S, self.path.T, offset, self.alpha_bar)
 

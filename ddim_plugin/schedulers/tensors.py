@@ -47,7 +47,7 @@ def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
 
 def number(timestep: Any, whole: bool) -> float:
     """Convert a number of Python, NumPy or torch. Raises ValueError for half precision, and if it must be `whole`."""
-    value = timestep.item() if isinstance(timestep, Tensor) and timestep.dtype not in HALF else timestep
+    value = timestep.squeeze().tolist() if isinstance(timestep, Tensor) and timestep.dtype not in HALF else timestep
     if isinstance(value, Real) and not isinstance(value, bool) and (not whole or float(value).is_integer()):
         return int(value) if whole else float(value)
     raise ValueError(f"timestep must be {'an integer' if whole else 'a number, in float32 at least'}, not {timestep!r}")

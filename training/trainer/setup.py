@@ -219,8 +219,8 @@ def make_unet(config: TrainConfig, frame: Frame, outputs: int, classes: int, exp
     unet = UNet2DModel(**needed | {key: None if value == "none" else value for key, value in config.unet.items()})
     if unet.config.time_embedding_type == "fourier" and not exploding:
         raise ValueError(
-            "time_embedding_type='fourier' divides the output by the timestep, so it needs the levels of variance "
-            "exploding: set sigma_min and sigma_max in [scheduler], or use 'positional'"
+            "time_embedding_type='fourier' divides the output by the timestep, which must be σ: set sigma_min and "
+            "sigma_max, and no sigma_data, in [scheduler], or use 'positional'"
         )
     check_fit(unet, frame.size, frame.channels, outputs, embeds)
     return unet

@@ -36,6 +36,12 @@ def test_logits_may_have_the_tokens_in_any_axis(scheduler):
     torch.testing.assert_close(first.probabilities.sum(1), torch.ones(x.shape))
 
 
+def test_an_axis_of_1_tells_axes_of_one_length_apart(scheduler):
+    x, logits, t = torch.randint(K, (2, K, 1)), torch.randn(2, K, K, 1), scheduler.timesteps[1]
+    first = scheduler.step(logits, t, x, generator=seeds(0, 1)).prev_sample
+    assert torch.equal(scheduler.step(logits.movedim(1, -1), t, x, generator=seeds(0, 1)).prev_sample, first)
+
+
 def test_a_sample_depends_on_its_generator_alone(scheduler):
     torch.manual_seed(0)
     x, logits, t = torch.randint(K, (3, 7)), torch.randn(3, K, 7), scheduler.timesteps[0]
@@ -90,9 +96,11 @@ def test_explicit_timesteps_and_timesteps_outside_the_plan(scheduler):
     assert torch.equal(scheduler.step(logits, scheduler.timesteps[0], x).probabilities, outside)
 
 
-def test_no_value_is_read_on_an_accelerator(scheduler):
+@pytest.mark.parametrize("inference", [False, True])
+def test_no_value_is_read_on_an_accelerator(scheduler, inference):
     """Tensors on the device "meta" have no values to read."""
-    scheduler.set_timesteps(3, device="meta")
+    with torch.inference_mode(inference):
+        scheduler.set_timesteps(3, device="meta")
     x = scheduler.initial_sample(torch.empty(2, 3, 4, device="meta"))
     for t in scheduler.timesteps:
         logits = torch.empty(2, K, 3, 4, device="meta", dtype=torch.float16)
@@ -163,12 +171,13 @@ def test_impossible_settings_are_refused(settings, words):
     [
         ({"model_output": torch.zeros(2, 4, 7)}, r"have shape \(2, 4, 7\)"),
         ({"model_output": torch.full((2, K, 7), torch.nan)}, "NaN"),
-        ({"sample": torch.full((2, 7), K)}, r"0\.\.4, not 5\.\.5"),
-        ({"sample": torch.zeros(2, 7)}, "integers"),
-        ({"sample": torch.zeros(2, K, dtype=torch.int64), "model_output": torch.zeros(2, K, K)}, "need"),
+        ({"sample": torch.full((2, 7), K)}, r"0\.\.4, not torch\.int64 5\.\.5"),
+        ({"sample": torch.zeros(2, 7)}, r"integers 0\.\.4, not torch\.float32"),
+        ({"sample": torch.zeros(2, K, dtype=torch.int64), "model_output": torch.zeros(2, K, K)}, "add an axis of 1"),
         ({"timestep": 1000}, "1000"),
         ({"timestep": -1}, "-1"),
         ({"timestep": 0.5}, "integer"),
+        ({"timestep": torch.tensor([3, 5])}, r"integer, not tensor\(\[3, 5"),
         ({"eta": 2}, "not 2"),
         ({"generator": [torch.Generator()] * 3}, "3 generators"),
         ({"variance_noise": torch.zeros(2, 6)}, r"\(2, 6\)"),
@@ -180,11 +189,19 @@ def test_impossible_steps_are_refused(scheduler, change, words):
         scheduler.step(**known | change)
 
 
+def test_one_step_has_one_timestep_and_leads_to_the_data(scheduler):
+    with pytest.raises(ValueError, match=r"integer, not tensor\(\[999, 749"):
+        scheduler.step(torch.zeros(2, K, 7), scheduler.timesteps[:2], torch.zeros(2, 7, dtype=torch.int64))
+    for t, s in ((5, 5), (3, 5), (5, -1), (1001, 0)):
+        with pytest.raises(ValueError, match=f"no step from time {t} to {s}: give T = 1000"):
+            scheduler.posterior(t, s)
+
+
 def test_impossible_plans_and_noise_are_refused(scheduler):
     for settings in ({}, {"num_inference_steps": 3, "timesteps": [1]}):
         with pytest.raises(ValueError, match="either"):
             scheduler.set_timesteps(**settings)
-    for timesteps in ([1, 2], [1000], [3.5]):
+    for timesteps in ([1, 2], [1000], [3.5], "later"):
         with pytest.raises(ValueError, match="timestep"):
             scheduler.set_timesteps(timesteps=timesteps)
     x = torch.zeros(1, 3, dtype=torch.int64)
@@ -192,5 +209,5 @@ def test_impossible_plans_and_noise_are_refused(scheduler):
         scheduler.add_noise(x, torch.zeros(1, 3), 1000)
     with pytest.raises(ValueError, match=r"\(3,\), the sample \(1, 3\)"):
         scheduler.add_noise(x, torch.zeros(3), 10)
-    with pytest.raises(ValueError, match=r"not 5\.\.5"):
+    with pytest.raises(ValueError, match=r"torch\.int64 5\.\.5"):
         scheduler.add_noise(x + K, torch.zeros(1, 3), 10)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ddim_plugin import DiscreteDDIMScheduler, GeneralizedDDIMPipeline
+from ddim_plugin.hub.push import push_folder
 
 K = 4
 
@@ -72,8 +73,22 @@ def test_two_tokens_are_not_taken_for_a_learned_variance(make_unet):
     assert torch.equal(sample(pipe, 0, class_labels=None).unique(), torch.arange(2))
 
 
+@pytest.mark.parametrize("outputs", [1, 2, 8])
+def test_a_network_of_another_number_of_tokens_is_refused(make_unet, outputs):
+    pipe = GeneralizedDDIMPipeline(make_unet(out_channels=outputs), DiscreteDDIMScheduler(K))
+    with pytest.raises(ValueError, match=f"predicts {outputs} channels from 1: num_classes=4 needs 4"):
+        pipe(1, 2)
+
+
+def test_a_repository_is_refused(pipe, tmp_path):
+    """Its code file could not open the folder without this package."""
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a model of categories"):
+        push_folder(tmp_path, "user/model")
+
+
 def test_what_needs_a_gaussian_process_is_refused(pipe):
-    with pytest.raises(ValueError, match="latents need a GeneralizedDDIMScheduler"):
+    with pytest.raises(ValueError, match="latents need a Gaussian process, and this one is for categories"):
         pipe.encode(torch.rand(1, 1, 8, 8), 3, class_labels=1)
     with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\], not 2"):
         sample(pipe, 0, eta=2)

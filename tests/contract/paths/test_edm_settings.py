@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers import EDMEulerScheduler
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
 
@@ -90,6 +91,15 @@ def test_the_networks_input_has_unit_variance(dtype):
     assert torch.equal(scheduler.scale_model_input(x, t)[0], seen[0])
     assert torch.equal(scheduler.scale_model_input(x, float(t))[0], seen[0])
     assert GeneralizedDDIMScheduler().scale_model_input(x, 5) is x
+    frames, times = x[:1, None].expand(1, 2, 1, 2, 2), torch.stack([t, low])[None]  # (B, T), one for each frame
+    assert torch.equal(scheduler.scale_model_input(frames, times)[0], seen)
+
+
+@pytest.mark.parametrize("rho", [0, -7.0, math.nan])
+def test_rho_is_positive(rho):
+    scheduler = GeneralizedDDIMScheduler.from_config(EDMEulerScheduler().config, rho=rho)
+    with pytest.raises(ValueError, match="rho must be positive, not"):
+        scheduler.set_timesteps(5)
 
 
 def test_nothing_is_read_on_the_host(refuse_host_reads):
