@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 
 from ..process.predictions import PREDICTIONS
+from ..process.spacings import SIGMAS
 
 KEY = "_ddim_plugin"  # entry of a scheduler's config with our settings, which stock schedulers keep but do not read
 SAMPLER = "sampler"  # entry of `KEY` of an inverse scheduler; in version 0.1 with the constraints it switched off
@@ -100,7 +101,9 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         super().register_to_config(**kwargs)
         own = self._own_settings()
         hidden = sorted((own.keys() - {"trained_betas"}) | self._foreign())  # diffusers does not convert them
-        super().register_to_config(**{KEY: own, "_use_default_values": hidden, "_class_name": self._stock})
+        same = path_of(self.config) == EDM and self.config.timestep_spacing in SIGMAS
+        stock = {"_class_name": self._stock} | ({"sigma_schedule": self.config.timestep_spacing} if same else {})
+        super().register_to_config(**{KEY: own, "_use_default_values": hidden} | stock)
 
     def to_json_string(self) -> str:
         """Write the config of the stock scheduler, with ours under `KEY`."""
@@ -124,6 +127,8 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         if isinstance(config, dict):
             known, given, (config, own, path) = defaults(cls), config, _split(config)
             writer = _writer(given, {FLOW: FLOW_SOLVERS, EDM: EDM_SOLVERS}.get(path, ()))
+            if path == EDM and "sigma_schedule" in kwargs:
+                kwargs.setdefault("timestep_spacing", kwargs["sigma_schedule"])
             if path != VP:
                 of_stock = defaults(getattr(diffusers, writer or path))  # with settings that we have no name for
                 later = {key: kwargs.pop(key, config.pop(key, of_stock[key])) for key in of_stock.keys() - known}
@@ -174,8 +179,10 @@ def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]
         settings.setdefault("prediction_type", "flow_prediction" if path == FLOW else "score")
     if path == EDM:
         settings |= {"prediction_type": "edm"} if settings["prediction_type"] == "epsilon" else {}
-        settings |= {} if KEY in settings else {"timestep_spacing": known["sigma_schedule"]}
+        settings["timestep_spacing"] = known["sigma_schedule"]
     own, variance = dict(settings.pop(KEY, None) or {}), settings.get("variance_type")
+    if path == EDM and own.get("timestep_spacing") in SIGMAS:  # the same setting
+        own["timestep_spacing"] = known["sigma_schedule"]
     if times := own.pop("fitted_timesteps", None):  # of version 0.1
         own["fitted_solvers"] = {S: {"timesteps": each} for S, each in times.items()} | own.get("fitted_solvers", {})
     if variance is None or (KEY not in config and variance.startswith("fixed_")):
@@ -191,7 +198,7 @@ def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]
         warnings.warn(f"version 0.2 does not support {named}: the defaults and saved β are used", stacklevel=3)
     changed = (config.keys() & settings.keys()) - {*unset, "trained_betas"}
     if "class" in own:
-        replaced = settings.get("timestep_spacing", STAND_IN) != STAND_IN
+        replaced = path != EDM and settings.get("timestep_spacing", STAND_IN) != STAND_IN
         changed = changed | {"timestep_spacing"} if replaced else changed - {"timestep_spacing"}
     settings["_use_default_values"] = [key for key in config.get("_use_default_values", ()) if key not in PROCESS]
     return settings, {key: value for key, value in own.items() if key not in changed}, path

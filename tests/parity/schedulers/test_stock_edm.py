@@ -68,3 +68,18 @@ def test_relatives_of_another_noise_are_refused():
             GeneralizedDDIMScheduler.from_config(config)
     with pytest.raises(ValueError, match="belongs to another family of models"):
         GeneralizedDDIMScheduler.from_config(diffusers.CMStochasticIterativeScheduler().config)
+
+
+@pytest.mark.parametrize("stock_cls", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+def test_the_spacing_is_their_sigma_schedule(stock_cls, tmp_path):
+    """In both directions, and if it is changed on either side."""
+    ours = GeneralizedDDIMScheduler.from_config(stock_cls().config, sigma_schedule="exponential")
+    assert ours.config.timestep_spacing == "exponential"
+    stock = stock_cls.from_config(ours.config)
+    assert stock.config.sigma_schedule == "exponential"
+    stock_cls.from_config(stock.config, sigma_schedule="karras").save_pretrained(tmp_path)
+    assert GeneralizedDDIMScheduler.from_pretrained(tmp_path).config.timestep_spacing == "karras"
+    ours.register_to_config(timestep_spacing="linear")  # not one of theirs
+    ours.save_pretrained(tmp_path)
+    again = GeneralizedDDIMScheduler.from_config(stock_cls.from_pretrained(tmp_path).config)
+    assert again.config.timestep_spacing == "linear"
