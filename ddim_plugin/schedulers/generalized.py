@@ -91,7 +91,6 @@ class GeneralizedDDIMScheduler(Planned):
         self.order = 1 + spacings.integer("corrector_steps", config.corrector_steps)
         spacings.integer("steps_offset", config.steps_offset)
         spacings.check_name("prediction_type", config.prediction_type, predictions.PREDICTIONS)
-        spacings.check_name("timestep_spacing", config.timestep_spacing, spacings.NAMES)
         moves.effective_eta(config.variance_type, config.eta or None, config.eta)
         if not isinstance(config.corrector_snr, Real) or not 0 < config.corrector_snr < float("inf"):
             raise ValueError(f"corrector_snr must be positive, not {config.corrector_snr!r}")

@@ -41,9 +41,7 @@ class Levels(StockConfig):
         if kind != VP and config.variance_type in ("learned_range", "optimal"):
             raise ValueError(f"variance_type={config.variance_type!r} needs a β schedule, not {PATHS[kind]}")
         allowed = {VP: spacings.SPACINGS, FLOW: OF_FLOW}.get(kind, spacings.NAMES)
-        if config.timestep_spacing not in allowed:
-            spacing = f"timestep_spacing={config.timestep_spacing!r} is not for {PATHS[kind]}"
-            raise ValueError(f"{spacing}: use one of {', '.join(allowed)}")
+        spacings.check_name(f"timestep_spacing for {PATHS[kind]}", config.timestep_spacing, allowed)
         if kind == FLOW:
             shift_of(config)
             return paths.flow_matching(T, bool(config.get("invert_sigmas")))

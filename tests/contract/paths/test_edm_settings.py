@@ -29,10 +29,10 @@ KEPT = "GeneralizedDDIMPipeline"  # no stock pipeline fits
         (EDM | {"shift": 3.0}, "shift=3.0 has no effect on variance exploding"),
         (EDM | {"variance_type": "learned_range"}, "needs a β schedule, not variance exploding"),
         ({"sigma_data": 0.5, "prediction_type": "flow_prediction"}, "sigma_data=0.5 has no effect on flow matching"),
-        ({"timestep_spacing": "karras"}, "'karras' is not for the path of a β schedule: use one of linear"),
+        ({"timestep_spacing": "karras"}, "for the path of a β schedule 'karras': use one of linear"),
         (
             {"timestep_spacing": "exponential", "prediction_type": "flow_prediction"},
-            "is not for flow matching: use one of linear, few_steps",
+            "for flow matching 'exponential': use one of linear, few_steps",
         ),
     ],
 )

@@ -27,9 +27,9 @@ VE = {"prediction_type": "score", "sigma_max": 50.0}
         # spacings of the paper's times
         (
             {**FLOW, "timestep_spacing": "quadratic"},
-            "timestep_spacing='quadratic' is not for flow matching: use one of linear",
+            "timestep_spacing for flow matching 'quadratic': use one of linear",
         ),
-        ({**FLOW, "timestep_spacing": "trailing"}, "timestep_spacing='trailing'"),
+        ({**FLOW, "timestep_spacing": "trailing"}, "for flow matching 'trailing'"),
         # the shift
         ({**FLOW, "shift": 0.0}, r"shift.*positive"),
         ({**FLOW, "shift": -3.0}, r"shift.*positive"),

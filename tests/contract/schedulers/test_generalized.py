@@ -218,7 +218,7 @@ def test_bad_marginals(name):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"timestep_spacing": "cosine"}, "unknown timestep_spacing 'cosine'"),
+        ({"timestep_spacing": "cosine"}, "unknown timestep_spacing for the path of a β schedule 'cosine'"),
         ({"variance_type": "huge"}, "unknown variance_type 'huge': use one of fixed_small, fixed_large, learned_range"),
         ({"beta_schedule": "cubic"}, "unknown beta_schedule 'cubic'"),
         ({"prediction_type": "noise"}, "unknown prediction_type 'noise'"),

@@ -78,7 +78,7 @@ def test_encode(model, pictures, tmp_path, capsys):
         (["--variance", "learned_range"], "needs a β schedule, not flow matching", "not variance exploding"),
         (["--timesteps", "10", "20"], "descending", "descending"),
         (["--timesteps", "1001.5"], "1000", "50"),
-        (["--spacing", "quadratic"], "is not for flow matching: use one of linear", None),
+        (["--spacing", "quadratic"], "timestep_spacing for flow matching 'quadratic': use one of linear", None),
     ],
 )
 def test_options_that_do_not_apply(model, is_flow, tmp_path, capsys, options, flow, exploding):
