@@ -84,10 +84,12 @@ def main(config: ClassifierConfig) -> dict[str, Any]:
     pictures, frame = to_train_on(config)
     split = None if config.test_split is None else labelled(config, config.test_split)
     tested = None if split is None else held_out(split, frame, split.count, pictures.classes)
+    share = (config, frame, pictures.classes)
+    guide = Guide(*share) if config.noisy else None  # a model that does not fit fails before pictures are read
     images = in_memory(pictures, frame, config.resolution is not None, 2, not sys.stderr.isatty())
     assert images is not None  # pictures cropped at the centre have one size
-    scale, share = moments(images, config.data), (config, frame, pictures.classes)
-    model = (Guide(*share) if config.noisy else Classifier(*share, *scale)).to(device)
+    scale = moments(images, config.data)
+    model = (guide or Classifier(*share, *scale)).to(device)
     with replace_folder(Path(config.output).resolve()) as folder:
         started = time.perf_counter()
         feed = Feed(pictures, frame, Share(config.batch_size, 1), config.seed, config.flip, 2, device, images)

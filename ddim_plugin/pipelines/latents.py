@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..process.gaussian import slerp
 from ..process.inversion import TOLERANCE, InversionReport
+from ..process.spacings import check_name
 from ..schedulers import sampler_class
 from ..schedulers.inverse import Upwards
 from .images import Images, read
-from .loop import INVERSES, Condition, Loop, Timesteps, batches, check_count, check_output_type, finite
+from .loop import INVERSES, OUTPUT_TYPES, Condition, Loop, Timesteps, batches, check_count, finite
 
 Prepared = tuple[Tensor, Condition, int, float]  # x on the device, its condition, ⌊strength·S⌋, the unit of latents
 Encoded = tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]  # latents; timesteps; residuals and evaluations, (steps, B)
@@ -76,7 +77,7 @@ class Latents(Loop):
             for t in inverse.timesteps[start:stop]:
                 if left.any():
                     rows = slice(None) if left.all() else torch.as_tensor(left, device=x.device)
-                    made = self._predict(inverse.scale_model_input(x, t)[rows], t, condition.rows(rows))
+                    made = self._predict(x[rows], t, condition.rows(rows))
                     output = made if left.all() else output.index_put((rows,), made)
                 spent += left * (1 if condition.scale == 1 else 2)
                 inverse.kept = ~torch.as_tensor(left, device=x.device).view(-1, 1, 1, 1)
@@ -110,7 +111,7 @@ class Latents(Loop):
         `latents` are x_T, or x_t from `encode` with the same `strength`, (B, C, H, W). Other arguments are those of
         `encode` and the call. Raises ValueError for arguments that do not fit, and for a scheduler that adds noise.
         """
-        check_output_type(output_type)
+        check_name("output_type", output_type, OUTPUT_TYPES)
         self._check_deterministic()
         self._check_latents(latents)
         x, condition, steps, unit = self._prepare(latents, num_inference_steps, timesteps, strength, **labels)
@@ -131,7 +132,7 @@ class Latents(Loop):
 
         Returns images, or with `return_report` a tuple of images, latents and the report.
         """
-        check_output_type(output_type := settings.pop("output_type", "pil"))
+        check_name("output_type", output_type := settings.pop("output_type", "pil"), OUTPUT_TYPES)
         refinement = {"refinement_steps": refinement_steps, "tolerance": settings.pop("tolerance", TOLERANCE)}
         return_report, settings["num_inference_steps"] = settings.pop("return_report", False), num_inference_steps
         z, report = self.encode(images, return_report=True, **refinement, **settings)

@@ -89,12 +89,14 @@ class Loop:
         if len(labels) != count:
             raise ValueError(f"{len(labels)} class_labels for a batch of {count}: give one, or one for each")
         whole = labels.ndim == 1 and not labels.is_floating_point() and labels.dtype != torch.bool
+        labels = labels.long() if whole else labels
+        for name, value in (("guidance_scale", scale), ("classifier_scale", classifier_scale)):
+            if not isinstance(value, Real) or not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, not {value!r}")
         if classifier is None and classifier_scale != 1:
             raise ValueError(f"classifier_scale={classifier_scale!r} has no effect without a classifier: pass one")
-        usable = whole and isinstance(classifier_scale, Real) and math.isfinite(classifier_scale)
-        if classifier is not None and not usable:
-            given = f"{class_labels!r}, {classifier_scale!r}"
-            raise ValueError(f"a classifier needs integers as class_labels, and a finite scale, not {given}")
+        if classifier is not None and not whole:
+            raise ValueError(f"a classifier needs integers as class_labels, not {class_labels!r}")
         guess = torch.zeros((), **state) if SELF_CONDITIONING in self.unet.config else None
         if classifier is not None or guess is not None:
             self._check_ours("a classifier and self-conditioning need")
@@ -150,11 +152,12 @@ class Loop:
         scheduler.set_timesteps(**accepted(scheduler.set_timesteps, device=self._execution_device, **settings))
 
     def _step(self, x: Tensor, t: Tensor, condition: Condition, **settings: Any) -> tuple[Any, Condition]:
-        """Make the step from x_t, and the condition of the next. Stock flow schedulers do not scale the input."""
-        scale = getattr(self.scheduler, "scale_model_input", lambda x, t: x)
-        step = self.scheduler.step(self._predict(scale(x, t), t, condition), t, x, **settings)
-        if condition.classifier is not None and self._shifts_mean:
-            step.prev_sample = step.prev_sample + step.std.square() * self._gradient(x, t, condition)
+        """Make the step from x_t, and the condition of the next."""
+        shifts = condition.classifier is not None and self._shifts_mean
+        gradient = self._gradient(x, t, condition) if shifts else None
+        step = self.scheduler.step(self._predict(x, t, condition), t, x, **settings)
+        if gradient is not None:
+            step.prev_sample = step.prev_sample + step.std.square() * gradient
         if condition.guess is not None:
             condition = condition._replace(guess=step.pred_original_sample.clamp(*self.scheduler.image_range))
         return step, condition
@@ -170,7 +173,7 @@ class Loop:
         classifier, classes = condition.classifier, condition.classes
         like = next(classifier.parameters(), x) if isinstance(classifier, torch.nn.Module) else x
         with torch.inference_mode(False), torch.enable_grad():
-            given, classes = x.detach().to(like.dtype, copy=True).requires_grad_(), classes[0].long().clone()
+            given, classes = x.detach().to(like.dtype, copy=True).requires_grad_(), classes[0].clone()
             logits = classifier(given, torch.as_tensor(t, device=x.device).expand(len(x)).clone())
             if logits.ndim != 2 or len(logits) != len(x) or not logits.requires_grad:
                 raise ValueError(f"a classifier returns differentiable logits ({len(x)}, K), not {tuple(logits.shape)}")
@@ -188,15 +191,15 @@ class Loop:
         return VaeImageProcessor().postprocess(x, output_type)
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """Evaluate the network, with guidance. A learned variance is not guided, and is dropped if it is not used."""
+        """Evaluate the network at x_t, with guidance. A learned variance is not guided, and dropped if not used."""
         channels = x.shape[1] * self.scheduler.config.get("num_classes", 1)
         guides = condition.classifier is not None and not self._shifts_mean
         if guides:  # ε̂ becomes ε̂ − b_t·s·∇ log p(y|x_t) (Algorithm 2)
             path = self.scheduler.path
             level = path.level(path.time(number(t, whole=not path.continuous)))
-            per_eps = 1 / self.scheduler._prediction(level).eps_out if level.signal else 0.0  # pure noise has no class
-            x_t = x if path.sigma_data is None else x * math.hypot(level.noise, path.sigma_data)  # x is c_in·x_t
-            shift = -level.noise * per_eps * self._gradient(x_t, t, condition)
+            per_output = self.scheduler._prediction(level).eps_out or math.inf  # pure noise has no class
+            shift = -level.noise / per_output * self._gradient(x, t, condition)
+        x = getattr(self.scheduler, "scale_model_input", lambda x, t: x)(x, t)  # stock schedulers of flows have none
         x = x if condition.guess is None else torch.cat([x, condition.guess.to(x).expand_as(x)], 1)
         x = x.to(condition.dtype)
         labels = None if condition.labels is None else condition.labels.flatten(0, 1)
@@ -223,13 +226,8 @@ def accepted(method: Callable, **given: Any) -> dict[str, Any]:
 
 def finite(x: Tensor) -> Tensor:
     if not bool(torch.isfinite(x).all()):
-        raise ValueError("the network's output is not finite, nor are the images: in half precision, use float32")
+        raise ValueError("the output of the network or classifier is not finite: in half precision, use float32")
     return x
-
-
-def check_output_type(output_type: str) -> None:
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"unknown output_type {output_type!r}: use one of {', '.join(OUTPUT_TYPES)}")
 
 
 def batches(number: int, size: int | None) -> list[slice]:

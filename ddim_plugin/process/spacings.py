@@ -46,12 +46,12 @@ def few_sigmas(S: int, shifted: bool = False, noisy: bool = False) -> list[float
     """Space S values of σ for a multistep method on the path of flow matching, before its shift, descending.
 
     They are even from 1 − 1/(2S), at least 0.9, to 1/(2S), with smaller uppermost gaps. From 8 steps on they are even
-    in a mixture of σ and log-SNR, to 4/S². If they are `shifted`, they are even in σ^(1/1.25), to 1/(4S). With noise
-    they end at 1/S.
+    in a mixture of σ and log-SNR, to 4/S², at least 0.001. If they are `shifted`, they are even in σ^(1/1.25), to
+    1/(4S). With noise they end at 1/S.
     """
     top, (power, bottom) = max(0.9, 1 - 0.5 / S), (1.25, 0.25) if shifted else (1.0, 0.5)
     if S >= MANY_STEPS and not shifted and not noisy:
-        sigmas = np.linspace(4 / S**2, top, 1000)
+        sigmas = np.linspace(max(4 / S**2, 1e-3), top, 100_000)  # networks of 1000 times have not seen less
         return _mixed(S, sigmas, sigmas / (1 - sigmas), SHARE_OF_FLOW).tolist()
     return _descend(top, min(0.9, (1 if noisy else bottom) / S), S, power).tolist()
 

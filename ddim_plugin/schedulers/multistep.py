@@ -258,7 +258,7 @@ def _check_solvers(solvers: dict[str, dict[str, Any]] | None) -> dict[int, dict[
             S, times, weights = int(str(key)), each["timesteps"], each.get("weights", [])
             widths, noise = [len(row) for row in weights], each["noise"] if weights else []
             whole = (len(noise), len(widths)) == (S, S) and each.keys() >= SOLVER_KEYS if weights else len(each) == 1
-            valid = whole and len(times) == S and all(2 <= n <= 2 + i for i, n in enumerate(widths))
+            valid = whole and len(times) == S > 0 and all(2 <= n <= 2 + i for i, n in enumerate(widths))
             valid = valid and np.isfinite(np.concatenate([times, noise, *weights])).all()
             found[S] = {"weights": weights} | each
         except (KeyError, TypeError, ValueError):

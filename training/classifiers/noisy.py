@@ -70,9 +70,11 @@ class Guide(nn.Module):
         pipe = GeneralizedDDIMPipeline.from_pretrained(config.noisy)
         made, needed = (frame.channels, *frame.size), (pipe.image_channels, *(pipe.image_size or frame.size))
         if made != needed:
-            raise ValueError(f"the pictures are (C, H, W) = {made}, and {config.noisy} makes {needed}: pass those")
+            remedy = "choose them with --channels and --resolution"
+            raise ValueError(f"the pictures are (C, H, W) = {made}, and {config.noisy} makes {needed}: {remedy}")
         if not isinstance(pipe.scheduler, GeneralizedDDIMScheduler):
-            raise ValueError(f"{config.noisy} has a {type(pipe.scheduler).__name__}: a guide needs one of ddim_plugin")
+            given = f"{config.noisy} has a {type(pipe.scheduler).__name__}"
+            raise ValueError(f"{given}: a guide needs one with a GeneralizedDDIMScheduler or MultistepDDIMScheduler")
         self.path, self.range = pipe.scheduler.path, pipe.scheduler.image_range
         torch.manual_seed(config.seed)
         preconditioned = self.path.sigma_data is not None

@@ -100,6 +100,9 @@ def test_a_model_without_a_stock_pipeline_says_so():
     text = make_with(scheduler={"beta_schedule": "sqrt"}, pipeline=None)
     assert "diffusers alone does not load this model" in text
     assert "custom_pipeline" not in text
+    text = make_with({"in_channels": 2, "_self_conditioning": True}, pipeline=None)
+    assert "No stock pipeline gives the network its last x̂0" in text
+    assert "with this prediction" not in text
 
 
 def test_a_card_that_somebody_changed_is_theirs():

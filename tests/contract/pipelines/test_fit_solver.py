@@ -235,7 +235,7 @@ def test_settings_that_cannot_be_fitted(make_pipe, settings):
 def test_images_that_are_not_finite(make_pipe):
     pipe = make_pipe(before := GeneralizedDDIMScheduler())
     pipe._predict = lambda x, t, condition: torch.full_like(x, torch.nan)
-    with pytest.raises(ValueError, match="not finite, nor are the images"):
+    with pytest.raises(ValueError, match="classifier is not finite"):
         fit_solver(pipe, [3], **QUICK)
     assert pipe.scheduler is before
 

@@ -159,7 +159,10 @@ def test_bad_solvers(change):
         MultistepDDIMScheduler(fitted_solvers={"4": known})
 
 
-@pytest.mark.parametrize("solvers", [[solver()], {"four": solver()}, {"5": solver()}, {"4": None}, {"4": [1.0]}, "4"])
+BAD = [[solver()], {"four": solver()}, {"5": solver()}, {"0": {"timesteps": []}}, {"4": None}, {"4": [1.0]}, "4"]
+
+
+@pytest.mark.parametrize("solvers", BAD)
 def test_bad_dictionaries(solvers):
     with pytest.raises(ValueError, match=r"fitted_solvers(\[.*\] is no solver| must be a dictionary)"):
         MultistepDDIMScheduler(fitted_solvers=solvers)

@@ -96,8 +96,8 @@ def test_guided_by_the_exact_classifier_the_network_is_that_of_the_class(setting
     condition = pipe._condition(3, class_labels=[2, 0, 1], classifier=classifier)
     for t in scheduler.timesteps:
         level = level_of(scheduler, t.item())
-        x = scheduler.scale_model_input(level.signal * 0.2 + level.noise * noise(3), t)
-        guided, exact = pipe._predict(x, t, condition), []
+        x = level.signal * 0.2 + level.noise * noise(3)
+        guided, exact, x = pipe._predict(x, t, condition), [], scheduler.scale_model_input(x, t)
         for row, k in enumerate((2, 0, 1)):
             pipe.unet.known = k if level.signal else None  # pure noise is not guided
             exact.append(pipe.unet(x[row : row + 1], t).sample)

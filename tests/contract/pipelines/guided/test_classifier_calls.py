@@ -65,6 +65,16 @@ def test_half_precision_of_either(make_pipe, dtype, eta):
     assert network(1, 3, classifier=Small(), generator=seeds(1), **call).images.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_of_any_integers(make_pipe, dtype):
+    pipe, call = make_pipe(num_class_embeds=4), {"classifier": Small(), "output_type": "latent"}
+    made = [
+        pipe(2, 3, generator=seeds(1, 2), class_labels=labels, **call).images
+        for labels in ([1, 2], torch.tensor([1, 2], dtype=dtype))
+    ]
+    assert torch.equal(*made)
+
+
 def test_in_inference_mode(make_pipe):
     call = {"class_labels": 1, "classifier": Small(), "output_type": "latent", "classifier_scale": 9.0}
     plain = make_pipe()(1, 3, generator=seeds(1), **call).images
@@ -72,33 +82,33 @@ def test_in_inference_mode(make_pipe):
         assert torch.equal(make_pipe()(1, 3, generator=seeds(1), **call).images, plain)
 
 
+CALL = {"classifier": Small(), "class_labels": 1}
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         ({"classifier_scale": 2.0}, "classifier_scale=2.0 has no effect without a classifier"),
-        ({"classifier": Small()}, "a classifier needs integers as class_labels, and a finite scale, not None, 1.0"),
-        ({"classifier": Small(), "class_labels": 0.5}, "and a finite scale, not 0.5, 1.0"),
+        ({"classifier": Small()}, "a classifier needs integers as class_labels, not None"),
+        ({"classifier": Small(), "class_labels": 0.5}, "integers as class_labels, not 0.5"),
         ({"classifier": Small(), "class_labels": [1, 3]}, r"class_labels must lie in 0..2, not \[1, 3\]"),
         ({"classifier": Small(), "class_labels": -1}, r"class_labels must lie in 0..2, not \[-1, -1\]"),
         ({"classifier": Small(), "class_labels": [1]}, "1 class_labels for a batch of 2"),
-        (
-            {"classifier": Small(), "class_labels": 1, "classifier_scale": float("nan")},
-            "finite scale, not 1, nan",
-        ),
-        (
-            {"classifier": Small(), "class_labels": 1, "classifier_scale": "2"},
-            "finite scale, not 1, '2'",
-        ),
+        (CALL | {"classifier_scale": float("nan")}, "classifier_scale must be a finite number, not nan"),
+        (CALL | {"classifier_scale": "2"}, "classifier_scale must be a finite number, not '2'"),
+        (CALL | {"guidance_scale": None}, "guidance_scale must be a finite number, not None"),
+        ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number, not inf"),
         ({"classifier": lambda x, t: x.mean(), "class_labels": 1}, r"differentiable logits \(2, K\), not \(\)"),
         ({"classifier": lambda x, t: x[:1, :, 0, 0], "class_labels": 0}, r"logits \(2, K\), not \(1, 1\)"),
         ({"classifier": lambda x, t: x.detach()[:, 0, 0], "class_labels": 0}, "returns differentiable logits"),
     ],
 )
-def test_bad_calls_fail_before_the_network_runs(make_pipe, call, message):
+def test_bad_calls_fail_before_the_network_runs(make_pipe, call, message, eta):
     pipe = make_pipe()
     pipe.unet.forward = lambda *args, **kwargs: pytest.fail("the network was evaluated")
     with pytest.raises(ValueError, match=message):
-        pipe(2, 3, **call)
+        pipe(2, 3, eta=eta, **call)
     with pytest.raises(ValueError, match=message):
         pipe.decode(torch.zeros(2, 1, 8, 8), 3, **call)
 
