@@ -101,8 +101,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         settings = accepted(self.scheduler.step, eta=None if ours else eta, **settings)
 
         latents = randn_tensor(shape, generator, **condition.state) if latents is None else latents
-        scale = getattr(self.scheduler, "init_noise_sigma", 1.0)  # stock schedulers of flow matching have none
-        x = latents.to(**condition.state) * scale
+        x = latents.to(**condition.state) * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flows may have none
         x = self.scheduler.initial_sample(x) if isinstance(self.scheduler, DiscreteDDIMScheduler) else x
         self._interrupt = False
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):

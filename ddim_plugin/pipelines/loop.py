@@ -175,8 +175,10 @@ class Loop:
         with torch.inference_mode(False), torch.enable_grad():
             given, classes = x.detach().to(like.dtype, copy=True).requires_grad_(), classes[0].clone()
             logits = classifier(given, torch.as_tensor(t, device=x.device).expand(len(x)).clone())
-            if logits.ndim != 2 or len(logits) != len(x) or not logits.requires_grad:
-                raise ValueError(f"a classifier returns differentiable logits ({len(x)}, K), not {tuple(logits.shape)}")
+            shape, differentiable = tuple(getattr(logits, "shape", ())), getattr(logits, "requires_grad", False)
+            if len(shape) != 2 or shape[0] != len(x) or not differentiable:
+                made = f"{type(logits).__name__} of shape {shape} with requires_grad={differentiable}"
+                raise ValueError(f"a classifier returns differentiable logits ({len(x)}, K), not {made}")
             if not ((classes >= 0) & (classes < logits.shape[1])).all():
                 raise ValueError(f"class_labels must lie in 0..{logits.shape[1] - 1}, not {classes.tolist()}")
             chosen = logits.to(x.dtype).log_softmax(1).gather(1, classes[:, None])

@@ -99,9 +99,13 @@ CALL = {"classifier": Small(), "class_labels": 1}
         (CALL | {"classifier_scale": "2"}, "classifier_scale must be a finite number, not '2'"),
         (CALL | {"guidance_scale": None}, "guidance_scale must be a finite number, not None"),
         ({"guidance_scale": float("inf")}, "guidance_scale must be a finite number, not inf"),
-        ({"classifier": lambda x, t: x.mean(), "class_labels": 1}, r"differentiable logits \(2, K\), not \(\)"),
-        ({"classifier": lambda x, t: x[:1, :, 0, 0], "class_labels": 0}, r"logits \(2, K\), not \(1, 1\)"),
-        ({"classifier": lambda x, t: x.detach()[:, 0, 0], "class_labels": 0}, "returns differentiable logits"),
+        ({"classifier": lambda x, t: x.mean(), "class_labels": 1}, r"logits \(2, K\), not Tensor of shape \(\)"),
+        ({"classifier": lambda x, t: x[:1, :, 0, 0], "class_labels": 0}, r"not Tensor of shape \(1, 1\)"),
+        (
+            {"classifier": lambda x, t: x.detach()[:, 0, 0], "class_labels": 0},
+            r"shape \(2, 8\) with requires_grad=False",
+        ),
+        ({"classifier": lambda x, t: {"logits": x}, "class_labels": 0}, "not dict of shape"),
     ],
 )
 def test_bad_calls_fail_before_the_network_runs(make_pipe, call, message, eta):
