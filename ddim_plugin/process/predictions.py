@@ -45,19 +45,18 @@ def prediction(prediction_type: str, level: Level, sigma_data: float | None = No
     return Prediction(d / determinant, -unit * b / determinant, -c / determinant, unit * a / determinant)
 
 
-def fold(prediction: Prediction, move: Move) -> tuple[float, float]:
+def fold(m: Prediction, move: Move) -> tuple[float, float]:
     """Return (a, b) with x_s = a·x_t + b·output, for a step without noise or constraint."""
-    x0_x, x0_out, eps_x, eps_out = prediction
-    return float(move.x0 * x0_x + move.eps * eps_x), float(move.x0 * x0_out + move.eps * eps_out)
+    return float(move.x0 * m.x0_x + move.eps * m.eps_x), float(move.x0 * m.x0_out + move.eps * m.eps_out)
 
 
-def unfold(prediction: Prediction, move: Move) -> tuple[float, float]:
+def unfold(m: Prediction, move: Move) -> tuple[float, float]:
     """Return (a, b) with x_t = a·x_s + b·output: the step of `fold` solved for x_t, for the same output.
 
     If x_s hardly depends on x_t (a slope below `FLAT`, as for x_0 networks near the data), errors would grow. Then ε̂ is
     that of x_s, and x_t follows by Eq. 13. Raises ValueError for a step from pure noise that does not depend on x_t.
     """
-    (x, out), start, end = fold(prediction, move), move.start, move.end
+    (x, out), start, end = fold(m, move), move.start, move.end
     if abs(x) >= FLAT or (start.signal == 0 and x):
         return 1 / x, -out / x
     if start.signal == 0:
@@ -65,4 +64,4 @@ def unfold(prediction: Prediction, move: Move) -> tuple[float, float]:
         raise ValueError(f"{step}, so it has no inverse: use more steps, or timesteps below pure noise")
     scale = start.signal / end.signal
     eps = start.noise - scale * end.noise
-    return float(scale + eps * prediction.eps_x), float(eps * prediction.eps_out)
+    return float(scale + eps * m.eps_x), float(eps * m.eps_out)

@@ -75,15 +75,13 @@ def few_exploding(S: int, sigma_min: float, sigma_max: float) -> Array:
 
 
 def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
-    T = len(alpha_bar) - 1
-    noise = np.flatnonzero(alpha_bar <= NOISE)
+    T, noise = len(alpha_bar) - 1, np.flatnonzero(alpha_bar <= NOISE)
     top = min(T, max(S, round(T * S / (S + 2)), int(noise[0]) if len(noise) else T))
     return top, min(top, max(1, round(min(T / (2 * S), 2.5 * T / S**2))))
 
 
 def _spread(times: Array, T: int) -> Times:
-    steps = np.arange(len(times))
-    rounded = np.round(times[::-1]).astype(np.int64)
+    steps, rounded = np.arange(len(times)), np.round(times[::-1]).astype(np.int64)
     up = np.maximum.accumulate(rounded - steps) + steps
     return np.minimum(up, T + 1 - len(times) + steps)
 

@@ -45,9 +45,8 @@ class Step(NamedTuple):
     @classmethod
     def from_data(cls, move: moves.Move, called: predictions.Prediction) -> "Step":
         """Build the step x_0 → x_s with ε̂ from the network at the upper end. x̂0 follows from x_0 and ε̂."""
-        signal, noise = move.start
-        x0 = (1 - noise * called.eps_x) / signal, -noise * called.eps_out / signal
-        return cls(*x0, called.eps_x, called.eps_out, move.x0, move.eps)
+        a, b = move.start
+        return cls((1 - b * called.eps_x) / a, -b * called.eps_out / a, called.eps_x, called.eps_out, move.x0, move.eps)
 
     def from_top(self, top: Level) -> "Step":
         """Replace ε̂ by (x_T − a_T·x̂0)/b_T, for a sample x_T evaluated at a lower timestep."""
@@ -104,8 +103,7 @@ class Evaluation(NamedTuple):
     def langevin(self, ratio: float) -> "Evaluation":
         """Turn the identity into x_t − 2b·δ²·ε̂ + 2b·δ·z, δ = ratio/rms(ε̂) (Song et al. 2021, Algorithms 4 and 5)."""
         eps, noise = self.pred_epsilon(), self.step.eps  # the norm of z is taken as √d
-        size = eps.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (eps.ndim - 1))
-        change = ratio / size.clamp_min(0.1)
+        change = ratio / eps.flatten(1).square().mean(1).sqrt().clamp_min(0.1).view(-1, *[1] * (eps.ndim - 1))
         return self._replace(step=self.step._replace(eps=noise - 2 * noise * change**2, noise=2 * noise * change))
 
     def std(self) -> Coefficient:
