@@ -1,6 +1,7 @@
 """A training run: one optimiser step, the averaged weights, and the state that a checkpoint keeps."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -215,12 +216,9 @@ class Run:
                 save_file(self.importance.state_dict(), folder / "times.safetensors")
             state = {"format": FORMAT, "step": step, "processes": self.share.processes, "data": self.data_set()}
             state |= {"seen": self.seen, "skipped": self.skipped}
-            parts = {"unet": self.unet.config, "scheduler": self.scheduler.config}
-            for name, part in parts.items():  # for a pipeline made of this checkpoint
-                kept = {
-                    key: value for key, value in part.items() if not key.startswith("_") or key == SELF_CONDITIONING
-                }
-                state[name] = kept
+            for name, part in {"unet": self.unet, "scheduler": self.scheduler}.items():  # for a pipeline made of this
+                known = {*inspect.signature(type(part).__init__).parameters, SELF_CONDITIONING}
+                state[name] = {key: value for key, value in part.config.items() if key in known}
             write_json(folder / "run.json", state | {"config": dataclasses.asdict(self.config)})
 
     def read(self, folder: Path, state: dict[str, Any]) -> int:
