@@ -95,7 +95,7 @@ class _Run:
             raise ValueError(f"{', '.join(wrong)} cannot be passed on to {type(pipe).__name__}: leave it out")
         if missing := {"num_inference_steps", "generator"} - known.keys():
             raise ValueError(f"the call of {type(pipe).__name__} has no {missing.pop()}: use another pipeline")
-        self.pipe, self.evaluations, self.seed = copy(pipe), 0, seed
+        self.pipe, self.evaluations, self.seed, self.batch_size = copy(pipe), 0, seed, batch_size
         self.pipe.set_progress_bar_config(disable=True)
         texts = {key: [each] if isinstance(each, str) else each for key, each in call.items() if "prompt" in key}
         for key, each in texts.items():  # one is that of all images
@@ -107,7 +107,6 @@ class _Run:
         self.fixed = {key: value for key, value in (("output_type", "latent"), ("return_dict", False)) if key in known}
         held = number // HELD_OUT
         self.rows = {False: range(number - held), True: range(number - held, number)}
-        self.batch_size = batch_size
 
     def __call__(self, scheduler: Any, S: int, held: bool = False) -> Any:
         """Run the loop with a scheduler for the images that are held out, or for the others. Returns the scheduler."""
@@ -174,15 +173,10 @@ class Recorder(MultistepDDIMScheduler):
 
 
 class Student(Recorder):
-    """Sample with weights that bring each step nearest to recorded trajectories, for the same x_T in the same order.
+    """Sample with weights that bring each step nearest to those of a `teacher`, for the same x_T in the same order.
 
     The weights of a step solve least squares over all images so far: with several batches those of the first move.
     """
-
-    def follow(self, teacher: Recorder) -> "Student":
-        """Set the trajectories. Returns itself."""
-        self.teacher, self.sums, self.weights = teacher, {}, {}
-        return self
 
     def _advance(self, evaluation: Evaluation) -> Tensor:
         i, step = self._place, evaluation.step
@@ -219,8 +213,9 @@ def _fit(run: _Run, plain: Recorder, teacher: Recorder, minutes: float) -> Solve
 
     searched = [default, *(descend(default, partial(cost, spread), step, least) for spread in SPREADS)]
     for times in dict.fromkeys(map(tuple, searched)):
-        solvers = {str(S): {"timesteps": [path.timestep(t) for t in times]}}
-        students[times] = run(Student.from_config(config, fitted_solvers=solvers).follow(teacher), S)
+        student = Student.from_config(config, fitted_solvers={str(S): {"timesteps": [path.timestep(t) for t in times]}})
+        student.teacher, student.sums, student.weights = teacher, {}, {}
+        students[times] = run(student, S)
     times, student = min(students.items(), key=lambda each: _distance(each[1], teacher))
     known = {"solver_order": order, "prediction_type": config.prediction_type, "guidance_scale": student.scale}
 

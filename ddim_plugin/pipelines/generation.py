@@ -88,7 +88,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
             classifier_scale: s.
         """
         check_name("output_type", output_type, OUTPUT_TYPES)
-        for name in callback_on_step_end_tensor_inputs:
+        for name in (names := callback_on_step_end_tensor_inputs):
             check_name("tensor for the callback", name, CALLBACK_TENSORS)
         check_count("batch_size", 1 if batch_size is None else batch_size, 1)
         shape = self._shape(batch_size or 1) if latents is None else self._check_latents(latents, batch_size)
@@ -101,14 +101,13 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         settings = accepted(self.scheduler.step, eta=None if ours else eta, **settings)
 
         latents = randn_tensor(shape, generator, **condition.state) if latents is None else latents
-        x = latents.to(**condition.state) * getattr(self.scheduler, "init_noise_sigma", 1.0)  # flows may have none
+        x = latents.to(**condition.state) * getattr(self.scheduler, "init_noise_sigma", 1.0)  # stock flows have none
         x = self.scheduler.initial_sample(x) if isinstance(self.scheduler, DiscreteDDIMScheduler) else x
         self._interrupt = False
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             step, condition = self._step(x, t, condition, **settings)
             known, x = {"sample": x, "latents": step.prev_sample}, step.prev_sample
             if callback_on_step_end is not None:
-                names = callback_on_step_end_tensor_inputs
                 tensors = {name: known[name] if name in known else getattr(step, name, None) for name in names}
                 x = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", x)
             if self._interrupt:

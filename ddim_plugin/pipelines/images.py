@@ -68,10 +68,8 @@ def fit(image: Image.Image, channels: int, size: Size, name: str) -> Image.Image
     """
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"{name} has mode {image.mode!r}, more than 8 bits: scale it to 0..255 first")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if image.getextrema()[3][0] < 255:
-            raise ValueError(f"{name} has transparency, which the network cannot use: put it on a background")
+    if image.has_transparency_data and (image := image.convert("RGBA")).getextrema()[3][0] < 255:
+        raise ValueError(f"{name} has transparency, which the network cannot use: put it on a background")
     image = image.convert(check_channels(channels))
     return image if size is None else ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
 

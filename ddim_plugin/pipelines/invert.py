@@ -74,8 +74,7 @@ class Inverted:
         try:
             with safe_open(path, "pt") as file:
                 known = json.loads((file.metadata() or {}).get("ddim_plugin", "{}"))
-                names = ["latents", *{"corrections"}.intersection(file.keys())]
-                latents, *corrections = map(file.get_tensor, names)
+                latents, *corrections = map(file.get_tensor, ["latents", *{"corrections"}.intersection(file.keys())])
         except SafetensorError as error:
             raise ValueError(f"cannot read latents from {path}: {error}") from error
         report = {k: np.array(v, float if k == "residual" else None) for k, v in (known.get("report") or {}).items()}

@@ -72,8 +72,7 @@ class Latents(Loop):
         inverse.set_begin_index(0)  # a new loop
         records, left, output = [], np.ones(len(x), bool), torch.empty(0)
         for start, stop in self.progress_bar([*pairwise(inverse._bounds)]):  # of the evaluations of a step, or a pass
-            left = left if inverse.is_joint else np.ones(len(x), bool)
-            spent = np.zeros(len(x), int)
+            left, spent = left if inverse.is_joint else np.ones(len(x), bool), np.zeros(len(x), int)
             for t in inverse.timesteps[start:stop]:
                 if left.any():
                     rows = slice(None) if left.all() else torch.as_tensor(left, device=x.device)
@@ -83,8 +82,7 @@ class Latents(Loop):
                 inverse.kept = ~torch.as_tensor(left, device=x.device).view(-1, 1, 1, 1)
                 x = inverse.step(output, t, x).prev_sample
                 residual = np.broadcast_to(inverse.residual.cpu().double().numpy(), len(x))
-                if not inverse.is_joint:
-                    left = left & ~(residual <= tolerance)
+                left = left if inverse.is_joint else left & ~(residual <= tolerance)
             left = left & ~(residual <= tolerance)
             records.append((t.item(), residual, spent))
             if inverse.is_joint and not left.any():
@@ -171,8 +169,7 @@ class Latents(Loop):
         steps = int(strength * S + 1e-9) if isinstance(strength, Real) and 0 < strength <= 1 else 0
         if steps == 0:
             raise ValueError(f"strength must lie in (0, 1], from {1 / S:.3g} for {S} steps on, not {strength!r}")
-        unit = self.scheduler.init_noise_sigma if steps == S else 1.0
-        return x.to(**condition.state), condition, steps, unit
+        return x.to(**condition.state), condition, steps, self.scheduler.init_noise_sigma if steps == S else 1.0
 
 
 def _path(z0: Tensor, z1: Tensor, num: int) -> Tensor:

@@ -146,15 +146,13 @@ class Loop:
             raise ValueError(f"latents need a deterministic, invertible process, not {wrong}: {remedy}, {right})")
 
     def _set_timesteps(self, scheduler: SchedulerMixin, S: int | None, timesteps: Timesteps, **settings: Any) -> None:
-        if S is None and timesteps is None:
-            S = min(50, scheduler.config.num_train_timesteps)
+        S = min(50, scheduler.config.num_train_timesteps) if S is None and timesteps is None else S
         settings |= {"num_inference_steps": S, "timesteps": timesteps}
         scheduler.set_timesteps(**accepted(scheduler.set_timesteps, device=self._execution_device, **settings))
 
     def _step(self, x: Tensor, t: Tensor, condition: Condition, **settings: Any) -> tuple[Any, Condition]:
         """Make the step from x_t, and the condition of the next."""
-        shifts = condition.classifier is not None and self._shifts_mean
-        gradient = self._gradient(x, t, condition) if shifts else None
+        gradient = self._gradient(x, t, condition) if condition.classifier is not None and self._shifts_mean else None
         step = self.scheduler.step(self._predict(x, t, condition), t, x, **settings)
         if gradient is not None:
             step.prev_sample = step.prev_sample + step.std.square() * gradient
@@ -185,12 +183,10 @@ class Loop:
             return condition.classifier_scale * torch.autograd.grad(chosen.sum(), given)[0].to(x.dtype)
 
     def _images(self, x: Tensor, output_type: str) -> Any:
-        if not x.is_floating_point() and output_type != "latent":  # tokens
-            x = self.scheduler.scale_model_input(x)
+        x = x if x.is_floating_point() or output_type == "latent" else self.scheduler.scale_model_input(x)  # of tokens
         x = finite(x) if output_type in ("pil", "np") else x
-        if getattr(self.scheduler, "image_range", None) == (0, 1) and output_type != "latent":
-            x = 2 * x - 1
-        return VaeImageProcessor().postprocess(x, output_type)
+        from_0 = getattr(self.scheduler, "image_range", None) == (0, 1) and output_type != "latent"
+        return VaeImageProcessor().postprocess(2 * x - 1 if from_0 else x, output_type)
 
     def _predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Evaluate the network at x_t, with guidance. A learned variance is not guided, and dropped if not used."""
@@ -234,8 +230,7 @@ def finite(x: Tensor) -> Tensor:
 
 def batches(number: int, size: int | None) -> list[slice]:
     """Split images into batches of at most `size`; one by default."""
-    size = number if size is None else size
-    check_count("batch_size", size, 1)
+    check_count("batch_size", size := number if size is None else size, 1)
     return [slice(i, i + size) for i in range(0, number, size)]
 
 

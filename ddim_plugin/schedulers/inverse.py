@@ -159,8 +159,7 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         i, x = self._place, evaluation.sample
         move, is_last = self.move(i), i + 1 == self._span.stop
         ends, kept = is_last or i + 1 in self._bounds, self.kept
-        if self._image_range is not None and move.s == 0:
-            made = made.clamp(*self._image_range)
+        made = made.clamp(*self._image_range) if self._image_range is not None and move.s == 0 else made
         if self._is_blind and self._from_data and move.s == 0 and not ends:
             return self._noised(x)
         r = self._below - made
@@ -226,8 +225,7 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
 
     def _begun(self, x: Tensor) -> Tensor:
         if self._place == 0:
-            self._image = self._begin = x
-            self._search = inversion.Search(1.0)
+            self._image, self._begin, self._search = x, x, inversion.Search(1.0)
         if self._place % self._length == 0:
             self._forget()
         return x
@@ -242,6 +240,5 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
             self.residual = (self._search.best[0].flatten() / x[0].numel()).sqrt() / self.path.level(0).signal
             self._records = [(self._called[self._length], len(self._pairs), self.residual)]
             return self._begin
-        keeps = self.kept is not None and self._solution is not None
-        self._solution = torch.where(self.kept, self._solution, x) if keeps else x
+        self._solution = x if self.kept is None or self._solution is None else torch.where(self.kept, self._solution, x)
         return self._solution

@@ -168,8 +168,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         self._stepped: frozenset[int] = frozenset()  # positions that this loop has stepped from; copies may share it
 
     def _values(self, kind: Kind, S: int | None = None) -> int:
-        many = (S or len(self._tau)) >= spacings.MANY_STEPS
-        return self._order or (2 if moves.adds_noise(*kind) else 3 + many)
+        return self._order or (2 if moves.adds_noise(*kind) else 3 + ((S or len(self._tau)) >= spacings.MANY_STEPS))
 
     def _evaluate(self, kind: Kind, *args: Any) -> Evaluation:
         evaluation, place = super()._evaluate(kind, *args), self._place
