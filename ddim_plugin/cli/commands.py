@@ -52,8 +52,7 @@ def run(args: Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=parent, prefix=".ddim-plugin-") as scratch:
         record, *contents = {"sample": sample, "edit": edit, "fit": fit}.get(command, encode)(args)
         for file, content in zip(files, contents, strict=False):  # not those that were given
-            save = content.save_pretrained if command == "fit" else content.save
-            save(Path(scratch, file))
+            (content.save_pretrained if command == "fit" else content.save)(Path(scratch, file))
         measured = {"seconds": time.perf_counter() - start, "cpus": os.cpu_count(), "version": __version__}
         record |= {"command": command, "settings": vars(args), **measured}
         Path(scratch, f"{command}.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -39,8 +39,7 @@ class Model:
         folder = Path(folder)
         if not (folder / INDEX).is_file():
             raise OSError(f"{folder} has no {INDEX}: pass the folder of a saved pipeline")
-        name, _ = GeneralizedDDIMPipeline.load_config(folder)["_saved_as"]
-        if name != GeneralizedDDIMPipeline.__name__:
+        if (name := GeneralizedDDIMPipeline.load_config(folder)["_saved_as"][0]) != GeneralizedDDIMPipeline.__name__:
             raise ValueError(f"{folder} is a {name}: load it with GeneralizedDDIMPipeline, push that")
         weights = {f"unet/{p.name}": p for p in folder.glob("unet/*.safetensors*") if variant_of(p.name) is not None}
         if not weights:
