@@ -51,11 +51,10 @@ class Curve:
         travels to the data as for Gaussian data of deviation `spread`, and errors add up half of the way.
         """
         top, bottom = self.angles[[0, -1]]
-        known, residuals = [self.at(each) for each in (*angles, bottom)], []
-        values, start = [], self.at(top)[0]
+        known, values, residuals = [self.at(each) for each in (*angles, bottom)], [], []
         for phi, end, (y, v), (goal, _) in zip(angles, (*angles[1:], bottom), known[:-1], known[1:], strict=True):
             x0, eps = math.cos(phi) * y - math.sin(phi) * v, math.sin(phi) * y + math.cos(phi) * v
-            eps = eps if values or top == phi else (start - math.cos(top) * x0) / math.sin(top)
+            eps = eps if values or top == phi else (self.at(top)[0] - math.cos(top) * x0) / math.sin(top)
             values = [eps, *values][:order]
             basis, prior = np.array([x0, *values]), np.array([math.cos(end), math.sin(end), *[0] * (len(values) - 1)])
             products = basis @ self.products

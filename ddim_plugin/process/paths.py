@@ -130,8 +130,7 @@ class VarianceExploding(Path):
         return timestep if self.sigma_data is None else math.e ** (4 * timestep)
 
     def timestep(self, time: Number) -> Number:
-        sigma = self.level(time).noise
-        return sigma if self.sigma_data is None else math.log(sigma) / 4
+        return self.level(time).noise if self.sigma_data is None else math.log(self.level(time).noise) / 4
 
     def time(self, timestep: Number) -> Number:
         return float(self.at(self.sigma(timestep)))

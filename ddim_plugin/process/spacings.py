@@ -1,7 +1,4 @@
-"""Subsequences τ of the times 1..T for accelerated sampling (Section 4.2, Appendix D.2).
-
-Times are the paper's: 1..T, increasing. The timestep of a network is one lower.
-"""
+"""Rising subsequences τ of the paper's times 1..T (Section 4.2, Appendix D.2). Timesteps of networks are one lower."""
 
 import math
 from collections.abc import Callable, Iterable

@@ -167,22 +167,25 @@ def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]
     unset = config.get("_use_default_values", [key for key in config if of_writer.get(key, KEY) == config[key]])
     name, known = config.get("_class_name", "this config"), of_writer | dict(config)
     is_edm = _writer(config, EDM_SOLVERS) and "beta_schedule" not in config.keys() - {*unset}
-    path = EDM if is_edm else _path_of_stock(name, known, bool(of_writer))
+    is_flow = path_of(known) == FLOW or ("shift" in known and "beta_schedule" not in known)
+    is_exploding = name == VE or ("sigma_max" in known and not {"beta_schedule", "sigma_data"} & known.keys())
+    path = EDM if is_edm else FLOW if is_flow else VE if is_exploding else VP
+    others = of_writer or {"_use_default_values", "sigma_data"} & known.keys()
+    if path == VP and ("num_classes" in known or ("beta_schedule" not in known and others)):
+        raise ValueError(f"{name} belongs to another family of models: pass one with β or σ, such as DDIMScheduler")
     for key, neutral in OTHER_PROCESS.items():
         if known.get(key, neutral) != neutral:
             raise ValueError(f"{key}={known[key]!r} is of another process: use another model, or eta for its noise")
-    settings = {key: known[key] for key in PROCESS if key in known} | dict(config)
     dropped = {key for keys in OF_PATH.values() for key in keys if key not in OF_PATH[path]}
     dropped |= {"timestep_spacing", "steps_offset"} if path == FLOW else set()  # of tables of β
-    settings = {key: value for key, value in settings.items() if key not in dropped}
+    settings = {key: known[key] for key in (*PROCESS, *config) if key in known and key not in dropped}
     if path != VP:
         settings.setdefault("prediction_type", "flow_prediction" if path == FLOW else "score")
+    own, variance = dict(settings.pop(KEY, None) or {}), settings.get("variance_type")
     if path == EDM:
         settings |= {"prediction_type": "edm"} if settings["prediction_type"] == "epsilon" else {}
-        settings["timestep_spacing"] = known["sigma_schedule"]
-    own, variance = dict(settings.pop(KEY, None) or {}), settings.get("variance_type")
-    if path == EDM and own.get("timestep_spacing") in SIGMAS:  # the same setting
-        own["timestep_spacing"] = known["sigma_schedule"]
+        for place in [settings, own] if own.get("timestep_spacing") in SIGMAS else [settings]:  # the same setting
+            place["timestep_spacing"] = known["sigma_schedule"]
     if times := own.pop("fitted_timesteps", None):  # of version 0.1
         own["fitted_solvers"] = {S: {"timesteps": each} for S, each in times.items()} | own.get("fitted_solvers", {})
     if variance is None or (KEY not in config and variance.startswith("fixed_")):
@@ -210,17 +213,6 @@ def _writer(config: dict[str, Any], names: Sequence[str]) -> str | None:
         return config["_class_name"] if config["_class_name"] in names else None
     known = {key for key in config if not key.startswith("_")}
     return next((each for each in names if defaults(getattr(diffusers, each)).keys() == known), None)
-
-
-def _path_of_stock(name: str, known: dict[str, Any], is_stock: bool) -> str:
-    if path_of(known) == FLOW or ("shift" in known and "beta_schedule" not in known):
-        return FLOW
-    if name == VE or ("sigma_max" in known and not {"beta_schedule", "sigma_data"} & known.keys()):
-        return VE
-    others = is_stock or {"_use_default_values", "sigma_data"} & known.keys()
-    if "num_classes" in known or ("beta_schedule" not in known and others):
-        raise ValueError(f"{name} belongs to another family of models: pass one with β or σ, such as DDIMScheduler")
-    return VP
 
 
 def restored(scheduler: SchedulerMixin) -> SchedulerMixin:

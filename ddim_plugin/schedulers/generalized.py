@@ -120,8 +120,7 @@ class GeneralizedDDIMScheduler(Planned):
         """Return the network's input: x_t, or x_t/√(σ² + σ_d²) for a network with `sigma_data`."""
         if self.path.sigma_data is None:
             return sample
-        wide = torch.promote_types(sample.dtype, torch.float32)
-        times = torch.as_tensor(timestep, dtype=wide, device=sample.device)
+        times = torch.as_tensor(timestep, dtype=torch.promote_types(sample.dtype, torch.float32), device=sample.device)
         times = times.view(*times.shape, *[1] * (sample.ndim - times.ndim))
         return (sample / (self.path.sigma(times) ** 2 + self.path.sigma_data**2).sqrt()).to(sample.dtype)
 
@@ -171,16 +170,13 @@ class GeneralizedDDIMScheduler(Planned):
         if self._place is None and (self.config.corrector_steps or self._in_order):
             given = f"timestep {timestep} is not in the plan, or not the same for all samples"
             raise ValueError(f"{given}: exact inversion and corrector_steps need the timesteps of the plan")
-        t, s = self._pairs[self._place] if self.config.corrector_steps else (1, 0)
-        corrects, z = t == s, None
-        if corrects or (kind != ("fixed_small", 0.0) and (isinstance(step.noise, Tensor) or step.noise > 0)):
-            z = draw(sample, generator, variance_noise)
+        corrects = self.config.corrector_steps > 0 and len({*self._pairs[self._place]}) == 1
+        noisy = corrects or (kind != ("fixed_small", 0.0) and (isinstance(step.noise, Tensor) or step.noise > 0))
+        z = draw(sample, generator, variance_noise) if noisy else None
         evaluation = self._evaluate(kind, step, sample, output, variance, use_clipped_model_output)
-        if corrects:
-            evaluation = evaluation.langevin(self.config.corrector_snr)
+        evaluation = evaluation.langevin(self.config.corrector_snr) if corrects else evaluation
         x = self._advance(evaluation)
-        if z is not None:
-            x = accumulate(x, evaluation.std(), z)
+        x = x if z is None else accumulate(x, evaluation.std(), z)
         return GeneralizedDDIMSchedulerOutput(x.to(sample.dtype), evaluation, None if return_dict else 2)
 
     def _advance(self, evaluation: Evaluation) -> Tensor:
@@ -189,8 +185,7 @@ class GeneralizedDDIMScheduler(Planned):
     def _evaluate(
         self, kind: Kind, step: Step, sample: Tensor, output: Tensor, variance: Tensor | None, recompute: bool | None
     ) -> Evaluation:
-        config = self.config
+        config, recompute = self.config, self.config.use_clipped_model_output if recompute is None else recompute
         limit = config.clip_sample_range if config.clip_sample and not config.thresholding else None
         dynamic = (config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None
-        recompute = config.use_clipped_model_output if recompute is None else recompute
         return Evaluation(step, sample, output, variance, limit, dynamic, bool(recompute and (limit or dynamic)))

@@ -25,13 +25,11 @@ PATHS = {VP: "the path of a β schedule", FLOW: "flow matching", VE: "variance e
 class Levels(StockConfig):
     """Make the path of a config, show its levels as diffusers does, and add noise to samples."""
 
-    path: paths.Path
     alpha_bar: np.ndarray  # ᾱ_0..ᾱ_T, float64, of the path scaled to a² + b² = 1. It is read-only
     _derived_betas = False  # trained_betas were computed from a schedule that stock schedulers do not have
     _shown: Tensor | None = None  # ᾱ_1..ᾱ_T, float32
     _planned: Tensor | None = None  # the timesteps of the plan
     _sigmas: Tensor | None = None  # b at its levels, not for the paper's path
-    _tables: dict[Any, Tensor]  # a and b for all timesteps, on a device
 
     def _make_path(self) -> paths.Path:
         config, kind, T = self.config, path_of(self.config), self.config.num_train_timesteps
@@ -68,8 +66,7 @@ class Levels(StockConfig):
             alpha_bar = schedules.rescale_zero_terminal_snr(alpha_bar)
         if not config.set_alpha_to_one:
             alpha_bar[0] = alpha_bar[1]
-        derived = known is None and config.beta_schedule not in STOCK_SCHEDULES
-        if derived or self._derived_betas:
+        if (derived := known is None and config.beta_schedule not in STOCK_SCHEDULES) or self._derived_betas:
             self._derived_betas = derived
             super().register_to_config(trained_betas=betas.tolist() if derived else None)
         return paths.variance_preserving(alpha_bar)
@@ -107,7 +104,7 @@ class Levels(StockConfig):
 
     def _levels_at(self, times: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.path.continuous:
-            if (key := (dtype, times.device)) not in self._tables:
+            if (key := (dtype, times.device)) not in self._tables:  # of a and b for all timesteps
                 self._tables[key] = torch.tensor(np.stack(self.path.levels)[:, 1:], dtype=dtype, device=times.device)
             return self._tables[key][:, times]
         exploding = isinstance(self.path, paths.VarianceExploding)

@@ -141,9 +141,8 @@ class Planned(Levels):
         return Step.down(move, self._prediction(move.start))
 
     def _prediction(self, level: paths.Level) -> predictions.Prediction:
-        sign = self.path.output_sign
-        found = predictions.prediction(self.config.prediction_type, level, self.path.sigma_data)
-        return found._replace(x0_out=sign * found.x0_out, eps_out=sign * found.eps_out)
+        m = predictions.prediction(self.config.prediction_type, level, self.path.sigma_data)
+        return m._replace(x0_out=self.path.output_sign * m.x0_out, eps_out=self.path.output_sign * m.eps_out)
 
     def _cached(self, method: str, *args: Any) -> Any:
         if (key := (method, *args)) not in self._cache:
@@ -184,8 +183,7 @@ class Planned(Levels):
             i = self._next
         else:
             timestep = number(timestep, whole=not self.path.continuous)
-            follows = self._called[self._next : self._next + 1] == [timestep]
-            i = self._next if follows else self._first.get(timestep)
+            i = self._next if self._called[self._next : self._next + 1] == [timestep] else self._first.get(timestep)
         if i is None:
             return self._step_at(timestep, kind)
         self._place, self._next = i, (i + 1) % len(self._called)

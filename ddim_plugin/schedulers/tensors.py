@@ -31,8 +31,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def learned_log_variance(variance: Tensor, log_variance: tuple[Coefficient, Coefficient]) -> Tensor:
     """Compute v·ln β + (1 − v)·ln β̃, v = (`variance` + 1)/2, from (ln β̃, ln β) (Nichol & Dhariwal 2021, Eq. 15)."""
-    low, high = log_variance
-    return low + (variance + 1) * (0.5 * (high - low))
+    return log_variance[0] + (variance + 1) * (0.5 * (log_variance[1] - log_variance[0]))
 
 
 def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
@@ -47,7 +46,8 @@ def threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
 
 def number(timestep: Any, whole: bool) -> float:
     """Convert a number of Python, NumPy or torch. Raises ValueError for half precision, and if it must be `whole`."""
-    value = timestep.squeeze().tolist() if isinstance(timestep, Tensor) and timestep.dtype not in HALF else timestep
+    exact = isinstance(timestep, Tensor) and timestep.numel() == 1 and timestep.dtype not in HALF
+    value = timestep.item() if exact else timestep
     if isinstance(value, Real) and not isinstance(value, bool) and (not whole or float(value).is_integer()):
         return int(value) if whole else float(value)
     raise ValueError(f"timestep must be {'an integer' if whole else 'a number, in float32 at least'}, not {timestep!r}")
