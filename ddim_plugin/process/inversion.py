@@ -38,14 +38,11 @@ def rounds(t: Level, s: Level) -> int:
 
 
 class Search:
-    """Find x with r(x) = 0 from one value of r at a time, for each sample on its own, without a read on the host.
-
-    Changes of r are kept orthonormal, so that the best linear combination of iterates takes inner products only.
-    """
+    """Find x with r(x) = 0 from one value of r at a time, for each sample on its own, without a read on the host."""
 
     def __init__(self, step: float):
         self.gamma: float | Tensor = step
-        self.changes: list[tuple[Tensor, ...]] = []  # changes of x and of r, the latter orthonormal
+        self.changes: list[tuple[Tensor, ...]] = []  # of x, and of r: orthonormal, so the best mix takes inner products
         self.best: tuple[Tensor, ...] = ()  # ‖r‖², x and r; `last` has x and r
 
     def next(self, x: Tensor, r: Tensor) -> Tensor:

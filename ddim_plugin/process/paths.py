@@ -90,10 +90,7 @@ class Path:
 
 
 class FlowMatching(Path):
-    """x_t = (1 − σ)·x_0 + σ·ε with σ = t/T, for real t (Lipman et al. 2023). Networks are evaluated at T·σ.
-
-    With the output sign −1 they are evaluated at T·(1 − σ), and predict x_0 − ε.
-    """
+    """x_t = (1 − σ)·x_0 + σ·ε with σ = t/T, for real t (Lipman et al. 2023). Networks are evaluated at T·σ."""
 
     continuous = True
     first = 0
@@ -102,17 +99,14 @@ class FlowMatching(Path):
         return Level(1 - time / self.T, time / self.T)
 
     def timestep(self, time: Number) -> Number:
-        return time if self.output_sign > 0 else self.T - time
+        return time if self.output_sign > 0 else self.T - time  # networks at T·(1 − σ) predict x_0 − ε
 
     def time(self, timestep: Number) -> Number:
         return self.timestep(timestep)  # its own inverse
 
 
 class VarianceExploding(Path):
-    """x_t = x_0 + σ_t·ε with ln σ_t linear on 1 ≤ t ≤ T (Song et al. 2021).
-
-    Networks are evaluated at σ_t, or with `sigma_data` at c_noise = ln(σ_t)/4 (Karras et al. 2022, Table 1).
-    """
+    """x_t = x_0 + σ_t·ε with ln σ_t linear on 1 ≤ t ≤ T (Song et al. 2021)."""
 
     continuous = True
 
@@ -130,6 +124,7 @@ class VarianceExploding(Path):
         return timestep if self.sigma_data is None else math.e ** (4 * timestep)
 
     def timestep(self, time: Number) -> Number:
+        """Return σ_t for the network, or with `sigma_data` c_noise = ln(σ_t)/4 (Karras et al. 2022, Table 1)."""
         return self.level(time).noise if self.sigma_data is None else math.log(self.level(time).noise) / 4
 
     def time(self, timestep: Number) -> Number:

@@ -31,12 +31,10 @@ def few_steps(S: int, alpha_bar: Array) -> Times:
 
 
 def few_steps_noise(S: int, alpha_bar: Array) -> Times:
-    """Space S times evenly from T/8 (T/S for S > 8) to the top of `few_steps`, for a multistep method with noise.
-
-    The last noise is added at the bottom. In few steps, noise added later degrades the image.
-    """
+    """Space S times evenly from T/8 (T/S for S > 8) to the top of `few_steps`, for a multistep method with noise."""
     T, top = len(alpha_bar) - 1, _ends(S, alpha_bar)[0]
-    return _spread(np.linspace(top, min(top, max(1, T / max(8, S))), S), T)
+    bottom = min(top, max(1, T / max(8, S)))  # the last noise is added there: later noise degrades images of few steps
+    return _spread(np.linspace(top, bottom, S), T)
 
 
 def few_sigmas(S: int, shifted: bool = False, noisy: bool = False) -> list[float]:
