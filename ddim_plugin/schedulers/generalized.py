@@ -189,3 +189,6 @@ class GeneralizedDDIMScheduler(Planned):
         limit = config.clip_sample_range if config.clip_sample and not config.thresholding else None
         dynamic = (config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None
         return Evaluation(step, sample, output, variance, limit, dynamic, bool(recompute and (limit or dynamic)))
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
