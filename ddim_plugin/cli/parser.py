@@ -55,21 +55,17 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub.add_argument("--eta", type=float, help="η of Eq. 16: 0 is DDIM, 1 is DDPM (default: the model's)")
     sub.add_argument("--variance", choices=VARIANCES, help="variance of the noise (default: the model's)")
     sub.add_argument("--clip", action=BooleanOptionalAction, help="clip x̂0 in each step (default: the model's)")
-
     command("encode", "encode images as latents", "user/model a.png --refine 4", model, images)
     command("invert", "invert images in a text-to-image pipeline", "user/model a.png --prompt cat", stock, images, text)
-
     sub = command("edit", "edit images by text", "user/model a.png --prompt cat --new-prompt dog", stock, images, text)
     sub.add_argument("--new-prompt", action="append", required=True, metavar="TEXT", help="as --prompt, to decode with")
     sub.add_argument("--new-guidance-scale", type=float, metavar="W", help="with the new prompt (default: the old)")
-
     sub = command("fit", "save a model with solvers of few steps", "user/model --steps 5 8 --minutes 5", model, seed)
     sub.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20], metavar="S", help="numbers of steps")
     sub.add_argument("--prompt-file", metavar="FILE", help="a prompt in each line, for a text-to-image model")
     sub.add_argument("--num", type=int, default=64, help="images to fit to (default: %(default)s)")
     sub.add_argument("--minutes", type=float, default=0.0, help="time to refine all solvers (default: none)")
     sub.set_defaults(spacing=None, multistep=True)
-
     sub = command("push", "push a saved pipeline to the Hub, with a card", "out/digits user/digits --license cc-by-4.0")
     sub.add_argument("folder", metavar="FOLDER", help="a folder written by save_pretrained or the training script")
     sub.add_argument("repo_id", metavar="USER/MODEL", help="id of the repo, which is created if it does not exist")

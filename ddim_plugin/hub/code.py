@@ -1,7 +1,4 @@
-"""Build the code file of a repository, which diffusers runs for `custom_pipeline="ddim_plugin_…"`.
-
-Each module of the package becomes a function that returns its names, so that two modules may define the same name.
-"""
+"""Build the code file of a repository, which diffusers runs for `custom_pipeline="ddim_plugin_…"`."""
 
 import ast
 import re
@@ -34,8 +31,9 @@ def code() -> Code:
 def join(entry: str, sources: dict[str, str]) -> str:
     """Write a module and those that it imports at the top as functions, and their calls, dependencies first.
 
-    `sources` are texts of modules by their dotted names. The functions are called once, although diffusers runs the
-    file at each load, so that the classes of earlier pipelines stay valid.
+    Each returns the names of its module, so that two modules may define the same name. `sources` are texts of modules
+    by their dotted names. The functions are called once, although diffusers runs the file at each load, so that the
+    classes of earlier pipelines stay valid.
     """
     flat, functions = {module: f"ddim_{module.replace('.', '_')}" for module in sources}, {}
 

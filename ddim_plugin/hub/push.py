@@ -28,8 +28,7 @@ WEIGHTS = re.compile(
 
 def variant_of(name: str) -> str | None:
     """Return the variant of a file of weights, or of the index of several, "" for plain ones; None for other files."""
-    match = WEIGHTS.fullmatch(name)
-    return None if match is None else match["of_file"] or match["of_index"] or ""
+    return match["of_file"] or match["of_index"] or "" if (match := WEIGHTS.fullmatch(name)) else None
 
 
 class Model:

@@ -99,7 +99,6 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         self._set_timesteps(self.scheduler, num_inference_steps, timesteps, mu=mu, eta=eta if ours else None)
         settings = {"generator": generator, "use_clipped_model_output": use_clipped_model_output}
         settings = accepted(self.scheduler.step, eta=None if ours else eta, **settings)
-
         latents = randn_tensor(shape, generator, **condition.state) if latents is None else latents
         x = latents.to(**condition.state) * getattr(self.scheduler, "init_noise_sigma", 1.0)  # stock flows have none
         x = self.scheduler.initial_sample(x) if isinstance(self.scheduler, DiscreteDDIMScheduler) else x

@@ -64,8 +64,7 @@ class Inverted:
     def save(self, path: str | Path) -> None:
         """Save as a safetensors file."""
         known = {"settings": self.settings, "report": self.report and self.report.to_dict()}
-        tensors = {"latents": self.latents, "corrections": self.corrections}
-        content = {name: each.cpu().contiguous() for name, each in tensors.items() if each is not None}
+        content = {k: x.cpu().contiguous() for k in ("latents", "corrections") if (x := vars(self)[k]) is not None}
         Path(path).write_bytes(save(content, {"ddim_plugin": json.dumps(known)}))
 
     @classmethod
@@ -118,10 +117,9 @@ def invert(
     part = {"refinement_steps": refinement_steps, "denoising_start": 1 - strength}
     up = INVERSES[sampler_class(pipe.scheduler)].from_config(pipe.scheduler.config, **part)
     network = getattr(pipe, "transformer", None) or pipe.unet
-    x = read(images, pipe.vae.config.get("in_channels", 3), None)
+    H, W = (x := read(images, pipe.vae.config.get("in_channels", 3), None)).shape[2:]
     scale = getattr(pipe, "vae_scale_factor", None) or getattr(pipe, "vae_scale_factor_spatial", 8)
     factor = scale * max(int(np.max(network.config.get("patch_size") or 1)), 2 if packs else 1)
-    H, W = x.shape[2:]
     if H % factor or W % factor:
         raise ValueError(f"pictures are {H}×{W} (height × width): crop or resize them to multiples of {factor}")
     call |= {} if prompt is None and "prompt_embeds" in call else {"prompt": "" if prompt is None else prompt}
