@@ -117,7 +117,7 @@ def tau(spacing: str, S: int, T: int, steps_offset: int = 0, alpha_bar: Array | 
 
 def check_name(setting: str, value: str, names: Iterable[str]) -> None:
     """Raise ValueError unless the `value` of a setting is one of `names`."""
-    if value not in names:
+    if value not in (*names,):  # a value need not be hashable
         raise ValueError(f"unknown {setting} {value!r}: use one of {', '.join(names)}")
 
 
