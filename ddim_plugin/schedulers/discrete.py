@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.configuration_utils import register_to_config as recorded
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class DiscreteDDIMScheduler(SchedulerMixin, ConfigMixin):
     order = 1
     has_compatibles = False  # else settings of the class of this name in diffusers would be dropped
 
-    @register_to_config
+    @recorded
     def __init__(
         self,
         num_classes: int,
@@ -57,16 +58,30 @@ class DiscreteDDIMScheduler(SchedulerMixin, ConfigMixin):
         eta: float = 0.0,
         noisiest: str = "bayes",
     ):
-        spacings.integer("num_classes", num_classes, 2)
-        spacings.check_name("noisiest", noisiest, ("bayes", "independent"))
-        spacings.check_name("timestep_spacing", timestep_spacing, spacings.SPACINGS)
-        self.T, named = num_train_timesteps, (beta_schedule, num_train_timesteps, beta_start, beta_end)
-        known = betas.betas(*named) if trained_betas is None else betas.check(trained_betas, self.T)
+        self._build()
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Record settings. After construction, compute the tables again, and plan all T steps."""
+        before = dict(self.__dict__)
+        super().register_to_config(**kwargs, **MARK)
+        try:
+            if hasattr(self, "alpha_bar"):
+                self._build()
+        except BaseException:
+            self.__dict__ = before
+            raise
+
+    def _build(self) -> None:
+        config, self.T = self.config, self.config.num_train_timesteps
+        spacings.integer("num_classes", config.num_classes, 2)
+        spacings.check_name("noisiest", config.noisiest, ("bayes", "independent"))
+        spacings.check_name("timestep_spacing", config.timestep_spacing, spacings.SPACINGS)
+        named = config.beta_schedule, self.T, config.beta_start, config.beta_end
+        known = betas.betas(*named) if config.trained_betas is None else betas.check(config.trained_betas, self.T)
         self.alpha_bar = betas.alpha_bar(known)  # the paper's α_0 = 1, …, α_T
         self._path = paths.variance_preserving(self.alpha_bar)  # for its timesteps
         self.posterior(1, 0)
         self.set_timesteps(timesteps=range(self.T - 1, -1, -1))
-        self.register_to_config(**MARK)
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any):

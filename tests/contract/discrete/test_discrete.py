@@ -211,3 +211,14 @@ def test_impossible_plans_and_noise_are_refused(scheduler):
         scheduler.add_noise(x, torch.zeros(3), 10)
     with pytest.raises(ValueError, match=r"torch\.int64 5\.\.5"):
         scheduler.add_noise(x + K, torch.zeros(1, 3), 10)
+
+
+def test_settings_changed_later_take_effect():
+    changed, made = DiscreteDDIMScheduler(num_classes=4), DiscreteDDIMScheduler(4, 10, beta_schedule="linear", eta=1.0)
+    changed.register_to_config(num_train_timesteps=10, beta_schedule="linear", eta=1.0)
+    assert np.array_equal(changed.alpha_bar, made.alpha_bar)
+    assert changed.timesteps.tolist() == made.timesteps.tolist()
+    with pytest.raises(ValueError, match="eta"):
+        changed.register_to_config(eta=2.0)
+    assert changed.config.eta == 1.0
+    assert np.array_equal(changed.alpha_bar, made.alpha_bar)

@@ -18,7 +18,7 @@ from guard.writing import write_file
 from pictures import Frame, Reading, open_pictures
 from torch import Generator, Tensor
 
-from ddim_plugin import GeneralizedDDIMPipeline
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.process.paths import VarianceExploding
 
 from ..extractors import open_extractor
@@ -115,6 +115,9 @@ class Bench:
         self.classes = count_classes(config.model, self.unet, config.classes)
         self.shape = (self.unet.config.in_channels, *self.pipe.image_size)
         self.saved = self.pipe.scheduler.config
+        if not isinstance(self.pipe.scheduler, GeneralizedDDIMScheduler):
+            kind = type(self.pipe.scheduler).__name__
+            raise ValueError(f"{config.model} has a {kind}: few_steps.py compares samplers of Gaussian noise only")
         if isinstance(path := self.pipe.scheduler.path, VarianceExploding):
             raise ValueError(
                 f"{config.model} has {path.levels.noise[-1]:g}·ε at the top, and diffusers' samplers at few steps are "

@@ -19,7 +19,7 @@ from measuring import classifier
 from pictures.sources import load
 from trainer.settings import build
 
-from ddim_plugin import GeneralizedDDIMPipeline, MultistepDDIMScheduler
+from ddim_plugin import DiscreteDDIMScheduler, GeneralizedDDIMPipeline, MultistepDDIMScheduler
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +177,15 @@ def test_a_network_that_is_not_finite(compared, make_unet, tmp_path):
     ):
         few_steps.main(replace(config, **settings))
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_model_of_categories_is_refused(compared, make_unet, tmp_path):
+    config, _ = compared
+    GeneralizedDDIMPipeline(make_unet(), DiscreteDDIMScheduler(num_classes=2)).save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match="has a DiscreteDDIMScheduler: few_steps.py compares samplers of Gaussian noise"
+    ):
+        few_steps.main(replace(config, model=str(tmp_path / "model"), output=str(tmp_path / "out")))
 
 
 @pytest.fixture
