@@ -183,6 +183,8 @@ def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]
         settings.setdefault("prediction_type", "flow_prediction" if path == FLOW else "score")
     own, variance = dict(settings.pop(KEY, None) or {}), settings.get("variance_type")
     if path == EDM:
+        if known.get("final_sigmas_type", "zero") != "zero":
+            raise ValueError(f"final_sigmas_type={known['final_sigmas_type']!r} ends above the data: set it to 'zero'")
         settings |= {"prediction_type": "edm"} if settings["prediction_type"] == "epsilon" else {}
         for place in [settings, own] if own.get("timestep_spacing") in SIGMAS else [settings]:  # the same setting
             place["timestep_spacing"] = known["sigma_schedule"]

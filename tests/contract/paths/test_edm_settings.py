@@ -127,3 +127,9 @@ def test_a_pipeline_saves_encodes_and_decodes(make_unet, tmp_path, quiet_diffuse
     z = again.encode(picture, 8, refinement_steps=20)
     assert z.std() < 3
     assert torch.allclose(again.decode(z, 8, output_type="pt"), picture, atol=1e-4)
+
+
+@pytest.mark.parametrize("cls", [GeneralizedDDIMScheduler, MultistepDDIMScheduler])
+def test_a_process_that_ends_above_the_data_is_refused(cls):
+    with pytest.raises(ValueError, match="final_sigmas_type='sigma_min' ends above the data: set it to 'zero'"):
+        cls.from_config(EDMEulerScheduler(final_sigmas_type="sigma_min").config)
