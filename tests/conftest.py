@@ -20,6 +20,16 @@ def network():
     return call
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps its settings for the whole process."""
+    yield
+    from accelerate.state import AcceleratorState, GradientState, PartialState  # few tests need it
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
 @pytest.fixture(scope="session")
 def make_unet():
     """A builder of tiny U-Nets with random weights that are not zero anywhere."""

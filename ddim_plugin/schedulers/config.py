@@ -3,7 +3,8 @@
 import inspect
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from functools import cache
 from typing import Any
@@ -69,6 +70,17 @@ def with_settings_of(base: type) -> Callable[[Callable], Callable]:
         return register_to_config(configured)
 
     return decorate
+
+
+@contextmanager
+def all_or_nothing(scheduler: Any) -> Iterator[None]:
+    """Give a scheduler its attributes back if what is done to it fails."""
+    before = dict(vars(scheduler))
+    try:
+        yield
+    except BaseException:
+        scheduler.__dict__ = before
+        raise
 
 
 class StockConfig(SchedulerMixin, ConfigMixin):

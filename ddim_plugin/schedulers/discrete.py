@@ -13,6 +13,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from ..process import betas, categorical, paths, spacings
+from .config import all_or_nothing
 from .levels import edits
 from .tensors import Randomness, at_least_float32, draw, number, numbers
 
@@ -62,14 +63,10 @@ class DiscreteDDIMScheduler(SchedulerMixin, ConfigMixin):
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Record settings. After construction, compute the tables again, and plan all T steps."""
-        before = dict(self.__dict__)
-        super().register_to_config(**kwargs, **MARK)
-        try:
+        with all_or_nothing(self):
+            super().register_to_config(**kwargs, **MARK)
             if hasattr(self, "alpha_bar"):
                 self._build()
-        except BaseException:
-            self.__dict__ = before
-            raise
 
     def _build(self) -> None:
         config, self.T = self.config, self.config.num_train_timesteps

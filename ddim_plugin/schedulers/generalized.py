@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
 from ..process import moves, predictions, spacings
-from .config import with_settings_of
+from .config import all_or_nothing, with_settings_of
 from .planned import Kind, Planned
 from .step import Evaluation, GeneralizedDDIMSchedulerOutput, Step
 from .tensors import Randomness, accumulate, draw
@@ -75,15 +75,11 @@ class GeneralizedDDIMScheduler(Planned):
 
     def register_to_config(self, **kwargs: Any) -> None:
         """Record settings. After construction, compute the tables again; the plan keeps its timesteps."""
-        before = dict(self.__dict__)
-        try:
+        with all_or_nothing(self):
             self._derived_betas = self._derived_betas and "trained_betas" not in kwargs
             super().register_to_config(**kwargs)
             if hasattr(self, "path"):
                 self._build()
-        except BaseException:
-            self.__dict__ = before
-            raise
 
     def _build(self) -> None:
         config, start, end = self.config, self.config.denoising_start, self.config.denoising_end

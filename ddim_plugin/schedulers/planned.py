@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..process import moves, paths, predictions, spacings
+from .config import all_or_nothing
 from .levels import Levels, Sigmas, edits, flow_grid
 from .step import Step
 from .tensors import number, numbers
@@ -56,8 +57,7 @@ class Planned(Levels):
         if not flows and (sigmas is not None or mu is not None):
             raise ValueError("sigmas and mu are for flow matching, and this scheduler is not: pass timesteps instead")
         self._adopt()
-        before = dict(self.__dict__)
-        try:
+        with all_or_nothing(self):  # else the old plan is kept
             self._eta, self._solver, known = eta, {}, {}
             self._from_noise = values is None and sigmas is None and not self.config.denoising_start
             if values is not None and sigmas is None:
@@ -85,9 +85,6 @@ class Planned(Levels):
             self._planned, self._span = self._planned.to(device), self._make_span()
             self.timesteps = self._planned[self._span]
             self.set_begin_index(self._span.start)
-        except BaseException:  # the old plan is kept
-            self.__dict__ = before
-            raise
 
     def _make_span(self) -> slice:
         """Find the part of the plan from `denoising_start` to `denoising_end`, as the pipelines of SDXL do."""

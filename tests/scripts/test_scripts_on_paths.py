@@ -8,7 +8,6 @@ import pytest
 import reconstruct
 import sample
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from cards.records import read_results
 from measure.grid.settings import EvaluateConfig
 from PIL import Image
@@ -22,11 +21,7 @@ EXPLODING = {"prediction_type": "score", "sigma_max": 20.0}
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic", "num_labels": 10}
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture(scope="module")

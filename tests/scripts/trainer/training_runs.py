@@ -50,3 +50,13 @@ def same_weights(one, other):
 
 def losses(folder):
     return {line["step"]: line["loss"] for line in read_log(folder / "log.jsonl") if "loss" in line}
+
+
+def fit_whole_and_resumed(folder, **settings):
+    """A run of six steps, and one that goes on after three, which end alike; the folder of the first."""
+    fit(folder / "whole", **settings)
+    fit(folder / "part", **settings | {"steps": 3})
+    fit(folder / "part", resume="latest", **settings)
+    same_weights(folder / "whole", folder / "part")
+    assert losses(folder / "whole") == losses(folder / "part")
+    return folder / "whole"

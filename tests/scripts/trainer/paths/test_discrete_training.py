@@ -12,7 +12,7 @@ from discrete.objective import Corrupted, prior_nats, step_nats
 from trainer.config import TrainConfig
 from trainer.settings import build
 from trainer.setup import build_run
-from training_runs import SMALL, fit, losses, same_weights
+from training_runs import SMALL, fit, fit_whole_and_resumed
 
 from ddim_plugin import DiscreteDDIMScheduler, GeneralizedDDIMPipeline
 
@@ -22,13 +22,9 @@ TOKENS = {"scheduler": {"num_classes": 4, "num_train_timesteps": 20}, "loss": "c
 def test_a_run_previews_resumes_and_samples(tmp_path):
     settings = TOKENS | {"loss": "bound", "class_conditional": True, "preview_every": 6, "preview_images": 2}
     settings |= {"preview_steps": 3, "eval_every": 6, "eval_images": 16, "times": "importance"}
-    fit(tmp_path / "whole", **settings)
-    fit(tmp_path / "part", **settings | {"steps": 3})
-    fit(tmp_path / "part", resume="latest", **settings)
-    same_weights(tmp_path / "whole", tmp_path / "part")
-    assert losses(tmp_path / "whole") == losses(tmp_path / "part")
-    assert (tmp_path / "whole" / "previews" / "step-00000006.png").is_file()
-    pipe = GeneralizedDDIMPipeline.from_pretrained(tmp_path / "whole")
+    whole = fit_whole_and_resumed(tmp_path, **settings)
+    assert (whole / "previews" / "step-00000006.png").is_file()
+    pipe = GeneralizedDDIMPipeline.from_pretrained(whole)
     assert type(pipe.scheduler) is DiscreteDDIMScheduler
     assert pipe.unet.config.out_channels == 4
     checkpoint = {"checkpoint": str(tmp_path / "whole" / "checkpoints" / "step-00000006")}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from trainer.config import TrainConfig
 from trainer.settings import build
 from trainer.setup import build_run
-from training_runs import SMALL, UNET, WEIGHTS, fit, losses, same_weights
+from training_runs import SMALL, UNET, WEIGHTS, fit, fit_whole_and_resumed
 
 from ddim_plugin import GeneralizedDDIMPipeline
 from ddim_plugin.process.paths import FlowMatching, VarianceExploding
@@ -33,13 +33,9 @@ FOURIER = UNET | {"time_embedding_type": "fourier"}
 )
 def test_a_run_previews_resumes_and_samples(tmp_path, settings, path):
     settings |= {"preview_every": 6, "preview_images": 4, "preview_steps": 3, "eval_every": 6, "eval_images": 32}
-    fit(tmp_path / "whole", **settings)
-    fit(tmp_path / "part", **settings | {"steps": 3})
-    fit(tmp_path / "part", resume="latest", **settings)
-    same_weights(tmp_path / "whole", tmp_path / "part")
-    assert losses(tmp_path / "whole") == losses(tmp_path / "part")
-    assert (tmp_path / "whole" / "previews" / "step-00000006.png").is_file()
-    pipe = GeneralizedDDIMPipeline.from_pretrained(tmp_path / "whole")
+    whole = fit_whole_and_resumed(tmp_path, **settings)
+    assert (whole / "previews" / "step-00000006.png").is_file()
+    pipe = GeneralizedDDIMPipeline.from_pretrained(whole)
     assert isinstance(pipe.scheduler.path, path)
     assert pipe.scheduler.config.prediction_type == settings["scheduler"]["prediction_type"]
     labels = {"class_labels": [1, 2], "guidance_scale": 2.0} if path is FlowMatching else {}
