@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from guard.progress import Progress
 from guard.writing import write_file
 from measure.inversion.tables import plot, table
 from measure.inversion.trips import Latents, Pixels, inverses, kind_of, prompts_of, read_images, read_prompts, summary
@@ -149,20 +150,22 @@ def main(config: InversionConfig) -> dict[str, Any]:
     result |= {"model": {"sha256": trips.digest}, "rows": []}
     if isinstance(trips, Latents):
         result["prompts"] = trips.prompts
-    for guidance in config.guidance or (None,):
-        for S in config.steps:
-            for each in inverses(config.refinement):
-                if each.stock and not stock:
-                    continue
+    chosen = [each for each in inverses(config.refinement) if stock or not each.stock]
+    work = [(guidance, S) for guidance in config.guidance or (None,) for S in config.steps]
+    total = count * sum(each.cost(*settings) for settings in work for each in chosen)
+    with Progress(total, "inversion") as bar, bar.counting(trips.pipe.unet):
+        for guidance, S in work:
+            for each in chosen:
                 start = time.perf_counter()
-                found = summary(trips.trip(each, S, guidance or 1.0), config.failure, kind == "latents")
+                with bar.part(count * each.cost(guidance, S)):
+                    found = summary(trips.trip(each, S, guidance or 1.0), config.failure, kind == "latents")
                 row = {"guidance": guidance, "S": S, "inverse": each.name, "refinement_steps": each.refinement_steps}
                 if not result["rows"]:
                     for name in WRITTEN:
                         (output / name).unlink(missing_ok=True)  # nothing stays beside results of another run
                 result["rows"].append(row | found | {"seconds": time.perf_counter() - start})
                 shown = "not finite" if found["error"] is None else f"{found['error']:.2e}"
-                print(f"w = {guidance}  S = {S:3d}  {each.name:24s} {shown}  {found['evaluations']:.0f}", flush=True)
+                bar.print(f"w = {guidance}  S = {S:3d}  {each.name:24s} {shown}  {found['evaluations']:.0f}")
             write(result, output)
     plot(result, output / "inversion.png")
     return result

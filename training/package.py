@@ -37,7 +37,7 @@ BLOCK = re.compile(r"(<!-- (\S+\.md) -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DO
 HIGHER = ("is", "inception_score", "precision", "recall")
 """First words of the names of metrics of which higher values are better."""
 
-WHOLE = ("nll", "reconstruct", "few_steps", "fit", "table2")
+WHOLE = ("nll", "reconstruct", "few_steps", "fit", "table2", "gallery")
 """Names of records, as .json and .md. The records of evaluate.py take the name of their folder."""
 
 
@@ -48,7 +48,9 @@ class PackageConfig:
     model: str = field(metadata={"help": "a folder written by save_pretrained, the training, or ddim-plugin fit"})
     output: str = field(metadata={"help": "the folder to write; its name is that of the model"})
     records: tuple[str, ...] = field(
-        metadata={"help": "what train.py, evaluate.py, reconstruct.py, nll.py, ddim-plugin fit and sample wrote for it"}
+        metadata={
+            "help": "what train.py, the scripts that measure, gallery.py, ddim-plugin fit and sample wrote for it"
+        }
     )
     user: str = field(default="user", metadata={"help": "of the Hub, for the examples in the card"})
     readme: str | None = field(default=None, metadata={"help": "a file whose marked blocks to fill from the folders"})

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cards.weights import weights_digest
+from guard.progress import Progress
 from guard.writing import write_file
-from measure.reconstructions import Bench, arrays, entries, paths, plot, round_trip, same_latent, table
+from measure.reconstructions import EXACT, Bench, arrays, cost, entries, paths, plot, round_trip, same_latent, table
 from pictures import Reading, choose_split, load_images
 from pictures.grids import grid
 from torch import Tensor
@@ -113,28 +114,29 @@ def main(config: ReconstructConfig) -> dict[str, Any]:
         "table": [],
     }
     refinements = refinements if len(refinements) > 1 else refinements * len(config.steps)
-    made = measure(bench, images, dict(zip(config.steps, refinements, strict=True)), result, output)
-    plot(result, output / "table2.png")
-    draw_strip(bench, images[: config.columns], config.strip, refinements[0], made, output)
+    with Progress(cost(len(images), config), "reconstruct") as bar, bar.counting(bench.pipe.unet):
+        made = measure(bench, images, dict(zip(config.steps, refinements, strict=True)), result, output, bar)
+        plot(result, output / "table2.png")
+        draw_strip(bench, images[: config.columns], config.strip, refinements[0], made, output)
 
-    result["figure_5"], rows = same_latent(bench, config.figure_steps, config.columns, config.seed)
-    labels = [f"S = {S}" for S in config.figure_steps]
-    grid(arrays(rows), labels, "one latent in each column").save(output / "figure5.png")
+        result["figure_5"], rows = same_latent(bench, config.figure_steps, config.columns, config.seed)
+        labels = [f"S = {S}" for S in config.figure_steps]
+        grid(arrays(rows), labels, "one latent in each column").save(output / "figure5.png")
 
-    pairs, S = min(config.paths, len(images) // 2), config.interpolation_steps
-    if pairs:
-        z, _ = bench.encode(images[: max(2 * pairs, 4)], S, refinements[0])
-        result["figure_6"], rows = paths(bench, images[: 2 * pairs], z[: 2 * pairs], S, config.points)
-        grid(arrays(rows)).save(output / "interpolations.png")
-        if len(z) >= 4:
-            cells = bench.interpolate_grid(z[:4], S, config.points)
-            grid(arrays(cells), title="between four images").save(output / "figure6.png")
+        pairs, S = min(config.paths, len(images) // 2), config.interpolation_steps
+        if pairs:
+            z, _ = bench.encode(images[: max(2 * pairs, 4)], S, refinements[0])
+            result["figure_6"], rows = paths(bench, images[: 2 * pairs], z[: 2 * pairs], S, config.points)
+            grid(arrays(rows)).save(output / "interpolations.png")
+            if len(z) >= 4:
+                cells = bench.interpolate_grid(z[:4], S, config.points)
+                grid(arrays(cells), title="between four images").save(output / "figure6.png")
     write_results(result, output)
     return result
 
 
 def measure(
-    bench: Bench, images: Tensor, refinements: dict[int, int], result: dict[str, Any], output: Path
+    bench: Bench, images: Tensor, refinements: dict[int, int], result: dict[str, Any], output: Path, bar: Progress
 ) -> dict[tuple[int, bool], Tensor]:
     """Fill the table of `result`, and write it after each row.
 
@@ -143,13 +145,14 @@ def measure(
     made = {}
     for S, refinement in refinements.items():
         for refined in (False, True):
-            row, made[S, refined] = round_trip(bench, images, S, refinement if refined else None)
+            with bar.part(len(images) * S * (1 + EXACT if refined else 2)):
+                row, made[S, refined] = round_trip(bench, images, S, refinement if refined else None)
             if not result["table"]:
                 for name in WRITTEN:
                     (output / name).unlink(missing_ok=True)  # nothing stays beside results of another run
             result["table"].append(row)
             write_results(result, output)
-            print(f"S = {S:4d}  {'refined' if refined else 'naive  '}  error {row['mean_squared_error']:.2e}")
+            bar.print(f"S = {S:4d}  {'refined' if refined else 'naive  '}  error {row['mean_squared_error']:.2e}")
     return made
 
 

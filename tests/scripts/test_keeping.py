@@ -6,6 +6,7 @@ from pathlib import Path
 
 import evaluate
 import few_steps
+import gallery
 import guard
 import nll
 import pytest
@@ -22,6 +23,7 @@ WRITTEN = {
     "nll": {"model": {}, "results": [{"metric": "bits_per_dim"}]},
     "few_steps": {"model": {}, "status": "finished", "results": [{"metric": "rms_to_solution"}, {"metric": "fd_a"}]},
     "reconstruct": {"model": {}, "results": [{"metric": "reconstruction_error_naive"}], "pictures": {}},
+    "gallery": {"model": {}, "script": "gallery", "results": [], "pictures": {}},
     "": {"model": {}, "results": [{"metric": "fd_a"}, {"metric": "bits_per_dim"}], "pictures": {}},  # of package.py
 }
 MORE = {"evaluate": {"reference": "digits"}, "few_steps": {"reference": "digits", "extractor": "my/classifier"}}
@@ -30,6 +32,7 @@ SCRIPTS = {
     "nll": (nll, nll.NLLConfig),
     "few_steps": (few_steps, few_steps.FewStepsConfig),
     "reconstruct": (reconstruct, reconstruct.ReconstructConfig),
+    "gallery": (gallery, gallery.GalleryConfig),
     "sample": (sample, sample.SampleConfig),
 }
 

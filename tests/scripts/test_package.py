@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import gallery
 import nll
 import package
 import pytest
@@ -27,13 +28,16 @@ def measured(make_unet, tmp_path_factory):
     reconstruct.main(reconstruct.ReconstructConfig(**settings, **quick))
     short = {"steps": (2,), "variances": ("fixed_small",), "ode_images": 2, "tolerance": 0.1, "split": "train"}
     nll.main(nll.NLLConfig(**settings, **short, output=str(folder / "nll")))
+    drawn = {"data": "digits", "images": 3, "columns": 3, "steps": (1, 2), "paths": 1, "path_steps": 2, "points": 3}
+    settings = {"model": str(folder / "model"), "output": str(folder / "gallery")}
+    gallery.main(gallery.GalleryConfig(**settings, **drawn, inverse_steps=2, refinement_steps=1))
     sample = ["sample", str(folder / "model"), "--num", "3", "--steps", "2", "--output", str(folder / "samples")]
     assert cli(sample) == 0
     return folder
 
 
 def pack(measured, output, *records, **changes):
-    names = [str(measured / name) for name in records or ("table2", "nll", "samples")]
+    names = [str(measured / name) for name in records or ("table2", "nll", "samples", "gallery")]
     settings = {"model": str(measured / "model"), "output": str(output), "records": names}
     return package.main(build(package.PackageConfig, settings | changes))
 
@@ -71,7 +75,7 @@ def test_a_folder_that_opens_with_card_figures_and_pictures(measured, tmp_path):
         again = package.parse(config, line.split()[2:])
         assert (again.model, again.images, again.spacing) == ("cards/tiny", 4, "linear")
     assert commands[-1] == "ddim-plugin sample cards/tiny --num 3 --steps 2 --seed 0 --batch-size 16"
-    for name in ("reconstruct.json", "table2.md", "nll.json", "nll.md", "headline.md"):
+    for name in ("reconstruct.json", "table2.md", "nll.json", "nll.md", "headline.md", "gallery.json"):
         assert (folder / "measured" / name).is_file()
     text_of_all = "".join(path.read_text() for path in folder.rglob("*") if path.suffix in (".json", ".md"))
     assert str(tmp_path) not in text_of_all

@@ -51,6 +51,8 @@ def check_results(config: Any, script: str) -> None:
 
 def writer_of(found: dict[str, Any]) -> str:
     """Return the name of the script that wrote the content of a `results.json`; an empty one for other programs."""
+    if "script" in found:
+        return found["script"]
     if "references" in found:
         return "evaluate"
     metrics = {each["metric"] for each in found.get("results", ())}

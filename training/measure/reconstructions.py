@@ -19,9 +19,14 @@ from .labels import check_label, check_memory
 PAPER = {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 """Table 2: errors on CIFAR-10's test set, with the paper's network of 35.7M parameters."""
 
+EXACT = 3
+"""About the evaluations of the network for a step of the exact inverse, by which the time left is estimated."""
+
 
 class Bench:
     """A model with η = 0 that encodes and decodes images in batches, with its results on the CPU.
+
+    It shows no progress: scripts count the evaluations of `pipe.unet` (`guard.progress`).
 
     Args:
         model: a folder written by `save_pretrained`, or a Hub id.
@@ -48,6 +53,7 @@ class Bench:
     ):
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.pipe = GeneralizedDDIMPipeline.from_pretrained(model).to(self.device)
+        self.pipe.set_progress_bar_config(disable=True)
         before = self.pipe.scheduler.config
         changes = DETERMINISTIC if spacing is None else DETERMINISTIC | {"timestep_spacing": spacing}
         self.pipe.scheduler = GeneralizedDDIMScheduler.from_config(before, **keep_learned(before, changes))
@@ -61,25 +67,21 @@ class Bench:
 
     def encode(self, images: Tensor, S: int, refinement_steps: int | None) -> tuple[Tensor, InversionReport]:
         """Return latents, and the report of the inversion."""
-        self.pipe.set_progress_bar_config(leave=False, desc=f"S = {S}, encoding")
         settings = {"refinement_steps": refinement_steps, "tolerance": self.tolerance, "return_report": True}
         z, report = self.pipe.encode(images, S, **settings, **self.shared)
         return z.cpu(), report
 
     def decode(self, z: Tensor, S: int) -> Tensor:
         """Return images in [0, 1]."""
-        self.pipe.set_progress_bar_config(leave=False, desc=f"S = {S}, decoding")
         return self.pipe.decode(z, S, output_type="pt", **self.shared).float().cpu()
 
     def interpolate(self, z0: Tensor, z1: Tensor, S: int, points: int) -> Tensor:
         """Return the images of paths between latents, (pairs, points, C, H, W)."""
-        self.pipe.set_progress_bar_config(leave=False, desc=f"S = {S}, interpolating")
         made = self.pipe.interpolate(z0, z1, points, num_inference_steps=S, output_type="pt", **self.shared)
         return made.float().cpu().view(len(z0), points, *z0.shape[1:])
 
     def interpolate_grid(self, z: Tensor, S: int, points: int) -> Tensor:
         """Return the images of a grid between four latents, (points, points, C, H, W)."""
-        self.pipe.set_progress_bar_config(leave=False, desc=f"S = {S}, interpolating")
         made = self.pipe.interpolate_grid(z, points, num_inference_steps=S, output_type="pt", **self.shared)
         return made.float().cpu().view(points, points, *z.shape[1:])
 
@@ -87,6 +89,14 @@ class Bench:
         """Draw latents, number i from the seed `seed` + i."""
         shape = (1, self.pipe.unet.config.in_channels, *self.pipe.image_size)
         return torch.cat([torch.randn(shape, generator=Generator().manual_seed(seed + i)) for i in range(count)])
+
+
+def cost(images: int, config: Any) -> float:
+    """Estimate the evaluations of the network for an image, in all measurements of `reconstruct.py`."""
+    table = images * sum(config.steps) * (3 + EXACT)
+    pairs = min(config.paths, images // 2)
+    made = max(2 * pairs, 4) * EXACT + pairs * config.points + config.points**2 if pairs else 0
+    return table + config.columns * sum(config.figure_steps) + config.interpolation_steps * made
 
 
 # ---- measurements --------------------------------------------------------------------------------------------------

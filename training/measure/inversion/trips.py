@@ -32,6 +32,10 @@ class Inverse(NamedTuple):
     refinement_steps: int | None = None
     stock: tuple[str, str] | None = None
 
+    def cost(self, guidance: float | None, S: int) -> int:
+        """Return about the evaluations of the network for a round trip of an image."""
+        return (1 if (guidance or 1) == 1 else 2) * S * (2 + (self.refinement_steps or 0))
+
 
 class Trip(NamedTuple):
     """Errors of images (B,), evaluations of the network to encode one, and whether the report calls it solved (B,)."""
@@ -85,7 +89,7 @@ class Pixels:
     """Round trips of images uint8 (B, C, H, W). Errors are mean squares on [0, 1]."""
 
     def __init__(self, bench: Bench, images: Tensor):
-        self.bench, self.images = bench, images
+        self.bench, self.pipe, self.images = bench, bench.pipe, images
         self.digest, self.spacing = weights_digest(bench.pipe.unet), bench.pipe.scheduler.config.timestep_spacing
 
     @classmethod
