@@ -33,7 +33,7 @@ PICTURES = {
     "paths.png": "Paths between held-out images, each encoded exactly.",
     HELD_OUT: "Held-out images: the first of each class, and the next of the set.",
 }
-RECORD = "gallery.json"
+RECORD, TABLE = "gallery.json", "gallery.md"
 CELL, TEXT = 84, 32
 """Height of a picture and of the text, in pixels. Both are readable at the width of a telephone."""
 
@@ -74,14 +74,14 @@ def check(config: GalleryConfig) -> None:
     if config.images < max(config.columns, 2 * config.paths):
         needed = f"{config.columns} columns and {config.paths} paths"
         raise ValueError(f"{needed} need {max(config.columns, 2 * config.paths)} images, not {config.images}")
-    for name in (*PICTURES, RECORD):
+    for name in (*PICTURES, RECORD, TABLE):
         if (Path(config.output) / name).exists() and not config.overwrite:
             raise ValueError(f"{Path(config.output) / name} exists: choose another output, or pass --overwrite")
 
 
 @guard.output(alone=True, results="gallery")
 def main(config: GalleryConfig) -> dict[str, Any]:
-    """Write the pictures, and `gallery.json` with the errors of both inverses; return the content of the latter."""
+    """Write the pictures, and the errors of both inverses as `gallery.json` and `gallery.md`; return the former."""
     check(config)
     if config.data is not None:
         config = replace(config, split=choose_split(config.data, config.split, config.data_config))
@@ -121,6 +121,7 @@ def main(config: GalleryConfig) -> dict[str, Any]:
     result = record(config) | {"command": command(config), "device": bench.device, "model": known["model"]}
     result |= {"held_out": numbers, "plain": plain, "exact": refined}
     write_json(output / RECORD, result)
+    write_file(output / TABLE, table(result))
     return result
 
 
@@ -172,8 +173,18 @@ def inverse_rows(
     return rows, row | {"errors": error.square().flatten(1).mean(1).tolist()}
 
 
+def table(result: dict[str, Any]) -> str:
+    """Format the errors of both inverses in Markdown."""
+    lines = [f"Mean squared error of an image on [0, 1], S = {result['plain']['S']}.", ""]
+    lines += ["| image | plain inverse | exact inverse |", "|---|---|---|"]
+    both = zip(result["plain"]["errors"], result["exact"]["errors"], strict=True)
+    lines += [f"| {i} | {plain:.1e} | {exact:.1e} |" for i, (plain, exact) in enumerate(both)]
+    means = [f"{result[kind]['mean_squared_error']:.1e}" for kind in ("plain", "exact")]
+    return "\n".join([*lines, f"| mean | {' | '.join(means)} |"]) + "\n"
+
+
 if __name__ == "__main__":
     with guard.program():
         done = main(parse(GalleryConfig))
-        for name in (*PICTURES, RECORD):
+        for name in (*PICTURES, RECORD, TABLE):
             print(Path(done["config"]["output"]) / name)

@@ -4,6 +4,7 @@ import json
 from itertools import product
 from pathlib import Path
 
+import gallery
 import pytest
 import timing
 import tokens
@@ -21,6 +22,7 @@ TABLES = {
     "reconstruct": ("table2.md", reconstructions.table),
     "few_steps": ("few_steps.md", comparison.table),
     "inversion": ("inversion.md", inversion.table),
+    "gallery": ("gallery.md", gallery.table),
     "results": ("table.md", grid.table),
     "speed": ("speed.md", timing.table),
     "tokens": ("tokens.md", lambda record: tokens.table(record["results"])),
