@@ -25,8 +25,19 @@ PITCH = {
 }
 """Pixels above the first row, and of the text above each row."""
 
-SHOWN = 3  # columns that are drawn again here: an image does not depend on the others
-QUICK = {"columns": 3, "images": 3, "paths": 1, "points": 3, "steps": (1, 2), "inverse_steps": 2, "path_steps": 2}
+SHOWN, STEPS = 2, (2, 5, 10)
+"""Columns and rows that are drawn again here: an image does not depend on the others."""
+
+QUICK = {
+    "columns": 3,
+    "images": 3,
+    "paths": 1,
+    "points": 3,
+    "steps": (1, 2),
+    "inverse_steps": 2,
+    "path_steps": 2,
+    "refinement_steps": 1,
+}
 
 
 def opened(folder, name):
@@ -38,7 +49,7 @@ def opened(folder, name):
 def again(tmp_path_factory):
     """The first columns, and the first path, as the command draws them from the committed folder alone."""
     output = tmp_path_factory.mktemp("gallery") / "again"
-    settings = {"model": str(MODEL), "output": str(output), "columns": SHOWN, "paths": 1}
+    settings = {"model": str(MODEL), "output": str(output), "columns": SHOWN, "steps": STEPS, "paths": 1}
     return output, gallery.main(build(gallery.GalleryConfig, settings))
 
 
@@ -52,13 +63,15 @@ def test_the_committed_pictures_are_those_of_the_command(again, name):
     """Pixel by pixel but for rounding, without the text, which has the mean of all columns."""
     old, new = opened(MODEL, name), opened(again[0], name)
     first, text = PITCH[name]
-    left = 0 if name == "one-noise.png" else GAP
-    new = new[:, left : new.shape[1] - GAP]
-    old = old[:, left : left + new.shape[1]]
-    rows = range(first + text, len(new), gallery.CELL + GAP + text)
-    assert len(rows) == {"one-noise.png": 6, "exact-inverse.png": 5, "paths.png": 1}[name]
+    all_columns, columns = (9, 9) if name == "paths.png" else (10, SHOWN)
+    pitch = gallery.CELL + GAP
+    old, new = (each[:, each.shape[1] - count * pitch :] for each, count in ((old, all_columns), (new, columns)))
+    old = old[:, : new.shape[1]]
+    rows = range(first + text, len(new), pitch + text)
+    assert len(rows) == {"one-noise.png": 3, "exact-inverse.png": 5, "paths.png": 1}[name]
     for y in rows:
         difference = np.abs(old[y : y + gallery.CELL] - new[y : y + gallery.CELL])
+        assert difference.shape == (gallery.CELL, columns * pitch, 3)
         assert difference.mean() < 0.5
         assert difference.max() < 40
     assert new.std() > 50
