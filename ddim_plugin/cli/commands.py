@@ -19,7 +19,8 @@ from ..pipelines import invert as inversion
 from ..pipelines.fit import fit_solver
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..pipelines.images import check_channels, grid, open_image
-from ..pipelines.loop import batches, check_count
+from ..pipelines.loop import batches
+from ..process.spacings import integer
 from ..schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, MultistepDDIMScheduler, keep_learned, sampler_class
 from ..schedulers.config import restored
 from ..version import __version__
@@ -40,7 +41,7 @@ def run(args: Namespace) -> None:
     files = [file for file in FILES[command] if file != LATENTS or not vars(args).get("latents")]
     places = [Path(args.output, file) for file in (*files, f"{command}.json")]
     for name, value in _given(args, "num", "batch_size").items():
-        check_count(f"--{name.replace('_', '-')}", value, 1)
+        integer(f"--{name.replace('_', '-')}", value, 1)
     for place in places:
         if place.is_dir() or (os.path.lexists(place) and not args.overwrite):
             raise ValueError(f"{place} exists: choose another --output, or pass --overwrite to replace files")

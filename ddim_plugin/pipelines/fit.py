@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..process.fitting import SPREADS, Curve, descend, least_squares, refine
-from ..process.spacings import Array, is_integer
+from ..process.spacings import Array, integer, is_integer
 from ..schedulers.multistep import MultistepDDIMScheduler, guidance_scale, keep_learned
 from ..schedulers.step import Evaluation
-from .loop import batches, check_count, finite
+from .loop import batches, finite
 
 MOST_COORDINATES = 4096  # numbers of a sample that are recorded, always the same ones: products are means over them
 HELD_OUT = 4  # one image in so many judges the solvers, and does not enter
@@ -58,7 +58,7 @@ def fit_solver(
     Raises ValueError for numbers out of range and arguments that the call does not have, before any evaluation.
     """
     run = _Run(pipe, num_images, batch_size, seed, call)
-    check_count("teacher_steps", teacher_steps)
+    integer("teacher_steps", teacher_steps, 2)
     if not steps or not all(is_integer(S) and 1 <= S <= teacher_steps // 2 for S in steps):
         raise ValueError(f"steps must be integers from 1 to half of teacher_steps={teacher_steps}, not {[*steps]}")
     config, plain = pipe.scheduler.config, {"eta": 0.0, "variance_type": "fixed_small", "timestep_spacing": "few_steps"}
@@ -89,7 +89,7 @@ class _Run:
     """Call a pipeline for the same images with different schedulers."""
 
     def __init__(self, pipe: Any, number: int, batch_size: int | None, seed: int, call: dict[str, Any]):
-        check_count("num_images", number, HELD_OUT)
+        integer("num_images", number, HELD_OUT)
         known = inspect.signature(pipe.__call__).parameters
         if wrong := sorted(each for each in call if each not in known or each in OWN):
             raise ValueError(f"{', '.join(wrong)} cannot be passed on to {type(pipe).__name__}: leave it out")

@@ -13,11 +13,11 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ..process.spacings import check_name
+from ..process.spacings import check_name, integer
 from ..schedulers import KEY, DiscreteDDIMScheduler, GeneralizedDDIMScheduler, Randomness, check_generators, restored
 from ..schedulers.config import CLASSES, FLOW, VE, VP, path_of
 from .latents import Latents
-from .loop import OUTPUT_TYPES, SELF_CONDITIONING, Classifier, Labels, Timesteps, accepted, check_count
+from .loop import OUTPUT_TYPES, SELF_CONDITIONING, Classifier, Labels, Timesteps, accepted
 
 CALLBACK_TENSORS = ("latents", "sample", "pred_original_sample", "pred_epsilon")
 # The stock pipeline for each stock scheduler, and its predictions. `DDIMPipeline` would replace schedulers of flows.
@@ -90,7 +90,7 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         check_name("output_type", output_type, OUTPUT_TYPES)
         for name in (names := callback_on_step_end_tensor_inputs):
             check_name("tensor for the callback", name, CALLBACK_TENSORS)
-        check_count("batch_size", 1 if batch_size is None else batch_size, 1)
+        integer("batch_size", 1 if batch_size is None else batch_size, 1)
         shape = self._shape(batch_size or 1) if latents is None else self._check_latents(latents, batch_size)
         check_generators(generator, shape[0])
         guidance = class_labels, guidance_scale, null_class_label, classifier, classifier_scale

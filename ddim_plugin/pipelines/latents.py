@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..process.gaussian import slerp
 from ..process.inversion import TOLERANCE, InversionReport
-from ..process.spacings import check_name
+from ..process.spacings import check_name, integer
 from ..schedulers import sampler_class
 from ..schedulers.inverse import Upwards
 from .images import Images, read
-from .loop import INVERSES, OUTPUT_TYPES, Condition, Loop, Timesteps, batches, check_count, finite
+from .loop import INVERSES, OUTPUT_TYPES, Condition, Loop, Timesteps, batches, finite
 
 Prepared = tuple[Tensor, Condition, int, float]  # x on the device, its condition, ⌊strength·S⌋, the unit of latents
 Encoded = tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]  # latents; timesteps; residuals and evaluations, (steps, B)
@@ -173,5 +173,5 @@ class Latents(Loop):
 
 
 def _path(z0: Tensor, z1: Tensor, num: int) -> Tensor:
-    check_count("num", num)
+    integer("num", num, 2)
     return torch.stack([slerp(z0, z1, i / (num - 1)) for i in range(num)], 1)

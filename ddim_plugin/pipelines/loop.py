@@ -12,7 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from ..process.moves import adds_noise
-from ..process.spacings import is_integer
+from ..process.spacings import integer
 from ..schedulers import DiscreteDDIMScheduler, GeneralizedDDIMScheduler, MultistepDDIMScheduler, sampler_class
 from ..schedulers.inverse import InverseDDIMScheduler, InverseMultistepDDIMScheduler, Upwards
 from ..schedulers.tensors import number
@@ -28,18 +28,16 @@ INVERSES = {GeneralizedDDIMScheduler: InverseDDIMScheduler, MultistepDDIMSchedul
 class Condition(NamedTuple):
     """Labels and guidance (Ho & Salimans 2022), x̂0 for self-conditioning, and where the network runs."""
 
-    labels: Tensor | None  # (1, B), or (2, B) with those of "no class" for guidance
+    labels: Tensor  # (1, B), NaN if none are given, or (2, B) with those of "no class" for guidance
     scale: float  # unless it is 1, a prediction takes two evaluations of the network
     dtype: torch.dtype  # of the network
     state: dict[str, Any]  # device and dtype of samples between the steps: only the network has half precision
     classifier: Classifier | None
     classifier_scale: float
-    classes: Tensor  # for the classifier, (1, B), NaN if none are given
     guess: Tensor | None  # x̂0 of the last step, at first 0, if the network sees it (Chen et al. 2022)
 
     def rows(self, rows: Tensor | slice) -> "Condition":
-        labels = None if self.labels is None else self.labels[:, rows]
-        return self._replace(labels=labels, classes=self.classes[:, rows])
+        return self._replace(labels=self.labels[:, rows])
 
 
 class Loop:
@@ -100,7 +98,7 @@ class Loop:
         guess = torch.zeros((), **state) if SELF_CONDITIONING in self.unet.config else None
         if classifier is not None or guess is not None:
             self._check_ours("a classifier and self-conditioning need")
-        condition = Condition(None, scale, dtype, state, classifier, classifier_scale, labels[None], guess)
+        condition = Condition(labels[None], scale, dtype, state, classifier, classifier_scale, guess)
         classes = self.unet.config.num_class_embeds  # None for a custom embedding, whose labels need not be classes
         if self.unet.class_embedding is None:
             if (class_labels is not None and classifier is None) or scale != 1 or null_class_label is not None:
@@ -168,10 +166,10 @@ class Loop:
 
     def _gradient(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """Compute s·∇ log p(y|x_t) of the classifier, (B, C, H, W) (Dhariwal & Nichol 2021)."""
-        classifier, classes = condition.classifier, condition.classes
+        classifier, classes = condition.classifier, condition.labels[0]
         like = next(classifier.parameters(), x) if isinstance(classifier, torch.nn.Module) else x
         with torch.inference_mode(False), torch.enable_grad():
-            given, classes = x.detach().to(like.dtype, copy=True).requires_grad_(), classes[0].clone()
+            given, classes = x.detach().to(like.dtype, copy=True).requires_grad_(), classes.clone()
             logits = classifier(given, torch.as_tensor(t, device=x.device).expand(len(x)).clone())
             shape, differentiable = tuple(getattr(logits, "shape", ())), getattr(logits, "requires_grad", False)
             if len(shape) != 2 or shape[0] != len(x) or not differentiable:
@@ -200,7 +198,7 @@ class Loop:
         x = getattr(self.scheduler, "scale_model_input", lambda x, t: x)(x, t)  # stock schedulers of flows have none
         x = x if condition.guess is None else torch.cat([x, condition.guess.to(x).expand_as(x)], 1)
         x = x.to(condition.dtype)
-        labels = None if condition.labels is None else condition.labels.flatten(0, 1)
+        labels = None if self.unet.class_embedding is None else condition.labels.flatten(0, 1)
         if condition.scale == 1:
             output = self.unet(x, t, class_labels=labels).sample
         else:
@@ -230,10 +228,5 @@ def finite(x: Tensor) -> Tensor:
 
 def batches(number: int, size: int | None) -> list[slice]:
     """Split images into batches of at most `size`; one by default."""
-    check_count("batch_size", size := number if size is None else size, 1)
+    integer("batch_size", size := number if size is None else size, 1)
     return [slice(i, i + size) for i in range(0, number, size)]
-
-
-def check_count(name: str, value: int, least: int = 2) -> None:
-    if not is_integer(value) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")

@@ -124,7 +124,8 @@ def check_name(setting: str, value: str, names: Iterable[str]) -> None:
 def integer(setting: str, value: Any, low: int = 0, high: float = math.inf) -> int:
     """Convert the value of a setting to an int. Raises ValueError unless it is an integer from `low` to `high`."""
     if not is_integer(value) or not low <= value <= high:
-        raise ValueError(f"{setting} must be an integer from {low} to {high}, not {value!r}")
+        bounds = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
+        raise ValueError(f"{setting} must be an integer {bounds}, not {value!r}")
     return int(value)
 
 

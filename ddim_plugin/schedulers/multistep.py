@@ -12,11 +12,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..process import moves, multistep, spacings
-from ..process.paths import VarianceExploding
+from ..process.paths import FlowMatching, VarianceExploding
 from .config import FLOW, SAMPLER, SOLVER, path_of, with_settings_of
 from .generalized import GeneralizedDDIMScheduler
 from .levels import shift_of
-from .planned import FlowTimes, Kind
+from .planned import Grid, Kind
 from .step import Evaluation, Step
 
 SOLVER_KEYS = {"timesteps", "noise", "weights", "solver_order", "prediction_type", "guidance_scale"}
@@ -88,30 +88,23 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     def _much_noise(self) -> bool:
         return self._kind(None)[1] >= MUCH_NOISE
 
-    def _spaced(self, S: int | None, spacing: str | None = None) -> spacings.Times:
-        if self.config.timestep_spacing == "few_steps":
-            if self._much_noise:
-                spacing = "few_steps_noise"
-            elif (times := self._fitted_times(S)) is not None:
-                return times
-            elif isinstance(self.path, VarianceExploding) and super()._spaced(S, "linear").size:
-                return self.path.at(spacings.few_exploding(S, *self.path.levels.noise[[1, -1]]))[::-1]
-        return super()._spaced(S, spacing)
-
-    def _flow_times(self, S: int | None, sigmas: Any, stock: str = "", **given: Any) -> FlowTimes:
-        spacing, noisy = self.config.timestep_spacing, self._much_noise
-        if sigmas is None and spacing != "linear" and spacings.is_integer(S) and S > 0:
-            fits = given["timesteps"] is None and not noisy and spacing == "few_steps"
-            if fits and (times := self._fitted_times(S)) is not None:
-                return times.astype(float), {}
+    def _grid(self, S: int | None, spacing: str, stock: str | None = None, **given: Any) -> Grid:
+        spacing = "few_steps_noise" if spacing == "few_steps" and self._much_noise else spacing
+        free = given["sigmas"] is None and spacings.is_integer(S) and S > 0
+        if free and spacing == "few_steps" and (times := self._fitted_times(S)) is not None:
+            return times, {}
+        if free and spacing != "linear" and isinstance(self.path, FlowMatching):
             shifted = self.config.use_dynamic_shifting or max(shift_of(self.config), self._shift or 1) > 1
-            sigmas = spacings.few_sigmas(S, shifted, noisy or spacing == "few_steps_noise")
+            given["sigmas"] = spacings.few_sigmas(S, shifted, spacing == "few_steps_noise")
             stock = FLOW  # not all solvers take sigmas
-        return super()._flow_times(S, sigmas, stock, **given)
+        if spacing == "few_steps" and isinstance(self.path, VarianceExploding):
+            S = spacings.integer("num_inference_steps", S, 1, self.path.T)
+            return self.path.at(spacings.few_exploding(S, *self.path.levels.noise[[1, -1]]))[::-1], {}
+        return super()._grid(S, spacing, stock, **given)
 
-    def _fitted_times(self, S: Any) -> spacings.Times | None:
+    def _fitted_times(self, S: int) -> spacings.Times | None:
         """Return the times that were fitted for S steps, and use the weights, if they fit the loop."""
-        solver = self._solvers.get(S) if spacings.is_integer(S) else None
+        solver = self._solvers.get(S)
         plain = not self.config.denoising_start and not moves.adds_noise(*self._kind(None))
         if solver is None or (solver["weights"] and not plain):
             return None

@@ -16,7 +16,7 @@ from .tensors import number, numbers
 
 Kind = tuple[str, float]  # variance type and η of a step
 Pairs = list[tuple[float, float]]  # times (t, s) of the steps
-FlowTimes = tuple[spacings.Times, dict[float, float]]  # increasing times, and the network's timesteps at them
+Grid = tuple[spacings.Times, dict[float, float]]  # increasing times, and the network's timesteps at them
 
 
 class Planned(Levels):
@@ -53,8 +53,7 @@ class Planned(Levels):
         values = timesteps.tolist() if isinstance(timesteps, Tensor | np.ndarray) else timesteps
         if sigmas is None and (num_inference_steps is None) == (values is None):
             raise ValueError("set_timesteps takes either num_inference_steps or timesteps=[...], not both or neither")
-        flows = isinstance(self.path, paths.FlowMatching)
-        if not flows and (sigmas is not None or mu is not None):
+        if not isinstance(self.path, paths.FlowMatching) and (sigmas is not None or mu is not None):
             raise ValueError("sigmas and mu are for flow matching, and this scheduler is not: pass timesteps instead")
         self._adopt()
         with all_or_nothing(self):  # else the old plan is kept
@@ -62,10 +61,9 @@ class Planned(Levels):
             self._from_noise = values is None and sigmas is None and not self.config.denoising_start
             if values is not None and sigmas is None:
                 self._tau = self.path.times(values)
-            elif flows:
-                self._tau, known = self._flow_times(num_inference_steps, sigmas, mu=mu, timesteps=values)
             else:
-                self._tau = self._spaced(num_inference_steps)
+                spacing, given = self.config.timestep_spacing, {"sigmas": sigmas, "mu": mu, "timesteps": values}
+                self._tau, known = self._grid(num_inference_steps, spacing, **given)
             self._pairs = self._make_pairs(self._tau)
             with torch.inference_mode(False):  # counts changes in place
                 dtype = torch.float32 if self.path.continuous else torch.int64
@@ -115,20 +113,18 @@ class Planned(Levels):
             raise ValueError(f"set_shift takes a positive number, for flow matching only, not {shift!r}")
         self._shift = shift
 
-    def _flow_times(self, S: int | None, sigmas: Sigmas | None, stock: str = "", **given: Any) -> FlowTimes:
-        S = S if S is None else spacings.integer("num_inference_steps", S, 1)
-        levels, timesteps = flow_grid(self.config, stock or self._stock, self._shift, S, sigmas, **given)
-        times = (levels * self.path.T).tolist()
-        return np.array(times[::-1]), dict(zip(times, timesteps, strict=True))
-
-    def _spaced(self, S: int | None, spacing: str | None = None) -> spacings.Times:
-        spacing, offset = spacing or self.config.timestep_spacing, self.config.steps_offset
+    def _grid(self, S: int | None, spacing: str, stock: str | None = None, **given: Any) -> Grid:
+        if isinstance(self.path, paths.FlowMatching):
+            S = S if S is None else spacings.integer("num_inference_steps", S, 1)
+            levels, timesteps = flow_grid(self.config, stock or self._stock, self._shift, S, **given)
+            times = (levels * self.path.T).tolist()
+            return np.array(times[::-1]), dict(zip(times, timesteps, strict=True))
         if spacing in spacings.SIGMAS:
             S, rho = spacings.integer("num_inference_steps", S, 1, self.path.T), self.config.get("rho", 7.0)
             if not rho > 0:
                 raise ValueError(f"rho must be positive, not {rho!r}: 7 is that of the paper")
-            return self.path.at(spacings.SIGMAS[spacing](S, *self.path.levels.noise[[1, -1]], rho))[::-1]
-        return spacings.tau(spacing, S, self.path.T, offset, self.alpha_bar)
+            return self.path.at(spacings.SIGMAS[spacing](S, *self.path.levels.noise[[1, -1]], rho))[::-1], {}
+        return spacings.tau(spacing, S, self.path.T, self.config.steps_offset, self.alpha_bar), {}
 
     def _make_pairs(self, times: spacings.Times) -> Pairs:
         return [(t, r) for t, s in moves.downwards(times) for r in (*[t] * self.config.corrector_steps, s)]

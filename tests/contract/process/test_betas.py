@@ -52,7 +52,7 @@ def test_zero_terminal_snr(schedule):
     ("arguments", "message"),
     [
         (("cubic", 10), "unknown beta_schedule 'cubic': use one of linear, scaled_linear, squaredcos_cap_v2, const"),
-        (("linear", 0), "num_train_timesteps must be an integer from 1 to inf, not 0"),
+        (("linear", 0), "num_train_timesteps must be an integer of at least 1, not 0"),
         (("linear", 2.5), "not 2.5"),
         (("linear", 10, 0.02, 0.01), "beta_start ≤ beta_end"),
         (("linear", 10, 0.0, 0.01), "0 < beta_start"),
