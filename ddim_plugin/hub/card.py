@@ -1,7 +1,6 @@
 """Model cards: one template, filled with tables of a model's configs."""
 
 import hashlib
-import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import diffusers
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import StrictUndefined, Template
 
-from ..schedulers.config import CLASSES, KEY, OF_PATH, path_of
+from ..schedulers.config import CLASSES, KEY, OF_PATH, defaults, path_of
 from ..version import __version__
 from .code import code
 
@@ -72,10 +71,10 @@ def cell(value: Any) -> str:
 
 def settings(config: Config) -> Config:
     """Select the settings in a config that are not the defaults of their class, and those of `SYMBOLS` in any case."""
-    parameters = inspect.signature(CLASSES.get(name := config["_class_name"]) or getattr(diffusers, name)).parameters
+    known = defaults(CLASSES.get(name := config["_class_name"]) or getattr(diffusers, name))
     hidden = (config.get(KEY) or {}).keys() & {"trained_betas"}  # from the schedule
     hidden |= {key for keys in OF_PATH.values() for key in keys if key not in OF_PATH[path_of(config)]}
-    shown = {key for key, each in parameters.items() if config.get(key, each.default) != each.default} | SYMBOLS.keys()
+    shown = {key for key, default in known.items() if config.get(key, default) != default} | SYMBOLS.keys()
     found = {SYMBOLS.get(key, key): config[key] for key in config if key in shown - hidden}
     solvers = (config.get("fitted_solvers") or {}).items()
     gains = [f"{S} (error × {each['error'] / each['default_error']:.2f})" for S, each in solvers if "error" in each]

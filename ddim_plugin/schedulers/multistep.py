@@ -84,12 +84,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             settings["use_flow_sigmas"] = True  # pipelines such as Flux then leave σ to the scheduler
         return settings, own
 
-    @property
-    def _much_noise(self) -> bool:
-        return self._kind(None)[1] >= MUCH_NOISE
-
     def _grid(self, S: int | None, spacing: str, stock: str | None = None, **given: Any) -> Grid:
-        spacing = "few_steps_noise" if spacing == "few_steps" and self._much_noise else spacing
+        spacing = "few_steps_noise" if spacing == "few_steps" and self._kind(None)[1] >= MUCH_NOISE else spacing
         free = given["sigmas"] is None and spacings.is_integer(S) and S > 0
         if free and spacing == "few_steps" and (times := self._fitted_times(S)) is not None:
             return times, {}
@@ -175,7 +171,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         earlier = [each for each in self._history if each[0] != t] if follows else []  # a plan may repeat a time
         earlier = earlier[: self._values(kind) - 1]
         times = (t, *(time for time, _ in earlier))
-        step, *rest = self._cached("_weighed", self._plan(kind)[place], kind, place, times)
+        step, *rest = self._cached("_weighed", self._cached("_make_plan", kind)[place], kind, place, times)
         if place == len(self._pairs) - 1:  # nothing follows
             self._forget()
         else:
@@ -212,7 +208,8 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             known = known[:-1]
         tried = (_mean_weights(of_x0, t, s, tuple(known[:order]), eta=eta) for order in range(len(known), 1, -1))
         weights = next((each for each in tried if np.abs(each).sum() <= LARGEST[of_x0][len(each) - 2]), np.ones(1))
-        if of_x0 and self._much_noise and pair[0] - pair[1] + 1 >= 0.9 * (times[1:] or pair)[0] - 0.9 * pair[0]:
+        is_even = pair[0] - pair[1] + 1 >= 0.9 * (times[1:] or pair)[0] - 0.9 * pair[0]
+        if of_x0 and is_even and self._kind(None)[1] >= MUCH_NOISE:
             weights = REACH * weights
             weights[0] += 1 - REACH
         return weights

@@ -78,7 +78,7 @@ class Planned(Levels):
             self._first = {t: i for i, t in reversed(list(enumerate(self._called)))}
             self._moving = {self._called[i]: i for i, (t, s) in enumerate(self._pairs) if t != s}
             self._replan()
-            self._plan(self._kind(None))
+            self._cached("_make_plan", self._kind(None))
             self.num_inference_steps = len(self._tau)
             self._planned, self._span = self._planned.to(device), self._make_span()
             self.timesteps = self._planned[self._span]
@@ -142,9 +142,6 @@ class Planned(Levels):
             self._cache[key] = getattr(self, method)(*args)
         return self._cache[key]
 
-    def _plan(self, kind: Kind) -> list[Step]:
-        return self._cached("_make_plan", kind)
-
     def _make_plan(self, kind: Kind) -> list[Step]:
         return [self._cached("_make_step", *pair, kind) for pair in self._pairs]
 
@@ -180,11 +177,11 @@ class Planned(Levels):
         if i is None:
             return self._step_at(timestep, kind)
         self._place, self._next = i, (i + 1) % len(self._called)
-        return self._plan(kind)[i]
+        return self._cached("_make_plan", kind)[i]
 
     def _step_at(self, timestep: float, kind: Kind) -> Step:
         if timestep in self._moving:
-            return self._plan(kind)[self._moving[timestep]]
+            return self._cached("_make_plan", kind)[self._moving[timestep]]
         self.path.check(timestep)
         t = self.path.time(timestep)
         below = int(np.searchsorted(self._tau, t))

@@ -87,24 +87,6 @@ def test_with_a_value_at_zero_signal():
     assert weights @ [u(3.0), 1.0] == pytest.approx(mean, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ((False, 0.9, 0.6, []), r"values at distinct ς, not 0.9 to 0.6 from \[\]"),
-        ((False, 0.9, 0.6, [0.9, 0.9]), r"distinct ς, not .* from \[0.9, 0.9\]"),
-        ((True, 0.9, 0.9, [0.9]), "a mean needs a step, .*not 0.9 to 0.9 from"),
-        ((False, np.inf, 0.9, [np.inf]), "ε̂ has no mean at pure noise.*: use that of x̂0"),
-        ((False, 0.9, 0.6, [0.9], 1.0), r"ε̂ has no mean .*with noise \(eta=1\)"),
-        ((True, 0.0, 0.9, [0.3]), "ln ς is infinite at the data.*: use the mean of ε̂"),
-        ((True, 0.9, 0.0, [0.9, 1.2]), "ln ς is infinite at the data"),
-        ((True, 3.0, 0.9, [3.0, np.inf]), "or other values of x̂0"),
-    ],
-)
-def test_means_that_do_not_exist(given, said):
-    with pytest.raises(ValueError, match=said):
-        mean_weights(*given)
-
-
 # ---- orders --------------------------------------------------------------------------------------------------------
 
 TOP, BOTTOM = 4.0, 0.4
