@@ -163,25 +163,6 @@ def _numbers(value: Any) -> np.ndarray:
     return np.asarray(value.detach().cpu().double() if isinstance(value, Tensor) else value, dtype=np.float64)
 
 
-def flow_grid(
-    config: dict[str, Any], stock: str, shift: float | None, S: int | None, sigmas: Sigmas | None, **given: Any
-) -> tuple[NDArray[np.float64], list[float]]:
-    """Return σ, descending, and the network's timesteps that a stock flow scheduler computes from a config.
-
-    `stock` is the name of its class, `shift` one from `set_shift`. S, `sigmas` and `given` (`mu`, `timesteps`) are
-    arguments of its `set_timesteps`. Raises ValueError for σ that do not fall, and what that raises.
-    """
-    sigmas = None if sigmas is None else check_sigmas(sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)
-    cls = getattr(diffusers, stock)
-    scheduler = cls.from_config(config, **{key: shift_of(config) for key in SHIFTS if key in defaults(cls)})
-    if shift is not None:
-        scheduler.set_shift(shift)
-    given |= {"sigmas": sigmas} if config["use_dynamic_shifting"] else {"sigmas": sigmas, "mu": None}  # given to all
-    scheduler.set_timesteps(S, device="cpu", **{key: value for key, value in given.items() if value is not None})
-    levels = scheduler.sigmas.double().numpy()[: len(scheduler.timesteps)]
-    return check_sigmas(1 - levels if config.get("invert_sigmas") else levels), scheduler.timesteps.tolist()
-
-
 def shift_of(config: dict[str, Any]) -> float:
     """Return the shift of the noise levels, a setting with two names. Raises ValueError if they disagree."""
     shifts = [config[key] for key in SHIFTS if config[key] != 1] or [1.0]

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..process import moves, paths, predictions, spacings
-from .config import all_or_nothing
-from .levels import Levels, Sigmas, edits, flow_grid
+from .config import all_or_nothing, defaults
+from .levels import SHIFTS, Levels, Sigmas, check_sigmas, edits, shift_of
 from .step import Step
 from .tensors import number, numbers
 
@@ -115,16 +116,28 @@ class Planned(Levels):
 
     def _grid(self, S: int | None, spacing: str, stock: str | None = None, **given: Any) -> Grid:
         if isinstance(self.path, paths.FlowMatching):
-            S = S if S is None else spacings.integer("num_inference_steps", S, 1)
-            levels, timesteps = flow_grid(self.config, stock or self._stock, self._shift, S, **given)
-            times = (levels * self.path.T).tolist()
-            return np.array(times[::-1]), dict(zip(times, timesteps, strict=True))
+            return self._flow_grid(S, stock or self._stock, **given)
         if spacing in spacings.SIGMAS:
             S, rho = spacings.integer("num_inference_steps", S, 1, self.path.T), self.config.get("rho", 7.0)
             if not rho > 0:
                 raise ValueError(f"rho must be positive, not {rho!r}: 7 is that of the paper")
             return self.path.at(spacings.SIGMAS[spacing](S, *self.path.levels.noise[[1, -1]], rho))[::-1], {}
         return spacings.tau(spacing, S, self.path.T, self.config.steps_offset, self.alpha_bar), {}
+
+    def _flow_grid(self, S: int | None, stock: str, sigmas: Any, mu: float | None, timesteps: Any) -> Grid:
+        """Ask the stock flow scheduler of that name. Raises ValueError for σ that do not fall, and what that raises."""
+        S = S if S is None else spacings.integer("num_inference_steps", S, 1)
+        sigmas = None if sigmas is None else check_sigmas(sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)
+        cls, config = getattr(diffusers, stock), self.config
+        scheduler = cls.from_config(config, **{key: shift_of(config) for key in SHIFTS if key in defaults(cls)})
+        if self._shift is not None:
+            scheduler.set_shift(self._shift)
+        mu = mu if config.use_dynamic_shifting else None  # some pipelines give it to all
+        given = {"sigmas": sigmas, "mu": mu, "timesteps": timesteps}
+        scheduler.set_timesteps(S, device="cpu", **{key: value for key, value in given.items() if value is not None})
+        levels = scheduler.sigmas.double().numpy()[: len(scheduler.timesteps)]
+        times = (check_sigmas(1 - levels if config.get("invert_sigmas") else levels) * self.path.T).tolist()
+        return np.array(times[::-1]), dict(zip(times, scheduler.timesteps.tolist(), strict=True))
 
     def _make_pairs(self, times: spacings.Times) -> Pairs:
         return [(t, r) for t, s in moves.downwards(times) for r in (*[t] * self.config.corrector_steps, s)]
