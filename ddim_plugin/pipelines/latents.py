@@ -1,7 +1,6 @@
 """Encode, decode, reconstruct and interpolate latents x_T (Sections 5.3 and 5.4)."""
 
 import math
-from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -64,33 +63,28 @@ class Latents(Loop):
         self.maybe_free_model_hooks()
         latents, times, *measured = zip(*parts, strict=True)
         z = finite(torch.cat(latents)) / unit
-        report = InversionReport.of(times[0], *(np.concatenate(each, axis=1) for each in measured), tolerance, z)
+        times = times[0] if len(times[0]) > 1 else scheduler.timesteps[[-steps]].tolist()
+        report = InversionReport.of(times, *(np.concatenate(each, axis=1) for each in measured), tolerance, z)
         return (z, report) if return_report else z
 
     def _ascend(self, x: Tensor, condition: Condition, inverse: Upwards, tolerance: float) -> Encoded:
         """Run the loop of the inverse. The network is evaluated at images that are not solved yet."""
         inverse.set_begin_index(0)  # a new loop
-        records, left, output = [], np.ones(len(x), bool), torch.empty(0)
-        for start, stop in self.progress_bar([*pairwise(inverse._bounds)]):  # of the evaluations of a step, or a pass
-            left, spent = left if inverse.is_joint else np.ones(len(x), bool), np.zeros(len(x), int)
-            for t in inverse.timesteps[start:stop]:
-                if left.any():
-                    rows = slice(None) if left.all() else torch.as_tensor(left, device=x.device)
-                    made = self._predict(x[rows], t, condition.rows(rows))
-                    output = made if left.all() else output.index_put((rows,), made)
-                spent += left * (1 if condition.scale == 1 else 2)
-                inverse.kept = ~torch.as_tensor(left, device=x.device).view(-1, 1, 1, 1)
-                x = inverse.step(output, t, x).prev_sample
-                residual = np.broadcast_to(inverse.residual.cpu().double().numpy(), len(x))
-                left = left if inverse.is_joint else left & ~(residual <= tolerance)
+        records, left, spent, output = [], np.ones(len(x), bool), np.zeros(len(x), int), torch.empty(0)
+        for i, t in enumerate(self.progress_bar(inverse.timesteps), 1):
+            if left.any():
+                rows = slice(None) if left.all() else torch.as_tensor(left, device=x.device)
+                made = self._predict(x[rows], t, condition.rows(rows))
+                output = made if left.all() else output.index_put((rows,), made)
+            spent = spent + left * (1 if condition.scale == 1 else 2)
+            inverse.kept = ~torch.as_tensor(left, device=x.device).view(-1, 1, 1, 1)
+            x = inverse.step(output, t, x).prev_sample
+            residual = np.broadcast_to(inverse.residual.cpu().double().numpy(), len(x))
             left = left & ~(residual <= tolerance)
-            records.append((t.item(), residual, spent))
-            if inverse.is_joint and not left.any():
-                break
+            if i in inverse._bounds:  # a step ends, or the whole path
+                records.append((t.item(), residual, spent))
+                left, spent = np.ones(len(x), bool), np.zeros(len(x), int)
         times, residuals, evaluations = zip(*records, strict=True)
-        if inverse.is_joint:  # one row for the whole path
-            top = self.scheduler.timesteps[-inverse._most].item()
-            times, residuals, evaluations = [top], residuals[-1:], [sum(evaluations)]
         return x, np.array(times), np.stack(residuals), np.stack(evaluations)
 
     @torch.no_grad()

@@ -45,8 +45,9 @@ class Search:
         self.changes: list[tuple[Tensor, ...]] = []  # of x, and of r: orthonormal, so the best mix takes inner products
         self.best: tuple[Tensor, ...] = ()  # ‖r‖², x and r; `last` has x and r
 
-    def next(self, x: Tensor, r: Tensor) -> Tensor:
-        """Return the next x to evaluate, given r at x, both (B, …)."""
+    def next(self, x: Tensor, r: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Return the next x to evaluate, given r at x, both (B, …). Where `kept` is true, r is not used."""
+        r = r if kept is None else torch.where(kept, torch.nan, r)
         size = inner(r, r)
         if not self.best:
             self.best = size, x, r

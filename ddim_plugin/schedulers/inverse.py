@@ -162,8 +162,7 @@ class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):
         made = made.clamp(*self._image_range) if self._image_range is not None and move.s == 0 else made
         if self._is_blind and self._from_data and move.s == 0 and not ends:
             return self._noised(x)
-        r = self._below - made
-        found = self._search.next(x, r if kept is None else torch.where(kept, torch.nan, r))
+        found = self._search.next(x, self._below - made, kept)
         if self._is_blind:
             found = evaluation._replace(step=Step.up(move, self._prediction(move.start))).mean()
         found = found if kept is None else torch.where(kept, x, found)
@@ -209,7 +208,7 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
         self._length = min(n, self._most or n)
         up, down = list(pairwise(path))[: self._length], moves.downwards(times)[-self._length :]
         more = max(1, k // 2) if k else 0  # that decode, and encode again
-        self._bounds = [0, *range(len(up), (2 + 2 * more) * len(up), 2 * len(up))]
+        self._bounds = [0, (1 + 2 * more) * len(up)]
         return up + (down + up) * more
 
     def _make_span(self) -> slice:
@@ -236,9 +235,10 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
             return x
         if done // self._length % 2 == 0:  # decoded
             x = x if self._image_range is None else x.clamp(*self._image_range)
-            self._begin = self._search.next(self._begin, self._image - x)
+            self._begin = self._search.next(self._begin, self._image - x, self.kept)
+            return self._begin
+        if done > self._length:
             self.residual = (self._search.best[0].flatten() / x[0].numel()).sqrt() / self.path.level(0).signal
             self._records = [(self._called[self._length], len(self._pairs), self.residual)]
-            return self._begin
         self._solution = x if self.kept is None or self._solution is None else torch.where(self.kept, self._solution, x)
         return self._solution
