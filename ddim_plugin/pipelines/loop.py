@@ -15,7 +15,7 @@ from ..process.moves import adds_noise
 from ..process.spacings import integer
 from ..schedulers import DiscreteDDIMScheduler, GeneralizedDDIMScheduler, MultistepDDIMScheduler, sampler_class
 from ..schedulers.inverse import InverseDDIMScheduler, InverseMultistepDDIMScheduler, Upwards
-from ..schedulers.tensors import number
+from ..schedulers.step import number
 
 SELF_CONDITIONING = "_self_conditioning"  # entry in the config of a network that sees x_t and x̂0
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -5,5 +5,4 @@ from .discrete import DiscreteDDIMScheduler
 from .generalized import DETERMINISTIC, GeneralizedDDIMScheduler
 from .inverse import InverseDDIMScheduler, InverseMultistepDDIMScheduler
 from .multistep import MultistepDDIMScheduler, keep_learned, sampler_class
-from .step import GeneralizedDDIMSchedulerOutput
-from .tensors import Randomness, check_generators
+from .step import GeneralizedDDIMSchedulerOutput, Randomness, check_generators

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..process import betas, categorical, paths, spacings
 from .config import all_or_nothing
 from .levels import edits
-from .tensors import Randomness, at_least_float32, draw, number, numbers
+from .step import Randomness, at_least_float32, draw, number, numbers
 
 # A setting of diffusers' own `DiscreteDDIMScheduler`. Its class refuses our configs, as this is no number.
 MARK = {"num_inference_steps": "of set_timesteps, in ddim_plugin.DiscreteDDIMScheduler"}

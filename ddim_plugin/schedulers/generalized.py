@@ -11,8 +11,7 @@ from torch import Tensor
 from ..process import moves, predictions, spacings
 from .config import all_or_nothing, with_settings_of
 from .planned import Kind, Planned
-from .step import Evaluation, GeneralizedDDIMSchedulerOutput, Step
-from .tensors import Randomness, accumulate, draw
+from .step import Evaluation, GeneralizedDDIMSchedulerOutput, Randomness, Step, accumulate, draw
 
 DETERMINISTIC = {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False, "thresholding": False}
 DETERMINISTIC |= {"corrector_steps": 0}

@@ -13,8 +13,7 @@ from .generalized import GeneralizedDDIMScheduler
 from .levels import edits
 from .multistep import MultistepDDIMScheduler
 from .planned import Kind, Pairs, Planned
-from .step import Evaluation, Step
-from .tensors import at_least_float32, combine
+from .step import Evaluation, Step, at_least_float32, combine
 
 
 class Upwards(StockConfig):

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..process import betas as schedules
 from ..process import paths, spacings
 from .config import EDM, FLOW, OF_PATH, STOCK_SCHEDULES, VE, VP, StockConfig, defaults, path_of
-from .tensors import HALF, combine, numbers
+from .step import HALF, combine, numbers
 
 OF_FLOW = ("linear", "few_steps", "few_steps_noise")  # spacings of flow matching: stock, and for multistep methods
 SHIFTS = ("shift", "flow_shift")  # names of one setting

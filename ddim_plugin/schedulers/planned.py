@@ -12,8 +12,7 @@ from torch import Tensor
 from ..process import moves, paths, predictions, spacings
 from .config import all_or_nothing, defaults
 from .levels import SHIFTS, Levels, Sigmas, check_sigmas, edits, shift_of
-from .step import Step
-from .tensors import number, numbers
+from .step import Step, number, numbers
 
 Kind = tuple[str, float]  # variance type and η of a step
 Pairs = list[tuple[float, float]]  # times (t, s) of the steps

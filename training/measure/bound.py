@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 from ddim_plugin.process import moves
 from ddim_plugin.process.paths import Level, Path
 from ddim_plugin.process.predictions import prediction
-from ddim_plugin.schedulers.tensors import learned_log_variance
+from ddim_plugin.schedulers.step import learned_log_variance
 
 DECODERS = ("next", "beta")
 """Variance of p(x_0|x_{τ_1}), where σ(η) is 0: of the move before (Ho's code; if any), or β = b_{τ_1}²."""

@@ -17,7 +17,7 @@ from ddim_plugin.process import moves
 from ddim_plugin.process.paths import Level, Path, VarianceExploding
 from ddim_plugin.process.predictions import PREDICTIONS, prediction
 from ddim_plugin.process.spacings import check_name
-from ddim_plugin.schedulers.tensors import learned_log_variance
+from ddim_plugin.schedulers.step import learned_log_variance
 
 LOSSES = ("simple", "theorem1", "min_snr", "soft_min_snr", "bound", "hybrid", "edm")
 """See `Objective`."""

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ddim_plugin.schedulers.tensors import combine, learned_log_variance, threshold
+from ddim_plugin.schedulers.step import combine, learned_log_variance, threshold
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.995, 1.0])
