@@ -135,6 +135,7 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         Our settings survive a conversion to a stock scheduler, unless changed there. Noise of a stock config other than
         "learned_range" is not copied: DDPM becomes DDIM. Raises ValueError for settings that are refused.
         """
+        later = {}
         if isinstance(config, dict):
             known, given, (config, own, path) = defaults(cls), config, _split(config)
             writer = _writer(given, {FLOW: FLOW_SOLVERS, EDM: EDM_SOLVERS}.get(path, ()))
@@ -142,13 +143,16 @@ class StockConfig(SchedulerMixin, ConfigMixin):
                 kwargs.setdefault("timestep_spacing", kwargs["sigma_schedule"])
             if path != VP:
                 of_stock = defaults(getattr(diffusers, writer or path))  # with settings that we have no name for
-                config |= {key: kwargs.pop(key, config.get(key, of_stock[key])) for key in of_stock.keys() - known}
-                config |= {"_class_name": writer or path} | ({"_writer": writer} if writer else {})
+                later = {key: kwargs.pop(key, config.pop(key, of_stock[key])) for key in of_stock.keys() - known}
+                config |= {"_writer": writer} if writer else {}
             if path == FLOW and kwargs.get("prediction_type", "flow_prediction") != "flow_prediction":
                 kwargs.setdefault("use_flow_sigmas", True)  # on the same path
             config, own = cls._adapt(config, own)
             kwargs = {k: v for k, v in own.items() if k in known} | kwargs
-        return super().from_config(config, return_unused_kwargs, **kwargs)
+        created = super().from_config(config, return_unused_kwargs, **kwargs)
+        if later:
+            (created[0] if return_unused_kwargs else created).register_to_config(**later)
+        return created
 
     @classmethod
     def _adapt(cls, settings: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -213,8 +217,7 @@ def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]
     if "class" in own:
         replaced = path != EDM and settings.get("timestep_spacing", STAND_IN) != STAND_IN
         changed = changed | {"timestep_spacing"} if replaced else changed - {"timestep_spacing"}
-    unset = config.get("_use_default_values", ()) if path == VP else ()
-    settings["_use_default_values"] = [key for key in unset if key not in PROCESS]
+    settings["_use_default_values"] = [key for key in config.get("_use_default_values", ()) if key not in PROCESS]
     return settings, {key: value for key, value in own.items() if key not in changed}, path
 
 
