@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -86,6 +86,8 @@ def all_or_nothing(scheduler: Any) -> Iterator[None]:
 class StockConfig(SchedulerMixin, ConfigMixin):
     """Convert a scheduler's config to and from those of diffusers, without a warning."""
 
+    _encodes: ClassVar[bool] = False  # an inverse scheduler, which does not take the constraints of a sampler
+
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         CLASSES[cls.__name__] = cls
@@ -103,6 +105,7 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         named |= {"prediction_type": PREDICTIONS[:-1]}
         names |= {key for key, stock in named.items() if self.config[key] not in stock}
         own = {key: self.config[key] for key in known if key in names}
+        own |= {SAMPLER: {}} if self._encodes else {}
         return own | ({"trained_betas": None} if self._derived_betas else {})
 
     def _foreign(self) -> set[str]:
@@ -147,6 +150,9 @@ class StockConfig(SchedulerMixin, ConfigMixin):
                 config |= {"_writer": writer} if writer else {}
             if path == FLOW and kwargs.get("prediction_type", "flow_prediction") != "flow_prediction":
                 kwargs.setdefault("use_flow_sigmas", True)  # on the same path
+            sampler = own.pop(SAMPLER, None)  # constraints in the config of an inverse scheduler were passed to it
+            free = dict.fromkeys(CONSTRAINTS, False) if sampler is None else {}
+            own |= free if cls._encodes else sampler or {}
             config, own = cls._adapt(config, own)
             kwargs = {k: v for k, v in own.items() if k in known} | kwargs
         created = super().from_config(config, return_unused_kwargs, **kwargs)
@@ -157,7 +163,6 @@ class StockConfig(SchedulerMixin, ConfigMixin):
     @classmethod
     def _adapt(cls, settings: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Drop settings of other classes."""
-        own |= own.pop(SAMPLER, {})
         if SOLVER[0] in own:  # written by a multistep scheduler
             own.pop("use_flow_sigmas", None)
             if own.get("timestep_spacing") in ("few_steps", "few_steps_noise"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..process import inversion, moves, spacings
-from .config import CONSTRAINTS, SAMPLER, StockConfig, with_settings_of
+from .config import StockConfig, with_settings_of
 from .generalized import GeneralizedDDIMScheduler
 from .levels import edits
 from .multistep import MultistepDDIMScheduler
@@ -21,6 +21,7 @@ class Upwards(StockConfig):
 
     _image_range: tuple[float, float] | None = None  # f of the step to the data is clamped to this
     _most: int | None = None  # number of steps to plan, from the data
+    _encodes = True
     is_joint = False  # all steps are solved together
 
     def _build(self) -> None:
@@ -79,16 +80,6 @@ class Upwards(StockConfig):
         if moves.effective_eta("fixed_small", eta, 0.0)[1] > 0:
             raise ValueError(f"encoding is deterministic, and cannot use eta={eta:g}: leave it out")
         return "fixed_small", 0.0
-
-    def _own_settings(self) -> dict[str, Any]:
-        return super()._own_settings() | {SAMPLER: {}}
-
-    @classmethod
-    def _adapt(cls, settings: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Switch off the constraints of a sampler. Those in the config of an inverse scheduler were passed to it."""
-        of_inverse = own.pop(SAMPLER, None) is not None
-        settings, own = super()._adapt(settings, own)
-        return settings, (own if of_inverse else own | dict.fromkeys(CONSTRAINTS, False))
 
 
 class InverseDDIMScheduler(Upwards, GeneralizedDDIMScheduler):

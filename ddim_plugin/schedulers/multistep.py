@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..process import moves, multistep, spacings
 from ..process.paths import FlowMatching, VarianceExploding
-from .config import FLOW, SAMPLER, SOLVER, path_of, with_settings_of
+from .config import FLOW, SOLVER, path_of, with_settings_of
 from .generalized import GeneralizedDDIMScheduler
 from .levels import shift_of
 from .planned import Grid, Kind
@@ -74,7 +74,6 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     @classmethod
     def _adapt(cls, settings: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Leave out τ, noise and clipping of another class, but keep "learned_range" and thresholding."""
-        own |= own.pop(SAMPLER, {})
         if SOLVER[0] in own:
             return settings, own
         learned = "learned_range" in (settings.get("variance_type"), own.get("variance_type"))
