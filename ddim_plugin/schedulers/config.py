@@ -20,6 +20,7 @@ KEY = "_ddim_plugin"  # entry of a scheduler's config with our settings, which s
 SAMPLER = "sampler"  # entry of `KEY` of an inverse scheduler; in version 0.1 with the constraints it switched off
 CONSTRAINTS = ("clip_sample", "thresholding", "use_clipped_model_output")  # they change x̂0: such a step has no inverse
 SOLVER = ("solver_order", "lower_order_final", "fitted_solvers")  # of `MultistepDDIMScheduler` only
+OF_METHOD = ("timestep_spacing", "eta", "clip_sample", "use_clipped_model_output", "corrector_steps", *SOLVER)
 STOCK_SPACINGS = ("leading", "trailing", "linspace")
 STOCK_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 STAND_IN = "trailing"  # spacing that is saved for stock schedulers in place of one that they do not have
@@ -153,21 +154,12 @@ class StockConfig(SchedulerMixin, ConfigMixin):
             sampler = own.pop(SAMPLER, None)  # constraints in the config of an inverse scheduler were passed to it
             free = dict.fromkeys(CONSTRAINTS, False) if sampler is None else {}
             own |= free if cls._encodes else sampler or {}
-            config, own = cls._adapt(config, own)
+            config, own = _of_method(config, own, known)
             kwargs = {k: v for k, v in own.items() if k in known} | kwargs
         created = super().from_config(config, return_unused_kwargs, **kwargs)
         if later:
             (created[0] if return_unused_kwargs else created).register_to_config(**later)
         return created
-
-    @classmethod
-    def _adapt(cls, settings: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Drop settings of other classes."""
-        if SOLVER[0] in own:  # written by a multistep scheduler
-            own.pop("use_flow_sigmas", None)
-            if own.get("timestep_spacing") in ("few_steps", "few_steps_noise"):
-                own.pop("timestep_spacing")
-        return settings, own
 
 
 @cache
@@ -224,6 +216,21 @@ def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], str]
         changed = changed | {"timestep_spacing"} if replaced else changed - {"timestep_spacing"}
     settings["_use_default_values"] = [key for key in config.get("_use_default_values", ()) if key not in PROCESS]
     return settings, {key: value for key, value in own.items() if key not in changed}, path
+
+
+def _of_method(settings: dict[str, Any], own: dict[str, Any], known: dict[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Leave out τ, noise and clipping that were chosen for another method, but not "learned_range" or thresholding."""
+    if (SOLVER[0] in own) == (SOLVER[0] in known):
+        return settings, own
+    if SOLVER[0] in own:  # written by a multistep scheduler
+        spacing = {"timestep_spacing"} if own.get("timestep_spacing") in ("few_steps", "few_steps_noise") else set()
+        return settings, {k: v for k, v in own.items() if k not in {"use_flow_sigmas", *spacing}}
+    learned = "learned_range" in (settings.get("variance_type"), own.get("variance_type"))
+    dropped = {*OF_METHOD} if learned else {*OF_METHOD, "variance_type"}
+    settings, own = ({k: v for k, v in each.items() if k not in dropped} for each in (settings, own))
+    if path_of(settings) == FLOW:
+        settings["use_flow_sigmas"] = True  # pipelines such as Flux then leave σ to the scheduler
+    return settings, own
 
 
 def _writer(config: dict[str, Any], names: Sequence[str]) -> str | None:

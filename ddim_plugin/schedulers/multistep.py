@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..process import moves, multistep, spacings
 from ..process.paths import FlowMatching, VarianceExploding
-from .config import FLOW, SOLVER, path_of, with_settings_of
+from .config import FLOW, with_settings_of
 from .generalized import GeneralizedDDIMScheduler
 from .levels import shift_of
 from .planned import Grid, Kind
@@ -22,8 +22,6 @@ from .step import Evaluation, Step
 SOLVER_KEYS = {"timesteps", "noise", "weights", "solver_order", "prediction_type", "guidance_scale"}
 MUCH_NOISE = 0.5  # least η for which "few_steps" becomes "few_steps_noise", and a step extrapolates further
 REACH = 1.5  # factor on (mean − last value) in even steps with much noise: the mean of x̂0 lacks variance
-# Settings that are not copied from the config of another class: they were chosen for its sampler.
-OF_OTHERS = ("timestep_spacing", "eta", "clip_sample", "use_clipped_model_output", "corrector_steps", *SOLVER)
 # Largest Σ|weight| of a mean of 2 to 4 values: a step much longer than the one before would extrapolate too far.
 LARGEST = {False: (25, 250, 2500), True: (5, 17, 60)}  # of ε̂, of x̂0
 _mean_weights = lru_cache(maxsize=4096)(multistep.mean_weights)  # most plans repeat
@@ -70,18 +68,6 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
             raise ValueError(f"corrector_steps={steps} needs a GeneralizedDDIMScheduler: set it to 0")
         self._solvers = _check_solvers(self.config.fitted_solvers)
         self._forget()
-
-    @classmethod
-    def _adapt(cls, settings: dict[str, Any], own: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Leave out τ, noise and clipping of another class, but keep "learned_range" and thresholding."""
-        if SOLVER[0] in own:
-            return settings, own
-        learned = "learned_range" in (settings.get("variance_type"), own.get("variance_type"))
-        dropped = {*OF_OTHERS} if learned else {*OF_OTHERS, "variance_type"}
-        settings, own = ({k: v for k, v in each.items() if k not in dropped} for each in (settings, own))
-        if path_of(settings) == FLOW:
-            settings["use_flow_sigmas"] = True  # pipelines such as Flux then leave σ to the scheduler
-        return settings, own
 
     def _grid(self, S: int | None, spacing: str, stock: str | None = None, **given: Any) -> Grid:
         spacing = "few_steps_noise" if spacing == "few_steps" and self._kind(None)[1] >= MUCH_NOISE else spacing
