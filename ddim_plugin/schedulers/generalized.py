@@ -105,7 +105,7 @@ class GeneralizedDDIMScheduler(Planned):
         (signal, noise), self.path, self.image_range, self._tables = path.levels, path, path.image_range, {}
         self.alpha_bar, self._shown = signal**2 / (signal**2 + noise**2), None
         self.alpha_bar.setflags(write=False)
-        self.init_noise_sigma = float(noise[-1]) if path.explodes else 1.0
+        self.init_noise_sigma = float(noise[-1]) if path.explodes and not self._encodes else 1.0
         if not path.continuous and not path.explodes:
             self._show(self.alpha_bar[1:])
         self._replan()

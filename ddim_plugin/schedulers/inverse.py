@@ -21,8 +21,7 @@ class Upwards(StockConfig):
 
     _image_range: tuple[float, float] | None = None  # f of the step to the data is clamped to this
     _most: int | None = None  # number of steps to plan, from the data
-    _encodes = True
-    is_joint = False  # all steps are solved together
+    _encodes = True  # the loop begins with x_0
 
     def _build(self) -> None:
         super()._build()
@@ -34,7 +33,8 @@ class Upwards(StockConfig):
             raise ValueError(f"many x_t lead to one x_s with {given}: pass eta=0, 'fixed_small' and 0 to encode")
         if config.use_clipped_model_output and (config.clip_sample or config.thresholding):
             raise ValueError("use_clipped_model_output=True needs x_t, which an inverse step computes: set it to False")
-        self.order, self._in_order = 1 + (k or 0), self.is_joint or k is not None
+        self.order, self._in_order = 1 + (k or 0), isinstance(self, MultistepDDIMScheduler) or k is not None
+        self._from_data = self.path.level(0).noise == 0  # the first step does not determine the noise
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         super().set_begin_index(begin_index)
@@ -50,11 +50,6 @@ class Upwards(StockConfig):
         begins = self._planned is not None and self._done is None
         begins = begins and bool((torch.as_tensor(timesteps, device="cpu") == self._called[self._span.start]).all())
         return original_samples if begins else super().add_noise(original_samples, noise, timesteps)
-
-    def _replan(self) -> None:
-        super()._replan()
-        self.init_noise_sigma = 1.0  # the loop begins with x_0
-        self._from_data = self.path.level(0).noise == 0  # the first step does not determine the noise
 
     def report(self, tolerance: float = inversion.TOLERANCE) -> inversion.InversionReport:
         """Report the last loop, with the residual `tolerance` of a converged step. Raises ValueError without one."""
@@ -181,7 +176,6 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
     residual, and encodes it again. Other settings, and errors, are those of the sampler and of `InverseDDIMScheduler`.
     """
 
-    is_joint = True
     _make_plan = Planned._make_plan
 
     @with_settings_of(MultistepDDIMScheduler)

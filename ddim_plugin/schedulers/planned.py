@@ -99,7 +99,7 @@ class Planned(Levels):
         self._next, self._place = begin_index, None
 
     def _replan(self) -> None:
-        if self._planned is not None and self.path.explodes:
+        if self._planned is not None and self.path.explodes and not self._encodes:
             self.init_noise_sigma = 1.0 if self.config.denoising_start else self.path.level(self._tau[-1].item()).noise
         self._cache: dict[Any, Any] = {}  # what `_cached` has computed for this plan
 
