@@ -164,4 +164,6 @@ def accuracy(model: Classifier | Guide, images: Tensor, labels: Tensor) -> float
 
 if __name__ == "__main__":
     with guard.program():
-        print(json.dumps(main(parse(ClassifierConfig)), indent=2))
+        given = parse(ClassifierConfig)
+        print(json.dumps(main(given), indent=2))
+        print(f"{given.output}: the classifier")

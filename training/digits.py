@@ -188,3 +188,4 @@ if __name__ == "__main__":
     with guard.program("The same command continues"):
         found = main(parse(DigitsConfig))
         print(f"{found['parameters']}; right: {found.get('right')}")
+        print(f"{found['config']['output']}: the pipeline, training.json and samples.png")

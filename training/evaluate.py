@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from guard.progress import Progress
 from guard.writing import write_file
 from measure.grid.cells import Cell
 from measure.grid.figures import draw
@@ -45,20 +46,23 @@ def main(config: EvaluateConfig) -> dict[str, Any]:
     against = [run.against(each) for each in run.extractors] if todo else []
     finished: dict[Cell, dict[str, Any]] = {}
     result: dict[str, Any] = {}
-    for cell in sorted(run.grid, key=lambda cell: run.keys[cell] in todo):  # finished cells first
-        new = todo.pop(run.keys[cell], None) is not None
-        if new:
-            run.sample(cell)
-        if chief:
+    mine = cost["evaluations"] / run.state.num_processes
+    with Progress(mine, "evaluate", quiet=not chief) as bar, bar.counting(run.model.pipe.unet):
+        for cell in sorted(run.grid, key=lambda cell: run.keys[cell] in todo):  # finished cells first
+            new = todo.pop(run.keys[cell], None) is not None
             if new:
-                run.measure(cell, against)
-            finished[cell] = run.finished(cell)
-            if new:
-                print(describe_cell(cell, finished[cell]), flush=True)
-            shutil.rmtree(run.parts(cell).folder, ignore_errors=True)
-            result = summary(run, finished)
-            write_json(output / "results.json", result)
-        run.state.wait_for_everyone()
+                with bar.part(run.evaluations(cell) / run.state.num_processes):
+                    run.sample(cell)
+            if chief:
+                if new:
+                    run.measure(cell, against)
+                finished[cell] = run.finished(cell)
+                if new:
+                    bar.print(describe_cell(cell, finished[cell]))
+                shutil.rmtree(run.parts(cell).folder, ignore_errors=True)
+                result = summary(run, finished)
+                write_json(output / "results.json", result)
+            run.state.wait_for_everyone()
     if chief:
         write_file(output / "table.md", table(result))
         pictures = {cell: run.file(cell).with_suffix(".safetensors") for cell in run.grid}

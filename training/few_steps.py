@@ -28,12 +28,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from guard.progress import Progress
 from guard.writing import write_file
-from measure.comparison.bench import Bench, BenchSettings
+from measure.comparison.bench import SOLUTIONS, Bench, BenchSettings
 from measure.comparison.samplers import FAMILIES, PLAIN, Sampler, is_flow, is_stock, samplers
 from measure.comparison.tables import entries, plot, relative_errors, table
 from measure.parts import DTYPES
-from tqdm.auto import tqdm
 from trainer.settings import command, parse, record, write_json
 
 SCREENED = 2**24
@@ -73,23 +73,42 @@ def main(config: FewStepsConfig) -> dict[str, Any]:
     if not every:
         raise ValueError(f"no family of samplers begins with {' or '.join(config.families)}")
     print(f"{len(every)} samplers; the solution first", flush=True)
-    bench.solution  # noqa: B018
     result = record(config) | {"status": "running", "command": command(config), "model": bench.settings}
     result |= {"rows": [], "thousand": [], "unfit": {}}
     dropped: set[str] = set()
-    for nfe in config.nfe:
-        row, unfit, dropped = compare(bench, config, every, nfe, dropped)
-        result["rows"].append({"nfe": nfe} | {name: list(map(public, found)) for name, found in row.items()})
-        result["unfit"] |= unfit
-        write(result, bench.output)
-        print(table(result).splitlines()[1 + len(result["rows"])], flush=True)
-    for eta in config.thousand:
-        sampler = Sampler("1000 steps", "GeneralizedDDIMScheduler", {"eta": eta, "timestep_spacing": "linear"})
-        result["thousand"] += [public(each) for each in [bench.quality(sampler, 1000)] if "frechet" in each]
-        write(result, bench.output)
+    whole, solution = config.images * config.draws, config.near * sum(SOLUTIONS)
+    costs = {nfe: cost(config, every, nfe) for nfe in config.nfe}
+    work = solution + sum(costs.values()) + 1000 * whole * len(config.thousand)
+    with Progress(work, "few steps") as bar, bar.counting(bench.unet), bar.counting(bench.fast):
+        with bar.part(solution):
+            bench.solution  # noqa: B018
+        for nfe in config.nfe:
+            with bar.part(costs[nfe]):
+                row, unfit, dropped = compare(bench, config, every, nfe, dropped)
+            result["rows"].append({"nfe": nfe} | {name: list(map(public, found)) for name, found in row.items()})
+            result["unfit"] |= unfit
+            write(result, bench.output)
+            bar.print(table(result).splitlines()[1 + len(result["rows"])])
+        for eta in config.thousand:
+            sampler = Sampler("1000 steps", "GeneralizedDDIMScheduler", {"eta": eta, "timestep_spacing": "linear"})
+            with bar.part(1000 * whole):
+                found = bench.quality(sampler, 1000)
+            result["thousand"] += [public(found)] if "frechet" in found else []
+            write(result, bench.output)
     result["status"] = "finished"
     write(result, bench.output)
     return result
+
+
+def cost(config: FewStepsConfig, every: list[Sampler], nfe: int) -> int:
+    """Return about the evaluations of the network for an image, to compare samplers at one number of evaluations.
+
+    Some half of the samplers are expected to be screened.
+    """
+    near = config.near * sum(not each.noisy for each in every)
+    ours = sum(not is_stock(each.family) for each in every)
+    screened, best = len(every) // 2, min(config.shortlist + 1 + ours, len(every))
+    return nfe * (near + config.screen * screened + config.images * config.draws * best)
 
 
 def compare(
@@ -101,7 +120,7 @@ def compare(
         entries by measure; the reasons of samplers that cannot run; noisy samplers to drop at the next number.
     """
     still = [each for each in every if not each.noisy]
-    found = [bench.distance(each, nfe) for each in tqdm(still, desc=f"{nfe}, RMS", leave=False)]
+    found = [bench.distance(each, nfe) for each in still]
     distances = [entry for entry in found if "rms" in entry]
     limit = config.margin * min((each["rms"] for each in distances if is_stock(each["family"])), default=math.inf)
     near = {each["sampler"] for each in distances if each["rms"] <= limit or each["family"] in (*FAMILIES, *PLAIN)}
@@ -109,7 +128,7 @@ def compare(
     left = [each for each in every if each.name in near]
 
     apart = range(SCREENED, SCREENED + config.screen)
-    found += [bench.frechet(each, nfe, apart) for each in tqdm(left, desc=f"{nfe}, Fréchet", leave=False)]
+    found += [bench.frechet(each, nfe, apart) for each in left]
     screened = {entry["sampler"]: entry for entry in found if "frechet" in entry}
     ranks = sorted((entry["frechet"], name) for name, entry in screened.items() if is_stock(entry["family"]))
     dropped = {name for value, name in ranks if value > config.margin * ranks[0][0] and screened[name]["noisy"]}
@@ -118,7 +137,7 @@ def compare(
     chosen += [name for name, entry in screened.items() if not is_stock(entry["family"])]
     left = [each for each in left if each.name in chosen]
 
-    measured = [bench.quality(each, nfe) for each in tqdm(left, desc=f"{nfe}, all images", leave=False)]
+    measured = [bench.quality(each, nfe) for each in left]
     unfit = {f"{entry['sampler']}, {nfe}": entry["unfit"] for entry in found + measured if "unfit" in entry}
     best = [entry for entry in measured if "frechet" in entry]
     return {"rms": distances, "screened": list(screened.values()), "frechet": best}, unfit, dropped
@@ -144,4 +163,6 @@ def write(result: dict[str, Any], output: Path) -> None:
 
 if __name__ == "__main__":
     with guard.program("The same command resumes the run"):
-        main(parse(FewStepsConfig))
+        done = main(parse(FewStepsConfig))
+        for name in ("few_steps.json", "few_steps.md", "few_steps.png", "results.json"):
+            print(Path(done["config"]["output"]) / name)

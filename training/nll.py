@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 from cards.weights import weights_digest
-from guard.reading import read_object
+from guard.progress import Progress
 from guard.writing import write_file
 from measure.bound import DECODERS, Errors, VariationalBound
-from measure.likelihood import Bench, entry, kept_errors, search, table
+from measure.likelihood import Bench, earlier_cells, entry, kept_errors, search, table
 from pictures import Reading, choose_split
 from trainer.settings import command, parse, record, write_json
 
@@ -29,7 +29,6 @@ from ddim_plugin.process import spacings
 from ddim_plugin.process.moves import ETA_FREE, VARIANCES
 
 ESTIMATORS = ("second_moment", "error")
-FREE = ("output", "device", "batch_size", "save_model", "overwrite")  # may change when a run is resumed
 
 
 @dataclass(frozen=True)
@@ -117,40 +116,47 @@ def main(config: NLLConfig) -> dict[str, Any]:
     result: dict[str, Any] = record(config) | {"command": command(replace(config, spacing=spacing))}
     result |= {"device": bench.device, "spacing": spacing, "cells": earlier}
     result["model"] = {"sha256": weights_digest(bench.pipe.unet)}
-    eps, errors = tables(bench, config, output)
-    if config.save_model is not None:
-        bench.save(config.save_model, eps)
-    fitted = errors is not None and config.decoder in (None, "fitted")
-    decoder = errors.decoder_variance if fitted else config.decoder or "next"
-    result["decoder"] = decoder if isinstance(decoder, str) else "fitted"
+    costs = bench.costs(config, along)
+    with Progress(sum(costs.values()), "nll") as bar, bar.counting(bench.pipe.unet):
+        with bar.part(costs["errors"]):
+            eps, errors = tables(bench, config, output)
+        if config.save_model is not None:
+            bench.save(config.save_model, eps)
+        fitted = errors is not None and config.decoder in (None, "fitted")
+        decoder = errors.decoder_variance if fitted else config.decoder or "next"
+        result["decoder"] = decoder if isinstance(decoder, str) else "fitted"
 
-    def cell(key: str, measure: Callable[[], dict[str, Any]], **known: Any) -> None:
-        if key not in result["cells"]:
-            start = time.perf_counter()
-            result["cells"][key] = known | measure() | {"seconds": time.perf_counter() - start}
-        write(result, output)
-        made = result["cells"][key]
-        print(f"{key:42s} {made['bits']:.4f} ± {made['standard_error'] or math.nan:.4f} bits/dim")
+        def cell(key: str, cost: float, measure: Callable[[], dict[str, Any]], **known: Any) -> None:
+            with bar.part(cost):
+                if key not in result["cells"]:
+                    start = time.perf_counter()
+                    result["cells"][key] = known | measure() | {"seconds": time.perf_counter() - start}
+            write(result, output)
+            made = result["cells"][key]
+            bar.print(f"{key:42s} {made['bits']:.4f} ± {made['standard_error'] or math.nan:.4f} bits/dim")
 
-    def bound(key: str, variance: str, path: np.ndarray, **known: Any) -> None:
-        settings = (variance, eta[variance], eps, config.clip, decoder)
-        measured = VariationalBound(bench.path, path, bench.prediction_type, *settings)
-        cell(key, partial(bench.bound, images, measured, config.draws), variance=variance, **known)
+        def bound(key: str, variance: str, path: np.ndarray, **known: Any) -> None:
+            settings = (variance, eta[variance], eps, config.clip, decoder)
+            measured = VariationalBound(bench.path, path, bench.prediction_type, *settings)
+            measure = partial(bench.bound, images, measured, config.draws)
+            cell(key, costs[f"S = {known['S']}"] / bounds, measure, variance=variance, **known)
 
-    eta = {each: 1.0 if each in ETA_FREE else config.eta for each in config.variances}
-    found = {}
-    if config.searched:
-        given = (bench.path, errors._replace(eps_mean_square=eps))
-        found = {each: search(*given, each, eta[each], along) for each in config.variances if each != "learned_range"}
-    for S, times in along.items():
-        for variance in config.variances:
-            bound(f"S = {S}, {variance}", variance, times, S=S, tau=spacing)
-            if best := found.get(variance, {}).get(S):
-                known = best._asdict() | {"S": S, "tau": "searched", "times": best.times.tolist()}
-                bound(f"S = {S}, {variance}, searched", variance, best.times, **known)
-    if config.ode:
-        measure = partial(bench.ode, images[: config.ode_images], config.exact_trace, config.tolerance)
-        cell("ODE", measure, S=None, variance="ODE", tau=None)
+        eta = {each: 1.0 if each in ETA_FREE else config.eta for each in config.variances}
+        bounds = len(config.variances) * (1 + config.searched)  # of each S
+        found = {}
+        if config.searched:
+            given = (bench.path, errors._replace(eps_mean_square=eps))
+            chosen = [each for each in config.variances if each != "learned_range"]
+            found = {each: search(*given, each, eta[each], along) for each in chosen}
+        for S, times in along.items():
+            for variance in config.variances:
+                bound(f"S = {S}, {variance}", variance, times, S=S, tau=spacing)
+                if best := found.get(variance, {}).get(S):
+                    known = best._asdict() | {"S": S, "tau": "searched", "times": best.times.tolist()}
+                    bound(f"S = {S}, {variance}, searched", variance, best.times, **known)
+        if config.ode:
+            measure = partial(bench.ode, images[: config.ode_images], config.exact_trace, config.tolerance)
+            cell("ODE", costs["ODE"], measure, S=None, variance="ODE", tau=None)
     return result
 
 
@@ -160,19 +166,6 @@ def write(result: dict[str, Any], output: Path) -> None:
     entries = [entry(each, result) for each in result["cells"].values()]
     write_json(output / "results.json", {"model": result["model"], "results": entries})
     write_file(output / "nll.md", table(result))
-
-
-def earlier_cells(output: Path, config: NLLConfig) -> dict[str, Any]:
-    """Read the cells of a run with the same settings. Raises ValueError if its settings differ."""
-    file = output / "nll.json"
-    if config.overwrite or not file.is_file():
-        return {}
-    before, now = read_object(file), record(config)["config"]
-    known = {key: list(value) if isinstance(value, tuple) else value for key, value in now.items() if key not in FREE}
-    changed = [key for key, value in known.items() if before.get("config", {}).get(key) != value]
-    if changed:
-        raise ValueError(f"{output} has results with another {', '.join(changed)}: choose another, or pass --overwrite")
-    return before.get("cells", {})
 
 
 def tables(bench: Bench, config: NLLConfig, output: Path) -> tuple[np.ndarray | None, Errors | None]:
@@ -197,4 +190,6 @@ def tables(bench: Bench, config: NLLConfig, output: Path) -> tuple[np.ndarray | 
 
 if __name__ == "__main__":
     with guard.program("The same command resumes the run"):
-        main(parse(NLLConfig))
+        done = main(parse(NLLConfig))
+        for name in ("nll.json", "nll.md", "results.json"):
+            print(Path(done["config"]["output"]) / name)

@@ -182,5 +182,8 @@ def fill(text: str, root: Path) -> str:
 
 if __name__ == "__main__":
     with guard.program():
-        done = main(parse(PackageConfig))
-        print(f"{len(done['results'])} figures and {len(done['pictures'])} pictures")
+        given = parse(PackageConfig)
+        done = main(given)
+        print(f"{given.output}: the model, {len(done['results'])} figures and {len(done['pictures'])} pictures")
+        if given.readme is not None:
+            print(f"{given.readme}: its blocks")

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
+from guard.progress import Progress
 from guard.writing import write_file
 from measure.labels import check_label
 from pictures import Reading, choose_split, load_images
@@ -84,7 +85,7 @@ def main(config: SampleConfig) -> dict[str, Any]:
         shape = (pipe.image_channels, pipe.image_size)
         images = load_images(config.data, config.split, *shape, config.columns, **config.reading)
         real = images.permute(0, 2, 3, 1).numpy() / 255
-    pipe.set_progress_bar_config(desc="sampling", leave=False)
+    pipe.set_progress_bar_config(disable=True)
     stock, discrete = pipe.scheduler.config, isinstance(pipe.scheduler, DiscreteDDIMScheduler)
     largest = "the largest of Appendix A" if discrete else "Ho's larger variance"
     if discrete:
@@ -101,26 +102,29 @@ def main(config: SampleConfig) -> dict[str, Any]:
         return pipe(len(seeds), S, eta=eta, generator=generators, class_labels=labels, output_type="np").images
 
     seconds = {"load": time.perf_counter() - start}
-    start = time.perf_counter()
-    rows = [(f"S = {S}", draw(S, 0.0, smaller)) for S in config.steps]
-    if real is not None:
-        rows.insert(0, ("real", real))
-    by_steps = picture(rows, "eta = 0, the same x_T in each column")
-    seconds["samples_by_steps"] = time.perf_counter() - start
+    work = (config.columns + config.npz) * sum(config.steps)
+    work += config.columns * sum(config.eta_steps) * (len(config.etas) + 1)
+    with Progress(work, "sampling") as bar, bar.counting(pipe.unet):
+        start = time.perf_counter()
+        rows = [(f"S = {S}", draw(S, 0.0, smaller)) for S in config.steps]
+        if real is not None:
+            rows.insert(0, ("real", real))
+        by_steps = picture(rows, "eta = 0, the same x_T in each column")
+        seconds["samples_by_steps"] = time.perf_counter() - start
 
-    start = time.perf_counter()
-    rows = []
-    for S in config.eta_steps:
-        rows += [(f"S = {S}  eta = {eta:g}", draw(S, eta, smaller)) for eta in config.etas]
-        rows += [(f"S = {S}  {most}", draw(S, None, larger))]
-    by_eta = picture(rows, f"noise by eta, and {largest}; the same x_T in each column")
-    seconds["samples_by_eta"] = time.perf_counter() - start
+        start = time.perf_counter()
+        rows = []
+        for S in config.eta_steps:
+            rows += [(f"S = {S}  eta = {eta:g}", draw(S, eta, smaller)) for eta in config.etas]
+            rows += [(f"S = {S}  {most}", draw(S, None, larger))]
+        by_eta = picture(rows, f"noise by eta, and {largest}; the same x_T in each column")
+        seconds["samples_by_eta"] = time.perf_counter() - start
 
-    made = {Path(config.output) / name: content for name, content in zip(WRITTEN, (by_steps, by_eta), strict=False)}
-    for S in config.steps if config.npz else ():
-        parts = (draw(S, 0.0, smaller, i, min(i + BATCH, config.npz)) for i in range(0, config.npz, BATCH))
-        np.savez(file := io.BytesIO(), np.concatenate([(part * 255).round().astype(np.uint8) for part in parts]))
-        made[Path(config.output) / f"samples-S{S}.npz"] = file.getvalue()
+        made = {Path(config.output) / name: content for name, content in zip(WRITTEN, (by_steps, by_eta), strict=False)}
+        for S in config.steps if config.npz else ():
+            parts = (draw(S, 0.0, smaller, i, min(i + BATCH, config.npz)) for i in range(0, config.npz, BATCH))
+            np.savez(file := io.BytesIO(), np.concatenate([(part * 255).round().astype(np.uint8) for part in parts]))
+            made[Path(config.output) / f"samples-S{S}.npz"] = file.getvalue()
     for path, content in made.items():
         write_file(path, content)
     result = record(config) | {"pictures": [str(path) for path in made], "seconds": seconds, "device": device}
@@ -137,4 +141,4 @@ def picture(rows: list[tuple[str, Any]], title: str) -> bytes:
 if __name__ == "__main__":
     with guard.program():
         done = main(parse(SampleConfig))
-        print("\n".join(done["pictures"]))
+        print("\n".join([*done["pictures"], str(Path(done["config"]["output"]) / "sample.json")]))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from discrete import bound_bits, quantize
+from guard.progress import Progress
 from guard.writing import write_file
 from measure.extractors import Extractor, open_extractor
 from measure.labels import check_label
@@ -79,24 +80,29 @@ def main(config: TokensConfig) -> dict[str, Any]:
         check_count(min(config.images, len(real)), extractor.dimension)
     reference = None if extractor is None else features(extractor, real[: config.images], K, config.batch_size)
     rows, files, size = [], {}, config.batch_size
-    for S, eta in product(config.steps, config.etas):
-        bits = torch.cat([bound(pipe, part, S, eta, config.seed) for part in real[: config.bound_images].split(size)])
-        seeds = torch.arange(config.seed, config.seed + config.images)
-        drawn = torch.cat([draw(pipe, part, S, eta) for part in seeds.split(size)])
-        row = {"S": S, "eta": eta, "bits": float(bits.mean()), "bits_error": float(bits.std() / len(bits) ** 0.5)}
-        if extractor is not None:
-            row["frechet"] = frechet(gaussian(features(extractor, drawn, K, config.batch_size)), gaussian(reference))
-        rows.append(row)
-        shown = (drawn[:64].float() / (K - 1)).permute(0, 2, 3, 1).cpu().numpy()
-        picture = grid([shown[i : i + COLUMNS] for i in range(0, len(shown), COLUMNS)], title=f"S = {S}, eta = {eta:g}")
-        picture.save(file := io.BytesIO(), format="PNG")
-        files[f"samples-S{S:04}-eta{eta:g}.png"] = file.getvalue()
+    measured = real[: config.bound_images]
+    work = (len(measured) + config.images) * sum(config.steps) * len(config.etas)
+    with Progress(work, "tokens") as bar, bar.counting(pipe.unet):
+        for S, eta in product(config.steps, config.etas):
+            bits = torch.cat([bound(pipe, part, S, eta, config.seed) for part in measured.split(size)])
+            seeds = torch.arange(config.seed, config.seed + config.images)
+            drawn = torch.cat([draw(pipe, part, S, eta) for part in seeds.split(size)])
+            row = {"S": S, "eta": eta, "bits": float(bits.mean()), "bits_error": float(bits.std() / len(bits) ** 0.5)}
+            if extractor is not None:
+                seen = features(extractor, drawn, K, size)
+                row["frechet"] = frechet(gaussian(seen), gaussian(reference))
+            rows.append(row)
+            shown = (drawn[:64].float() / (K - 1)).permute(0, 2, 3, 1).cpu().numpy()
+            lines = [shown[i : i + COLUMNS] for i in range(0, len(shown), COLUMNS)]
+            picture = grid(lines, title=f"S = {S}, eta = {eta:g}")
+            picture.save(file := io.BytesIO(), format="PNG")
+            files[f"samples-S{S:04}-eta{eta:g}.png"] = file.getvalue()
     for name, content in files.items():
         write_file(Path(config.output) / name, content)
     result = record(config) | {
         "results": rows,
         "pictures": sorted(files),
-        "bound_images": len(real[: config.bound_images]),
+        "bound_images": len(measured),
     }
     write_file(Path(config.output) / WRITTEN[1], table(rows))
     write_json(Path(config.output) / WRITTEN[0], result)
@@ -132,4 +138,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     with guard.program():
-        print(table(main(parse(TokensConfig))["results"]), end="")
+        done = main(parse(TokensConfig))
+        print(table(done["results"]), end="")
+        for name in (*WRITTEN, *done["pictures"]):
+            print(Path(done["config"]["output"]) / name)

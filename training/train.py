@@ -122,6 +122,8 @@ def exit_status(result: dict[str, Any]) -> int:
     if is_main and result["seconds"]:
         speed = f"{result['images_per_second']:.0f} images/s"
         print(f"trained {step} steps in {result['seconds']:.0f} s ({speed}), loss {result['loss']:.4f}")
+    if is_main:
+        print(f"{result['config']['output']}: the pipeline and training.json")
     return 1 if result.get("not_pushed") else 0
 
 

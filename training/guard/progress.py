@@ -8,14 +8,16 @@ from typing import Any
 class Progress:
     """Show how much of the work is done and the time left, on stderr if that is a terminal.
 
-    `done` and `total` count units, such as evaluations of a network for an image. `total` may be an estimate.
+    `done` and `total` count units, such as evaluations of a network for an image. `total` may be an estimate. A `quiet`
+    one shows nothing, as all processes but the first.
     """
 
-    def __init__(self, total: float, desc: str, unit: str = "evaluation"):
+    def __init__(self, total: float, desc: str, unit: str = "evaluation", quiet: bool = False):
         from tqdm.auto import tqdm
 
         self.done, self.total = 0.0, total
-        self.bar = tqdm(total=total, desc=desc, unit=unit, unit_scale=True, disable=None, leave=False, mininterval=0.5)
+        shown = {"total": total, "desc": desc, "unit": unit, "unit_scale": True, "leave": False, "mininterval": 0.5}
+        self.bar = tqdm(**shown, disable=quiet or None)
 
     def __enter__(self) -> "Progress":
         return self

@@ -11,6 +11,7 @@ from typing import Any
 import guard
 import torch
 from diffusers.training_utils import EMAModel
+from guard.progress import Progress
 from guard.writing import write_file
 from torch import Tensor, nn
 
@@ -71,7 +72,9 @@ def fit(
     def seconds() -> float:
         return before + time.perf_counter() - began
 
-    with guard.ending_after_a_step("ending after this step, with a checkpoint") as signals:
+    plan = "ending after this step, with a checkpoint"
+    with Progress(schedule.steps, file.stem, "step") as bar, guard.ending_after_a_step(plan) as signals:
+        bar.advance(step)
         while step < schedule.steps and not signals.received:
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)
@@ -82,10 +85,11 @@ def fit(
             optimizer.step()
             average.step(weights)
             loss, step = value.item() if step == 0 else 0.98 * loss + 0.02 * value.item(), step + 1
+            bar.advance()
             if not math.isfinite(loss):
                 raise FloatingPointError(f"{file.stem}: the loss is {loss} at step {step}. Lower the learning rate")
             if step % EVERY == 0:
-                print(f"{file.stem} {step}/{schedule.steps}: loss {loss:.4f}, {seconds():.0f} s", flush=True)
+                bar.print(f"{file.stem} {step}/{schedule.steps}: loss {loss:.4f}, {seconds():.0f} s")
             if step % schedule.save_every == 0 or step == schedule.steps or signals.received:
                 held = {"settings": settings, "step": step, "seconds": seconds(), "loss": loss}
                 held |= {"networks": [each.state_dict() for each in networks]}

@@ -4,7 +4,6 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path as Folder
 from typing import Any, NamedTuple
 
@@ -16,8 +15,7 @@ from numpy.typing import NDArray
 from pictures import as_dataset, load_images, to_model
 from pictures.bits import BIN, discretized_log_likelihood
 from torch import Generator, Tensor
-from tqdm.auto import tqdm
-from trainer.settings import write_json
+from trainer.settings import record, write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.process import spacings
@@ -42,17 +40,16 @@ def measure_errors(
     path: Path,
     prediction_type: str,
     generator: Generators,
-    progress: Callable[[range], Iterable[int]] = iter,
 ) -> Errors:
     """Measure `Errors` over a batch of images, with T evaluations an image; average them over several batches.
 
-    `x0` are 8-bit images in −1..1, of the data or the model's own; `progress` may wrap the times in a progress bar.
+    `x0` are 8-bit images in −1..1, of the data or the model's own.
     """
     T = path.T
     errors, squares = np.zeros(T + 1), np.ones(T + 1)
     variances = np.geomspace(BIN**2 / 10, np.maximum(np.asarray(path.levels.noise) ** 2, BIN**2), 12, axis=1)
     decoders = np.zeros_like(variances)
-    for t in progress(range(1, T + 1)):
+    for t in range(1, T + 1):
         level = path.level(t)
         predicted = prediction(prediction_type, level)
         noise = draw(generator, len(x0), lambda size, one: torch.randn(*size, *x0.shape[1:], generator=one)).to(x0)
@@ -65,6 +62,13 @@ def measure_errors(
             deviation = torch.tensor(math.sqrt(variance)).to(x0)
             decoders[t, k] = -float(discretized_log_likelihood(x0, guess, deviation).double().mean())
     return Errors(errors, squares, variances, decoders, float(x0.double().square().mean()))
+
+
+OF_ODE = 150
+"""About the evaluations of the network for the likelihood of an image by the ODE, to estimate the time left."""
+
+FREE = ("output", "device", "batch_size", "save_model", "overwrite")
+"""Settings that may change when a run is resumed."""
 
 
 class Bench:
@@ -84,6 +88,7 @@ class Bench:
     def __init__(self, model: str, class_label: int | None, batch_size: int, seed: int, device: str | None):
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.pipe = GeneralizedDDIMPipeline.from_pretrained(model).to(self.device)
+        self.pipe.set_progress_bar_config(disable=True)
         if not isinstance(self.pipe.scheduler, GeneralizedDDIMScheduler):
             self.pipe.scheduler = GeneralizedDDIMScheduler.from_config(self.pipe.scheduler.config)
         self.class_label, self.batch_size, self.seed = class_label, batch_size, seed
@@ -127,9 +132,16 @@ class Bench:
         timesteps: Any = self.path.timestep(t.to(x.device))  # type: ignore[arg-type]
         return finite(self.pipe.unet(x, timesteps.clamp(min=0), class_labels=labels).sample)
 
-    def batches(self, images: Tensor, name: str) -> Iterable[tuple[Tensor, list[Generator]]]:
-        """Yield bytes in batches, (B, C, H, W), and a generator for each image, with a progress bar."""
-        for start in tqdm(range(0, len(images), self.batch_size), desc=name, leave=False):
+    def costs(self, config: Any, along: dict[int, NDArray[np.int64]]) -> dict[str, float]:
+        """Estimate the evaluations of the network for an image, in each part of what `nll.py` measures."""
+        bounds = config.images * len(config.variances) * (1 + config.searched)
+        found: dict[str, float] = {"errors": self.T * config.fit_images}
+        found |= {f"S = {S}": bounds * (config.draws or len(times)) for S, times in along.items()}
+        return found | ({"ODE": OF_ODE * min(config.ode_images, config.images)} if config.ode else {})
+
+    def batches(self, images: Tensor) -> Iterable[tuple[Tensor, list[Generator]]]:
+        """Yield bytes in batches, (B, C, H, W), and a generator for each image."""
+        for start in range(0, len(images), self.batch_size):
             part = images[start : start + self.batch_size].to(self.device)
             yield part, [Generator().manual_seed(self.seed + start + k) for k in range(len(part))]
 
@@ -141,7 +153,7 @@ class Bench:
             return output if bound.learned else output[:, : x.shape[1]]
 
         totals, priors, decoders = [], [], []
-        for part, generators in self.batches(images, f"S = {len(bound)}, {bound.variance_type}"):
+        for part, generators in self.batches(images):
             if draws:
                 totals.append(bound.sampled(network, to_model(part), generators, draws))
                 continue
@@ -159,18 +171,17 @@ class Bench:
         """Measure the likelihood of the ODE over the images: mean, standard error, evaluations."""
         found = [
             ode_bits(self.network, part, self.path, self.prediction_type, generators, exact_trace, tolerance)
-            for part, generators in self.batches(images, "ODE")
+            for part, generators in self.batches(images)
         ]
         nfe = sum(each.evaluations for each in found) / len(found)
         return summary(torch.cat([each.bits for each in found])) | {"eta": 0.0, "nfe": nfe}
 
     def errors(self, images: Tensor) -> Errors:
         """Measure the errors of x̂0 and E‖ε̂‖² at every time on these images."""
-        progress = partial(tqdm, desc="E‖ε̂‖²", leave=False)
         found, counts = [], []
-        for part, generators in self.batches(images, "images"):
+        for part, generators in self.batches(images):
             x0 = to_model(part)
-            found.append(measure_errors(self.network, x0, self.path, self.prediction_type, generators, progress))
+            found.append(measure_errors(self.network, x0, self.path, self.prediction_type, generators))
             counts.append(len(part))
         return Errors(*(np.average(each, axis=0, weights=counts) for each in zip(*found, strict=True)))
 
@@ -178,7 +189,6 @@ class Bench:
         """Draw images of the model itself as bytes, (count, C, H, W)."""
         generators = [Generator().manual_seed(self.seed + i) for i in range(count)]
         labels = {} if self.class_label is None else {"class_labels": self.class_label}
-        self.pipe.set_progress_bar_config(desc="samples", leave=False)
         settings = {"eta": 1.0, "generator": generators, "output_type": "pt", **labels}
         made = self.pipe(count, min(50, self.T), **settings).images
         return (made.float().cpu() * 255).round().to(torch.uint8)
@@ -207,6 +217,19 @@ def summary(bits: Tensor) -> dict[str, Any]:
     finite(bits, "the likelihood is")
     error = float(bits.std() / len(bits) ** 0.5) if len(bits) > 1 else None
     return {"bits": float(bits.mean()), "standard_error": error, "images": len(bits)}
+
+
+def earlier_cells(output: Folder, config: Any) -> dict[str, Any]:
+    """Read the cells of a run with the same settings. Raises ValueError if its settings differ."""
+    file = output / "nll.json"
+    if config.overwrite or not file.is_file():
+        return {}
+    before, now = read_object(file), record(config)["config"]
+    known = {key: list(value) if isinstance(value, tuple) else value for key, value in now.items() if key not in FREE}
+    changed = [key for key, value in known.items() if before.get("config", {}).get(key) != value]
+    if changed:
+        raise ValueError(f"{output} has results with another {', '.join(changed)}: choose another, or pass --overwrite")
+    return before.get("cells", {})
 
 
 def kept_errors(file: Folder, settings: dict[str, Any], measure: Callable[[], Errors], overwrite: bool) -> Errors:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +16,7 @@ from guard import check_processes
 from guard.writing import write_file
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
+from tqdm.auto import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types that a network can have, by the names used in settings."""
@@ -104,10 +104,9 @@ class Parts:
         missing = [(file, part) for file, part in self.files.items() if not file.exists()]
         state.wait_for_everyone()  # all have looked before anyone writes
         mine = missing[state.process_index :: state.num_processes]
-        for i, (file, part) in enumerate(mine, 1):
+        quiet = not state.is_main_process
+        for file, part in tqdm(mine, label, unit="part", leave=False, disable=quiet or None):
             save_arrays(file, *compute(part))
-            if state.is_main_process and sys.stderr.isatty():
-                print(f"\r{label}: part {i} of {len(mine)}", end="\n" if i == len(mine) else "", file=sys.stderr)
         state.wait_for_everyone()
 
     def read(self) -> tuple[Arrays, list[Notes]]:

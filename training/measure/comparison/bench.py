@@ -67,6 +67,10 @@ class BenchSettings(Reading):
     overwrite: bool = field(default=False, metadata={"help": "delete what was measured before"})
 
 
+SOLUTIONS = (250, 500)
+"""Steps of a rough and of a fine solution of the ODE, whose distance is recorded."""
+
+
 class Journal:
     """Measurements of runs with the same settings, one line of JSON each, so that a run can be resumed.
 
@@ -201,7 +205,7 @@ class Bench:
                 return images[:near].to(self.device)
         teacher = Sampler("ours", "MultistepDDIMScheduler", {"timestep_spacing": "linear", "solver_order": 3})
         try:
-            rough, fine = (torch.cat(list(self.make(self.unet, teacher, S, range(near)))) for S in (250, 500))
+            rough, fine = (torch.cat(list(self.make(self.unet, teacher, S, range(near)))) for S in SOLUTIONS)
         except Unfit as reason:
             raise ValueError(f"cannot solve the ODE of {self.config.model} ({reason}): check its weights") from reason
         kept = {"settings": self.settings, "images": fine.cpu(), "converged_to": rms(rough, fine)}

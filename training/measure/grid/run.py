@@ -112,7 +112,7 @@ class Run:
     def estimate(self) -> dict[str, Any]:
         """Estimate the cost of the cells that are not finished, from a few evaluations of the network."""
         config, todo = self.config, self.todo()
-        evaluations = config.images * sum(len(self.samplings[cell].timesteps) for cell in todo.values())
+        evaluations = sum(self.evaluations(cell) for cell in todo.values())
         pace = self.model.pace(next(iter(todo.values()))) if todo else 0.0
         batch = torch.zeros((min(config.batch_size, config.images), *self.model.shape), dtype=torch.uint8)
         extract(self.extractors, batch[:2])  # warms up
@@ -128,6 +128,10 @@ class Run:
             "seconds_an_extraction": extraction,
             "hours": seconds / 3600 / self.state.num_processes,
         }
+
+    def evaluations(self, cell: Cell) -> int:
+        """Return the evaluations of the network for an image, of all images of a cell."""
+        return self.config.images * len(self.samplings[cell].timesteps)
 
     # ---- which cells are finished --------------------------------------------------------------------------------
 
