@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import get_device
 
-from ..hub.push import explained, push_folder
+from ..hub.push import explained, push_folder, push_space
 from ..pipelines import invert as inversion
 from ..pipelines.fit import fit_solver
 from ..pipelines.generation import GeneralizedDDIMPipeline
@@ -34,9 +34,16 @@ KEPT = ("steps", "spacing", "multistep", "strength", "class_label", *CALL)  # sa
 def run(args: Namespace) -> None:
     """Run a command, move its files into place when all are complete, and print their paths."""
     command, start = vars(args).pop("command"), time.perf_counter()  # all others are settings
+    if command == "demo":
+        demo(args)
+        return
     if command == "push":
+        if (space := vars(args).pop("space")) and (args.revision or args.create_pr):
+            raise ValueError("--space shows the main branch: leave out --revision and --create-pr")
         commit = push_folder(**vars(args))
         print(commit.pr_url or commit.commit_url)
+        if space:
+            print(push_space(args.repo_id, args.private, args.token, args.license).commit_url)
         return
     files = [file for file in FILES[command] if file != LATENTS or not vars(args).get("latents")]
     places = [Path(args.output, file) for file in (*files, f"{command}.json")]
@@ -144,6 +151,17 @@ def fit(args: Namespace) -> tuple:
         whole = _load(Namespace(**vars(args) | {"dtype": "float32"}))
         whole.scheduler, pipe = pipe.scheduler, whole
     return {"fitted": found}, pipe
+
+
+def demo(args: Namespace) -> None:
+    """Show a model in the browser, until the command is interrupted."""
+    try:
+        from ..hub import app
+    except ModuleNotFoundError as error:
+        raise ValueError(f'the page needs {error.name}: pip install "ddim-plugin[demo]"') from error
+    args.model = args.model or str(app.default_model())
+    pipe = _load(args, {})
+    app.launch(app.Demo(pipe, app.held_out(args.model, args.revision)).page(Path(args.model).name), args.port)
 
 
 def _load(args: Namespace, changes: dict[str, Any] = DETERMINISTIC) -> Any:

@@ -15,12 +15,13 @@ FILES |= {"edit": ("edited.png", LATENTS), "fit": ("model",)}
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
-    stock, times, text, seed = (ArgumentParser(add_help=False) for _ in range(4))
+    machine, times, text, seed = (ArgumentParser(add_help=False) for _ in range(4))
+    machine.add_argument("--device", help="cpu, cuda, … (default: an accelerator if there is one)")
+    machine.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
+    machine.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
+    stock = ArgumentParser(add_help=False, parents=[machine])
     stock.add_argument("model", metavar="MODEL", help="a folder written by save_pretrained, or a Hub id")
     stock.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the pipeline's)")
-    stock.add_argument("--device", help="cpu, cuda, … (default: an accelerator if there is one)")
-    stock.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
-    stock.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
     stock.add_argument("--output", default="out", metavar="FOLDER", help="folder for the files (default: out)")
     stock.add_argument("--overwrite", action="store_true", help="replace files of an earlier run")
     model = ArgumentParser(add_help=False, parents=[stock])
@@ -74,5 +75,12 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     sub.add_argument("--message", dest="commit_message", metavar="TITLE", help="title of the commit")
     sub.add_argument("--license", help="licence of the weights, by its id on the Hub: mit, cc-by-4.0, …")
+    sub.add_argument("--space", action="store_true", help="also push a Space of the same id that shows the model")
     sub.add_argument("--token", help="token with write access (default: HF_TOKEN, or that of `hf auth login`)")
+    sub = command("demo", "show a model in the browser, in a page of this machine", "user/model", machine)
+    sub.add_argument(
+        "model", metavar="MODEL", nargs="?", help="a model of pixels (default: digits, without a download)"
+    )
+    sub.add_argument("--port", type=int, help="port of the page (default: the first free one from 7860 on)")
+    sub.set_defaults(spacing=None, multistep=None)
     return top.parse_args(argv)

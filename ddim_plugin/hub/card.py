@@ -33,7 +33,7 @@ def card(repo_id: str, unet: Config, scheduler: Config, parameters: int, license
     shown, title = {key: details.pop(key, default) for key, default in DETAILS.items()}, repo_id.split("/")[-1]
     known = {"library_name": "diffusers", "pipeline_tag": TASK, "tags": ["ddim", "diffusion", "ddim-plugin"]}
     metadata = ModelCardData(**known, license=license, model_name=title, **details).to_yaml()
-    return _sign(TEMPLATE.render(locals() | shown, code=code().name, settings=settings, cell=cell))
+    return sign(TEMPLATE.render(locals() | shown, code=code().name, settings=settings, cell=cell))
 
 
 def adapt(text: str, repo_id: str, license: str | None = None) -> str:
@@ -44,16 +44,16 @@ def adapt(text: str, repo_id: str, license: str | None = None) -> str:
     if license is not None:
         written.data.license = license
         body = re.sub(r"(?<=\nThe weights: ).+?(?=\. The training data)", lambda _: license, body)
-    return _sign(f"---\n{written.data.to_yaml()}\n---\n{body}")
+    return sign(f"---\n{written.data.to_yaml()}\n---\n{body}")
 
 
 def is_written_here(text: str) -> bool:
     """Test whether a card was written by `card`, and not changed since."""
     above, _, mark = text.replace("\r\n", "\n").rpartition(f"\n{MARK}")
-    return mark.rstrip()[-12:] == _sign(above).rstrip()[-12:]  # the digest, of any version
+    return mark.rstrip()[-12:] == sign(above).rstrip()[-12:]  # the digest, of any version
 
 
-def _sign(text: str) -> str:
+def sign(text: str) -> str:
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{text}\n{MARK} {__version__} from the records and configs of this repo ({digest}).*\n"
 

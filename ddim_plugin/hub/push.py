@@ -5,15 +5,24 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    SpaceCardData,
+    get_token,
+)
 
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..schedulers import GeneralizedDDIMSchedulerOutput
 from ..schedulers.config import CLASSES
-from .card import adapt, card, is_written_here
+from .card import adapt, card, is_written_here, sign
 from .code import STALE, code
 
 README, GRID, TITLE = "README.md", "samples.png", "Upload GeneralizedDDIMPipeline"
@@ -125,11 +134,47 @@ for each in (GeneralizedDDIMPipeline, GeneralizedDDIMSchedulerOutput, *CLASSES.v
     each.__module__ = __package__.partition(".")[0]  # saved files name classes by the package
 
 
-def open_repo(api: HfApi, repo_id: str, private: bool | None) -> str:
+SPACE = {"repo_type": "space", "space_sdk": "gradio"}
+SDK = "6.31.0"  # the version of Gradio that the page was tested with
+SPACE_TEXT = (
+    "Samples, latents and few steps of [{0}](https://huggingface.co/{0}), by ddim-plugin. It runs on any hardware."
+)
+
+
+def push_space(
+    repo_id: str, private: bool | None = None, token: str | bool | None = None, license: str | None = None
+) -> CommitInfo:
+    """Push a Space of Gradio that shows the model of the same id: the page of `ddim-plugin demo`, and this package.
+
+    Arguments and errors are those of `push_folder`. A card that somebody wrote is kept. Returns the commit, or the last
+    one if nothing has changed.
+    """
+    api, package = HfApi(token=token), Path(__file__).parents[1]
+    repo_id = open_repo(api, repo_id, private, **SPACE)
+    needed = [line for line in requires("ddim-plugin") or () if ";" not in line]  # without those of extras
+    data = {"title": repo_id.split("/")[-1], "sdk": SPACE["space_sdk"], "sdk_version": SDK, "app_file": "app.py"}
+    text = f"---\n{SpaceCardData(**data, models=[repo_id], license=license)}\n---\n\n{SPACE_TEXT.format(repo_id)}\n"
+    files: dict[str, Path | bytes] = {
+        f"ddim_plugin/{path.relative_to(package)}": path for path in package.rglob("*.py")
+    }
+    files |= {"ddim_plugin/hub/card.md": package / "hub" / "card.md", "app.py": package / "hub" / "app.py"}
+    files["requirements.txt"] = "\n".join([*needed, ""]).encode()
+    with explained(repo_id, token):
+        names = {each.rfilename for each in api.space_info(repo_id).siblings or ()}
+        path = README in names and api.hf_hub_download(repo_id, README, repo_type="space")
+        old = Path(path).read_text(encoding="utf-8", errors="replace") if path else ""
+        if is_written_here(old) or "spaces-config-reference" in (old or "spaces-config-reference"):  # of a new Space
+            files[README] = sign(text).encode()
+        changes = [CommitOperationDelete(name) for name in names - files.keys() if name.startswith("ddim_plugin/")]
+        changes += [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+        return api.create_commit(repo_id, changes, commit_message="Upload the page of ddim-plugin", repo_type="space")
+
+
+def open_repo(api: HfApi, repo_id: str, private: bool | None, **kind: str) -> str:
     """Create a repository if it does not exist, and return its full id. Raises ValueError if it is not `private`."""
     with explained(repo_id, api.token):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private and not api.model_info(repo_id).private:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True, **kind).repo_id
+        if private and not api.repo_info(repo_id, repo_type=kind.get("repo_type")).private:
             raise ValueError(f"{repo_id} is public, and private=True does not change that: nothing was pushed")
     return repo_id
 

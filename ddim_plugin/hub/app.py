@@ -1,0 +1,276 @@
+"""The page of `ddim-plugin demo`: a model's samples, latents and few steps. A Space has this file as `app.py`."""
+
+import functools
+import inspect
+import time
+from importlib.metadata import files
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import gradio as gr
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import get_device
+from huggingface_hub import hf_hub_download, metadata_load
+from huggingface_hub.errors import EntryNotFoundError
+from PIL import Image, ImageDraw, ImageFont
+
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
+from ddim_plugin.pipelines.images import fit, grid
+from ddim_plugin.process.moves import VARIANCES
+from ddim_plugin.process.spacings import NAMES
+from ddim_plugin.schedulers import DETERMINISTIC, keep_learned
+from ddim_plugin.schedulers.config import FLOW, VP, path_of
+
+HELD_OUT = "held-out.png"  # a strip of square pictures that a model was not trained on
+MODEL = "the model's"  # the choice that keeps a setting of the model
+SOLUTION = 100  # steps whose pictures stand for the solution of the ODE
+FRAMES = 21  # pictures of a path
+CORNERS = "ABCD"
+PAPER = "https://arxiv.org/abs/2010.02502"
+# Samplers of diffusers with one evaluation a step, by the path, and a grid on which they are good at few steps.
+SOLVERS = {f"DPM-Solver++ {order}M": ("DPMSolverMultistepScheduler", {"solver_order": order}) for order in (2, 3)}
+SOLVERS |= {"UniPC": ("UniPCMultistepScheduler", {}), "DEIS": ("DEISMultistepScheduler", {"solver_order": 3})}
+STOCK = {VP: {"DDIM": (VP, {}), **SOLVERS}, FLOW: {"Euler": (FLOW, {}), **SOLVERS}}
+GRID = {"timestep_spacing": "linspace", "final_sigmas_type": "sigma_min", "clip_sample": False, "thresholding": False}
+Rows = dict[str, Any]  # pictures (B, H, W, C) in [0, 1] by the text above them
+
+
+def default_model() -> Path:
+    """Return the folder of ddim-mnist-28, in a clone or in the data of an installation."""
+    clone = Path(__file__).parents[2] / "model_cards" / "ddim-mnist-28"
+    data = [Path(file.locate()) for file in files("ddim-plugin") or () if file.name == "model_index.json"]
+    return clone if clone.is_dir() else data[0].parent
+
+
+def held_out(model: str, revision: str | None = None) -> list[Image.Image]:
+    """Return the pictures of a model's strip, or none if it has no strip."""
+    try:
+        known = Path(model).is_dir()
+        strip = Image.open(Path(model, HELD_OUT) if known else hf_hub_download(model, HELD_OUT, revision=revision))
+    except (FileNotFoundError, EntryNotFoundError):
+        return []
+    return [strip.crop((x, 0, x + strip.height, strip.height)) for x in range(0, strip.width, strip.height)]
+
+
+def strip(rows: Rows) -> Image.Image:
+    """Draw rows of pictures, each below its text."""
+    font = ImageFont.load_default(18)
+    drawn = {text: grid(pictures, len(pictures)) for text, pictures in rows.items()}
+    width = max(max(each.width, font.getlength(text) + 12) for text, each in drawn.items())
+    sheet, y = Image.new("RGB", (int(width), sum(each.height + 30 for each in drawn.values())), "white"), 0
+    for text, each in drawn.items():
+        ImageDraw.Draw(sheet).text((4, y + 6), text, "black", font)
+        sheet.paste(each, (0, y + 30))
+        y += each.height + 30
+    return sheet
+
+
+def rms(images: np.ndarray, others: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((images - others) ** 2)))
+
+
+def numbers(text: str, kind: type = float) -> list[Any]:
+    """Read numbers with spaces or commas between them."""
+    try:
+        return [kind(word) for word in str(text).replace(",", " ").split()]
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no list of numbers: write them like 5 10 20") from error
+
+
+class Demo:
+    """The runs of the page. Each has a scheduler of its own, so that visitors do not mix."""
+
+    def __init__(self, model: GeneralizedDDIMPipeline, pictures: list[Image.Image]):
+        model._check_ours("the page needs")
+        self.model, self.pictures, self.config = model, pictures, model.scheduler.config
+        self.conditional = model.unet.class_embedding is not None
+
+    def pipe(self, kind: type, **changes: Any) -> GeneralizedDDIMPipeline:
+        """Make a pipeline of the network and a new scheduler."""
+        pipe = GeneralizedDDIMPipeline(self.model.unet, kind.from_config(self.config, **changes))
+        pipe.progress_bar = gr.Progress().tqdm
+        return pipe
+
+    def paper(self) -> GeneralizedDDIMPipeline:
+        """Make a pipeline with the process of the paper at η = 0."""
+        return self.pipe(GeneralizedDDIMScheduler, **keep_learned(self.config, DETERMINISTIC))
+
+    def noise(self, seed: int | None, count: int) -> dict[str, Any]:
+        """Draw x_T of some pictures: each has a generator, with the next seed, that draws all its noise."""
+        if seed is None:
+            raise ValueError("there is no seed: write a number")
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
+        latents = torch.cat([torch.randn(self.model._shape(1), generator=each) for each in generators])
+        return {"latents": latents, "generator": generators, "output_type": "np"}
+
+    def labels(self, *given: Any) -> dict[str, Any]:
+        """Name the inputs that a class-conditional model has."""
+        return dict(zip(("class_labels", "guidance_scale"), given, strict=False))
+
+    def images(self, **given: Image.Image | None) -> list[Image.Image]:
+        """Crop and resize the pictures at some places for the network."""
+        for place, image in given.items():
+            if image is None:
+                raise ValueError(f"there is no picture at {place}: upload one, or click on a held-out one")
+        return [fit(each, self.model.image_channels, self.model.image_size, place) for place, each in given.items()]
+
+    def sample(self, steps: str, tau: str, order: Any, eta: float, variance: str, seed: int, count: int, *given: Any):
+        """Yield the strip of the pictures of every S, with x̂0 of the step that runs, and what they cost."""
+        listed, labels = tau not in (MODEL, *NAMES), self.labels(*given)
+        plans = [{"timesteps": numbers(tau)}] if listed else [{"num_inference_steps": S} for S in numbers(steps, int)]
+        if not plans:
+            raise ValueError("there is no number of steps: write some, like 5 10 20")
+        changes = {"eta": eta, "variance_type": variance}
+        changes |= {} if listed or tau == MODEL else {"timestep_spacing": tau}
+        kinds = {MODEL: type(self.model.scheduler), 1: GeneralizedDDIMScheduler}
+        changes |= {} if order in kinds else {"solver_order": order, "fitted_solvers": None}
+        pipe, rows, told = self.pipe(kinds.get(order, MultistepDDIMScheduler), **changes), {}, []
+        for plan in plans:
+            pipe.scheduler.set_timesteps(**plan)  # refuses what it cannot do, before the first run
+        for plan in plans:
+            start, drawn = time.perf_counter(), self.noise(seed, count)
+            pipe.scheduler.set_timesteps(**plan)
+            x, condition = drawn["latents"] * pipe.scheduler.init_noise_sigma, pipe._condition(count, **labels)
+            for i, t in enumerate(times := pipe.scheduler.timesteps, 1):
+                with torch.no_grad():
+                    step, condition = pipe._step(x.to(**condition.state), t, condition, generator=drawn["generator"])
+                x, x0 = step.prev_sample, step.pred_original_sample.clamp(*pipe.scheduler.image_range)
+                gr.Progress()((i, len(times)), f"S = {len(times)}")
+                yield strip(rows | {f"S = {len(times)}: x̂0 after {i}": pipe._images(x0, "np")}), "\n".join(told)
+            calls = f"{len(times) * (1 + (condition.scale != 1))} calls of the network"
+            told.append(f"S = {len(times)}: {calls}, {time.perf_counter() - start:.2f} s")
+            rows[f"S = {len(times)}"] = pipe._images(x, "np")
+            yield strip(rows), "\n".join(told)
+
+    def few_steps(self, S: int, seed: int, count: int, *given: Any):
+        """Yield pictures of the samplers from one x_T, and their distances from the solution of the ODE."""
+        fixed = keep_learned(self.config, DETERMINISTIC)
+        ours = functools.partial(self.pipe, MultistepDDIMScheduler, **fixed)
+        samplers = {"the solution": ours(fitted_solvers=None, solver_order=4), "ours": ours(fitted_solvers=None)}
+        if str(S) in (self.config.get("fitted_solvers") or {}):
+            samplers["ours, fitted"] = ours()
+        for name, (kind, changes) in STOCK[path_of(self.config)].items():
+            known = inspect.signature(stock := getattr(diffusers, kind)).parameters
+            samplers[name] = self.pipe(stock, **changes, **{key: GRID[key] for key in GRID.keys() & known})
+        rows, solution = {}, None
+        for name, pipe in samplers.items():
+            start, steps = time.perf_counter(), SOLUTION if not rows else S
+            images = pipe(num_inference_steps=steps, **self.noise(seed, count), **self.labels(*given)).images
+            solution = images if solution is None else solution
+            cost = f"{len(pipe.scheduler.timesteps)} steps, {time.perf_counter() - start:.2f} s"
+            rows[f"{name}: {cost}" + (f", RMS distance {rms(images, solution):.3f}" if rows else "")] = images
+            yield strip(rows)
+
+    def reconstruct(self, S: int, image: Image.Image | None, *given: Any) -> Image.Image:
+        """Draw a picture, its latent, the latent decoded, and the error, for the plain and the exact inverse."""
+        pipe, image = self.paper(), self.images(A=image)[0]
+        x, rows = np.asarray(image, np.float32).reshape(1, *image.size[::-1], -1) / 255, {}
+        for name, k in {"plain": None, "exact": 8}.items():
+            settings = {"return_report": True, "output_type": "np", **self.labels(*given)}
+            again, z, report = pipe.reconstruct(image, S, k, **settings)
+            z = z.movedim(1, -1).cpu().numpy() / 6 + 0.5
+            text = f"{name}: error {rms(again, x):.1e}, {report.total_evaluations[0]} + {S} calls"
+            rows[text] = np.concatenate([x, z.clip(0, 1), again, (10 * abs(again - x)).clip(0, 1)])
+        return strip(rows)
+
+    def path(self, S: int, a: Image.Image | None, b: Image.Image | None, *given: Any):
+        """Return the pictures on a path from A to B, the place of the slider, and the first of them."""
+        pipe, labels = self.paper(), self.labels(*given)
+        z = pipe.encode(self.images(A=a, B=b), S, refinement_steps=4, **labels)
+        made = pipe.interpolate(z[0], z[1], FRAMES, num_inference_steps=S, output_type="np", **labels)
+        frames = [grid(each[None], 1, 256) for each in made]
+        return frames, 0, frames[0]
+
+    def corners(self, S: int, *given: Any) -> Image.Image:
+        """Draw the grid between four pictures."""
+        pipe, labels = self.paper(), self.labels(*given[4:])
+        z = pipe.encode(self.images(**dict(zip(CORNERS, given, strict=False))), S, refinement_steps=4, **labels)
+        return grid(pipe.interpolate_grid(z, 7, num_inference_steps=S, output_type="np", **labels), 7)
+
+    def page(self, name: str) -> gr.Blocks:
+        """Build the page."""
+        run: dict[str, Any] = {"concurrency_id": "network", "api_name": False}  # one run at a time, the others wait
+        column: dict[str, Any] = {"min_width": 300}
+        drawing: dict[str, Any] = {"show_label": False, "buttons": [], "format": "png", "interactive": False}
+        with gr.Blocks(title=name, analytics_enabled=False) as page:
+            gr.Markdown(f"# {name}\nSamples and latents of a diffusion model, by ddim-plugin ([the paper]({PAPER})).")
+            classes = []
+            if self.conditional:
+                with gr.Row():
+                    classes += [gr.Number(0, label="Class", precision=0)]
+                    classes += [gr.Slider(1, 10, 1, label="Guidance scale: 1 is no guidance")]
+            with gr.Tab("Sample"), gr.Row():
+                with gr.Column(**column):
+                    info = "A name, or timesteps in place of S, such as 981 841 701 561 421 281 141 1"
+                    choices = [MODEL, *NAMES]
+                    inputs = [
+                        gr.Textbox("5 10 20 50", label="Numbers of steps S: a row for each"),
+                        gr.Dropdown(choices, label="Timesteps τ", info=info, allow_custom_value=True),
+                        gr.Dropdown([MODEL, 1, 2, 3, 4], label="Order: how many predictions a step uses"),
+                        gr.Slider(0, 1, self.config.eta, label="η: 0 is DDIM, 1 is DDPM"),
+                        gr.Dropdown([*VARIANCES], value=self.config.variance_type, label="Variance of the noise"),
+                        *self.drawn(),
+                    ]
+                    button = gr.Button("Sample", variant="primary")
+                with gr.Column(scale=2, **column):
+                    outputs = [gr.Image(**drawing), gr.Textbox(label="Cost", lines=4)]
+                button.click(self.sample, inputs + classes, outputs, **run)
+            with gr.Tab("Latents"):
+                shown = {"type": "pil", "image_mode": None, "format": "png", "height": 170, "min_width": 140}
+                shown |= {"sources": ["upload", "clipboard"], "buttons": [], "elem_classes": "pixels"}
+                with gr.Row():
+                    known = zip_longest(CORNERS, self.pictures[: len(CORNERS)])
+                    pictures = [gr.Image(each, label=place, **shown) for place, each in known]
+                if self.pictures:
+                    text = "Click on a held-out picture to put it at"
+                    place = gr.Radio([*CORNERS], value="A", label=text)
+                    size = {"columns": len(self.pictures), "height": 110, "object_fit": "contain"}
+                    held = gr.Gallery(self.pictures, show_label=False, allow_preview=False, format="png", **size)
+
+                    def put(place: str, chosen: gr.SelectData) -> list:
+                        return [self.pictures[chosen.index] if each == place else gr.skip() for each in CORNERS]
+
+                    held.select(put, place, pictures, api_name=False)
+                S = gr.Slider(1, 100, 10, step=1, label="Number of steps S")
+                with gr.Row():
+                    with gr.Column(**column):
+                        button = gr.Button("Reconstruct A", variant="primary")
+                        button.click(self.reconstruct, [S, pictures[0], *classes], gr.Image(**drawing), **run)
+                        gr.Markdown("The picture, its latent, the latent decoded, and 10 times the error.")
+                    with gr.Column(**column):
+                        button, frames = gr.Button("Path from A to B", variant="primary"), gr.State([])
+                        slider, frame = gr.Slider(0, FRAMES - 1, 0, step=1, label="From A to B"), gr.Image(**drawing)
+                        button.click(self.path, [S, *pictures[:2], *classes], [frames, slider, frame], **run)
+                        slider.input(lambda i, made: made[i] if made else None, [slider, frames], frame, api_name=False)
+                    with gr.Column(**column):
+                        button = gr.Button("Grid between A, B, C and D", variant="primary")
+                        button.click(self.corners, [S, *pictures, *classes], gr.Image(**drawing), **run)
+            with gr.Tab("Few steps", visible=path_of(self.config) in STOCK), gr.Row():
+                with gr.Column(**column):
+                    inputs = [gr.Slider(2, 50, 8, step=1, label="Number of steps S, and of calls of the network")]
+                    inputs += self.drawn()
+                    button = gr.Button("Compare", variant="primary")
+                with gr.Column(scale=2, **column):
+                    button.click(self.few_steps, inputs + classes, gr.Image(**drawing), **run)
+        return page
+
+    def drawn(self) -> list:
+        """Make the inputs of `noise`."""
+        return [gr.Number(0, label="Seed", precision=0), gr.Slider(1, 16, 8, step=1, label="Pictures")]
+
+
+def launch(page: gr.Blocks, port: int | None = None) -> None:
+    """Serve a page until it is interrupted, without anything from elsewhere."""
+    theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    css = ".pixels img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}"
+    shown: dict[str, Any] = {"theme": theme, "css": css, "footer_links": [], "show_error": True}
+    page.queue(max_size=32).launch(server_port=port, inbrowser=True, **shown)
+
+
+if __name__ == "__main__":
+    model = metadata_load(Path(__file__).with_name("README.md"))["models"][0]  # of the Space's card
+    pipe = GeneralizedDDIMPipeline.from_pretrained(model).to(get_device())
+    launch(Demo(pipe, held_out(model)).page(model))
