@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import get_device
 
-from ..hub.push import explained, push_folder, push_space
+from ..hub.push import explained, page, push_folder, push_space
 from ..pipelines import invert as inversion
 from ..pipelines.fit import fit_solver
 from ..pipelines.generation import GeneralizedDDIMPipeline
@@ -155,8 +156,9 @@ def fit(args: Namespace) -> tuple:
 
 def demo(args: Namespace) -> None:
     """Show a model in the browser, until the command is interrupted."""
+    spec = spec_from_file_location("app", page())
     try:
-        from ..hub import app
+        spec.loader.exec_module(app := module_from_spec(spec))
     except ModuleNotFoundError as error:
         raise ValueError(f'the page needs {error.name}: pip install "ddim-plugin[demo]"') from error
     args.model = args.model or str(app.default_model())

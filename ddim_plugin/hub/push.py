@@ -5,7 +5,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import requires
+from importlib.metadata import files, requires
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ def push_space(
     files: dict[str, Path | bytes] = {
         f"ddim_plugin/{path.relative_to(package)}": path for path in package.rglob("*.py")
     }
-    files |= {"ddim_plugin/hub/card.md": package / "hub" / "card.md", "app.py": package / "hub" / "app.py"}
+    files |= {"ddim_plugin/hub/card.md": package / "hub" / "card.md", "app.py": page()}
     files["requirements.txt"] = "\n".join([*needed, ""]).encode()
     with explained(repo_id, token):
         names = {each.rfilename for each in api.space_info(repo_id).siblings or ()}
@@ -168,6 +168,13 @@ def push_space(
         changes = [CommitOperationDelete(name) for name in names - files.keys() if name.startswith("ddim_plugin/")]
         changes += [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
         return api.create_commit(repo_id, changes, commit_message="Upload the page of ddim-plugin", repo_type="space")
+
+
+def page() -> Path:
+    """Find the file of the page, in a clone or in the data of an installation."""
+    places = [Path(__file__).parents[2] / "training" / "page" / "app.py"]
+    places += [Path(each.locate()) for each in files("ddim-plugin") or () if each.match("share/ddim-plugin/app.py")]
+    return next(place for place in places if place.is_file())
 
 
 def open_repo(api: HfApi, repo_id: str, private: bool | None, **kind: str) -> str:

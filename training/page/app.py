@@ -3,7 +3,6 @@
 import functools
 import inspect
 import time
-from importlib.metadata import files
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -39,10 +38,9 @@ Rows = dict[str, Any]  # pictures (B, H, W, C) in [0, 1] by the text above them
 
 
 def default_model() -> Path:
-    """Return the folder of ddim-mnist-28, in a clone or in the data of an installation."""
-    clone = Path(__file__).parents[2] / "model_cards" / "ddim-mnist-28"
-    data = [Path(file.locate()) for file in files("ddim-plugin") or () if file.name == "model_index.json"]
-    return clone if clone.is_dir() else data[0].parent
+    """Return the folder of ddim-mnist-28, beside this file in an installation, or in a clone."""
+    installed = Path(__file__).with_name("ddim-mnist-28")
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "model_cards" / "ddim-mnist-28"
 
 
 def held_out(model: str, revision: str | None = None) -> list[Image.Image]:
