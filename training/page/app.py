@@ -1,8 +1,11 @@
 """The page of `ddim-plugin demo`: a model's samples, latents and few steps. A Space has this file as `app.py`."""
 
 import functools
+import html
 import inspect
+import os
 import time
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,6 @@ SOLVERS = {f"DPM-Solver++ {order}M": ("DPMSolverMultistepScheduler", {"solver_or
 SOLVERS |= {"UniPC": ("UniPCMultistepScheduler", {}), "DEIS": ("DEISMultistepScheduler", {"solver_order": 3})}
 STOCK = {VP: {"DDIM": (VP, {}), **SOLVERS}, FLOW: {"Euler": (FLOW, {}), **SOLVERS}}
 GRID = {"timestep_spacing": "linspace", "final_sigmas_type": "sigma_min", "clip_sample": False, "thresholding": False}
-Rows = dict[str, Any]  # pictures (B, H, W, C) in [0, 1] by the text above them
 
 
 def default_model() -> Path:
@@ -50,11 +52,12 @@ def held_out(model: str, revision: str | None = None) -> list[Image.Image]:
         strip = Image.open(Path(model, HELD_OUT) if known else hf_hub_download(model, HELD_OUT, revision=revision))
     except (FileNotFoundError, EntryNotFoundError):
         return []
-    return [strip.crop((x, 0, x + strip.height, strip.height)) for x in range(0, strip.width, strip.height)]
+    size = strip.height
+    return [strip.crop((x, 0, x + size, size)) for x in range(0, strip.width - size + 1, size)]
 
 
-def strip(rows: Rows) -> Image.Image:
-    """Draw rows of pictures, each below its text."""
+def shown(rows: dict[str, np.ndarray]) -> tuple[str, Image.Image]:
+    """List the texts of rows of pictures, (B, H, W, C) in [0, 1], and draw the rows, each below its text."""
     font = ImageFont.load_default(18)
     drawn = {text: grid(pictures, len(pictures)) for text, pictures in rows.items()}
     width = max(max(each.width, font.getlength(text) + 12) for text, each in drawn.items())
@@ -63,7 +66,7 @@ def strip(rows: Rows) -> Image.Image:
         ImageDraw.Draw(sheet).text((4, y + 6), text, "black", font)
         sheet.paste(each, (0, y + 30))
         y += each.height + 30
-    return sheet
+    return "\n".join(rows), sheet
 
 
 def rms(images: np.ndarray, others: np.ndarray) -> float:
@@ -84,7 +87,6 @@ class Demo:
     def __init__(self, model: GeneralizedDDIMPipeline, pictures: list[Image.Image]):
         model._check_ours("the page needs")
         self.model, self.pictures, self.config = model, pictures, model.scheduler.config
-        self.conditional = model.unet.class_embedding is not None
 
     def pipe(self, kind: type, **changes: Any) -> GeneralizedDDIMPipeline:
         """Make a pipeline of the network and a new scheduler."""
@@ -92,32 +94,28 @@ class Demo:
         pipe.progress_bar = gr.Progress().tqdm
         return pipe
 
-    def paper(self) -> GeneralizedDDIMPipeline:
+    def ode(self, kind: type = GeneralizedDDIMScheduler, **changes: Any) -> GeneralizedDDIMPipeline:
         """Make a pipeline with the process of the paper at η = 0."""
-        return self.pipe(GeneralizedDDIMScheduler, **keep_learned(self.config, DETERMINISTIC))
+        return self.pipe(kind, **keep_learned(self.config, DETERMINISTIC), **changes)
 
     def noise(self, seed: int | None, count: int) -> dict[str, Any]:
         """Draw x_T of some pictures: each has a generator, with the next seed, that draws all its noise."""
-        if seed is None:
-            raise ValueError("there is no seed: write a number")
+        if seed is None or not 0 <= seed < 2**32:
+            raise ValueError(f"the seed must be a whole number in 0..{2**32 - 1}, not {seed}: write one")
         generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
         latents = torch.cat([torch.randn(self.model._shape(1), generator=each) for each in generators])
         return {"latents": latents, "generator": generators, "output_type": "np"}
-
-    def labels(self, *given: Any) -> dict[str, Any]:
-        """Name the inputs that a class-conditional model has."""
-        return dict(zip(("class_labels", "guidance_scale"), given, strict=False))
 
     def images(self, **given: Image.Image | None) -> list[Image.Image]:
         """Crop and resize the pictures at some places for the network."""
         for place, image in given.items():
             if image is None:
-                raise ValueError(f"there is no picture at {place}: upload one, or click on a held-out one")
+                raise ValueError(f"there is no picture at {place}: upload or choose one")
         return [fit(each, self.model.image_channels, self.model.image_size, place) for place, each in given.items()]
 
-    def sample(self, steps: str, tau: str, order: Any, eta: float, variance: str, seed: int, count: int, *given: Any):
-        """Yield the strip of the pictures of every S, with x̂0 of the step that runs, and what they cost."""
-        listed, labels = tau not in (MODEL, *NAMES), self.labels(*given)
+    def sample(self, steps: str, tau: str, order: Any, eta: float, variance: str, seed: int, count: int, **labels: Any):
+        """Yield the pictures of every S with their cost, and x̂0 of the step that runs."""
+        listed = tau not in (MODEL, *NAMES)
         plans = [{"timesteps": numbers(tau)}] if listed else [{"num_inference_steps": S} for S in numbers(steps, int)]
         if not plans:
             raise ValueError("there is no number of steps: write some, like 5 10 20")
@@ -125,108 +123,116 @@ class Demo:
         changes |= {} if listed or tau == MODEL else {"timestep_spacing": tau}
         kinds = {MODEL: type(self.model.scheduler), 1: GeneralizedDDIMScheduler}
         changes |= {} if order in kinds else {"solver_order": order, "fitted_solvers": None}
-        pipe, rows, told = self.pipe(kinds.get(order, MultistepDDIMScheduler), **changes), {}, []
+        pipe, rows = self.pipe(kinds.get(order, MultistepDDIMScheduler), **changes), {}
         for plan in plans:
             pipe.scheduler.set_timesteps(**plan)  # refuses what it cannot do, before the first run
         for plan in plans:
-            start, drawn = time.perf_counter(), self.noise(seed, count)
+            drawn, seconds = self.noise(seed, count), 0.0
             pipe.scheduler.set_timesteps(**plan)
             x, condition = drawn["latents"] * pipe.scheduler.init_noise_sigma, pipe._condition(count, **labels)
             for i, t in enumerate(times := pipe.scheduler.timesteps, 1):
+                start = time.perf_counter()
                 with torch.no_grad():
                     step, condition = pipe._step(x.to(**condition.state), t, condition, generator=drawn["generator"])
                 x, x0 = step.prev_sample, step.pred_original_sample.clamp(*pipe.scheduler.image_range)
+                preview, seconds = pipe._images(x0, "np"), seconds + time.perf_counter() - start
                 gr.Progress()((i, len(times)), f"S = {len(times)}")
-                yield strip(rows | {f"S = {len(times)}: x̂0 after {i}": pipe._images(x0, "np")}), "\n".join(told)
+                yield shown(rows | {f"S = {len(times)}: predicted x0 at step {i}": preview})
             calls = f"{len(times) * (1 + (condition.scale != 1))} calls of the network"
-            told.append(f"S = {len(times)}: {calls}, {time.perf_counter() - start:.2f} s")
-            rows[f"S = {len(times)}"] = pipe._images(x, "np")
-            yield strip(rows), "\n".join(told)
+            rows[f"S = {len(times)}: {calls}, {seconds:.2f} s"] = pipe._images(x, "np")
+            yield shown(rows)
 
-    def few_steps(self, S: int, seed: int, count: int, *given: Any):
+    def few_steps(self, S: int, seed: int, count: int, **labels: Any):
         """Yield pictures of the samplers from one x_T, and their distances from the solution of the ODE."""
-        fixed = keep_learned(self.config, DETERMINISTIC)
-        ours = functools.partial(self.pipe, MultistepDDIMScheduler, **fixed)
-        samplers = {"the solution": ours(fitted_solvers=None, solver_order=4), "ours": ours(fitted_solvers=None)}
+        ours, plain = functools.partial(self.ode, MultistepDDIMScheduler), {"fitted_solvers": None}
+        samplers = {"the solution": ours(**plain, solver_order=4), "ddim-plugin": ours(**plain)}
         if str(S) in (self.config.get("fitted_solvers") or {}):
-            samplers["ours, fitted"] = ours()
+            samplers["ddim-plugin, fitted"] = ours()
         for name, (kind, changes) in STOCK[path_of(self.config)].items():
             known = inspect.signature(stock := getattr(diffusers, kind)).parameters
             samplers[name] = self.pipe(stock, **changes, **{key: GRID[key] for key in GRID.keys() & known})
         rows, solution = {}, None
         for name, pipe in samplers.items():
             start, steps = time.perf_counter(), SOLUTION if not rows else S
-            images = pipe(num_inference_steps=steps, **self.noise(seed, count), **self.labels(*given)).images
+            images = pipe(num_inference_steps=steps, **self.noise(seed, count), **labels).images
             solution = images if solution is None else solution
             cost = f"{len(pipe.scheduler.timesteps)} steps, {time.perf_counter() - start:.2f} s"
             rows[f"{name}: {cost}" + (f", RMS distance {rms(images, solution):.3f}" if rows else "")] = images
-            yield strip(rows)
+            yield shown(rows)
 
-    def reconstruct(self, S: int, image: Image.Image | None, *given: Any) -> Image.Image:
-        """Draw a picture, its latent, the latent decoded, and the error, for the plain and the exact inverse."""
-        pipe, image = self.paper(), self.images(A=image)[0]
+    def reconstruct(self, S: int, image: Image.Image | None, **labels: Any):
+        """Yield a picture, its latent, the latent decoded, and the error, for the plain and the exact inverse."""
+        pipe, image = self.ode(), self.images(A=image)[0]
         x, rows = np.asarray(image, np.float32).reshape(1, *image.size[::-1], -1) / 255, {}
         for name, k in {"plain": None, "exact": 8}.items():
-            settings = {"return_report": True, "output_type": "np", **self.labels(*given)}
+            settings = {"return_report": True, "output_type": "np", **labels}
             again, z, report = pipe.reconstruct(image, S, k, **settings)
             z = z.movedim(1, -1).cpu().numpy() / 6 + 0.5
-            text = f"{name}: error {rms(again, x):.1e}, {report.total_evaluations[0]} + {S} calls"
+            text = f"{name}: RMS error {rms(again, x):.1e}, {report.total_evaluations[0]} + {S} calls"
             rows[text] = np.concatenate([x, z.clip(0, 1), again, (10 * abs(again - x)).clip(0, 1)])
-        return strip(rows)
+            yield shown(rows)
 
-    def path(self, S: int, a: Image.Image | None, b: Image.Image | None, *given: Any):
-        """Return the pictures on a path from A to B, the place of the slider, and the first of them."""
-        pipe, labels = self.paper(), self.labels(*given)
+    def path(self, S: int, a: Image.Image | None, b: Image.Image | None, **labels: Any):
+        """Yield the pictures on a path from A to B, the place of the slider, and the first of them."""
+        pipe = self.ode()
         z = pipe.encode(self.images(A=a, B=b), S, refinement_steps=4, **labels)
         made = pipe.interpolate(z[0], z[1], FRAMES, num_inference_steps=S, output_type="np", **labels)
         frames = [grid(each[None], 1, 256) for each in made]
-        return frames, 0, frames[0]
+        yield frames, 0, frames[0]
 
-    def corners(self, S: int, *given: Any) -> Image.Image:
-        """Draw the grid between four pictures."""
-        pipe, labels = self.paper(), self.labels(*given[4:])
-        z = pipe.encode(self.images(**dict(zip(CORNERS, given, strict=False))), S, refinement_steps=4, **labels)
-        return grid(pipe.interpolate_grid(z, 7, num_inference_steps=S, output_type="np", **labels), 7)
+    def corners(self, S: int, *corners: Image.Image | None, **labels: Any):
+        """Yield the grid between four pictures."""
+        pipe = self.ode()
+        z = pipe.encode(self.images(**dict(zip(CORNERS, corners, strict=True))), S, refinement_steps=4, **labels)
+        yield grid(pipe.interpolate_grid(z, 7, num_inference_steps=S, output_type="np", **labels), 7)
 
     def page(self, name: str) -> gr.Blocks:
         """Build the page."""
-        run: dict[str, Any] = {"concurrency_id": "network", "api_name": False}  # one run at a time, the others wait
-        column: dict[str, Any] = {"min_width": 300}
-        drawing: dict[str, Any] = {"show_label": False, "buttons": [], "format": "png", "interactive": False}
+        column, button = functools.partial(gr.Column, min_width=300), functools.partial(gr.Button, variant="primary")
+        drawing = functools.partial(gr.Image, show_label=False, buttons=[], format="png", interactive=False)
         with gr.Blocks(title=name, analytics_enabled=False) as page:
             gr.Markdown(f"# {name}\nSamples and latents of a diffusion model, by ddim-plugin ([the paper]({PAPER})).")
-            classes = []
-            if self.conditional:
+            labels: dict[str, Any] = {}
+            if self.model.unet.class_embedding is not None:
                 with gr.Row():
-                    classes += [gr.Number(0, label="Class", precision=0)]
-                    classes += [gr.Slider(1, 10, 1, label="Guidance scale: 1 is no guidance")]
+                    labels["class_labels"] = gr.Number(0, label="Class", precision=0)
+                    labels["guidance_scale"] = gr.Slider(1, 10, 1, label="Guidance scale: 1 is no guidance")
+
+            def run(start: gr.Button, function: Callable, inputs: list, outputs: list) -> None:
+                def told(*given: Any):
+                    condition = dict(zip(labels, given[len(inputs) :], strict=True))
+                    try:
+                        yield from function(*given[: len(inputs)], **condition)
+                    except (ValueError, OSError) as error:
+                        raise gr.Error(html.escape(str(error)), print_exception=False) from error
+
+                queued = {"show_progress_on": outputs[-1], "concurrency_id": "network", "api_name": False}  # one by one
+                start.click(told, [*inputs, *labels.values()], outputs, **queued)
+
             with gr.Tab("Sample"), gr.Row():
-                with gr.Column(**column):
+                with column():
                     info = "A name, or timesteps in place of S, such as 981 841 701 561 421 281 141 1"
-                    choices = [MODEL, *NAMES]
                     inputs = [
                         gr.Textbox("5 10 20 50", label="Numbers of steps S: a row for each"),
-                        gr.Dropdown(choices, label="Timesteps τ", info=info, allow_custom_value=True),
+                        gr.Dropdown([MODEL, *NAMES], label="Timesteps τ", info=info, allow_custom_value=True),
                         gr.Dropdown([MODEL, 1, 2, 3, 4], label="Order: how many predictions a step uses"),
                         gr.Slider(0, 1, self.config.eta, label="η: 0 is DDIM, 1 is DDPM"),
                         gr.Dropdown([*VARIANCES], value=self.config.variance_type, label="Variance of the noise"),
                         *self.drawn(),
                     ]
-                    button = gr.Button("Sample", variant="primary")
-                with gr.Column(scale=2, **column):
-                    outputs = [gr.Image(**drawing), gr.Textbox(label="Cost", lines=4)]
-                button.click(self.sample, inputs + classes, outputs, **run)
+                    start = button("Sample")
+                with column(scale=2):
+                    picture, text = drawing(), gr.Textbox(label="Cost", lines=4)
+                run(start, self.sample, inputs, [text, picture])
             with gr.Tab("Latents"):
-                shown = {"type": "pil", "image_mode": None, "format": "png", "height": 170, "min_width": 140}
-                shown |= {"sources": ["upload", "clipboard"], "buttons": [], "elem_classes": "pixels"}
+                upload = {"type": "pil", "image_mode": None, "format": "png", "height": 170, "min_width": 140}
+                upload |= {"sources": ["upload", "clipboard"], "buttons": [], "elem_classes": "pixels"}
                 with gr.Row():
-                    known = zip_longest(CORNERS, self.pictures[: len(CORNERS)])
-                    pictures = [gr.Image(each, label=place, **shown) for place, each in known]
+                    pictures = [gr.Image(it, label=at, **upload) for at, it in zip_longest(CORNERS, self.pictures[:4])]
                 if self.pictures:
-                    text = "Click on a held-out picture to put it at"
-                    place = gr.Radio([*CORNERS], value="A", label=text)
-                    size = {"columns": len(self.pictures), "height": 110, "object_fit": "contain"}
-                    held = gr.Gallery(self.pictures, show_label=False, allow_preview=False, format="png", **size)
+                    place = gr.Radio([*CORNERS], value="A", label="Click on a held-out picture to put it at")
+                    settings = {"show_label": False, "allow_preview": False, "format": "png", "buttons": []}
+                    held = gr.Gallery(self.pictures, elem_classes="held", **settings)
 
                     def put(place: str, chosen: gr.SelectData) -> list:
                         return [self.pictures[chosen.index] if each == place else gr.skip() for each in CORNERS]
@@ -234,25 +240,28 @@ class Demo:
                     held.select(put, place, pictures, api_name=False)
                 S = gr.Slider(1, 100, 10, step=1, label="Number of steps S")
                 with gr.Row():
-                    with gr.Column(**column):
-                        button = gr.Button("Reconstruct A", variant="primary")
-                        button.click(self.reconstruct, [S, pictures[0], *classes], gr.Image(**drawing), **run)
-                        gr.Markdown("The picture, its latent, the latent decoded, and 10 times the error.")
-                    with gr.Column(**column):
-                        button, frames = gr.Button("Path from A to B", variant="primary"), gr.State([])
-                        slider, frame = gr.Slider(0, FRAMES - 1, 0, step=1, label="From A to B"), gr.Image(**drawing)
-                        button.click(self.path, [S, *pictures[:2], *classes], [frames, slider, frame], **run)
-                        slider.input(lambda i, made: made[i] if made else None, [slider, frames], frame, api_name=False)
-                    with gr.Column(**column):
-                        button = gr.Button("Grid between A, B, C and D", variant="primary")
-                        button.click(self.corners, [S, *pictures, *classes], gr.Image(**drawing), **run)
+                    with column():
+                        start, picture = button("Reconstruct A"), drawing()
+                        text = gr.Textbox(label="A, its latent, the latent decoded, 10 times the error", lines=2)
+                        run(start, self.reconstruct, [S, pictures[0]], [text, picture])
+                    with column():
+                        start, frames = button("Path from A to B"), gr.State([])
+                        slider, picture = gr.Slider(0, FRAMES - 1, 0, step=1, label="From A to B"), drawing()
+                        run(start, self.path, [S, *pictures[:2]], [frames, slider, picture])
+                        moved = {"show_progress": "hidden", "api_name": False}
+                        slider.input(lambda i, made: made[i] if made else None, [slider, frames], picture, **moved)
+                    with column():
+                        start, picture = button("Grid between A, B, C and D"), drawing()
+                        run(start, self.corners, [S, *pictures], [picture])
             with gr.Tab("Few steps", visible=path_of(self.config) in STOCK), gr.Row():
-                with gr.Column(**column):
-                    inputs = [gr.Slider(2, 50, 8, step=1, label="Number of steps S, and of calls of the network")]
-                    inputs += self.drawn()
-                    button = gr.Button("Compare", variant="primary")
-                with gr.Column(scale=2, **column):
-                    button.click(self.few_steps, inputs + classes, gr.Image(**drawing), **run)
+                with column():
+                    info = "Every sampler calls the network once a step"
+                    inputs = [gr.Slider(2, 50, 8, step=1, label="Number of steps S", info=info), *self.drawn()]
+                    start = button("Compare")
+                with column(scale=2):
+                    picture = drawing()
+                    text = gr.Textbox(label="Cost, and distance from the solution of the ODE", lines=7)
+                run(start, self.few_steps, inputs, [text, picture])
         return page
 
     def drawn(self) -> list:
@@ -264,11 +273,14 @@ def launch(page: gr.Blocks, port: int | None = None) -> None:
     """Serve a page until it is interrupted, without anything from elsewhere."""
     theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     css = ".pixels img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}"
-    shown: dict[str, Any] = {"theme": theme, "css": css, "footer_links": [], "show_error": True}
-    page.queue(max_size=32).launch(server_port=port, inbrowser=True, **shown)
+    css += ".held .grid-wrap {min-height: 0; max-height: none}"
+    css += ".held .grid-container {grid-template-columns: repeat(auto-fit, minmax(90px, 1fr))}"
+    settings: dict[str, Any] = {"theme": theme, "css": css, "footer_links": [], "show_error": True}
+    page.queue(max_size=32).launch(server_port=port, inbrowser=True, **settings)
 
 
 if __name__ == "__main__":
-    model = metadata_load(Path(__file__).with_name("README.md"))["models"][0]  # of the Space's card
+    card = metadata_load(Path(__file__).with_name("README.md")) or {}  # of the Space
+    model = [*(card.get("models") or ()), os.environ.get("SPACE_ID")][0]
     pipe = GeneralizedDDIMPipeline.from_pretrained(model).to(get_device())
     launch(Demo(pipe, held_out(model)).page(model))
