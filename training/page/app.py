@@ -73,10 +73,10 @@ def rms(images: np.ndarray, others: np.ndarray) -> float:
     return float(np.sqrt(np.mean((images - others) ** 2)))
 
 
-def numbers(text: str, kind: type = float) -> list[Any]:
+def numbers(text: str) -> list[float]:
     """Read numbers with spaces or commas between them."""
     try:
-        return [kind(word) for word in str(text).replace(",", " ").split()]
+        return [int(word) if word.isdigit() else float(word) for word in str(text).replace(",", " ").split()]
     except ValueError as error:
         raise ValueError(f"{text!r} is no list of numbers: write them like 5 10 20") from error
 
@@ -116,7 +116,7 @@ class Demo:
     def sample(self, steps: str, tau: str, order: Any, eta: float, variance: str, seed: int, count: int, **labels: Any):
         """Yield the pictures of every S with their cost, and x̂0 of the step that runs."""
         listed = tau not in (MODEL, *NAMES)
-        plans = [{"timesteps": numbers(tau)}] if listed else [{"num_inference_steps": S} for S in numbers(steps, int)]
+        plans = [{"timesteps": numbers(tau)}] if listed else [{"num_inference_steps": S} for S in numbers(steps)]
         if not plans:
             raise ValueError("there is no number of steps: write some, like 5 10 20")
         changes = {"eta": eta, "variance_type": variance}
@@ -225,8 +225,8 @@ class Demo:
                     picture, text = drawing(), gr.Textbox(label="Cost", lines=4)
                 run(start, self.sample, inputs, [text, picture])
             with gr.Tab("Latents"):
-                upload = {"type": "pil", "image_mode": None, "format": "png", "height": 170, "min_width": 140}
-                upload |= {"sources": ["upload", "clipboard"], "buttons": [], "elem_classes": "pixels"}
+                upload = {"type": "pil", "image_mode": None, "format": "png", "height": 150, "min_width": 140}
+                upload |= {"sources": ["upload"], "buttons": [], "elem_classes": "pixels"}
                 with gr.Row():
                     pictures = [gr.Image(it, label=at, **upload) for at, it in zip_longest(CORNERS, self.pictures[:4])]
                 if self.pictures:
