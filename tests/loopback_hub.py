@@ -5,9 +5,10 @@
         subprocess.run([sys.executable, "push.py"], env=hub.environment(tmp_path, "hf_ada"))
         hub.files("ada/model")
 
-It keeps everything in memory and says nothing on the terminal. Model repositories only, and no xet: large files go
-by LFS. Refusals carry the statuses, codes and messages of huggingface.co; where its client tells them apart by
-"https://", which this server does not speak, the error code stands in.
+It keeps everything in memory and says nothing on the terminal. A Space has the id "spaces/ada/model" here, and no
+hardware that runs it. There are no data sets, and no xet: large files go by LFS. Refusals carry the statuses, codes and
+messages of huggingface.co; where its client tells them apart by "https://", which this server does not speak, the error
+code stands in.
 
 The client tries again, with growing waits of 1, 2, 4, 8, 8 s, what ends in 500, 502, 503, 504 (version 2 also 408 and
 429) or in a broken connection: always an LFS upload, never a commit. A fault that should end an upload at once has
@@ -35,6 +36,21 @@ import yaml
 
 DATE = "2020-10-06T00:00:00.000Z"
 GITATTRIBUTES = b"".join(b"*.%s filter=lfs diff=lfs merge=lfs -text\n" % kind for kind in (b"safetensors", b"bin"))
+TYPES = {"model": "", "space": "spaces/"}  # the beginning of ids
+SDKS = ("gradio", "docker", "static")
+NEW_SPACE = """---
+title: {name}
+emoji: 🐢
+colorFrom: indigo
+colorTo: gray
+sdk: {sdk}
+sdk_version: 6.0.0
+app_file: app.py
+pinned: false
+---
+
+Check out the configuration reference at https://huggingface.co/docs/hub/spaces-config-reference
+"""
 LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "cc0-1.0", "openrail", "other")  # some of those that the Hub knows
 ROUTES = []
 
@@ -57,8 +73,13 @@ def card_data(text):
     return data or {}
 
 
-def card_errors(data):
+def card_errors(data, type="model"):
     """What is wrong with a card's metadata."""
+    if type == "space" and data.get("sdk") not in SDKS:
+        yield f'"sdk" must be one of [{", ".join(SDKS)}]'
+    for key in ("sdk_version", "python_version") if type == "space" else ():
+        if not isinstance(data.get(key, ""), str):
+            yield f'"{key}" must be a string'
     for key in ("pipeline_tag", "library_name"):
         if not isinstance(data.get(key, ""), str):
             yield f'"{key}" must be a string'
@@ -122,7 +143,7 @@ class Token(NamedTuple):
         return f"{self.user}-{self.role}"
 
     def owns(self, repo):
-        return repo.split("/")[0] in (self.user, *self.orgs)
+        return repo.removeprefix("spaces/").split("/")[0] in (self.user, *self.orgs)
 
 
 @dataclass
@@ -232,7 +253,9 @@ class LoopbackHub:
     def add_repo(self, id, files=None, private=False):
         """A repository with `files`, bytes by path, in its first commit."""
         repo = self.repos[id] = Repo(id, private)
-        return repo.add("main", self._filed({}, files or {}), "initial commit", author=id.split("/")[0])
+        return repo.add(
+            "main", self._filed({}, files or {}), "initial commit", author=id.removeprefix("spaces/").split("/")[0]
+        )
 
     def change(self, id, files, revision="main", title="A change"):
         """A commit by somebody else: bytes by path, None for a file to delete."""
@@ -343,9 +366,10 @@ class LoopbackHub:
             for methods, pattern, needs, function in ROUTES:
                 if method in methods and (found := pattern.fullmatch(url.path)):
                     names = {name: unquote(value) for name, value in found.groupdict().items()}
+                    prefix = "spaces/" if names.pop("type", "models") == "spaces" else ""
                     with self.lock:
                         if "repo" in names:
-                            names["repo"] = self.find(names["repo"], ask, needs)
+                            names["repo"] = self.find(prefix + names["repo"], ask, needs)
                         result = function(self, ask, **names)
                     return result if isinstance(result, Answer) else as_json(200, result)
             raise Refusal(404, "Sorry, we can't find the page you are looking for.")
@@ -429,8 +453,12 @@ def as_json(status, data):
 
 
 def route(methods, path, needs="read"):
-    """Answer requests to `path` by the function; where it names a {repo}, to those who may do what it `needs`."""
-    expression = path.replace("{repo}", r"(?P<repo>[^/]+(?:/[^/]+)?)").replace("{path}", r"(?P<path>.+)")
+    """Answer requests to `path` by the function; where it names a {repo}, to those who may do what it `needs`.
+
+    A path of models is one of Spaces too.
+    """
+    expression = path.replace("/api/models/", "/api/(?P<type>models|spaces)/").replace("{path}", r"(?P<path>.+)")
+    expression = expression.replace("{repo}", r"(?P<repo>(?:spaces/)?[^/]+(?:/[^/]+)?)")
     expression = re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", expression)
 
     def add(function):
@@ -455,7 +483,7 @@ def validate_yaml(hub, ask):
     errors, data = [], {}
     try:
         data = card_data(ask.json()["content"])
-        errors += card_errors(data)
+        errors += card_errors(data, ask.json().get("repoType", "model"))
     except ValueError as error:
         errors.append(str(error))
     except (AttributeError, TypeError):  # a text where a list of mappings should be
@@ -470,19 +498,25 @@ def create_or_delete(hub, ask, what):
     data = ask.json()
     if ask.token is None:
         raise Refusal(401, "Invalid username or password.")
-    if data.get("type", "model") != "model":
-        raise Refusal(400, "This Hub has only models")
+    type, files = data.get("type", "model"), {".gitattributes": GITATTRIBUTES}
+    if type not in TYPES:
+        raise Refusal(400, f"This Hub has no {type}")
     owner = data.get("organization") or ask.token.user
-    id = f"{owner}/{data['name']}"
+    id = f"{TYPES[type]}{owner}/{data['name']}"
     if ask.token.role != "write" or not ask.token.owns(id):
-        raise Refusal(403, f'You don\'t have the rights to {what} a model under the namespace "{owner}"')
+        raise Refusal(403, f'You don\'t have the rights to {what} a {type} under the namespace "{owner}"')
     if what == "delete":
         del hub.repos[hub.find(id, ask, "write").id]
         return {}
     if id in hub.repos:
-        raise Refusal(409, "You already created this model repo", url=f"{hub.url}/{id}")
-    hub.add_repo(id, {".gitattributes": GITATTRIBUTES}, data.get("private") or data.get("visibility") == "private")
-    return {"url": f"{hub.url}/{id}", "name": id, "id": id}
+        raise Refusal(409, f"You already created this {type} repo", url=f"{hub.url}/{id}")
+    if type == "space":
+        if data.get("sdk") not in SDKS:
+            raise Refusal(400, f'"sdk" must be one of [{", ".join(SDKS)}]')
+        files["README.md"] = NEW_SPACE.format(**data).encode()
+    hub.add_repo(id, files, data.get("private") or data.get("visibility") == "private")
+    name = id.removeprefix(TYPES[type])
+    return {"url": f"{hub.url}/{id}", "name": name, "id": name}
 
 
 @route("GET", "/api/models/{repo}/auth-check")
@@ -541,7 +575,9 @@ def info(hub, ask, repo, rev="main"):
         blob = {"size": len(file.data), "blobId": file.blob} | ({"lfs": file.large} if file.lfs else {})
         return {"rfilename": path} | (blob if "blobs" in ask.query else {})
 
-    found = {"id": repo.id, "modelId": repo.id, "author": repo.id.split("/")[0], "sha": commit.sha, "tags": tags}
+    id = repo.id.removeprefix("spaces/")
+    found = {"id": id, "author": id.split("/")[0], "sha": commit.sha, "tags": tags}
+    found |= {"sdk": card.get("sdk")} if id != repo.id else {"modelId": id}
     found |= {"lastModified": DATE, "createdAt": DATE, "private": repo.private, "gated": False, "disabled": False}
     found |= {"downloads": 0, "likes": 0, "cardData": card} | known
     return found | {"siblings": [sibling(path, file) for path, file in sorted(commit.files.items())]}

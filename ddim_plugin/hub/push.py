@@ -135,7 +135,8 @@ for each in (GeneralizedDDIMPipeline, GeneralizedDDIMSchedulerOutput, *CLASSES.v
 
 
 SPACE = {"repo_type": "space", "space_sdk": "gradio"}
-SDK = "6.31.0"  # the version of Gradio that the page was tested with
+# With the version of Gradio that the page was tested with.
+SPACE_DATA = {"sdk": SPACE["space_sdk"], "sdk_version": "6.31.0", "python_version": "3.12", "app_file": "app.py"}
 SPACE_TEXT = (
     "Samples, latents and few steps of [{0}](https://huggingface.co/{0}), by ddim-plugin. It runs on any hardware."
 )
@@ -152,29 +153,31 @@ def push_space(
     api, package = HfApi(token=token), Path(__file__).parents[1]
     repo_id = open_repo(api, repo_id, private, **SPACE)
     needed = [line for line in requires("ddim-plugin") or () if ";" not in line]  # without those of extras
-    data = {"title": repo_id.split("/")[-1], "sdk": SPACE["space_sdk"], "sdk_version": SDK, "app_file": "app.py"}
-    text = f"---\n{SpaceCardData(**data, models=[repo_id], license=license)}\n---\n\n{SPACE_TEXT.format(repo_id)}\n"
-    files: dict[str, Path | bytes] = {
-        f"ddim_plugin/{path.relative_to(package)}": path for path in package.rglob("*.py")
-    }
-    files |= {"ddim_plugin/hub/card.md": package / "hub" / "card.md", "app.py": page()}
-    files["requirements.txt"] = "\n".join([*needed, ""]).encode()
+    content = [*package.rglob("*.py"), package / "hub" / "card.md"]
+    files: dict[str, Path | bytes] = {f"ddim_plugin/{path.relative_to(package).as_posix()}": path for path in content}
+    files |= {"app.py": page(), "requirements.txt": "\n".join([*needed, ""]).encode()}
     with explained(repo_id, token):
-        names = {each.rfilename for each in api.space_info(repo_id).siblings or ()}
-        path = README in names and api.hf_hub_download(repo_id, README, repo_type="space")
+        info = api.space_info(repo_id)
+        names = {each.rfilename for each in info.siblings or ()}
+        path = README in names and api.hf_hub_download(repo_id, README, repo_type="space", revision=info.sha)
         old = Path(path).read_text(encoding="utf-8", errors="replace") if path else ""
         if is_written_here(old) or "spaces-config-reference" in (old or "spaces-config-reference"):  # of a new Space
-            files[README] = sign(text).encode()
-        changes = [CommitOperationDelete(name) for name in names - files.keys() if name.startswith("ddim_plugin/")]
+            license = license or (ModelCard(old).data.license if old else None)
+            data = SpaceCardData(title=repo_id.split("/")[-1], models=[repo_id], license=license, **SPACE_DATA)
+            files[README] = sign(f"---\n{data}\n---\n\n{SPACE_TEXT.format(repo_id)}\n").encode()
+        stale = {name for name in names if name.startswith("ddim_plugin/")} - files.keys()
+        changes = [CommitOperationDelete(name) for name in sorted(stale)]
         changes += [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-        return api.create_commit(repo_id, changes, commit_message="Upload the page of ddim-plugin", repo_type="space")
+        branch = {"repo_type": "space", "parent_commit": info.sha}
+        return api.create_commit(repo_id, changes, commit_message="Upload the page of ddim-plugin", **branch)
 
 
 def page() -> Path:
     """Find the file of the page, in a clone or in the data of an installation."""
-    places = [Path(__file__).parents[2] / "training" / "page" / "app.py"]
-    places += [Path(each.locate()) for each in files("ddim-plugin") or () if each.match("share/ddim-plugin/app.py")]
-    return next(place for place in places if place.is_file())
+    clone = Path(__file__).parents[2] / "training" / "page" / "app.py"
+    if clone.is_file():
+        return clone
+    return next(Path(each.locate()) for each in files("ddim-plugin") or () if each.match("share/ddim-plugin/app.py"))
 
 
 def open_repo(api: HfApi, repo_id: str, private: bool | None, **kind: str) -> str:

@@ -134,6 +134,32 @@ def test_repositories_are_created_once(hub, ada):
     assert not ada.repo_exists("ada/model")
 
 
+def test_spaces(hub, ada, folder, tmp_path):
+    ada.create_repo("ada/model")
+    assert ada.create_repo("ada/model", repo_type="space", space_sdk="gradio", private=True).repo_id == "ada/model"
+    for settings in ({}, {"space_sdk": "perl"}):
+        with pytest.raises((ValueError, HfHubHTTPError), match="(?i)sdk"):
+            ada.create_repo("ada/other", repo_type="space", **settings)
+    new = hub.files("spaces/ada/model")["README.md"].decode()
+    assert new.startswith("---\ntitle: model\n")
+    assert new.endswith(
+        "Check out the configuration reference at https://huggingface.co/docs/hub/spaces-config-reference\n"
+    )
+    info = ada.space_info("ada/model")
+    assert (info.id, info.author, info.sdk, info.private) == ("ada/model", "ada", "gradio", True)
+    ada.upload_folder(repo_id="ada/model", repo_type="space", folder_path=folder / "unet")
+    assert {"weights.safetensors", "config.json", "README.md"} < hub.files("spaces/ada/model").keys()
+    assert hub.files("ada/model").keys() == {".gitattributes"}
+    found = Path(ada.snapshot_download("ada/model", repo_type="space", cache_dir=tmp_path / "cache"))
+    assert (found / "weights.safetensors").read_bytes() == FILES["unet/weights.safetensors"]
+    with pytest.raises(ValueError, match='"sdk" must be one of'):
+        ada.upload_file(path_or_fileobj=CARD, path_in_repo="README.md", repo_id="ada/model", repo_type="space")
+    with pytest.raises(RepositoryNotFoundError):
+        hub.client("hf_bob").space_info("ada/model")
+    ada.delete_repo("ada/model", repo_type="space")
+    assert list(hub.repos) == ["ada/model"]
+
+
 def test_a_private_repository_is_its_owner_s(hub, ada):
     hub.add_repo("ada/model", FILES, private=True)
     assert ada.model_info("ada/model").private

@@ -21,7 +21,7 @@ def free_port():
 def serve(tmp_path_factory):
     """Start commands that serve a page, and end them with the tests. BROWSER keeps a window from being opened."""
     pytest.importorskip("gradio", reason='the page needs Gradio: pip install "ddim-plugin[demo]"')
-    running = []
+    running, logs = [], {}
 
     def start(*command, cwd=None, env=None):
         port, log = free_port(), tmp_path_factory.mktemp("served") / "log.txt"
@@ -39,11 +39,13 @@ def serve(tmp_path_factory):
         while time.monotonic() < until and child.poll() is None:
             try:
                 urlopen(url, timeout=10).close()
+                logs[url] = log
                 return url
             except OSError:
                 time.sleep(0.1)
         raise AssertionError(f"no page at {url}: {log.read_text()}")
 
+    start.log = lambda url: logs[url].read_text()
     yield start
     for child in running:
         child.terminate()
