@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from importlib.metadata import files
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import get_device
 
-from ..hub.push import explained, page, push_folder, push_space
+from ..hub.push import explained, push_folder
 from ..pipelines import invert as inversion
 from ..pipelines.fit import fit_solver
 from ..pipelines.generation import GeneralizedDDIMPipeline
@@ -44,7 +45,7 @@ def run(args: Namespace) -> None:
         commit = push_folder(**vars(args))
         print(commit.pr_url or commit.commit_url)
         if space:
-            print(push_space(args.repo_id, args.private, args.token, args.license).commit_url)
+            print(_page("space.py").push_space(args.repo_id, args.private, args.token, args.license).commit_url)
         return
     files = [file for file in FILES[command] if file != LATENTS or not vars(args).get("latents")]
     places = [Path(args.output, file) for file in (*files, f"{command}.json")]
@@ -156,14 +157,24 @@ def fit(args: Namespace) -> tuple:
 
 def demo(args: Namespace) -> None:
     """Show a model in the browser, until the command is interrupted."""
-    spec = spec_from_file_location("app", page())
     try:
-        spec.loader.exec_module(app := module_from_spec(spec))
+        app = _page("app.py")
     except ModuleNotFoundError as error:
         raise ValueError(f'the page needs {error.name}: pip install "ddim-plugin[demo]"') from error
     args.model = args.model or str(app.default_model())
     pipe = _load(args, {})
     app.launch(app.Demo(pipe, app.held_out(args.model, args.revision)).page(Path(args.model).name), args.port)
+
+
+def _page(name: str) -> Any:
+    """Import a file of the page, which is in a clone, or in the data of an installation."""
+    place = Path(__file__).parents[2] / "training" / "page" / name
+    if not place.is_file():
+        data = [each.locate() for each in files("ddim-plugin") or () if each.match(f"share/ddim-plugin/{name}")]
+        place = Path(*data[:1])
+    spec: Any = spec_from_file_location(place.stem, place)
+    spec.loader.exec_module(module := module_from_spec(spec))
+    return module
 
 
 def _load(args: Namespace, changes: dict[str, Any] = DETERMINISTIC) -> Any:

@@ -5,7 +5,6 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import files, requires
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,13 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     ModelCard,
-    SpaceCardData,
     get_token,
 )
 
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..schedulers import GeneralizedDDIMSchedulerOutput
 from ..schedulers.config import CLASSES
-from .card import adapt, card, is_written_here, sign
+from .card import adapt, card, is_written_here
 from .code import STALE, code
 
 README, GRID, TITLE = "README.md", "samples.png", "Upload GeneralizedDDIMPipeline"
@@ -132,52 +130,6 @@ def push_to_hub(self, repo_id: str, commit_message: str | None = None, *, varian
 GeneralizedDDIMPipeline.push_to_hub = push_to_hub
 for each in (GeneralizedDDIMPipeline, GeneralizedDDIMSchedulerOutput, *CLASSES.values()):
     each.__module__ = __package__.partition(".")[0]  # saved files name classes by the package
-
-
-SPACE = {"repo_type": "space", "space_sdk": "gradio"}
-# With the version of Gradio that the page was tested with.
-SPACE_DATA = {"sdk": SPACE["space_sdk"], "sdk_version": "6.31.0", "python_version": "3.12", "app_file": "app.py"}
-SPACE_TEXT = (
-    "Samples, latents and few steps of [{0}](https://huggingface.co/{0}), by ddim-plugin. It runs on any hardware."
-)
-
-
-def push_space(
-    repo_id: str, private: bool | None = None, token: str | bool | None = None, license: str | None = None
-) -> CommitInfo:
-    """Push a Space of Gradio that shows the model of the same id: the page of `ddim-plugin demo`, and this package.
-
-    Arguments and errors are those of `push_folder`. A card that somebody wrote is kept. Returns the commit, or the last
-    one if nothing has changed.
-    """
-    api, package = HfApi(token=token), Path(__file__).parents[1]
-    repo_id = open_repo(api, repo_id, private, **SPACE)
-    needed = [line for line in requires("ddim-plugin") or () if ";" not in line]  # without those of extras
-    content = [*package.rglob("*.py"), package / "hub" / "card.md"]
-    files: dict[str, Path | bytes] = {f"ddim_plugin/{path.relative_to(package).as_posix()}": path for path in content}
-    files |= {"app.py": page(), "requirements.txt": "\n".join([*needed, ""]).encode()}
-    with explained(repo_id, token):
-        info = api.space_info(repo_id)
-        names = {each.rfilename for each in info.siblings or ()}
-        path = README in names and api.hf_hub_download(repo_id, README, repo_type="space", revision=info.sha)
-        old = Path(path).read_text(encoding="utf-8", errors="replace") if path else ""
-        if is_written_here(old) or "spaces-config-reference" in (old or "spaces-config-reference"):  # of a new Space
-            license = license or (ModelCard(old).data.license if old else None)
-            data = SpaceCardData(title=repo_id.split("/")[-1], models=[repo_id], license=license, **SPACE_DATA)
-            files[README] = sign(f"---\n{data}\n---\n\n{SPACE_TEXT.format(repo_id)}\n").encode()
-        stale = {name for name in names if name.startswith("ddim_plugin/")} - files.keys()
-        changes = [CommitOperationDelete(name) for name in sorted(stale)]
-        changes += [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
-        branch = {"repo_type": "space", "parent_commit": info.sha}
-        return api.create_commit(repo_id, changes, commit_message="Upload the page of ddim-plugin", **branch)
-
-
-def page() -> Path:
-    """Find the file of the page, in a clone or in the data of an installation."""
-    clone = Path(__file__).parents[2] / "training" / "page" / "app.py"
-    if clone.is_file():
-        return clone
-    return next(Path(each.locate()) for each in files("ddim-plugin") or () if each.match("share/ddim-plugin/app.py"))
 
 
 def open_repo(api: HfApi, repo_id: str, private: bool | None, **kind: str) -> str:

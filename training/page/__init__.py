@@ -1,1 +1,1 @@
-"""The page of `ddim-plugin demo`, which a wheel and a Space carry as one file, `app.py`."""
+"""The page of `ddim-plugin demo`, which a wheel and a Space carry as `app.py`."""

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
+from page.space import push_space
 from pushing import READS, REPO, TOKEN, card
 
 import ddim_plugin
 from ddim_plugin import cli
-from ddim_plugin.hub.push import push_space
 
 try:
     import tomllib
