@@ -54,20 +54,21 @@ def test_a_wheel_carries_the_page_and_its_model(wheel):
         assert [name for name in archive.namelist() if name.startswith(("training", "model_cards", "tests"))] == []
     share = "share/ddim-plugin"
     expected = {f"{share}/ddim-mnist-28/{name}": MODEL / name for name in FILES}
-    expected[f"{share}/app.py"] = ROOT / "training" / "page" / "app.py"
+    expected |= {f"{share}/{name}": ROOT / "training" / "page" / name for name in ("app.py", "space.py")}
     assert content == {name: path.read_bytes() for name, path in expected.items()}
 
 
 def test_an_installation_finds_them(installed):
     code = (
-        "import ddim_plugin, runpy; from ddim_plugin.hub.push import page; print(ddim_plugin.__file__); print(page());"
-        "print(runpy.run_path(str(page()), run_name='app')['default_model']())"
+        "import ddim_plugin; from ddim_plugin.cli.commands import _page; app = _page('app.py')\n"
+        "for each in ddim_plugin.__file__, app.__file__, _page('space.py').__file__, app.default_model(): print(each)"
     )
     pytest.importorskip("gradio", reason='the page needs Gradio: pip install "ddim-plugin[demo]"')
     done = ask(installed, code)
-    package, page, model = (Path(line).resolve() for line in done.stdout.splitlines())
+    package, page, space, model = (Path(line).resolve() for line in done.stdout.splitlines())
     assert package.is_relative_to(installed)
     assert page == installed / "share" / "ddim-plugin" / "app.py"
+    assert space == page.with_name("space.py")
     assert model == installed / "share" / "ddim-plugin" / "ddim-mnist-28"
     assert (model / "model_index.json").is_file()
 
