@@ -30,6 +30,7 @@ HELD_OUT = "held-out.png"  # a strip of square pictures that a model was not tra
 MODEL = "the model's"  # the choice that keeps a setting of the model
 SOLUTION = 100  # steps whose pictures stand for the solution of the ODE
 FRAMES = 21  # pictures of a path
+BETWEEN = 0.3  # seconds from one preview to the next, so that a browser can show them
 CORNERS = "ABCD"
 PAPER = "https://arxiv.org/abs/2010.02502"
 # Samplers of diffusers with one evaluation a step, by the path, and a grid on which they are good at few steps.
@@ -127,17 +128,19 @@ class Demo:
         for plan in plans:
             pipe.scheduler.set_timesteps(**plan)  # refuses what it cannot do, before the first run
         for plan in plans:
-            drawn, seconds = self.noise(seed, count), 0.0
+            drawn, seconds, last = self.noise(seed, count), 0.0, 0.0
             pipe.scheduler.set_timesteps(**plan)
             x, condition = drawn["latents"] * pipe.scheduler.init_noise_sigma, pipe._condition(count, **labels)
             for i, t in enumerate(times := pipe.scheduler.timesteps, 1):
                 start = time.perf_counter()
                 with torch.no_grad():
                     step, condition = pipe._step(x.to(**condition.state), t, condition, generator=drawn["generator"])
-                x, x0 = step.prev_sample, step.pred_original_sample.clamp(*pipe.scheduler.image_range)
-                preview, seconds = pipe._images(x0, "np"), seconds + time.perf_counter() - start
+                x, seconds = step.prev_sample, seconds + time.perf_counter() - start
                 gr.Progress()((i, len(times)), f"S = {len(times)}")
-                yield shown(rows | {f"S = {len(times)}: predicted x0 at step {i}": preview})
+                if time.perf_counter() - last > BETWEEN:
+                    x0 = step.pred_original_sample.clamp(*pipe.scheduler.image_range)
+                    yield shown(rows | {f"S = {len(times)}: predicted x0 at step {i}": pipe._images(x0, "np")})
+                    last = time.perf_counter()
             calls = f"{len(times) * (1 + (condition.scale != 1))} calls of the network"
             rows[f"S = {len(times)}: {calls}, {seconds:.2f} s"] = pipe._images(x, "np")
             yield shown(rows)

@@ -54,16 +54,17 @@ def test_samples(visit):
 
 def test_previews_are_shown_while_a_run_goes_on(visit):
     desk = visit()
-    desk.fill("Numbers", 200)
-    desk.fill("Pictures", 1)
-    desk.button("Sample").click()
-    seen = {}
-    desk.wait(lambda: "predicted x0 at step" in desk.text("Cost"))
-    while "predicted" in (text := desk.text("Cost")):
-        seen.setdefault(desk.source("Sample"), text)
-        desk.page.wait_for_timeout(20)
-    assert len(seen.keys() - {""}) >= 2  # a busy browser shows few of them
-    assert calls(desk.text("Cost").splitlines()) == ["S = 200: 200 calls of the network"]
+    desk.page.evaluate(
+        """() => {
+            window.sources = new Set()
+            const note = (changes) => changes.forEach((each) => window.sources.add(each.target.src))
+            const kinds = { subtree: true, attributes: true, attributeFilter: ["src"] }
+            new MutationObserver(note).observe(document.body, kinds)
+        }"""
+    )
+    costs, _ = desk.sample(Numbers=300, Pictures=1)
+    assert calls(costs) == ["S = 300: 300 calls of the network"]
+    assert desk.page.evaluate("window.sources.size") >= 3  # two previews, and the picture
 
 
 def test_latents(visit, tmp_path):
