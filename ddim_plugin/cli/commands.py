@@ -1,4 +1,4 @@
-"""The commands: sample, encode, invert, edit, fit and push."""
+"""The commands: sample, encode, reconstruct, edit, fit and push."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import time
 from argparse import Namespace
 from importlib.metadata import files
 from importlib.util import module_from_spec, spec_from_file_location
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,28 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import get_device
+from tqdm.auto import tqdm
 
 from ..hub.push import explained, push_folder
-from ..pipelines import invert as inversion
 from ..pipelines.fit import fit_solver
 from ..pipelines.generation import GeneralizedDDIMPipeline
 from ..pipelines.images import check_channels, grid, open_image
-from ..pipelines.loop import batches
+from ..pipelines.invert import Inverted, draw, invert
+from ..pipelines.loop import batches, part_of
 from ..process.spacings import integer
 from ..schedulers import DETERMINISTIC, GeneralizedDDIMScheduler, MultistepDDIMScheduler, keep_learned, sampler_class
 from ..schedulers.config import restored
 from ..version import __version__
 from .parser import FILES, LATENTS
 
-CALL = ("timesteps", "guidance_scale", "null_class_label")  # options that are keywords of the pipeline's call
-CODING = (*CALL, "strength", "batch_size")  # those of encode and decode
-KEPT = ("steps", "spacing", "multistep", "strength", "class_label", *CALL)  # saved with latents
+CALL = {"prompt": "prompt", "class_label": "class_labels"}  # options that are arguments of the pipeline's call
+CALL |= {name: name for name in ("guidance_scale", "null_class_label")}
+STEPS, SIZE = {"steps": "num_inference_steps", "timesteps": "timesteps"}, {"height": "height", "width": "width"}
+LOADING = {"model", "images", "latents", "batch_size", "device", "dtype", "revision", "output", "overwrite"}
 
 
 def run(args: Namespace) -> None:
-    """Run a command, move its files into place when all are complete, and print their paths."""
+    """Run a command, move its files into place when all are complete, and print what was made and where."""
     command, start = vars(args).pop("command"), time.perf_counter()  # all others are settings
     if command == "demo":
         demo(args)
@@ -43,13 +46,14 @@ def run(args: Namespace) -> None:
         if (space := vars(args).pop("space")) and (args.revision or args.create_pr):
             raise ValueError("--space shows the main branch: leave out --revision and --create-pr")
         commit = push_folder(**vars(args))
-        print(commit.pr_url or commit.commit_url)
+        print(f"pushed {args.folder}: {commit.pr_url or commit.commit_url}")
         if space:
-            print(_page("space.py").push_space(args.repo_id, args.private, args.token, args.license).commit_url)
+            pushed = _page("space.py").push_space(args.repo_id, args.private, args.token, args.license)
+            print(f"pushed its Space: {pushed.commit_url}")
         return
-    files = [file for file in FILES[command] if file != LATENTS or not vars(args).get("latents")]
-    places = [Path(args.output, file) for file in (*files, f"{command}.json")]
-    for name, value in _given(args, "num", "batch_size").items():
+    made = {file: what for file, what in FILES[command].items() if file != LATENTS or not vars(args).get("latents")}
+    places = {Path(args.output, file): what for file, what in made.items()}
+    for name, value in _given(args, "num", "batch_size", "height", "width").items():
         integer(f"--{name.replace('_', '-')}", value, 1)
     for place in places:
         if place.is_dir() or (os.path.lexists(place) and not args.overwrite):
@@ -59,93 +63,73 @@ def run(args: Namespace) -> None:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device} is not available: {str(error).splitlines()[0]}") from error
     parent = next(path for path in Path(args.output, LATENTS).absolute().parents if path.exists())
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".ddim-plugin-") as scratch:
-        record, *contents = {"sample": sample, "edit": edit, "fit": fit}.get(command, encode)(args)
-        for file, content in zip(files, contents, strict=False):  # not those that were given
+    model = args.model if Path(args.model).is_dir() else f"{args.model} (no folder)"
+    with explained(model), tempfile.TemporaryDirectory(dir=parent, prefix=".ddim-plugin-") as scratch:
+        record, *contents = {"sample": sample, "fit": fit}.get(command, encode)(args, command)
+        for file, content in zip(made, contents, strict=False):
             (content.save_pretrained if command == "fit" else content.save)(Path(scratch, file))
         measured = {"seconds": time.perf_counter() - start, "cpus": os.cpu_count(), "version": __version__}
         record |= {"command": command, "settings": vars(args), **measured}
         Path(scratch, f"{command}.json").write_text(json.dumps(record, indent=2) + "\n")
         Path(args.output).mkdir(parents=True, exist_ok=True)
-        for place in places:
+        for place, what in places.items():
             Path(scratch, place.name).replace(place)
-            print(place)
+            print(f"{what.format(**record)}: {place}")
 
 
-def sample(args: Namespace) -> tuple:
+def sample(args: Namespace, command: str) -> tuple:
     """Sample images from noise, or decode --latents."""
-    if args.latents:
-        _refuse(args, "num", "eta", "variance", "clip")
-        found = inversion.Inverted.load(args.latents)
-        z, kept = found.latents, found.settings
-        kept |= {"steps": None, "timesteps": None} if _given(args, "steps", "timesteps") else {}
-        vars(args).update({key: kept.get(key) for key in KEPT} | _given(args, *KEPT))
-        pipe = _load(args)
-        args.num = pipe._check_latents(z)[0]
-        images = pipe.decode(z, output_type="np", **_keywords(args, args.num, *CODING))
-    else:
-        if args.strength is not None:
-            raise ValueError("--strength needs --latents: sampling from noise makes all steps")
-        args.num = 16 if args.num is None else args.num
-        settings = _keywords(args, args.num, *CALL) | {"output_type": "np"}
-        pipe = _load(args, {"eta": args.eta, "variance_type": args.variance, "clip_sample": args.clip})
-        generators = [torch.Generator().manual_seed(args.seed + i) for i in range(args.num)]
-        z = torch.cat([torch.randn(pipe._shape(1), generator=each) for each in generators])
-        labels, images = settings.pop("class_labels", None), []
-        for rows in batches(args.num, args.batch_size):
-            settings |= {"class_labels": labels and labels[rows], "generator": generators[rows]}
-            images.extend(pipe(None, latents=z[rows], **settings).images)
-    found = inversion.Inverted(z, None, {key: getattr(args, key) for key in KEPT})
-    return {"images": args.num}, grid(np.asarray(images), 8), found
+    found = _read(args, args.latents, *CALL, *STEPS) if args.latents else None
+    args.num, args.seed = (len(found.latents), None) if found else (args.num or 16, args.seed or 0)
+    pipe = _load(args, {"eta": args.eta, "variance_type": args.variance, "clip_sample": args.clip})
+    call = _call(args, pipe, CALL | STEPS | SIZE)
+    with _progress(pipe, len(batches(args.num, args.batch_size))):
+        if found:
+            images = found.decode(pipe, batch_size=args.batch_size, output_type="np", **call)
+            return {"images": args.num, "call": found.settings["call"] | call}, grid(images, 8)
+        images, found = draw(pipe, range(args.seed, args.seed + args.num), args.batch_size, **call)
+    return {"images": args.num}, grid(images, 8), found
 
 
-def encode(args: Namespace) -> tuple:
-    """Encode or invert images. Return the record with the report, which is printed, the latents, model and images."""
-    settings = _keywords(args, len(args.images), "tolerance", *CODING)
-    pipe = _load(args)
-    network = getattr(pipe, "transformer", None) or pipe.unet
-    side = getattr(pipe, "default_sample_size", None) or network.config.get("sample_size")
-    sides = getattr(pipe, "vae_scale_factor", 1) * np.broadcast_to(side or 0, 2)
-    size = tuple(sides.tolist()) if side and args.resize else None
-    channels = getattr(pipe, "image_channels", 0) or (getattr(pipe, "vae", 0) or network).config.get("in_channels", 3)
-    images = [open_image(file, channels, size) for file in args.images]
-    if "prompt" not in vars(args):
-        z, report = pipe.encode(images, refinement_steps=args.refine or 0, return_report=True, **settings)
-        found = inversion.Inverted(z, report, {key: getattr(args, key) for key in KEPT})
-    else:
-        found = inversion.invert(pipe, images, args.prompt, 4 if args.refine is None else args.refine, **settings)
-    print(found.report or "no residual was measured: pass --refine K", file=sys.stderr)
-    return {"report": found.report and found.report.to_dict(), "images": args.images}, found, pipe, images
+def encode(args: Namespace, command: str) -> tuple:
+    """Encode images, and for `reconstruct` and `edit` decode them. `edit` decodes them with changes too."""
+    found = images = None
+    if command == "edit" and [Path(file).suffix for file in args.images] == [".safetensors"]:
+        found = _read(args, args.images[0], *(f"new_{name}" for name in CALL))
+    pipe, num = _load(args), len(found.latents if found else args.images)
+    call, new = _call(args, pipe, CALL | STEPS), part_of(_call(args, pipe, CALL, "new_"), slice(num), num)
+    if command == "edit" and not new:
+        raise ValueError("nothing changes: pass --new-prompt, or --new-class-label for a model with classes")
+    decodings = {"encode": [], "reconstruct": [{}], "edit": [{}, new]}[command]
+    refine = 4 if args.refine is None else args.refine
+    with _progress(pipe, (len(decodings) + (0 if found else 1 + refine)) * len(batches(num, args.batch_size))):
+        if not found:
+            call |= _given(args, "strength", "tolerance", "batch_size")
+            found = invert(pipe, images := _open(args, pipe), refinement_steps=refine, **call)
+        rows = [found.decode(pipe, batch_size=args.batch_size, output_type="np", **each) for each in decodings]
+    record = {"images": args.images, "report": found.report and found.report.to_dict()}
+    if images:
+        print(found.report or "no residual was measured: pass --refine K", file=sys.stderr)
+    if not rows:
+        return record, found
+    if images:
+        rows.insert(0, np.stack([*map(np.asarray, images)]).reshape(rows[0].shape) / np.float32(255))
+        record["errors"] = np.sqrt(np.square(rows[0] - rows[1]).mean((1, 2, 3))).tolist()
+        print(f"error of the reconstructions (RMSE in [0, 1]): {np.mean(record['errors']):.3g}", file=sys.stderr)
+    return record, grid(np.stack(rows, 1).reshape(-1, *rows[0].shape[1:]), len(rows)), found
 
 
-def edit(args: Namespace) -> tuple:
-    """Invert images, or load an earlier inversion, and decode them again and with another prompt."""
-    if [Path(file).suffix for file in args.images] == [".safetensors"]:
-        _refuse(args, "prompt", "guidance_scale", "strength", "tolerance", "refine", "resize", *KEPT[:3], "timesteps")
-        record, inverted, images = {}, inversion.Inverted.load(args.images[0]), []
-        if "call" not in inverted.settings:
-            raise ValueError(f"{args.images[0]} has no settings of an inversion: pass what invert or edit wrote")
-        pipe = _load(args)
-    else:
-        record, inverted, pipe, images = encode(args)
-    scale = {} if args.new_guidance_scale is None else {"guidance_scale": args.new_guidance_scale}
-    edited = inverted.decode(pipe, args.new_prompt, output_type="np", **scale)
-    again = inverted.decode(pipe, output_type="np")
-    shown = [np.stack([*map(np.asarray, images)]).reshape(again.shape) / np.float32(255)] if images else []
-    rows = np.stack([*shown, again, edited], 1)  # the image, decoded, and edited
-    return record, grid(rows.reshape(-1, *again.shape[1:]), rows.shape[1]), inverted
-
-
-def fit(args: Namespace) -> tuple:
+def fit(args: Namespace, command: str) -> tuple:
     """Fit solvers, and return the model with them."""
-    call, labels = _given(args, "guidance_scale", "null_class_label"), args.class_label
     if args.prompt_file:
-        args.prompt = Path(args.prompt_file).read_text("utf-8").splitlines() or [""]
-        call["prompt"] = [args.prompt[i % len(args.prompt)] for i in range(args.num)]
-    pipe = _load(args)
+        args.prompt = [*(args.prompt or []), *Path(args.prompt_file).read_text("utf-8").splitlines()] or [""]
+    args.seed, pipe = args.seed or 0, _load(args)
+    call = _call(args, pipe, CALL | SIZE)
     if isinstance(pipe, GeneralizedDDIMPipeline) and (classes := pipe.unet.config.num_class_embeds):
-        labels = labels or range(max(1, classes - (call.get("guidance_scale", 1) != 1)))  # the last is that of no class
-        call["class_labels"] = [labels[i % len(labels)] for i in range(args.num)]
+        guided = call.get("guidance_scale", 1) != 1  # the last label is that of no class
+        call = {"class_labels": [*range(max(1, classes - guided))]} | call
+    for key, each in call.items():
+        call[key] = [each[i % len(each)] for i in range(args.num)] if isinstance(each, list) else each
     found = fit_solver(pipe, args.steps, args.num, args.batch_size, seed=args.seed, minutes=args.minutes, **call)
     for S, each in found.items():
         print(f"S = {S}: error {each['error']:.3g}, by default {each['default_error']:.3g}", file=sys.stderr)
@@ -162,7 +146,8 @@ def demo(args: Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ValueError(f'the page needs {error.name}: pip install "ddim-plugin[demo]"') from error
     args.model = args.model or str(app.default_model())
-    pipe = _load(args, {})
+    if not isinstance(pipe := _load(args, {}), GeneralizedDDIMPipeline):
+        raise ValueError(f"{args.model} is a {type(pipe).__name__}: the page shows models of pixels")
     app.launch(app.Demo(pipe, app.held_out(args.model, args.revision)).page(Path(args.model).name), args.port)
 
 
@@ -179,10 +164,10 @@ def _page(name: str) -> Any:
 
 def _load(args: Namespace, changes: dict[str, Any] = DETERMINISTIC) -> Any:
     """Load the model on its device, and change those settings of its scheduler that are not None."""
-    kind = DiffusionPipeline if "prompt" in vars(args) else GeneralizedDDIMPipeline
-    with explained(args.model if Path(args.model).is_dir() else f"{args.model} (no folder)"):
-        pipe = kind.from_pretrained(args.model, revision=args.revision)
-    if isinstance(pipe, GeneralizedDDIMPipeline):
+    index = DiffusionPipeline.load_config(args.model, revision=args.revision)
+    kind = DiffusionPipeline if index.keys() & {"vae", "vqvae"} else GeneralizedDDIMPipeline
+    pipe = kind.from_pretrained(args.model, revision=args.revision)
+    if kind is GeneralizedDDIMPipeline:
         check_channels(pipe.image_channels)
     scheduler: Any = restored(pipe.scheduler)
     before, changes = scheduler.config, changes | {"timestep_spacing": args.spacing}
@@ -192,9 +177,27 @@ def _load(args: Namespace, changes: dict[str, Any] = DETERMINISTIC) -> Any:
     for key, value in changes.items():
         if key in before and before[key] != value:
             print(f"note: {key}={value}, the model has {before[key]}", file=sys.stderr)
-    pipe.set_progress_bar_config(desc="steps", leave=False, disable=None)  # None: unless stderr is a terminal
     dtype = None if args.dtype == "float32" else getattr(torch, args.dtype)  # diffusers warns of each cast
     return pipe.to(args.device or get_device(), dtype=dtype)
+
+
+def _progress(pipe: Any, total: int) -> tqdm:
+    """Show one bar with the time left for `total` calls of a pipeline, of one evaluation in each step."""
+    bar = tqdm(total=total, bar_format="{percentage:3.0f}%|{bar}| {remaining} left", leave=False, disable=None)
+    pipe.set_progress_bar_config(disable=True)
+    network = getattr(pipe, "transformer", None) or pipe.unet  # evaluated `order` times in a step of an inverse
+    network.register_forward_hook(lambda *_: bar.update(pipe.scheduler.order / len(pipe.scheduler.timesteps)) and None)
+    return bar
+
+
+def _open(args: Namespace, pipe: Any) -> list:
+    """Open the images, with --resize in the size of the network."""
+    network = getattr(pipe, "transformer", None) or pipe.unet
+    side = getattr(pipe, "default_sample_size", None) or network.config.get("sample_size")
+    sides = getattr(pipe, "vae_scale_factor", 1) * np.broadcast_to(side or 0, 2)
+    size = tuple(sides.tolist()) if side and args.resize else None
+    channels = getattr(pipe, "image_channels", 0) or pipe.vae.config.get("in_channels", 3)
+    return [open_image(file, channels, size) for file in args.images]
 
 
 def _given(args: Namespace, *names: str) -> dict[str, Any]:
@@ -202,17 +205,18 @@ def _given(args: Namespace, *names: str) -> dict[str, Any]:
     return {name: value for name in names if (value := vars(args).get(name)) is not None}
 
 
-def _refuse(args: Namespace, *names: str) -> None:
-    for name in _given(args, *names):
+def _read(args: Namespace, file: str, *changes: str) -> Inverted:
+    """Load latents, and refuse options beside those for `changes`."""
+    for name in _given(args, *vars(args).keys() - LOADING - {*changes}):
         raise ValueError(f"--{name.replace('_', '-')} has no effect on latents: leave it out")
+    return Inverted.load(file)
 
 
-def _keywords(args: Namespace, num: int, *names: str) -> dict[str, Any]:
-    """Return the options of a pipeline's method that were given, with a class label for each of `num` images."""
-    known = _given(args, *names) | ({} if args.steps is None else {"num_inference_steps": args.steps})
-    for name, values in _given(args, "class_label", "prompt", "new_prompt").items():
-        if len(values) not in (1, num):
-            raise ValueError(f"{len(values)} of --{name.replace('_', '-')} for {num} images: give one, or one for each")
-    if labels := vars(args).get("class_label"):
-        known["class_labels"] = labels * (num // len(labels))
-    return known
+def _call(args: Namespace, pipe: Any, names: dict[str, str], prefix: str = "") -> dict[str, Any]:
+    """Return the options that were given as arguments of the pipeline's call."""
+    call, known = {}, {*signature(pipe.__call__).parameters, "timesteps"}
+    for option, value in _given(args, *(prefix + name for name in names)).items():
+        if (name := names[option.removeprefix(prefix)]) not in known:
+            raise ValueError(f"{type(pipe).__name__} has no {name}: leave out --{option.replace('_', '-')}")
+        call[name] = value[0] if name in ("prompt", "class_labels") and len(value) == 1 else value
+    return call

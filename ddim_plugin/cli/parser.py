@@ -9,61 +9,64 @@ from ..process.spacings import NAMES
 from ..version import __version__
 
 LATENTS = "latents.safetensors"
-# What each command writes into --output beside the record COMMAND.json.
-FILES = {"sample": ("samples.png", LATENTS), "encode": (LATENTS,), "invert": (LATENTS,)}
-FILES |= {"edit": ("edited.png", LATENTS), "fit": ("model",)}
+# What each command writes into --output, with what it is.
+FILES = {"sample": {"samples.png": "{images} images", LATENTS: "their latents"}, "encode": {LATENTS: "latents"}}
+FILES |= {name: {f"{name}ed.png": f"images, {name}ed", LATENTS: "their latents"} for name in ("reconstruct", "edit")}
+FILES = {name: {**files, f"{name}.json": "settings"} for name, files in (FILES | {"fit": {"model": "model"}}).items()}
 
 
 def parse(argv: Sequence[str] | None = None) -> Namespace:
-    machine, times, text, seed = (ArgumentParser(add_help=False) for _ in range(4))
+    machine, times, size, images = (ArgumentParser(add_help=False) for _ in range(4))
     machine.add_argument("--device", help="cpu, cuda, … (default: an accelerator if there is one)")
     machine.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     machine.add_argument("--revision", help="branch, tag or commit of a model on the Hub")
-    stock = ArgumentParser(add_help=False, parents=[machine])
-    stock.add_argument("model", metavar="MODEL", help="a folder written by save_pretrained, or a Hub id")
-    stock.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the pipeline's)")
-    stock.add_argument("--output", default="out", metavar="FOLDER", help="folder for the files (default: out)")
-    stock.add_argument("--overwrite", action="store_true", help="replace files of an earlier run")
-    model = ArgumentParser(add_help=False, parents=[stock])
+    model = ArgumentParser(add_help=False, parents=[machine])
+    model.add_argument("model", metavar="MODEL", help="a folder written by save_pretrained, or a Hub id")
+    model.add_argument("--prompt", action="append", metavar="TEXT", help="text of all images, or again for each image")
     model.add_argument("--class-label", type=int, nargs="+", metavar="C", help="one for all images, or one for each")
     model.add_argument("--null-class-label", type=int, metavar="C", help="the label of no class (default: the last)")
+    model.add_argument("--guidance-scale", type=float, help="classifier-free guidance (default: the pipeline's)")
     model.add_argument("--batch-size", type=int, default=16, help="images at a time (default: %(default)s)")
-    times.add_argument("--steps", type=int, help="number of steps S (default: 50)")
+    model.add_argument("--output", default="out", metavar="FOLDER", help="folder for the files (default: out)")
+    model.add_argument("--overwrite", action="store_true", help="replace files of an earlier run")
+    times.add_argument("--steps", type=int, help="number of steps S (default: the pipeline's, 50 for pixels)")
     times.add_argument("--timesteps", type=json.loads, nargs="+", metavar="T", help="these timesteps, descending")
     times.add_argument("--spacing", choices=NAMES, help="spacing of the timesteps (default: the model's)")
     times.add_argument("--multistep", action=BooleanOptionalAction, help="the scheduler (default: the model's)")
-    times.add_argument("--strength", type=float, help="share of the steps to make, in (0, 1] (default: 1)")
-    images = ArgumentParser(add_help=False, parents=[times])
-    images.add_argument("images", metavar="IMAGE", nargs="+", help="image files (edit: or latents of an earlier edit)")
+    size.add_argument("--seed", type=int, help="image i is drawn with seed + i (default: 0)")
+    size.add_argument("--height", type=int, help="of images of a text-to-image model (default: the pipeline's)")
+    size.add_argument("--width", type=int, help="as --height")
+    images.add_argument("images", metavar="IMAGE", nargs="+", help="image files (edit: or a file of latents)")
+    images.add_argument("--strength", type=float, help="share of the steps to make, in (0, 1] (default: 1)")
     images.add_argument("--resize", action="store_true", default=None, help="crop and resize images for the network")
-    images.add_argument("--refine", type=int, metavar="K", help="more evaluations of a step (default: 0, edit: 4)")
-    images.add_argument("--tolerance", type=float, help="residual of a step (default: 1e-5, edit: 1e-2)")
-    seed.add_argument("--seed", type=int, default=0, help="image i is drawn with seed + i (default: %(default)s)")
-    text.add_argument("--prompt", action="append", metavar="TEXT", help="text of all images, or again for each image")
+    images.add_argument("--refine", type=int, metavar="K", help="more evaluations of a step (default: 4)")
+    images.add_argument("--tolerance", type=float, help="residual of a step (default: 1e-5, with a text 1e-2)")
 
     top = ArgumentParser("ddim-plugin", description="Sample images with diffusion models, and encode images (DDIM).")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, summary: str, example: str, *parents: ArgumentParser) -> ArgumentParser:
-        writes = f"\n\nwrites into --output: {', '.join(FILES[name])}, {name}.json" if name in FILES else ""
+        writes = f"\n\nwrites into --output: {', '.join(FILES[name])}" if name in FILES else ""
         texts = {"help": summary, "description": summary, "epilog": f"example:\n  ddim-plugin {name} {example}{writes}"}
         return commands.add_parser(name, parents=parents, formatter_class=RawDescriptionHelpFormatter, **texts)
 
-    sub = command("sample", "sample images from noise, or decode latents", "user/model --steps 20", model, times, seed)
+    sub = command("sample", "sample images from noise, or decode latents", "user/model --steps 20", model, times, size)
     sub.add_argument("--latents", metavar="FILE", help="use these latents, with the settings in the file (η = 0)")
     sub.add_argument("--num", type=int, help="number of images (default: 16)")
     sub.add_argument("--eta", type=float, help="η of Eq. 16: 0 is DDIM, 1 is DDPM (default: the model's)")
     sub.add_argument("--variance", choices=VARIANCES, help="variance of the noise (default: the model's)")
     sub.add_argument("--clip", action=BooleanOptionalAction, help="clip x̂0 in each step (default: the model's)")
-    command("encode", "encode images as latents", "user/model a.png --refine 4", model, images)
-    command("invert", "invert images in a text-to-image pipeline", "user/model a.png --prompt cat", stock, images, text)
-    sub = command("edit", "edit images by text", "user/model a.png --prompt cat --new-prompt dog", stock, images, text)
-    sub.add_argument("--new-prompt", action="append", required=True, metavar="TEXT", help="as --prompt, to decode with")
-    sub.add_argument("--new-guidance-scale", type=float, metavar="W", help="with the new prompt (default: the old)")
-    sub = command("fit", "save a model with solvers of few steps", "user/model --steps 5 8 --minutes 5", model, seed)
+    command("encode", "encode images as latents", "user/model a.png --refine 9", model, times, images)
+    command("reconstruct", "encode images and decode them", "user/model a.png --steps 10", model, times, images)
+    example = "user/model a.png --prompt cat --new-prompt dog"
+    sub = command("edit", "encode images, and decode them with a change", example, model, times, images)
+    sub.add_argument("--new-prompt", action="append", metavar="TEXT", help="as --prompt, to decode with")
+    sub.add_argument("--new-class-label", type=int, nargs="+", metavar="C", help="as --class-label, to decode with")
+    sub.add_argument("--new-guidance-scale", type=float, metavar="W", help="to decode with (default: the old)")
+    sub = command("fit", "save a model with solvers of few steps", "user/model --steps 5 8 --minutes 5", model, size)
     sub.add_argument("--steps", type=int, nargs="+", default=[5, 8, 10, 15, 20], metavar="S", help="numbers of steps")
-    sub.add_argument("--prompt-file", metavar="FILE", help="a prompt in each line, for a text-to-image model")
+    sub.add_argument("--prompt-file", metavar="FILE", help="a prompt in each line, in turn")
     sub.add_argument("--num", type=int, default=64, help="images to fit to (default: %(default)s)")
     sub.add_argument("--minutes", type=float, default=0.0, help="time to refine all solvers (default: none)")
     sub.set_defaults(spacing=None, multistep=True)

@@ -17,7 +17,7 @@ from ..process.fitting import SPREADS, Curve, descend, least_squares, refine
 from ..process.spacings import Array, integer, is_integer
 from ..schedulers.multistep import MultistepDDIMScheduler, guidance_scale, keep_learned
 from ..schedulers.step import Evaluation
-from .loop import batches, finite
+from .loop import finite, part_of, run_with
 
 MOST_COORDINATES = 4096  # numbers of a sample that are recorded, always the same ones: products are means over them
 HELD_OUT = 4  # one image in so many judges the solvers, and does not enter
@@ -95,29 +95,19 @@ class _Run:
             raise ValueError(f"{', '.join(wrong)} cannot be passed on to {type(pipe).__name__}: leave it out")
         if missing := {"num_inference_steps", "generator"} - known.keys():
             raise ValueError(f"the call of {type(pipe).__name__} has no {missing.pop()}: use another pipeline")
-        self.pipe, self.evaluations, self.seed, self.batch_size = copy(pipe), 0, seed, batch_size
+        self.pipe, self.evaluations, self.seed, self.number, self.batch_size = copy(pipe), 0, seed, number, batch_size
         self.pipe.set_progress_bar_config(disable=True)
-        texts = {key: [each] if isinstance(each, str) else each for key, each in call.items() if "prompt" in key}
-        for key, each in texts.items():  # one is that of all images
-            if isinstance(each, list | Tensor) and len(each) == 1:
-                texts[key] = each * number if isinstance(each, list) else each.expand(number, *each.shape[1:])
-        self.call, self.sized = call | texts, "batch_size" in known
-        many = {key for key, each in self.call.items() if isinstance(each, list | tuple) or getattr(each, "ndim", 0)}
-        self.listed = {key for key in many if len(self.call[key]) == number}  # with an entry for each image
-        self.fixed = {key: value for key, value in (("output_type", "latent"), ("return_dict", False)) if key in known}
+        self.call = call | ({"output_type": "latent"} if "output_type" in known else {})
         held = number // HELD_OUT
         self.rows = {False: range(number - held), True: range(number - held, number)}
 
     def __call__(self, scheduler: Any, S: int, held: bool = False) -> Any:
         """Run the loop with a scheduler for the images that are held out, or for the others. Returns the scheduler."""
-        self.pipe.scheduler = scheduler
-        for part in batches(len(self.rows[held]), self.batch_size):
-            rows = self.rows[held][part]
-            call = self.call | {key: self.call[key][rows.start : rows.stop] for key in self.listed}
-            generators = [torch.Generator().manual_seed(self.seed + i) for i in rows]
-            sized = {"batch_size": len(rows)} if self.sized else {}
-            self.pipe(num_inference_steps=S, generator=generators, **sized, **self.fixed, **call)
-        self.evaluations += S * (number := len(self.rows[held]))
+        rows = self.rows[held]
+        call = part_of(self.call, slice(rows.start, rows.stop), self.number)
+        call["generator"] = [torch.Generator().manual_seed(self.seed + i) for i in rows]
+        run_with(self.pipe, lambda _: scheduler, None, self.batch_size, num_inference_steps=S, **call)
+        self.evaluations += S * (number := len(rows))
         made = {sum(len(y) for y, _ in node) for node in getattr(scheduler, "nodes", ())}
         if made not in ({number}, {2 * number}) or not scheduler._from_noise:  # some step with guidance's copies too
             problem = f"the pipeline sets its own timesteps, or does not make all steps from x_T for {number} images"

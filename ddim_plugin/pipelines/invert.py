@@ -1,10 +1,11 @@
-"""Invert pictures in the pipelines of diffusers that begin with latents, and decode them with another prompt."""
+"""Draw and invert pictures in the pipelines that begin with latents, and decode them, also with another prompt."""
 
 import inspect
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from numbers import Real
 from pathlib import Path
@@ -17,25 +18,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..process.inversion import InversionReport
-from ..schedulers import sampler_class
+from ..process.inversion import TOLERANCE, InversionReport
+from ..schedulers import keep_learned, sampler_class
 from ..schedulers.config import CLASSES, KEY
 from .images import Images, read
-from .loop import INVERSES, finite
+from .loop import FIXED, INVERSES, Loop, batches, finite, run_with
 
 DEFAULTS = ("num_inference_steps", "guidance_scale")  # arguments whose defaults are kept with the latents
-FLOAT32 = ("Wan", "ZImage")  # pipelines whose latents are float32 in half precision too
 OWN = {"latents", "output_type", "return_dict", "denoising_start", "denoising_end"}  # arguments that `invert` sets
-FIXED = {"num_inference_steps", "timesteps", "sigmas", "eta"}  # arguments that corrections depend on
 LOST = "not kept"  # stands for a tensor
+Prompt = str | list[str] | None
 
 
 @dataclass(frozen=True)
 class Inverted:
     """Latents of pictures, with a report (None if no residual was measured) and the settings that decode them.
 
-    `settings` are ready for JSON: "scheduler" (config of the sampler), "strength", "call" (arguments of the call), and
-    "left_out" (its tensors and pictures, not kept). `corrections` (S, B, …) to x_s are for the call of `decode_with`.
+    `settings` are ready for JSON: "scheduler" (config of the sampler), "strength", "call" (arguments that decode),
+    and "left_out" (its tensors and pictures, not kept). `corrections` (S, B, …) to x_s are for those of `decode_with`.
     """
 
     latents: Tensor
@@ -43,10 +43,11 @@ class Inverted:
     settings: dict[str, Any]
     corrections: Tensor | None = None
 
-    def decode(self, pipe: Any, prompt: str | list[str] | None = None, **changes: Any) -> Any:
+    def decode(self, pipe: Any, prompt: Prompt = None, batch_size: int | None = None, **changes: Any) -> Any:
         """Decode the latents: to the pictures themselves, or with another prompt to edited ones.
 
-        `changes` replace arguments of the inversion's call. Pass its tensors, such as `prompt_embeds`, again.
+        `changes` replace arguments of the inversion's call. Pass its tensors, such as `prompt_embeds`, again. With
+        `batch_size`, so many pictures are decoded at a time.
         """
         if "call" not in self.settings:
             raise ValueError("these latents have no settings of an inversion: use those of invert, or decode of a pipe")
@@ -58,8 +59,11 @@ class Inverted:
         call = {key: None if key in replaced else value for key, value in self.settings["call"].items()} | changes
         if missed is not None and (fixed := changes.keys() & FIXED):
             raise ValueError(f"the corrections are those of other steps: leave out {', '.join(fixed)}, or invert again")
-        sampler = _sampler(self.settings, lambda i, x: x if missed is None else x + missed[i].to(x.device))
-        return _run(pipe, sampler, self.latents, **call)
+
+        def correct(rows: slice, i: int, _: Tensor, x: Tensor) -> Tensor:
+            return x if missed is None else x + missed[i, rows].to(x.device)
+
+        return run_with(pipe, lambda r: _sampler(self.settings, partial(correct, r)), self.latents, batch_size, **call)
 
     def save(self, path: str | Path) -> None:
         """Save as a safetensors file."""
@@ -77,38 +81,62 @@ class Inverted:
         except SafetensorError as error:
             raise ValueError(f"cannot read latents from {path}: {error}") from error
         report = {k: np.array(v, float if k == "residual" else None) for k, v in (known.get("report") or {}).items()}
-        settings = known.get("settings", known)  # earlier files have nothing else
-        return cls(latents, InversionReport(**report) if report else None, settings, *corrections)
+        return cls(latents, InversionReport(**report) if report else None, known.get("settings", {}), *corrections)
+
+
+@torch.no_grad()
+def draw(pipe: Any, seeds: Sequence[int], batch_size: int | None = None, **call: Any) -> tuple[Any, Inverted]:
+    """Sample a picture from each seed, in the pipeline's own loop, whatever the batch.
+
+    Returns pictures (B, H, W, C) in [0, 1], and the latents x_T of which `decode` makes the same pictures if η = 0.
+    """
+    check(pipe)
+    config, known, z = pipe.scheduler.config, settings_of(pipe, pipe.scheduler, call), []
+    call |= {"generator": [torch.Generator().manual_seed(seed) for seed in seeds], "output_type": "np"}
+
+    def keep(i: int, sample: Tensor, x: Tensor) -> Tensor:
+        z.extend([] if i else [sample / pipe.scheduler.init_noise_sigma])
+        return x
+
+    images = run_with(pipe, lambda _: _sampler(known, keep), None, batch_size, **call)
+    changes = keep_learned(config, {"eta": 0.0, "variance_type": "fixed_small", "corrector_steps": 0})
+    known["scheduler"] = json.loads(type(pipe.scheduler).from_config(config, **changes).to_json_string())
+    return images, Inverted(torch.cat(z), None, known)
 
 
 @torch.no_grad()
 def invert(
     pipe: Any,
     images: Images,
-    prompt: str | list[str] | None = None,
+    prompt: Prompt = None,
     refinement_steps: int | None = 4,
     strength: float = 1.0,
-    tolerance: float = 1e-2,
+    tolerance: float | None = None,
     decode_with: dict[str, Any] | None = None,
+    batch_size: int | None = None,
     **call: Any,
 ) -> Inverted:
     """Find the latents from which a pipeline makes pictures, in its own loop.
 
     Args, with a ValueError for those that do not fit, before any long work:
-        pipe: a pipeline with a `vae` whose call takes `latents`: Stable Diffusion, XL, 3, Flux, PixArt, Qwen-Image, …
+        pipe: with a `vae`, and `latents` in its call (Stable Diffusion, XL, 3, Flux, …), or `GeneralizedDDIMPipeline`.
         images: PIL images, arrays (B, H, W, C), tensors (B, C, H, W), one of them or a list; bytes, or in [0, 1].
         prompt: for all pictures, or a list with one for each. None is the empty prompt.
         refinement_steps: network evaluations of a step beyond the first; None is the plain inverse (Section 5.4).
         strength: share of the process to invert, in (0, 1]. Less keeps more of a picture in an edit.
-        tolerance: residual of a step, in units of latents (of deviation 1), above which a warning is logged.
+        tolerance: residual of a step, in units of latents (deviation 1), that logs a warning: 1e-2, or as in `encode`.
         decode_with: arguments of the call that decodes, if they differ. What its steps miss is kept as `corrections`.
+        batch_size: number of pictures to invert at a time; all by default.
         call: other arguments of the pipeline's call. `guidance_scale=1` is the most exact.
     """
-    parameters, packs = inspect.signature(pipe.__call__).parameters, hasattr(pipe, "_pack_latents")
-    form = 5 if not packs else len(inspect.signature(pipe._pack_latents).parameters)  # 5 arguments in Flux, Qwen-Image
-    if "latents" not in parameters or "strength" in parameters or getattr(pipe, "vae", None) is None or form != 5:
-        remedy = "use a text-to-image pipeline with a vae, or GeneralizedDDIMPipeline.encode for a model of pixels"
-        raise ValueError(f"{type(pipe).__name__} does not begin with latents of a form that invert knows: {remedy}")
+    parameters, packs = check(pipe), hasattr(pipe, "_pack_latents")
+    tolerance = (TOLERANCE if isinstance(pipe, Loop) else 1e-2) if tolerance is None else tolerance
+    if isinstance(pipe, Loop):
+        if prompt is not None or decode_with is not None:
+            raise ValueError(f"{type(pipe).__name__} has no prompts and no decode_with: leave them out")
+        given = {"batch_size": batch_size, "tolerance": tolerance, "return_report": True}
+        z, found = pipe.encode(images, strength=strength, refinement_steps=refinement_steps, **given, **call)
+        return Inverted(z, found, settings_of(pipe, pipe.scheduler, call | {"strength": strength}, strength))
     if not (isinstance(strength, Real) and 0 < strength <= 1 and isinstance(tolerance, Real) and tolerance >= 0):
         raise ValueError(f"strength must lie in (0, 1], tolerance be 0 or more, not {strength!r} and {tolerance!r}")
     changed = decode_with or {}
@@ -124,42 +152,63 @@ def invert(
         raise ValueError(f"pictures are {H}×{W} (height × width): crop or resize them to multiples of {factor}")
     call |= {} if prompt is None and "prompt_embeds" in call else {"prompt": "" if prompt is None else prompt}
     size = {"height": H, "width": W, "use_resolution_binning": False}
-    call = {key: size.get(key, parameters[key].default) for key in (*DEFAULTS, *size) if key in parameters} | call
-    z_0 = _encode(pipe, x).to(torch.float32 if type(pipe).__name__.startswith(FLOAT32) else network.dtype)
-    z = finite(_run(pipe, up, z_0, output_type="latent", **call))
-    report = up.report(tolerance) if up._records else None
-    if report is not None and not report.converged.all():
+    call = {key: value for key, value in size.items() if key in parameters} | call
+    known = settings_of(pipe, sampler_class(pipe.scheduler).from_config(up.config), call | changed, strength)
+    ups = [type(up).from_config(up.config) for _ in batches(len(x), batch_size)]
+    waiting, z_0 = iter(ups), torch.cat([_encode(pipe, x[rows]) for rows in batches(len(x), batch_size)])
+    z = finite(run_with(pipe, lambda _: next(waiting), z_0, batch_size, output_type="latent", **call))
+    if ups[0].path.explodes and strength == 1:
+        z = z / ups[0].path.level(ups[0]._tau[-1].item()).noise
+    reports = [each.report(tolerance) for each in ups if each._records]
+    measured = [np.concatenate([vars(each)[k] for each in reports], 1) for k in ("residual", "evaluations") if reports]
+    report = InversionReport.of(reports[0].timesteps, *measured, tolerance, z) if reports else None
+    if report and not report.converged.all():
         text = "%d of %d images did not converge (residual %.1e): use more steps or refinement_steps, or less guidance"
         logging.getLogger("ddim_plugin").warning(text, (~report.converged.all(0)).sum(), len(x), report.residual.max())
-    sampler = sampler_class(pipe.scheduler).from_config(up.config)
-    known = {"scheduler": json.loads(sampler.to_json_string()), "strength": strength}
     corrections = None if decode_with is None else _missed(pipe, known, z, z_0, call, changed)
-    call |= changed
+    return Inverted(z, report, known, corrections)
+
+
+def check(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a pipeline's call. Raises ValueError if it does not begin with latents."""
+    parameters, packs = inspect.signature(pipe.__call__).parameters, hasattr(pipe, "_pack_latents")
+    form = 5 if not packs else len(inspect.signature(pipe._pack_latents).parameters)  # 5 arguments in Flux, Qwen-Image
+    known = "latents" in parameters and "strength" not in parameters and form == 5
+    if not isinstance(pipe, Loop) and not (known and getattr(pipe, "vae", None) is not None):
+        remedy = "use a text-to-image pipeline with a vae, or GeneralizedDDIMPipeline for a model of pixels"
+        raise ValueError(f"{type(pipe).__name__} does not begin with latents of a form that is known: {remedy}")
+    return parameters
+
+
+def settings_of(pipe: Any, scheduler: SchedulerMixin, call: dict[str, Any], strength: float = 1.0) -> dict[str, Any]:
+    """Return the settings of `Inverted` with which a pipeline decodes."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    call = {key: parameters[key].default for key in DEFAULTS if key in parameters} | call
     kept = {key: value for key, value in call.items() if LOST not in json.dumps(value, default=lambda _: LOST)}
-    left_out = [key for key, value in call.items() if key not in kept and not callable(value)]
-    return Inverted(z, report, known | {"call": kept, "left_out": left_out}, corrections)
+    lost = [key for key, value in call.items() if key not in kept and not callable(value)]
+    return {"scheduler": json.loads(scheduler.to_json_string()), "strength": strength, "call": kept, "left_out": lost}
 
 
 def _missed(pipe: Any, known: dict[str, Any], z: Tensor, z_0: Tensor, call: dict[str, Any], changed: Any) -> Tensor:
     """Decode z, and return what each step of the call that is `changed` misses of the way to z_0, (S, B, …)."""
     states, missed = {}, {}
 
-    def follow(i: int, x: Tensor) -> Tensor:
+    def follow(i: int, _: Tensor, x: Tensor) -> Tensor:
         missed[i] = states.setdefault(i, x) - x  # 0 the first time
         return states[i]
 
-    _run(pipe, _sampler(known, follow), z, output_type="latent", **call)
+    run_with(pipe, lambda _: _sampler(known, follow), z, output_type="latent", **call)
     states[max(states)] = z_0
-    _run(pipe, _sampler(known, follow), z, output_type="latent", **call | changed)
+    run_with(pipe, lambda _: _sampler(known, follow), z, output_type="latent", **call | changed)
     return finite(torch.stack([*missed.values()]))
 
 
-def _sampler(settings: dict[str, Any], change: Callable[[int, Tensor], Tensor]) -> SchedulerMixin:
-    """Make the sampler that decodes. `change` replaces x_s, in float32 at least, in step i of the loop."""
+def _sampler(settings: dict[str, Any], change: Callable[[int, Tensor, Tensor], Tensor]) -> SchedulerMixin:
+    """Make the sampler that decodes. `change` replaces x_s, in float32 at least, given i, x_t and x_s of the step."""
     config, places = settings["scheduler"], count()
     scheduler = CLASSES[config[KEY]["class"]].from_config(config)
     advance = scheduler._advance
-    scheduler._advance = lambda evaluation: change(next(places), advance(evaluation))
+    scheduler._advance = lambda evaluation: change(next(places), evaluation.sample, advance(evaluation))
     return scheduler
 
 
@@ -178,17 +227,3 @@ def _encode(pipe: Any, x: Tensor) -> Tensor:
     mean, std = (torch.as_tensor(each, device=z.device).view(-1, *[1] * (z.ndim - 2)) for each in (mean, std))
     z = (z - mean) * (config.get("scaling_factor") or 1.0) / std
     return pipe._pack_latents(z, *z.shape[:2], *z.shape[-2:]) if hasattr(pipe, "_pack_latents") else z
-
-
-def _run(pipe: Any, scheduler: SchedulerMixin, latents: Tensor, **call: Any) -> Any:
-    """Run the pipeline with another scheduler, and with one prompt for all latents or one for each."""
-    prompts = next(each for each in (call.get("prompt"), call.get("prompt_embeds"), "") if each is not None)
-    number = 1 if isinstance(prompts, str) else len(prompts)
-    if not number or len(latents) % number:
-        raise ValueError(f"{number} prompts do not fit {len(latents)} pictures: pass one, or a list with one for each")
-    names = [key for key in inspect.signature(pipe.__call__).parameters if key.endswith("s_per_prompt")]  # of images
-    before, pipe.scheduler = pipe.scheduler, scheduler
-    try:
-        return pipe(latents=latents, return_dict=False, **dict.fromkeys(names, len(latents) // number) | call)[0]
-    finally:
-        pipe.scheduler = before

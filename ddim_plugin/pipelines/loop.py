@@ -3,9 +3,11 @@
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from numbers import Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers import SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
@@ -23,6 +25,8 @@ Timesteps = Sequence[float] | Tensor | None
 Classifier = Callable[[Tensor, Tensor], Tensor]  # of x_t (B, C, H, W) and timesteps (B,): logits (B, classes)
 Labels = int | Sequence[int] | Tensor | None
 INVERSES = {GeneralizedDDIMScheduler: InverseDDIMScheduler, MultistepDDIMScheduler: InverseMultistepDDIMScheduler}
+FLOAT32 = ("Wan", "ZImage")  # pipelines whose latents are float32 in half precision too
+FIXED = {"num_inference_steps", "timesteps", "sigmas", "eta"}  # arguments that choose the steps
 
 
 class Condition(NamedTuple):
@@ -230,3 +234,40 @@ def batches(number: int, size: int | None) -> list[slice]:
     """Split images into batches of at most `size`; one by default."""
     integer("batch_size", size := number if size is None else size, 1)
     return [slice(i, i + size) for i in range(0, number, size)]
+
+
+def part_of(call: dict[str, Any], rows: slice, number: int) -> dict[str, Any]:
+    """Select arguments of a call for some pictures: one prompt is that of all, and lists have an entry for each."""
+    call = {key: [each] if isinstance(each, str) and "prompt" in key else each for key, each in call.items()}
+    many = {key: each for key, each in call.items() if isinstance(each, list | tuple | Tensor) and key not in FIXED}
+    for key, each in many.items():
+        if "prompt" in key and len(each) == 1:
+            many[key] = each.expand(number, *each.shape[1:]) if isinstance(each, Tensor) else each * number
+        elif ("prompt" in key or key == "class_labels") and len(each) != number:
+            raise ValueError(f"{len(each)} of {key} do not fit {number} pictures: pass one, or one for each")
+    return call | {key: each[rows] for key, each in many.items() if len(each) == number}
+
+
+def run_with(pipe: Any, make: Callable[[slice], Any], z: Tensor | None, size: int | None = None, **call: Any) -> Any:
+    """Run a pipeline in batches, with a scheduler made for each, from latents z, or from generators for all noise."""
+    known, before, made = inspect.signature(pipe.__call__).parameters, pipe.scheduler, []
+    for rows in batches(number := len(call["generator"] if z is None else z), size):
+        pipe.scheduler, part = make(rows), part_of(call, rows, number)
+        if "timesteps" in part.keys() - known.keys():  # flow pipelines pass their own σ
+            plan = partial(pipe.scheduler.set_timesteps, timesteps=part.pop("timesteps"))
+            pipe.scheduler.set_timesteps = wraps(plan.func)(lambda *_, device=None, f=plan, **__: f(device=device))
+        try:
+            if z is None:  # flow pipelines do not pass the generators on
+                step = pipe.scheduler.step
+                pipe.scheduler.step = wraps(step)(partial(step, generator=part["generator"]))
+                part |= {"batch_size": len(part["generator"])} if "batch_size" in known else {}
+            elif not isinstance(pipe, Loop):
+                kind = (getattr(pipe, "transformer", None) or pipe.unet).dtype
+                part["latents"] = z[rows].to(torch.float32 if type(pipe).__name__.startswith(FLOAT32) else kind)
+            decodes = isinstance(pipe, Loop) and z is not None
+            made.append(pipe.decode(z[rows], **part) if decodes else pipe(return_dict=False, **part)[0])
+        finally:
+            pipe.scheduler = before
+    if isinstance(made[0], list):
+        return [image for images in made for image in images]
+    return torch.cat(made) if isinstance(made[0], Tensor) else finite(torch.from_numpy(np.concatenate(made))).numpy()

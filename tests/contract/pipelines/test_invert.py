@@ -115,6 +115,17 @@ def test_a_picture_comes_back(name, parts, trained, pictures, tmp_path):
     assert np.shape(made)[-3:] == (16, 16, 3)
 
 
+def test_latents_of_a_variance_exploding_model_are_in_units_of_its_noise(parts, pictures):
+    pipe, call = tiny.FAMILIES["Stable Diffusion XL"](parts, diffusers.EDMEulerScheduler(sigma_max=20.0))
+    call = {key: value for key, value in call.items() if key not in ("height", "width", "output_type")}
+    pipe.set_progress_bar_config(disable=True)
+    inverted = invert(pipe, pictures[:1], refinement_steps=9, num_inference_steps=S, guidance_scale=1.0, **call)
+    assert inverted.report.converged.all()
+    tensors = {key: call[key] for key in inverted.settings["left_out"]}
+    assert distance(inverted.decode(pipe, output_type="latent", **tensors), coded(pipe, pictures[:1])) < 1e-3
+    assert inverted.latents.std() < 3
+
+
 HALF = ["Stable Diffusion XL", "Flux", "Wan"]
 
 
@@ -193,7 +204,7 @@ def test_prompts_for_many_pictures(parts, trained, pictures):
     assert np.allclose(
         edited, each.decode(pipe, prompt_embeds=embedded, negative_prompt="", output_type="np"), atol=1e-5
     )
-    with pytest.raises(ValueError, match="3 prompts do not fit 2 pictures"):
+    with pytest.raises(ValueError, match="3 of prompt do not fit 2 pictures"):
         invert(pipe, pictures, ["a", "b", "c"], **call)
     assert isinstance(pipe.scheduler, diffusers.DDIMScheduler)
     assert each.settings["call"]["prompt"] == ["a cat", "a dog"]
@@ -363,7 +374,7 @@ def test_corrections_close_the_round_trip_at_another_guidance(cls, strength, par
         ({"latents": None, "output_type": "pil"}, "latents, output_type cannot be passed on"),
         ({"tolerance": float("nan")}, "tolerance be 0 or more, not 1.0 and nan"),
         ({"strength": "1"}, "strength must lie in"),
-        ({"prompt": []}, "0 prompts do not fit 2 pictures"),
+        ({"prompt": []}, "0 of prompt do not fit 2 pictures"),
     ],
 )
 def test_arguments_that_do_not_fit(call, message, parts, pictures):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from cli_runs import latents, run
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
-from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler, restore_scheduler
+from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
 from ddim_plugin.cli import commands
 
 
@@ -47,10 +47,11 @@ def test_encode_then_sample_its_latents(model, pictures, tmp_path, capsys):
     run("encode", model, *pictures, *half, "--refine", 8, "--batch-size", 3, "--output", tmp_path)
     said = capsys.readouterr()
     assert "evaluations for an image" in said.err
-    assert said.out.split() == [str(tmp_path / name) for name in ("latents.safetensors", "encode.json")]
+    made = [("latents", "latents.safetensors"), ("settings", "encode.json")]
+    assert said.out.splitlines() == [f"{what}: {tmp_path / name}" for what, name in made]
     record = json.loads((tmp_path / "encode.json").read_text())
     before = (tmp_path / "latents.safetensors").read_bytes()
-    run("sample", model, "--latents", tmp_path / "latents.safetensors", "--steps", 2, "--output", tmp_path)
+    run("sample", model, "--latents", tmp_path / "latents.safetensors", "--steps", 5, "--output", tmp_path)
     assert (tmp_path / "latents.safetensors").read_bytes() == before  # its own input is kept
     assert record["images"] == list(map(str, pictures))
     assert np.array(record["report"]["evaluations"]).shape == (5, 4)
@@ -67,13 +68,9 @@ def test_encode_then_sample_its_latents(model, pictures, tmp_path, capsys):
         cell = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
         assert np.abs(grid[4:68, 4 + 68 * i : 68 + 68 * i] - cell).max() <= 2
     record = json.loads((tmp_path / "again" / "sample.json").read_text())
-    assert (record["settings"]["steps"], record["settings"]["strength"]) == (10, 0.5)
-    for flags in (["--strength", 1], ["--steps", 4]):
-        run(
-            "sample", model, "--latents", tmp_path / "latents.safetensors", *flags, "--output", tmp_path / str(flags[1])
-        )
-        other = np.asarray(Image.open(tmp_path / str(flags[1]) / "samples.png")).astype(int)
-        assert np.abs(other - grid).max() > 20
+    assert (record["call"]["num_inference_steps"], record["call"]["strength"]) == (10, 0.5)
+    run("sample", model, "--latents", tmp_path / "latents.safetensors", "--steps", 4, "--output", tmp_path / "four")
+    assert np.abs(np.asarray(Image.open(tmp_path / "four" / "samples.png")).astype(int) - grid).max() > 20
 
 
 def test_the_multistep_method(model, pictures, tmp_path):
@@ -109,13 +106,41 @@ def test_labels_and_guidance(make_unet, pictures, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     guided = ["--guidance-scale", 2, "--steps", 2]
     run("sample", tmp_path / "model", "--num", 3, "--class-label", 0, 1, 2, *guided, "--output", tmp_path / "s")
-    run("encode", tmp_path / "model", *pictures, "--class-label", 1, *guided, "--output", tmp_path / "e")
+    plain = ["--class-label", 1, *guided, "--refine", 0]
+    run("encode", tmp_path / "model", *pictures, *plain, "--output", tmp_path / "e")
     run("sample", tmp_path / "model", "--latents", tmp_path / "e" / "latents.safetensors", "--output", tmp_path / "r")
-    settings = json.loads((tmp_path / "r" / "sample.json").read_text())["settings"]
-    assert (settings["class_label"], settings["guidance_scale"], settings["steps"]) == ([1], 2, 2)
+    known = json.loads((tmp_path / "r" / "sample.json").read_text())["call"]
+    assert (known["class_labels"], known["guidance_scale"], known["num_inference_steps"]) == (1, 2, 2)
     call = {"class_labels": [1] * 4, "guidance_scale": 2.0}
     expected = pipe.encode(list(map(Image.open, pictures)), 2, **call)
     assert torch.allclose(latents(tmp_path / "e"), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_reconstruct_and_edit(make_unet, pictures, tmp_path):
+    """As with a text-to-image model: `edit` draws with another label."""
+    unet = make_unet(channels=3, num_class_embeds=4)
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.01, generator=torch.Generator().manual_seed(0))
+    GeneralizedDDIMPipeline(unet, GeneralizedDDIMScheduler()).save_pretrained(tmp_path / "model")
+    few = ["--class-label", 0, 1, 2, 3, "--steps", 8, "--strength", 0.5, "--refine", 8, "--batch-size", 3]
+    run("reconstruct", tmp_path / "model", *pictures, *few, "--output", tmp_path / "r")
+    record = json.loads((tmp_path / "r" / "reconstruct.json").read_text())
+    assert len(record["errors"]) == 4
+    assert max(record["errors"]) < 5e-3
+    grid = np.asarray(Image.open(tmp_path / "r" / "reconstructed.png")).astype(int)
+    assert grid.shape[:2] == (4 + 4 * 68, 4 + 2 * 68)
+    assert np.abs(grid[4:, 4:68] - grid[4:, 72:136]).max() <= 9
+    file, other = tmp_path / "r" / "latents.safetensors", ["--new-class-label", 3]
+    run("edit", tmp_path / "model", file, *other, "--output", tmp_path / "e")
+    run("edit", tmp_path / "model", *pictures, *few, *other, "--output", tmp_path / "f")
+    edits = [np.asarray(Image.open(tmp_path / name / "edited.png")).astype(int) for name in "ef"]
+    assert np.abs(edits[0][:, :-68] - grid[:, 68:]).max() <= 1
+    assert np.abs(edits[0] - edits[1][:, 68:]).max() <= 1
+    pipe = GeneralizedDDIMPipeline.from_pretrained(tmp_path / "model")
+    again = pipe.decode(latents(tmp_path / "r")[:1], 8, strength=0.5, class_labels=3)[0].resize(
+        (64, 64), Image.Resampling.BICUBIC
+    )
+    assert np.abs(edits[0][4:68, 72:136] - np.asarray(again)).max() <= 1
+    assert np.abs(edits[0][4:68, 4:68] - edits[0][4:68, 72:136]).max() > 0
 
 
 def test_pictures_of_another_size_and_mode(model, tmp_path, capsys):
@@ -135,7 +160,8 @@ def test_fit(model, tmp_path, capsys):
     fit = ["fit", model, "--steps", 4, 3, "--num", 8, "--batch-size", 4, "--seed", 5, "--output", tmp_path]
     run(*fit)
     said = capsys.readouterr()
-    assert said.out.split() == [str(tmp_path / "model"), str(tmp_path / "fit.json")]
+    made = [("model", "model"), ("settings", "fit.json")]
+    assert said.out.splitlines() == [f"{what}: {tmp_path / name}" for what, name in made]
     assert [line.split(":")[0] for line in said.err.splitlines() if line.startswith("S = ")] == ["S = 3", "S = 4"]
     record = json.loads((tmp_path / "fit.json").read_text())
     assert (record["settings"]["steps"], record["settings"]["seed"]) == ([4, 3], 5)
@@ -147,21 +173,6 @@ def test_fit(model, tmp_path, capsys):
     timesteps = pipe.scheduler.config.fitted_solvers["3"]["timesteps"]
     pipe.scheduler.set_timesteps(3)
     assert pipe.scheduler.timesteps.tolist() == timesteps
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_fit_of_a_text_to_image_model(text_model, tmp_path, dtype):
-    """The weights are saved as they were loaded, whatever the type of the computation."""
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    words = ["--prompt-file", tmp_path / "prompts.txt", "--guidance-scale", 1.5, "--dtype", dtype]
-    run("fit", text_model, "--steps", 3, "--num", 4, *words, "--output", tmp_path / "out")
-    settings = json.loads((tmp_path / "out" / "fit.json").read_text())["settings"]
-    assert (settings["prompt"], settings["dtype"]) == (["a cat", "a dog"], dtype)
-    before, pipe = (DiffusionPipeline.from_pretrained(each) for each in (text_model, tmp_path / "out" / "model"))
-    assert torch.equal(pipe.unet.conv_in.weight, before.unet.conv_in.weight)
-    solver = restore_scheduler(pipe).scheduler.config.fitted_solvers["3"]
-    assert solver["guidance_scale"] == 1.5
-    assert len(solver["weights"]) == 3
 
 
 def test_fit_is_refused_before_work(model, tmp_path, monkeypatch, capsys):

@@ -22,8 +22,7 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
         (["sample", "MODEL", "--latents", "none.safetensors"], "No such file or directory: none.safetensors"),
         (["sample", "MODEL", "--latents", "PICTURES/0.png"], "0.png"),
         (["sample", "MODEL", "--class-label", "1"], "unconditional"),
-        (["sample", "MODEL", "--strength", "0.5"], "--strength needs --latents"),
-        (["sample", "MODEL", "--latents", "FLAT"], "latents must be a torch tensor (B, C, H, W)"),
+        (["sample", "MODEL", "--latents", "FLAT"], "these latents have no settings"),
         (["sample", "MODEL", "--latents", "FLAT", "--eta", "1"], "--eta has no effect on latents: leave it out"),
         (["sample", "MODEL", "--latents", "TEXT"], "text.safetensors: File does not contain tensor latents"),
         (["sample", "MODEL", "--device", "nonsense"], "--device nonsense is not available"),
@@ -31,7 +30,7 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
         (["encode", "MODEL", "ODD/broken.png"], "cannot read the image"),
         (["encode", "MODEL", "ODD/clear.png"], "has transparency"),
         (["encode", "MODEL", "ODD/deep.png"], "more than 8 bits: scale it to 0..255 first"),
-        (["sample", "MODEL", "--num", "3", "--class-label", "1", "2"], "2 of --class-label for 3 images"),
+        (["sample", "MODEL", "--num", "3", "--class-label", "1", "2"], "2 of class_labels do not fit 3 pictures"),
         (["sample", "MODEL", "--steps", "1001"], "must be an integer from 1 to 1000"),
         (["sample", "./nowhere"], "Repo id must use alphanumeric chars"),
         (["encode", "MODEL", "none.png"], "cannot read the image none.png"),
@@ -42,10 +41,10 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, cli
             ["encode", "MODEL", "PICTURES/0.png", "--tolerance", "-1"],
             "tolerance must be a non-negative number, not -1.0",
         ),
-        (["edit", "MODEL", "PICTURES/0.png", "FLAT", "--new-prompt", "dog"], "cannot read the image"),
-        (["edit", "MODEL", "PICTURES/0.png", *["--new-prompt", "dog"] * 3], "3 of --new-prompt for 1 images"),
+        (["edit", "MODEL", "PICTURES/0.png", "FLAT", "--new-guidance-scale", "2"], "cannot read the image"),
+        (["edit", "MODEL", "PICTURES/0.png", "--new-prompt", "dog"], "has no prompt: leave out --new-prompt"),
         (["edit", "MODEL", "FLAT", "--new-prompt", "dog", "--tolerance", "0.1"], "--tolerance has no effect"),
-        (["edit", "./nowhere", "FLAT", "--new-prompt", "dog"], "flat.safetensors has no settings of an inversion"),
+        (["edit", "MODEL", "FLAT", "--new-guidance-scale", "2"], "these latents have no settings"),
         (["push", "nowhere", "user/model"], "nowhere"),
     ],
 )
@@ -56,7 +55,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(model, pictures, tmp_path, mon
     (odd / "broken.png").write_bytes(pictures[0].read_bytes()[:100])
     Image.new("RGBA", (8, 8)).save(odd / "clear.png")
     Image.fromarray(np.full((8, 8), 30000, np.uint16)).save(odd / "deep.png")
-    save_file({"latents": torch.zeros(())}, odd / "flat.safetensors")
+    save_file({"latents": torch.zeros(1, 3, 8, 8)}, odd / "flat.safetensors")
     save_file({"text": torch.zeros(1)}, odd / "text.safetensors")
     places = {"MODEL": model, "PICTURES": pictures[0].parent, "ODD": odd}
     places |= {"FLAT": odd / "flat.safetensors", "TEXT": odd / "text.safetensors"}

@@ -20,7 +20,7 @@ def test_it_is_installed():
         assert done.stdout.strip() == ddim_plugin.__version__
 
 
-@pytest.mark.parametrize("command", ["sample", "encode", "edit", "push"])
+@pytest.mark.parametrize("command", ["sample", "encode", "reconstruct", "edit", "fit", "push"])
 def test_help_shows_an_example_that_parses(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])
@@ -28,7 +28,7 @@ def test_help_shows_an_example_that_parses(command, capsys):
     text = capsys.readouterr().out
     example = next(line.split() for line in text.splitlines() if line.startswith(f"  ddim-plugin {command} "))
     assert parse(example[1:]).command == command
-    assert ("--seed SEED" in text) is (command == "sample")
+    assert ("--seed SEED" in text) is (command in ("sample", "fit"))
 
 
 def test_flags_may_stand_anywhere(capsys):

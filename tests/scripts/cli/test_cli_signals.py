@@ -22,7 +22,7 @@ def in_the_foreground():
     ("place", "name"),
     [
         (GeneralizedDDIMPipeline, "from_pretrained"),
-        (GeneralizedDDIMPipeline, "__call__"),
+        (GeneralizedDDIMPipeline, "_predict"),
         (Image.Image, "save"),  # the first file is being written
         (Path, "replace"),  # all are complete, but not in place
     ],

@@ -15,7 +15,7 @@ def test_the_command(hub, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     assert cli.main(["push", str(folder), REPO, "--private", "--token", TOKEN, "--license", "mit"]) == 0
     printed = capsys.readouterr()
-    assert printed.out.strip() == f"{hub.url}/{REPO}/commit/{hub.commits(REPO)[0].sha}"
+    assert printed.out.strip() == f"pushed {folder}: {hub.url}/{REPO}/commit/{hub.commits(REPO)[0].sha}"
     assert hub.repos[REPO].private
     assert TOKEN not in printed.out + printed.err
     assert not (tmp_path / "out" / "sample.json").exists()

@@ -30,7 +30,7 @@ def space_card(hub):
 
 def test_a_model_and_its_space(hub, folder, capsys):
     push(folder, REPO, "--license", "mit")
-    printed = capsys.readouterr().out.split()
+    printed = [line.split(": ")[1] for line in capsys.readouterr().out.splitlines()]
     assert printed == [f"{hub.url}/{each}/commit/{hub.commits(each)[0].sha}" for each in (REPO, SPACE)]
     assert "model_index.json" in hub.files(REPO)
     files = hub.files(SPACE)
