@@ -2,14 +2,15 @@
 
 import json
 import os
+import runpy
 import sys
 import tempfile
 import time
 from argparse import Namespace
 from importlib.metadata import files
-from importlib.util import module_from_spec, spec_from_file_location
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,20 +40,15 @@ LOADING = {"model", "images", "latents", "batch_size", "device", "dtype", "revis
 def run(args: Namespace) -> None:
     """Run a command, move its files into place when all are complete, and print what was made and where."""
     command, start = vars(args).pop("command"), time.perf_counter()  # all others are settings
-    if command == "demo":
-        demo(args)
+    if command == "demo" or vars(args).pop("space", False):
+        _page("app.py" if command == "demo" else "space.py").main(**vars(args))
         return
     if command == "push":
-        if (space := vars(args).pop("space")) and (args.revision or args.create_pr):
-            raise ValueError("--space shows the main branch: leave out --revision and --create-pr")
         commit = push_folder(**vars(args))
         print(f"pushed {args.folder}: {commit.pr_url or commit.commit_url}")
-        if space:
-            pushed = _page("space.py").push_space(args.repo_id, args.private, args.token, args.license)
-            print(f"pushed its Space: {pushed.commit_url}")
         return
-    made = {file: what for file, what in FILES[command].items() if file != LATENTS or not vars(args).get("latents")}
-    places = {Path(args.output, file): what for file, what in made.items()}
+    files = {file: what for file, what in FILES[command].items() if file != LATENTS or not vars(args).get("latents")}
+    places = {Path(args.output, file): what for file, what in files.items()}
     for name, value in _given(args, "num", "batch_size", "height", "width").items():
         integer(f"--{name.replace('_', '-')}", value, 1)
     for place in places:
@@ -66,7 +62,7 @@ def run(args: Namespace) -> None:
     model = args.model if Path(args.model).is_dir() else f"{args.model} (no folder)"
     with explained(model), tempfile.TemporaryDirectory(dir=parent, prefix=".ddim-plugin-") as scratch:
         record, *contents = {"sample": sample, "fit": fit}.get(command, encode)(args, command)
-        for file, content in zip(made, contents, strict=False):
+        for file, content in zip(files, contents, strict=False):
             (content.save_pretrained if command == "fit" else content.save)(Path(scratch, file))
         measured = {"seconds": time.perf_counter() - start, "cpus": os.cpu_count(), "version": __version__}
         record |= {"command": command, "settings": vars(args), **measured}
@@ -139,27 +135,15 @@ def fit(args: Namespace, command: str) -> tuple:
     return {"fitted": found}, pipe
 
 
-def demo(args: Namespace) -> None:
-    """Show a model in the browser, until the command is interrupted."""
-    try:
-        app = _page("app.py")
-    except ModuleNotFoundError as error:
-        raise ValueError(f'the page needs {error.name}: pip install "ddim-plugin[demo]"') from error
-    args.model = args.model or str(app.default_model())
-    if not isinstance(pipe := _load(args, {}), GeneralizedDDIMPipeline):
-        raise ValueError(f"{args.model} is a {type(pipe).__name__}: the page shows models of pixels")
-    app.launch(app.Demo(pipe, app.held_out(args.model, args.revision)).page(Path(args.model).name), args.port)
-
-
 def _page(name: str) -> Any:
     """Import a file of the page, which is in a clone, or in the data of an installation."""
     place = Path(__file__).parents[2] / "training" / "page" / name
     if not place.is_file():
-        data = [each.locate() for each in files("ddim-plugin") or () if each.match(f"share/ddim-plugin/{name}")]
-        place = Path(*data[:1])
-    spec: Any = spec_from_file_location(place.stem, place)
-    spec.loader.exec_module(module := module_from_spec(spec))
-    return module
+        place = next(each.locate() for each in files("ddim-plugin") or () if each.match(f"share/ddim-plugin/{name}"))
+    try:
+        return SimpleNamespace(**runpy.run_path(str(place), run_name=name))
+    except ModuleNotFoundError as error:
+        raise ValueError(f'the page needs {error.name}: pip install "ddim-plugin[demo]"') from error
 
 
 def _load(args: Namespace, changes: dict[str, Any] = DETERMINISTIC) -> Any:

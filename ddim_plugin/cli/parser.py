@@ -81,9 +81,6 @@ def parse(argv: Sequence[str] | None = None) -> Namespace:
     sub.add_argument("--space", action="store_true", help="also push a Space of the same id that shows the model")
     sub.add_argument("--token", help="token with write access (default: HF_TOKEN, or that of `hf auth login`)")
     sub = command("demo", "show a model in the browser, in a page of this machine", "user/model", machine)
-    sub.add_argument(
-        "model", metavar="MODEL", nargs="?", help="a model of pixels (default: digits, without a download)"
-    )
+    sub.add_argument("model", metavar="MODEL", nargs="?", help="a model of pixels (default: installed digits)")
     sub.add_argument("--port", type=int, help="port of the page (default: the first free one from 7860 on)")
-    sub.set_defaults(spacing=None, multistep=None)
     return top.parse_args(argv)

@@ -16,9 +16,6 @@ from ..schedulers.inverse import Upwards
 from .images import Images, read
 from .loop import INVERSES, OUTPUT_TYPES, Condition, Loop, Timesteps, batches, finite
 
-Prepared = tuple[Tensor, Condition, int, float]  # x on the device, its condition, ⌊strength·S⌋, the unit of latents
-Encoded = tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]  # latents; timesteps; residuals and evaluations, (steps, B)
-
 
 class Latents(Loop):
     """The deterministic process (η = 0) in both directions, for a pipeline with a scheduler of this package."""
@@ -67,8 +64,8 @@ class Latents(Loop):
         report = InversionReport.of(times, *(np.concatenate(each, axis=1) for each in measured), tolerance, z)
         return (z, report) if return_report else z
 
-    def _ascend(self, x: Tensor, condition: Condition, inverse: Upwards, tolerance: float) -> Encoded:
-        """Run the loop of the inverse. The network is evaluated at images that are not solved yet."""
+    def _ascend(self, x: Tensor, condition: Condition, inverse: Upwards, tolerance: float) -> tuple:
+        """Run the loop of the inverse: latents, timesteps, and residuals and evaluations of each step, (steps, B)."""
         inverse.set_begin_index(0)  # a new loop
         records, left, spent, output = [], np.ones(len(x), bool), np.zeros(len(x), int), torch.empty(0)
         for i, t in enumerate(self.progress_bar(inverse.timesteps), 1):
@@ -156,7 +153,8 @@ class Latents(Loop):
         left, right = _path(corners[:2], corners[2:], rows)
         return self.decode(_path(left, right, columns).flatten(0, 1), **decoding)
 
-    def _prepare(self, x: Tensor, S: int | None, timesteps: Timesteps, strength: float, **labels: Any) -> Prepared:
+    def _prepare(self, x: Tensor, S: int | None, timesteps: Timesteps, strength: float, **labels: Any) -> tuple:
+        """Return x on the device, its condition, ⌊strength·S⌋, and the unit of the latents."""
         condition = self._condition(len(x), **labels)
         self._set_timesteps(self.scheduler, S, timesteps, eta=0.0)
         S = self.scheduler.num_inference_steps

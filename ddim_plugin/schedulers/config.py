@@ -13,7 +13,7 @@ import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 
-from ..process.predictions import PREDICTIONS
+from ..process.moves import PREDICTIONS
 from ..process.spacings import SIGMAS
 
 KEY = "_ddim_plugin"  # entry of a scheduler's config with our settings, which stock schedulers keep but do not read

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from torch import Tensor
 
-from ..process import moves, predictions, spacings
+from ..process import moves, spacings
 from .config import all_or_nothing, with_settings_of
 from .planned import Kind, Planned
 from .step import Evaluation, GeneralizedDDIMSchedulerOutput, Randomness, Step, accumulate, draw
@@ -85,7 +85,7 @@ class GeneralizedDDIMScheduler(Planned):
         T = spacings.integer("num_train_timesteps", config.num_train_timesteps, 1)
         self.order = 1 + spacings.integer("corrector_steps", config.corrector_steps)
         spacings.integer("steps_offset", config.steps_offset)
-        spacings.check_name("prediction_type", config.prediction_type, predictions.PREDICTIONS)
+        spacings.check_name("prediction_type", config.prediction_type, moves.PREDICTIONS)
         moves.effective_eta(config.variance_type, config.eta or None, config.eta)
         if not isinstance(config.corrector_snr, Real) or not 0 < config.corrector_snr < float("inf"):
             raise ValueError(f"corrector_snr must be positive, not {config.corrector_snr!r}")

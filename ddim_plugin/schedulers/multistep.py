@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from ..process import moves, multistep, spacings
+from ..process import moves, spacings
 from ..process.paths import FlowMatching, VarianceExploding
 from .config import FLOW, with_settings_of
 from .generalized import GeneralizedDDIMScheduler
@@ -24,14 +24,14 @@ MUCH_NOISE = 0.5  # least η for which "few_steps" becomes "few_steps_noise", an
 REACH = 1.5  # factor on (mean − last value) in even steps with much noise: the mean of x̂0 lacks variance
 # Largest Σ|weight| of a mean of 2 to 4 values: a step much longer than the one before would extrapolate too far.
 LARGEST = {False: (25, 250, 2500), True: (5, 17, 60)}  # of ε̂, of x̂0
-_mean_weights = lru_cache(maxsize=4096)(multistep.mean_weights)  # most plans repeat
+_mean_weights = lru_cache(maxsize=4096)(moves.mean_weights)  # most plans repeat
 
 
 class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
     """DDIM steps with the mean of ε̂ over the step in place of its last value (Eq. 14), for few steps.
 
     ε̂ is the polynomial through its last `solver_order` values, and its mean is exact on any grid
-    (`ddim_plugin.process.multistep`). With noise, the mean is that of x̂0, in the SDE that adds η² times the noise
+    (`ddim_plugin.process.moves`). With noise, the mean is that of x̂0, in the SDE that adds η² times the noise
     variance of DDPM. The scheduler keeps the values: use one for each loop, in which a second step at one place is
     refused. The first step is of order 1, and so is one that does not follow the last, or has several timesteps.
 

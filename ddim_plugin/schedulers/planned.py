@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..process import moves, paths, predictions, spacings
+from ..process import moves, paths, spacings
 from .config import all_or_nothing, defaults
 from .levels import SHIFTS, Levels, Sigmas, check_sigmas, edits, shift_of
 from .step import Step, number, numbers
@@ -145,8 +145,8 @@ class Planned(Levels):
         move = moves.move(self.path, t, s, kind[1], kind[0], self._eps_mean_square)
         return Step.down(move, self._prediction(move.start))
 
-    def _prediction(self, level: paths.Level) -> predictions.Prediction:
-        m = predictions.prediction(self.config.prediction_type, level, self.path.sigma_data)
+    def _prediction(self, level: paths.Level) -> moves.Prediction:
+        m = moves.prediction(self.config.prediction_type, level, self.path.sigma_data)
         return m._replace(x0_out=self.path.output_sign * m.x0_out, eps_out=self.path.output_sign * m.eps_out)
 
     def _cached(self, method: str, *args: Any) -> Any:

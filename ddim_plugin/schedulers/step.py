@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.distributions import Normal
 from torch.utils._pytree import register_pytree_node
 
-from ..process import moves, predictions
+from ..process import moves
 from ..process.paths import Level
 
 HALF = (torch.float16, torch.bfloat16)  # types that round timesteps
@@ -36,19 +36,19 @@ class Step(NamedTuple):
     log_high: Coefficient = 0.0
 
     @classmethod
-    def down(cls, move: moves.Move, m: predictions.Prediction) -> "Step":
+    def down(cls, move: moves.Move, m: moves.Prediction) -> "Step":
         """Build the step x_t → x_s (Eq. 12) for the prediction at t."""
         noise = (move.noise,) if move.log_variance is None else (1.0, *move.log_variance)
         return cls(*m, move.x0, move.eps, *noise)
 
     @classmethod
-    def up(cls, move: moves.Move, m: predictions.Prediction) -> "Step":
+    def up(cls, move: moves.Move, m: moves.Prediction) -> "Step":
         """Build the step x_s → x_t: `down` solved for x_t, for a given output."""
-        x, out = predictions.unfold(m, move)
+        x, out = moves.unfold(m, move)
         return cls(m.x0_x * x, m.x0_x * out + m.x0_out, m.eps_x * x, m.eps_x * out + m.eps_out, *move.start)
 
     @classmethod
-    def from_data(cls, move: moves.Move, called: predictions.Prediction) -> "Step":
+    def from_data(cls, move: moves.Move, called: moves.Prediction) -> "Step":
         """Build the step x_0 → x_s with ε̂ from the network at the upper end. x̂0 follows from x_0 and ε̂."""
         a, b = move.start
         return cls((1 - b * called.eps_x) / a, -b * called.eps_out / a, called.eps_x, called.eps_out, move.x0, move.eps)

@@ -19,8 +19,8 @@ from pictures.bits import BITS, discretized_log_likelihood, kl
 from torch import Generator, Tensor
 
 from ddim_plugin.process import moves
+from ddim_plugin.process.moves import prediction
 from ddim_plugin.process.paths import Level, Path
-from ddim_plugin.process.predictions import prediction
 from ddim_plugin.schedulers.step import learned_log_variance
 
 DECODERS = ("next", "beta")

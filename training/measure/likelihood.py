@@ -19,8 +19,8 @@ from trainer.settings import record, write_json
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.process import spacings
+from ddim_plugin.process.moves import prediction
 from ddim_plugin.process.paths import FlowMatching, Path
-from ddim_plugin.process.predictions import prediction
 
 from .bound import Array, Errors, Generators, Network, VariationalBound, best_paths, bound_costs, bound_of, draw
 from .labels import check_label, check_memory

@@ -11,8 +11,8 @@ import torch
 from pictures.bits import BITS
 from torch import Tensor
 
+from ddim_plugin.process.moves import prediction
 from ddim_plugin.process.paths import FlowMatching, Level, Path
-from ddim_plugin.process.predictions import prediction
 
 from .bound import Array, Generators, Network, draw
 

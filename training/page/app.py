@@ -20,6 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image, ImageDraw, ImageFont
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
+from ddim_plugin.hub.push import explained
 from ddim_plugin.pipelines.images import fit, grid
 from ddim_plugin.process.moves import VARIANCES
 from ddim_plugin.process.spacings import NAMES
@@ -280,6 +281,18 @@ def launch(page: gr.Blocks, port: int | None = None) -> None:
     css += ".held .grid-container {grid-template-columns: repeat(auto-fit, minmax(90px, 1fr))}"
     settings: dict[str, Any] = {"theme": theme, "css": css, "footer_links": [], "show_error": True}
     page.queue(max_size=32).launch(server_port=port, inbrowser=True, **settings)
+
+
+def main(model: str | None, device: str | None, dtype: str, revision: str | None, port: int | None) -> None:
+    """Serve the page of a model of pixels, by default of ddim-mnist-28; see `ddim-plugin demo --help`."""
+    model = model or str(default_model())
+    with explained(model if Path(model).is_dir() else f"{model} (no folder)"):
+        pipe = GeneralizedDDIMPipeline.from_pretrained(model, revision=revision)
+    try:
+        pipe.to(device or get_device(), dtype=None if dtype == "float32" else getattr(torch, dtype))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
+    launch(Demo(pipe, held_out(model, revision)).page(Path(model).name), port)
 
 
 if __name__ == "__main__":

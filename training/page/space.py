@@ -2,12 +2,13 @@
 
 from importlib.metadata import requires
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, SpaceCardData
 
 import ddim_plugin
 from ddim_plugin.hub.card import is_written_here, sign
-from ddim_plugin.hub.push import README, explained, open_repo
+from ddim_plugin.hub.push import README, explained, open_repo, push_folder
 
 SPACE = {"repo_type": "space", "space_sdk": "gradio"}
 # With the version of Gradio that the page was tested with.
@@ -15,6 +16,15 @@ SPACE_DATA = {"sdk": SPACE["space_sdk"], "sdk_version": "6.31.0", "python_versio
 SPACE_TEXT = (
     "Samples, latents and few steps of [{0}](https://huggingface.co/{0}), by ddim-plugin. It runs on any hardware."
 )
+
+
+def main(folder: str, repo_id: str, revision: str | None, create_pr: bool, **settings: Any) -> None:
+    """Push a model and its Space, with the `settings` of `push_folder`, and print where they are."""
+    if revision or create_pr:
+        raise ValueError("--space shows the main branch: leave out --revision and --create-pr")
+    print(f"pushed {folder}: {push_folder(folder, repo_id, **settings).commit_url}")
+    space = {key: settings[key] for key in ("private", "token", "license")}
+    print(f"pushed the page: {push_space(repo_id, **space).commit_url}")
 
 
 def push_space(

@@ -14,8 +14,8 @@ from pictures.bits import BITS, discretized_log_likelihood, kl
 from torch import Tensor
 
 from ddim_plugin.process import moves
+from ddim_plugin.process.moves import PREDICTIONS, prediction
 from ddim_plugin.process.paths import Level, Path, VarianceExploding
-from ddim_plugin.process.predictions import PREDICTIONS, prediction
 from ddim_plugin.process.spacings import check_name
 from ddim_plugin.schedulers.step import learned_log_variance
 

@@ -16,7 +16,7 @@ package.__path__ = spec.submodule_search_locations if spec else [sys.argv[1]]
 sys.modules["ddim_plugin"] = package
 process = importlib.import_module("ddim_plugin.process")
 names = [module.name for module in pkgutil.iter_modules(process.__path__)]
-assert {"betas", "gaussian", "moves", "multistep", "paths", "predictions", "spacings"} <= set(names), names
+assert {"betas", "gaussian", "moves", "paths", "spacings"} <= set(names), names
 for name in names:
     importlib.import_module("ddim_plugin.process." + name)
 """

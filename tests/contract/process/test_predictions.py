@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ddim_plugin.process import predictions as p
+from ddim_plugin.process import moves as p
 from ddim_plugin.process.paths import Level, flow_matching, variance_preserving
 
 

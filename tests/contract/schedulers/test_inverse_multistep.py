@@ -13,7 +13,7 @@ from ddim_plugin import (
     InverseMultistepDDIMScheduler,
     MultistepDDIMScheduler,
 )
-from ddim_plugin.process.multistep import mean_weights
+from ddim_plugin.process.moves import mean_weights
 
 ALPHA = GeneralizedDDIMScheduler().alpha_bar
 RATIO = np.sqrt(1 / ALPHA - 1)

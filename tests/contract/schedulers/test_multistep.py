@@ -10,7 +10,7 @@ import torch
 from plans import draws, run
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
-from ddim_plugin.process.multistep import mean_weights
+from ddim_plugin.process.moves import mean_weights
 
 ALPHA = GeneralizedDDIMScheduler().alpha_bar
 RATIO = np.sqrt(1 / ALPHA - 1)

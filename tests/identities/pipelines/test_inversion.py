@@ -13,7 +13,7 @@ from oracle import Gaussian, Mixture, alphas, linear_betas
 
 from ddim_plugin import GeneralizedDDIMScheduler, InverseDDIMScheduler
 from ddim_plugin.process import inversion
-from ddim_plugin.process.predictions import FLAT, fold, prediction
+from ddim_plugin.process.moves import FLAT, fold, prediction
 
 ALPHA = alphas(linear_betas())
 GAUSSIAN = Gaussian(0.1, 0.05, ALPHA)

@@ -8,7 +8,7 @@ import pytest
 from oracle import Mixture
 from scipy.integrate import quad, solve_ivp
 
-from ddim_plugin.process.multistep import mean_weights
+from ddim_plugin.process.moves import mean_weights
 
 COORDINATE = {False: lambda nsr: nsr / (1 + nsr), True: np.log}  # of ε̂, and of x̂0
 

@@ -8,7 +8,7 @@ from oracle import outputs
 from random_paths import chains, paths
 
 from ddim_plugin.process import moves
-from ddim_plugin.process import predictions as p
+from ddim_plugin.process import moves as p
 from ddim_plugin.process.paths import Level, flow_matching, variance_exploding
 
 

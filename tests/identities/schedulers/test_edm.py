@@ -16,8 +16,8 @@ from ddim_plugin import (
 )
 from ddim_plugin.process import moves, spacings
 from ddim_plugin.process.betas import from_alpha_bars
+from ddim_plugin.process.moves import prediction
 from ddim_plugin.process.paths import Level, variance_exploding
-from ddim_plugin.process.predictions import prediction
 
 SIGMA, DATA = st.floats(1e-3, 100), st.floats(0.1, 2)
 T = 12

@@ -13,8 +13,8 @@ from trainer.settings import build
 from training_runs import UNET, fit, losses, same_weights
 
 from ddim_plugin import GeneralizedDDIMPipeline
+from ddim_plugin.process.moves import PREDICTIONS, prediction
 from ddim_plugin.process.paths import variance_exploding, variance_preserving
-from ddim_plugin.process.predictions import PREDICTIONS, prediction
 
 PATH = variance_preserving(np.linspace(1, 0.1, 11))
 WITHOUT_DROPOUT = UNET | {"dropout": 0.0}
