@@ -90,7 +90,8 @@ def test_only_ours_opens_the_folder(make_fed, tmp_path, quiet_diffusers):
     again = GeneralizedDDIMPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert quiet_diffusers == []
-    assert torch.equal(again(1, 3, latents=x, output_type="latent").images, by_hand(pipe, x, 3))
+    made, known = again(1, 3, latents=x, output_type="latent").images, by_hand(pipe, x, 3)
+    assert (made - known).abs().max() <= 1e-5 * known.abs().max()  # weights of a file may lie elsewhere in memory
     with pytest.raises((AttributeError, ValueError)):
         DiffusionPipeline.from_pretrained(tmp_path)
 
