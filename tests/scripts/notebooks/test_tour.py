@@ -32,7 +32,9 @@ def executed(notebook):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
-        NotebookClient(ran, timeout=180, resources={"metadata": {"path": str(FILE.parent)}}).execute()
+        NotebookClient(
+            ran, timeout=180, startup_timeout=180, resources={"metadata": {"path": str(FILE.parent)}}
+        ).execute()
     answer = ran.cells.pop().outputs[-1].text
     return ran, json.loads(answer)
 
