@@ -106,6 +106,8 @@ class DiscreteDDIMScheduler(SchedulerMixin, ConfigMixin):
         config, eta = self.config, self.config.eta if eta is None else eta
         if not isinstance(eta, Real) or not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {eta!r}: 0 is the least stochastic process")
+        if not 0 <= s < t <= self.T:
+            raise ValueError(f"there is no step from time {t} to {s}: give T = {self.T} ≥ t > s ≥ 0")
         return categorical.posterior(self.alpha_bar[t], self.alpha_bar[s], config.num_classes, eta, config.noisiest)
 
     def step(

@@ -221,16 +221,6 @@ def test_functions_take_arrays():
 
 
 @given(paths())
-def test_upwards_only_the_deterministic_move_exists(path):
-    if path.T < 2:
-        return
-    with pytest.raises(ValueError, match=f"from time 1 up to {path.T} must be deterministic"):
-        process.move(path, 1, path.T, 0.5)
-    with pytest.raises(ValueError, match="must be deterministic"):
-        process.move(path, 1, path.T, variance_type="fixed_large")
-
-
-@given(paths())
 def test_a_repeated_time_is_the_identity(path):
     for kind in ("fixed_small", "fixed_large"):
         move = process.move(path, path.T, path.T, 1.0, kind)

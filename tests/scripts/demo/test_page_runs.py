@@ -25,7 +25,8 @@ def demo(make_unet):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_model_samples(make_unet, kind):
+def test_every_kind_of_model_samples(make_unet, monkeypatch, kind):
+    monkeypatch.setattr(app, "BETWEEN", 0.0)  # a preview of each step
     pipe = model(make_unet, kind)
     demo, labels = app.Demo(pipe, []), {"class_labels": 1, "guidance_scale": 2.0} if kind == "classes" else {}
     steps = ("2 3", *PLAIN[:3], pipe.scheduler.config.variance_type, *PLAIN[4:])
