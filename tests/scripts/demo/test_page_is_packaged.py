@@ -36,6 +36,7 @@ def installed(wheel, tmp_path_factory):
     """The wheel, unpacked into folders as an installer does."""
     folder = tmp_path_factory.mktemp("installed")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--prefix", folder, wheel]
+    command.insert(-3, "--ignore-installed")  # else pip removes the one that is tested
     subprocess.run(command, check=True, capture_output=True)
     return folder
 
