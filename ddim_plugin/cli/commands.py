@@ -40,6 +40,10 @@ LOADING = {"model", "images", "latents", "batch_size", "device", "dtype", "revis
 def run(args: Namespace) -> None:
     """Run a command, move its files into place when all are complete, and print what was made and where."""
     command, start = vars(args).pop("command"), time.perf_counter()  # all others are settings
+    try:
+        torch.empty(1, device=vars(args).get("device"))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} is not available: {str(error).splitlines()[0]}") from error
     if command == "demo" or vars(args).pop("space", False):
         _page("app.py" if command == "demo" else "space.py").main(**vars(args))
         return
@@ -54,10 +58,6 @@ def run(args: Namespace) -> None:
     for place in places:
         if place.is_dir() or (os.path.lexists(place) and not args.overwrite):
             raise ValueError(f"{place} exists: choose another --output, or pass --overwrite to replace files")
-    try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} is not available: {str(error).splitlines()[0]}") from error
     parent = next(path for path in Path(args.output, LATENTS).absolute().parents if path.exists())
     model = args.model if Path(args.model).is_dir() else f"{args.model} (no folder)"
     with explained(model), tempfile.TemporaryDirectory(dir=parent, prefix=".ddim-plugin-") as scratch:

@@ -288,10 +288,7 @@ def main(model: str | None, device: str | None, dtype: str, revision: str | None
     model = model or str(default_model())
     with explained(model if Path(model).is_dir() else f"{model} (no folder)"):
         pipe = GeneralizedDDIMPipeline.from_pretrained(model, revision=revision)
-    try:
-        pipe.to(device or get_device(), dtype=None if dtype == "float32" else getattr(torch, dtype))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} is not available: {str(error).splitlines()[0]}") from error
+    pipe.to(device or get_device(), dtype=None if dtype == "float32" else getattr(torch, dtype))
     launch(Demo(pipe, held_out(model, revision)).page(Path(model).name), port)
 
 
