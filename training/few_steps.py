@@ -13,9 +13,9 @@ distance.
    `images` others, which did not choose them. The table shows the mean, and its standard error, pooled over all
    samplers. Diffusers' best is chosen by these means, so its value is a little too low.
 
-With --thousand, 1000 steps are measured too. The same command resumes a run that was stopped. After a change of our own
-code pass --overwrite. A model with fitted solvers (`ddim-plugin fit`, with a seed far from this one) is also measured
-with them.
+With --thousand, 1000 steps are measured too. With --beside, ours are compared with ours on another model, such as the
+same network on another path. The same command resumes a run that was stopped. After a change of our own code pass
+--overwrite. A model with fitted solvers (`ddim-plugin fit`, with a seed far from this one) is also measured with them.
 """
 
 import guard
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from guard.progress import Progress
+from guard.reading import read_object
 from guard.writing import write_file
 from measure.comparison.bench import SOLUTIONS, Bench, BenchSettings
 from measure.comparison.samplers import FAMILIES, PLAIN, Sampler, is_flow, is_stock, samplers
@@ -49,6 +50,7 @@ class FewStepsConfig(BenchSettings):
     margin: float = field(default=2.0, metadata={"help": "times diffusers' best, beyond which samplers are left out"})
     thousand: tuple[float, ...] = field(default=(), metadata={"help": "η of 1000 steps to compare with, as 0 1"})
     families: tuple[str, ...] = field(default=(), metadata={"help": "only samplers whose family begins so; all"})
+    beside: str | None = field(default=None, metadata={"help": "few_steps.json of another model, to compare with"})
 
 
 def check(config: FewStepsConfig) -> None:
@@ -69,19 +71,20 @@ def main(config: FewStepsConfig) -> dict[str, Any]:
     """Write few_steps.json, few_steps.md, few_steps.png and results.json. Returns the content of the first."""
     check(config)
     bench = Bench(config)
+    beside = {} if config.beside is None else {"beside": compared(config, bench.settings)}
     every = [s for s in samplers(is_flow(bench.saved)) if not config.families or s.family.startswith(config.families)]
     if not every:
         raise ValueError(f"no family of samplers begins with {' or '.join(config.families)}")
     print(f"{len(every)} samplers; the solution first", flush=True)
     result = record(config) | {"status": "running", "command": command(config), "model": bench.settings}
-    result |= {"rows": [], "thousand": [], "unfit": {}}
+    result |= {"rows": [], "thousand": [], "unfit": {}} | beside
     dropped: set[str] = set()
-    whole, solution = config.images * config.draws, config.near * sum(SOLUTIONS)
+    whole, solution = config.images * config.draws, config.near * (SOLUTIONS[0] + sum(SOLUTIONS))
     costs = {nfe: cost(config, every, nfe) for nfe in config.nfe}
     work = solution + sum(costs.values()) + 1000 * whole * len(config.thousand)
     with Progress(work, "few steps") as bar, bar.counting(bench.unet), bar.counting(bench.fast):
         with bar.part(solution):
-            bench.solution  # noqa: B018
+            _, result["straightness"] = bench.solution
         for nfe in config.nfe:
             with bar.part(costs[nfe]):
                 row, unfit, dropped = compare(bench, config, every, nfe, dropped)
@@ -98,6 +101,30 @@ def main(config: FewStepsConfig) -> dict[str, Any]:
     result["status"] = "finished"
     write(result, bench.output)
     return result
+
+
+def compared(config: FewStepsConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what is taken of the record of another model.
+
+    Raises:
+        ValueError: if it was measured with other images, or by an earlier version.
+    """
+    other = read_object(Path(str(config.beside)))
+    if not other.keys() >= {"config", "model", "rows", "straightness"}:
+        raise ValueError(f"{config.beside} is no record of this version: measure that model again")
+    alike = settings | {name: getattr(config, name) for name in ("near", "images", "draws")}
+    theirs = {**other["config"], **other["model"]}
+    for name in ("reference", "extractor", "dtype", "seed", "near", "images", "draws"):
+        if theirs[name] != alike[name]:
+            raise ValueError(f"{config.beside} has {name}={theirs[name]!r}, not {alike[name]!r}: measure both alike")
+    rows = [
+        {"nfe": row["nfe"], "frechet": [each for each in row["frechet"] if not is_stock(each["family"])]}
+        for row in other["rows"]
+    ]
+    return {"model": theirs["model"], "name": Path(other["config"]["model"]).name} | {
+        "rows": rows,
+        "straightness": other["straightness"],
+    }
 
 
 def cost(config: FewStepsConfig, every: list[Sampler], nfe: int) -> int:

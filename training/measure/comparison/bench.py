@@ -5,9 +5,11 @@ import hashlib
 import inspect
 import json
 import statistics
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,9 @@ class BenchSettings(Reading):
 
 SOLUTIONS = (250, 500)
 """Steps of a rough and of a fine solution of the ODE, whose distance is recorded."""
+
+TEACHER = Sampler("ours", "MultistepDDIMScheduler", {"timestep_spacing": "linear", "solver_order": 3})
+"""What solves the ODE."""
 
 
 class Journal:
@@ -160,8 +165,8 @@ class Bench:
         return [Generator().manual_seed(first + self.config.seed + i) for i in numbers]
 
     @torch.inference_mode()
-    def sample(self, unet: Any, scheduler: Any, numbers: range) -> Tensor:
-        """Sample these images, in −1..1. Raises Unfit if they are not finite."""
+    def trajectory(self, unet: Any, scheduler: Any, numbers: range) -> Iterator[Tensor]:
+        """Yield x_T of these images, and x after each step."""
         noise = randn_tensor((len(numbers), *self.shape), generator=self.generators(numbers), device=self.device)
         x = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
         scale = getattr(scheduler, "scale_model_input", lambda x, t: x)  # schedulers of flow models have none
@@ -170,9 +175,14 @@ class Bench:
             labels = torch.tensor([i % self.classes for i in numbers], device=self.device)
         if "generator" in inspect.signature(scheduler.step).parameters:  # not the seeds of x_T; 32 bits count
             drawn["generator"] = self.generators(numbers, 2**31)
+        yield x
         for t in scheduler.timesteps:
             output = unet(scale(x, t).to(unet.dtype), t, class_labels=labels).sample.to(x.dtype)
-            x = scheduler.step(output, t, x, **drawn).prev_sample
+            yield (x := scheduler.step(output, t, x, **drawn).prev_sample)
+
+    def sample(self, unet: Any, scheduler: Any, numbers: range) -> Tensor:
+        """Sample these images, in −1..1. Raises Unfit if they are not finite."""
+        [x] = deque(self.trajectory(unet, scheduler, numbers), 1)
         if not bool(x.isfinite().all()):
             raise Unfit("images that are not finite")
         return x.clamp(-1, 1)
@@ -187,8 +197,8 @@ class Bench:
                 raise Unfit(f"{type(error).__name__}: {error}") from error
 
     @cached_property
-    def solution(self) -> Tensor:
-        """The converged solution of the ODE for the first images; a file keeps it, with its error.
+    def solution(self) -> tuple[Tensor, list[float]]:
+        """The converged solution of the ODE for the first images, and their straightness; a file keeps both.
 
         Raises ValueError if the file cannot be read, or the model has no solution.
         """
@@ -196,29 +206,50 @@ class Bench:
         if file.exists():
             try:
                 kept = torch.load(file, map_location="cpu", weights_only=True)
-                images, known = kept["images"], kept["settings"] == self.settings
-                enough = images.shape[1:] == self.shape and len(images) >= near
+                images, straight, known = kept["images"], kept["straightness"], kept["settings"] == self.settings
+                enough = images.shape[1:] == self.shape and len(images) == len(straight) >= near
             except Exception as error:  # torch raises many kinds
                 problem = f"{type(error).__name__}: {error}"[:200]
                 raise ValueError(f"cannot read {file} ({problem}): remove it, or pass --overwrite") from error
             if known and enough:
-                return images[:near].to(self.device)
-        teacher = Sampler("ours", "MultistepDDIMScheduler", {"timestep_spacing": "linear", "solver_order": 3})
+                return images[:near].to(self.device), straight[:near]
         try:
-            rough, fine = (torch.cat(list(self.make(self.unet, teacher, S, range(near)))) for S in SOLUTIONS)
+            rough, fine = (torch.cat(list(self.make(self.unet, TEACHER, S, range(near)))) for S in SOLUTIONS)
         except Unfit as reason:
             raise ValueError(f"cannot solve the ODE of {self.config.model} ({reason}): check its weights") from reason
-        kept = {"settings": self.settings, "images": fine.cpu(), "converged_to": rms(rough, fine)}
-        torch.save(kept, file.with_suffix(".part"))
+        straight = self.straightness()
+        kept = {"settings": self.settings, "images": fine.cpu(), "straightness": straight}
+        torch.save(kept | {"converged_to": rms(rough, fine)}, file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
         print(f"the solution at 250 and 500 steps differs by {rms(rough, fine):.2g}")
-        return fine
+        return fine, straight
+
+    def straightness(self) -> list[float]:
+        """Measure how far the first images' trajectories of the ODE are from straight lines, one number for each image.
+
+        It is ∫ ‖x_1 − x_0 − dx/dσ‖² dσ over the dimension (Liu et al. 2023, Flow Straight and Fast): 0 for a line
+        that is passed at constant speed. All models are compared on the path of flow matching, as x/(a + b) at σ = b/(a + b).
+        There, networks without error on two paths have the same trajectories.
+        """
+        scheduler = make_scheduler(TEACHER, SOLUTIONS[0], self.saved)
+        path, moved = scheduler.path, 0.0
+        levels = [path.level(path.time(t)) for t in scheduler.timesteps.tolist()] + [path.level(0)]
+        sigmas = [level.noise / (level.signal + level.noise) for level in levels]
+        points: Iterator[Tensor] = (
+            x.double().flatten(1) / (level.signal + level.noise)
+            for level, x in zip(levels, self.trajectory(self.unet, scheduler, range(self.config.near)), strict=True)
+        )
+        first = last = next(points)
+        for (high, low), point in zip(pairwise(sigmas), points, strict=True):
+            moved += (point - last).square().mean(1) / (high - low)
+            last = point
+        return (moved - (last - first).square().mean(1) / (sigmas[0] - sigmas[-1])).tolist()
 
     def distance(self, sampler: Sampler, nfe: int) -> dict[str, Any]:
         """Measure the root mean square distance of the first images to the solution."""
 
         def measured() -> float:
-            return rms(torch.cat(list(self.make(self.unet, sampler, nfe, numbers))), self.solution)
+            return rms(torch.cat(list(self.make(self.unet, sampler, nfe, numbers))), self.solution[0])
 
         numbers = range(self.config.near)
         return self._entry("rms", sampler, nfe, numbers, measured)

@@ -106,7 +106,40 @@ def table(result: dict[str, Any]) -> str:
         sets = f"{result['config']['draws']} sets of {result['config']['images']:,} images"
         known = f"{errors[0]:.0%} of a mean, {errors[1]:.0%} of a ratio"
         lines += ["", f"Fréchet distances are means over {sets}, which all samplers share. Standard errors: {known}."]
+    if "straightness" in result:
+        value = _mean(result["straightness"])
+        lines += ["", f"Straightness of the ODE's trajectories (0: straight lines): {value} for a dimension."]
+    if "beside" in result:
+        lines += ["", *_beside(result)]
     return "\n".join(lines) + "\n"
+
+
+def _mean(values: list[float]) -> str:
+    """Return the mean of images, with its standard error."""
+    error = f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{error}"
+
+
+def _beside(result: dict[str, Any]) -> list[str]:
+    """Return the lines of a table with ours on this model and on the one beside it, from the same x_T."""
+    families, other = measures(result)["frechet"], result["beside"]
+    theirs = {row["nfe"]: row["frechet"] for row in other["rows"]}
+    lines = ["| NFE | " + " | ".join(families) + " |", "|---" * (len(families) + 1) + "|"]
+    variances = []
+    for row in result["rows"]:
+        cells = [str(row["nfe"])]
+        for family in families:
+            pair = [best(each, "frechet", family.__eq__) for each in (row["frechet"], theirs.get(row["nfe"], []))]
+            if not all(pair):
+                cells.append("")
+                continue
+            ours, its = (np.array(each["draws"]) for each in pair if each)
+            cells.append(f"{ours.mean():.4g} / {its.mean():.4g} = {ours.mean() / its.mean():.2f}")
+            variances += [np.log(ours / its).var(ddof=1) / len(ours)] if len(ours) > 1 else []
+        lines.append("| " + " | ".join(cells) + " |")
+    error = f" Standard error of a ratio: {math.sqrt(np.mean(variances)):.0%}." if variances else ""
+    straight = f"Straightness there: {_mean(other['straightness'])}."
+    return [f"Fréchet distances of this model and of {other['name']}, from the same x_T.{error} {straight}", "", *lines]
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -21,6 +21,8 @@ from trainer.settings import build
 
 from ddim_plugin import DiscreteDDIMScheduler, GeneralizedDDIMPipeline, MultistepDDIMScheduler
 
+TRAINING = Path(__file__).parents[4] / "model_cards" / "flow-mnist-28" / "training.json"
+
 
 @pytest.fixture(scope="module")
 def extractor(tmp_path_factory):
@@ -115,6 +117,41 @@ def test_errors_are_those_that_the_draws_were_made_with():
     assert relative_errors({"config": {}, "rows": rows}) is None
     assert relative_errors({"config": {"draws": 3}, "rows": [*rows, {"frechet": []}]}) == errors
     assert relative_errors({"config": {"draws": 3}, "rows": [{"frechet": []}]}) is None
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("v_prediction", 2 - np.pi / 2), ("flow_prediction", 0)])
+def test_straightness_of_known_trajectories(compared, make_unet, tmp_path, kind, expected):
+    """A network of zeros: with v the one of normal data, whose paths bend by 2 − π/2; with flow x does not move."""
+    config, _ = compared
+    unet = make_unet()
+    torch.nn.init.zeros_(unet.conv_out.weight), torch.nn.init.zeros_(unet.conv_out.bias)
+    pipe = GeneralizedDDIMPipeline(unet, MultistepDDIMScheduler(prediction_type=kind))
+    pipe.save_pretrained(tmp_path / "model")
+    bench = Bench(replace(config, model=str(tmp_path / "model"), output=str(tmp_path / "out")))
+    drawn = bench.trajectory(bench.unet, pipe.scheduler, range(2))
+    squares = next(drawn).double().square().flatten(1).mean(1)
+    assert bench.straightness() == pytest.approx((expected * squares).tolist(), rel=0.02, abs=1e-9)
+
+
+def test_two_models_are_compared_on_the_same_images(compared, make_unet, tmp_path):
+    config, result = compared
+    twin = replace(config, model=str(tmp_path / "twin"), output=str(tmp_path / "out"), nfe=(5,), families=("ours",))
+    pipe = GeneralizedDDIMPipeline(make_unet(), MultistepDDIMScheduler(prediction_type="flow_prediction"))
+    pipe.save_pretrained(twin.model)
+    twin = replace(twin, beside=str(Path(config.output) / "few_steps.json"))
+    done = few_steps.main(twin)
+    [ours], [its] = (
+        [each["draws"] for each in row["frechet"] if each["family"] == "ours"]
+        for row in (done["rows"][0], result["rows"][1])
+    )
+    assert f"| {np.mean(ours):.4g} / {np.mean(its):.4g} = {np.mean(ours) / np.mean(its):.2f} |" in table(done)
+    assert f"this model and of {Path(config.model).name}, from the same x_T." in table(done)
+    assert done["beside"]["straightness"] == result["straightness"]
+    assert table(done).count("Straightness") == 2
+    with pytest.raises(ValueError, match="has images=20, not 24: measure both alike"):
+        few_steps.main(replace(twin, images=24))
+    with pytest.raises(ValueError, match=r"training.json is no record of this version: measure that model again"):
+        few_steps.main(replace(twin, beside=str(TRAINING)))
 
 
 def test_the_size_of_a_batch_changes_nothing(compared):
