@@ -228,8 +228,8 @@ class Bench:
         """Measure how far the first images' trajectories of the ODE are from straight lines, one number for each image.
 
         It is ∫ ‖x_1 − x_0 − dx/dσ‖² dσ over the dimension (Liu et al. 2023, Flow Straight and Fast): 0 for a line
-        that is passed at constant speed. All models are compared on the path of flow matching, as x/(a + b) at σ = b/(a + b).
-        There, networks without error on two paths have the same trajectories.
+        that is passed at constant speed. All models are compared on the path of flow matching, where x/(a + b) is at
+        σ = b/(a + b), and where networks without error on two paths have the same trajectories.
         """
         scheduler = make_scheduler(TEACHER, SOLUTIONS[0], self.saved)
         path, moved = scheduler.path, 0.0
