@@ -34,10 +34,10 @@ HEADLINE = "headline.md"
 BLOCK = re.compile(r"(<!-- (\S+\.md) -->\n)(?:(?!<!-- ).)*(<!-- end -->)", re.DOTALL)
 """A block of a README, which is filled with the text of the file that it names."""
 
-HIGHER = ("is", "inception_score", "precision", "recall")
+HIGHER = ("is", "inception_score", "precision", "recall", "accuracy")
 """First words of the names of metrics of which higher values are better."""
 
-WHOLE = ("nll", "reconstruct", "few_steps", "fit", "table2", "gallery")
+WHOLE = ("nll", "reconstruct", "few_steps", "fit", "table2", "inversion", "gallery")
 """Names of records, as .json and .md. The records of evaluate.py take the name of their folder."""
 
 
@@ -123,10 +123,11 @@ def gather(folders: list[Path], output: Path, digest: str) -> dict[str, Any]:
         else:
             shutil.copyfile(source, target)
 
+    drawn = [folder for folder in folders if (folder / SAMPLE).is_file()]  # their grid, not the last of the training
     for folder in folders:
-        for name in (TRAINING, SAMPLE, GRID, LOSS):
+        for name in (TRAINING, SAMPLE, LOSS, *([GRID] if folder in drawn or not drawn else [])):
             take(folder / name, output / name)
-        for name in (f"{each}{kind}" for each in WHOLE for kind in (".json", ".md")):
+        for name in (*(f"{each}{kind}" for each in WHOLE for kind in (".json", ".md")), "inversion.png"):
             take(folder / name, output / MEASURED / name)
         for name, fingerprint in _extractors(folder):
             if extractors.setdefault(slug(name), fingerprint) != fingerprint:

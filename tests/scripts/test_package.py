@@ -89,6 +89,18 @@ def test_a_folder_that_opens_with_card_figures_and_pictures(measured, tmp_path):
     assert f"(plain: {found[0]['mean_squared_error']:.1e})" in told
 
 
+def test_samples_take_the_place_of_those_of_the_training(measured, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("samples.png", "loss.png"):
+        shutil.copyfile(measured / "table2" / "figure5.png", run / name)
+    pack(measured, tmp_path / "both", str(run), "samples")
+    pack(measured, tmp_path / "one", str(run))
+    drawn = (measured / "samples" / "samples.png").read_bytes()
+    assert (tmp_path / "both" / "samples.png").read_bytes() == drawn
+    assert (tmp_path / "one" / "samples.png").read_bytes() == (run / "samples.png").read_bytes() != drawn
+
+
 def test_what_is_refused(measured, tmp_path, make_unet):
     other = tmp_path / "other"
     GeneralizedDDIMPipeline(make_unet(seed=1), GeneralizedDDIMScheduler()).save_pretrained(other)

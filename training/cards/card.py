@@ -18,8 +18,8 @@ from .records import CONVERSION, RESULTS, TRAINING, Records, read_records
 from .weights import weights_digest
 
 SECTIONS = Template(Path(__file__).with_name("sections.md").read_text(encoding="utf-8"), **LAYOUT)
-SHORT = SYMBOLS | {"nfe": "NFE", "num_inference_steps": "S", "draws": "sets"}  # names of settings of a measurement
-SAMPLER = ("scheduler", "variance_type", "eta", "timestep_spacing")  # settings in the rows of a table of figures
+SHORT = SYMBOLS | {"nfe": "NFE", "num_inference_steps": "S", "draws": "sets", "guidance_scale": "w"}  # of measurements
+SAMPLER = ("scheduler", "variance_type", "eta", "timestep_spacing", "guidance_scale")  # the rows of a table of figures
 SETS = ("images", "draws", "seed")  # and in its title
 LISTED = ("nfe", "num_inference_steps", *SAMPLER)  # and in what the Hub lists
 

@@ -60,8 +60,8 @@ def extract(extractors: list[Extractor], pictures: Tensor) -> Arrays:
     """Return the features and logits of all extractors, as "features-k" and "logits-k" for extractor k."""
     found = {}
     for k, extractor in enumerate(extractors):
-        features, logits = extractor(pictures)
-        found |= {f"features-{k}": features} | ({} if logits is None else {f"logits-{k}": logits})
+        seen = extractor(pictures)
+        found |= {f"features-{k}": seen.features} | ({} if seen.logits is None else {f"logits-{k}": seen.logits})
     return found
 
 

@@ -18,10 +18,11 @@ KID_SUBSETS, INCEPTION_SPLITS, NEIGHBOURS, LIBRARY_SEED = 100, 10, 3, 2020
 
 
 class Features(NamedTuple):
-    """Features (N, D) of pictures and, from a classifier, logits (N, K)."""
+    """Features (N, D) of pictures and, from a classifier, logits (N, K); the classes (N,) that were asked for."""
 
     features: np.ndarray
     logits: np.ndarray | None = None
+    labels: np.ndarray | None = None
 
 
 class Gaussian(NamedTuple):
@@ -139,6 +140,11 @@ def precision_recall(samples: Features, reference: Features) -> Scores:
     return {"precision": (found["precision"], None), "recall": (found["recall"], None)}
 
 
+def accuracy(samples: Features) -> Scores:
+    """Compute the share of pictures to which a classifier gives the class that was asked for."""
+    return {"accuracy": (float((samples.logits.argmax(1) == samples.labels).mean()), None)}
+
+
 def _tensor(array: np.ndarray | None) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
@@ -150,7 +156,7 @@ def _tensor(array: np.ndarray | None) -> torch.Tensor:
 class Metric:
     """A metric, computed from the statistics of samples and reference and the size of KID's subsets.
 
-    `against` is whether it compares with a reference, and `whole` whether it needs features and not just the Gaussian.
+    `against` is whether it compares with a reference. `whole` is whether torch-fidelity computes it from all features.
     """
 
     compute: Callable[[Statistics, Statistics, int], Scores]
@@ -163,8 +169,9 @@ METRICS = {
     "kid": Metric(lambda x, y, size: kid(x.features, y.features, size)),
     "is": Metric(lambda x, y, size: inception_score(x.features), against=False),
     "pr": Metric(lambda x, y, size: precision_recall(x.features, y.features)),
+    "accuracy": Metric(lambda x, y, size: accuracy(x.features), against=False, whole=False),
 }
-"""Names of metrics: Fréchet distance, kernel distance, inception score, precision and recall."""
+"""Names of metrics: Fréchet distance, kernel distance, inception score, precision and recall, accuracy of classes."""
 
 
 def check_metrics(metrics: tuple[str, ...]) -> None:

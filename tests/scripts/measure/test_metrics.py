@@ -9,6 +9,7 @@ from measure.metrics import (
     BLOCK,
     Features,
     Gaussian,
+    accuracy,
     check_metrics,
     frechet,
     gaussian,
@@ -101,6 +102,11 @@ def test_features_that_fit_no_gaussian():
 def test_metrics_that_do_not_exist(metrics, message):
     with pytest.raises(ValueError, match=message):
         check_metrics(metrics)
+
+
+def test_the_accuracy_of_classes():
+    logits = np.array([[3, 1, 2], [0, 5, 1], [1, 2, 0], [0, 0, 9.0]])
+    assert accuracy(Features(logits, logits, np.array([0, 1, 0, 2]))) == {"accuracy": (0.75, None)}
 
 
 def test_a_library_that_is_not_there(monkeypatch):

@@ -1,9 +1,10 @@
-"""Cells of a grid: each is a number of steps with a variance, a spacing of τ and a scheduler."""
+"""Cells of a grid: each is a number of steps with a variance, a spacing of τ, a guidance and a scheduler."""
 
 import inspect
 import json
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import diffusers
@@ -32,6 +33,7 @@ class Cell:
     variance: str
     spacing: str
     steps: int
+    guidance: float | None = None
 
     @property
     def noise(self) -> Noise:
@@ -52,11 +54,12 @@ class Cell:
         return Noise(kind, number)
 
     def label(self, plain: bool = False) -> str:
-        """Return the variance as the label of a row, in ASCII if `plain`."""
+        """Return the variance and the guidance as the label of a row, in ASCII if `plain`."""
         kind, eta = self.noise
         text = {None: self.variance, "fixed_large": "σ̂", "learned_range": "learned"}.get(kind)
         if text is None:
             text = f"optimal, η = {eta:g}" if kind == "optimal" else f"η = {eta:g}"
+        text += "" if self.guidance is None else f", w = {self.guidance:g}"
         return text.replace("η", "eta").replace("σ̂", "sigma-hat") if plain else text
 
 
@@ -68,7 +71,8 @@ def cells(config: EvaluateConfig) -> list[Cell]:
         if suffix not in ("", SAVED):
             raise ValueError(f"unknown scheduler {named!r}: only :{SAVED} may follow the name")
         variances, spacings = ((SAVED,), (SAVED,)) if suffix else (config.variances, config.spacings)
-        found += [Cell(name, v, spacing, S) for spacing in spacings for v in variances for S in config.steps]
+        lines = product(spacings, variances, config.guidance or (None,), config.steps)
+        found += [Cell(name, variance, spacing, S, w) for spacing, variance, w, S in lines]
     return sorted(found, key=lambda cell: cell.steps)
 
 

@@ -35,6 +35,7 @@ class Sampling:
     scheduler: str
     scheduler_config: dict[str, Any]
     eta: float | None
+    guidance: float | None
     num_inference_steps: int
     timesteps: list[float]
     shown: dict[str, Any]
@@ -60,6 +61,8 @@ class Model:
         self.arguments = inspect.signature(self.pipe.__call__).parameters
         network = self.pipe.unet
         self.classes = count_classes(config.model, network, config.classes)
+        if config.guidance and not self.classes:
+            raise ValueError(f"{config.model} is unconditional: leave out --guidance")
         if self.classes and not self.ours:
             raise ValueError(f"{config.model} takes class labels, which {type(self.pipe).__name__} does not pass on")
         self.generators: list[Generator] = []
@@ -75,8 +78,7 @@ class Model:
             if self.pipe.image_size is None:
                 raise ValueError("the network's config has no sample_size: set it there")
             return (self.pipe.image_channels, *self.pipe.image_size)
-        eta = self.prepare(Cell(SAVED, SAVED, SAVED, 2)).eta
-        return tuple(self.pictures(range(1), 2, eta).shape[1:])
+        return tuple(self.pictures(range(1), self.prepare(Cell(SAVED, SAVED, SAVED, 2))).shape[1:])
 
     def prepare(self, cell: Cell) -> Sampling:
         """Give the pipeline the scheduler of a cell. Raises ValueError if they do not fit."""
@@ -97,12 +99,14 @@ class Model:
             scheduler=type(scheduler).__name__,
             scheduler_config=json.loads(scheduler.to_json_string()),
             eta=eta,
+            guidance=cell.guidance,
             num_inference_steps=cell.steps,
             timesteps=scheduler.timesteps.tolist(),
             shown={
                 "eta": None if kind in ETA_FREE else shown_eta,
                 "variance_type": saved.get("variance_type"),
                 "timestep_spacing": saved.get("timestep_spacing"),
+                **({} if cell.guidance is None else {"guidance_scale": cell.guidance}),
             },
         )
 
@@ -120,7 +124,7 @@ class Model:
 
         scheduler.step = seeded
 
-    def pictures(self, numbers: range, steps: int, eta: float | None) -> Tensor:
+    def pictures(self, numbers: range, sampling: Sampling) -> Tensor:
         """Draw pictures as uint8 (B, C, H, W) on the device, rounded as when saved to files.
 
         Raises:
@@ -129,14 +133,16 @@ class Model:
         self.generators = [Generator().manual_seed(self.config.seed + i) for i in numbers]
         given: dict[str, Any] = {
             "batch_size": len(numbers),
-            "num_inference_steps": steps,
+            "num_inference_steps": sampling.num_inference_steps,
             "generator": self.generators,
             "output_type": "pt" if self.ours else "np",
         }
-        if eta is not None and "eta" in self.arguments:
-            given["eta"] = eta
+        if sampling.eta is not None and "eta" in self.arguments:
+            given["eta"] = sampling.eta
         if self.classes:
-            given["class_labels"] = [i % self.classes for i in numbers]
+            given["class_labels"] = self.labels(numbers)
+        if sampling.guidance is not None:
+            given["guidance_scale"] = sampling.guidance
         before = random_state(self.device)
         images = self.pipe(**given).images
         pipeline, scheduler = type(self.pipe).__name__, type(self.pipe.scheduler).__name__
@@ -150,8 +156,13 @@ class Model:
         if len(images) != len(numbers):
             raise ValueError(f"{pipeline} returned {len(images)} pictures for a batch size of {len(numbers)}")
         if not images.isfinite().all():
+            steps = sampling.num_inference_steps
             raise ValueError(f"the pictures hold NaN or infinity, at S={steps} with {scheduler}")
         return (images.float() * 255).round().to(torch.uint8)
+
+    def labels(self, numbers: range) -> list[int]:
+        """Return the classes of pictures: each class in turn."""
+        return [i % self.classes for i in numbers]
 
     @contextmanager
     def counted(self) -> Iterator[list[int]]:
@@ -164,26 +175,27 @@ class Model:
             self.on_call = lambda rows: None
 
     def pace(self, cell: Cell) -> float:
-        """Measure the seconds between two evaluations of the network, for one picture of a batch."""
+        """Measure the seconds of an evaluation of the network, for one picture of a batch."""
         count, times = min(self.config.batch_size, self.config.part, self.config.images), []
 
         def tick(rows: int) -> None:
             synchronize(self.device)
             times.append(time.perf_counter())
+            evaluated.append(rows)
             if len(times) == 4:
                 raise Enough
 
-        eta = self.prepare(cell).eta
+        sampling, evaluated = self.prepare(cell), [count]
         self.on_call = tick
         try:
             for _ in range(2):  # the first warms up
                 times.clear()
                 with suppress(Enough):
-                    self.pictures(range(count), cell.steps, eta)
+                    self.pictures(range(count), sampling)
                     tick(count)
         finally:
             self.on_call = lambda rows: None
-        return (times[-1] - times[0]) / (len(times) - 1) / count
+        return (times[-1] - times[0]) / (len(times) - 1) / max(evaluated)
 
 
 def open_pipeline(name: str) -> Any:

@@ -66,6 +66,9 @@ class Run:
         if len({each.slug for each in self.extractors}) < len(self.extractors):
             raise ValueError(f"extractors must have distinct last names, not {self.config.extractors}")
         for each in self.extractors:
+            if "accuracy" in self.config.metrics and each.classes != self.model.classes:
+                kinds = f"{each.classes or 'no'} classes, and the model {self.model.classes or 'none'}"
+                raise ValueError(f"the metric accuracy compares classes: {each.name} has {kinds}")
             if "is" in self.config.metrics and each.classes is None:
                 raise ValueError(f"the metric is needs a classifier, which {each.name} is not")
             if "fd" in self.config.metrics:
@@ -131,7 +134,7 @@ class Run:
 
     def evaluations(self, cell: Cell) -> int:
         """Return the evaluations of the network for an image, of all images of a cell."""
-        return self.config.images * len(self.samplings[cell].timesteps)
+        return self.config.images * len(self.samplings[cell].timesteps) * (1 if cell.guidance in (None, 1) else 2)
 
     # ---- which cells are finished --------------------------------------------------------------------------------
 
@@ -140,7 +143,7 @@ class Run:
 
         The timesteps are part of it and the spacing of ours is not: with S = T all spacings are one cell.
         """
-        kept = {name: value for name, value in asdict(sampling).items() if name != "shown"}
+        kept = {name: value for name, value in asdict(sampling).items() if name != "shown" and value is not None}
         if issubclass(find_scheduler(sampling.scheduler, self.model.saved), GeneralizedDDIMScheduler):
             for config in (kept["scheduler_config"], kept["scheduler_config"][KEY]):
                 config.pop("timestep_spacing", None)
@@ -193,12 +196,12 @@ class Run:
         """Draw the pictures of a cell and save their features, in parts that the processes share."""
 
         def compute(numbers: range) -> tuple[Arrays, Notes]:
-            eta, step = self.model.prepare(cell).eta, self.config.batch_size
+            sampling, step = self.model.prepare(cell), self.config.batch_size
             seconds, features, shown = 0.0, [], []
             with self.model.counted() as rows:
                 for batch in (numbers[i : i + step] for i in range(0, len(numbers), step)):
                     start = time.perf_counter()
-                    pictures = self.model.pictures(batch, cell.steps, eta)
+                    pictures = self.model.pictures(batch, sampling)
                     synchronize(self.model.device)
                     seconds += time.perf_counter() - start
                     features.append(extract(self.extractors, pictures))
@@ -236,7 +239,8 @@ class Run:
         }
         results = []
         for k, extractor in enumerate(self.extractors):
-            features = Features(arrays[f"features-{k}"], arrays.get(f"logits-{k}"))
+            labels = np.array(self.model.labels(range(images))) if self.model.classes else None
+            features = Features(arrays[f"features-{k}"], arrays.get(f"logits-{k}"), labels)
             seen = Statistics(gaussian(features.features) if "fd" in self.config.metrics else None, features)
             results += [named | entry for named in self.compare(extractor, seen, against[k])]
         finished = {

@@ -1,5 +1,6 @@
 """Settings of a grid, and the paper's."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -57,6 +58,9 @@ class EvaluateConfig(Reading):
     spacings: tuple[str, ...] | None = field(
         default=None, metadata={"help": "spacings of τ: linear, quadratic, …; by default the saved one"}
     )
+    guidance: tuple[float, ...] | None = field(
+        default=None, metadata={"help": "w of classifier-free guidance, of a model with classes; by default none"}
+    )
     schedulers: tuple[str, ...] = field(
         default=("GeneralizedDDIMScheduler",),
         metadata={
@@ -75,7 +79,7 @@ class EvaluateConfig(Reading):
     )
     metrics: tuple[str, ...] = field(
         default=("fd",),
-        metadata={"help": "fd (Fréchet distance; FID), kid, is (inception score), pr (precision, recall)"},
+        metadata={"help": "fd (Fréchet distance; FID), kid, is (inception score), pr (precision, recall), accuracy"},
     )
     kid_subset_size: int = field(default=1000, metadata={"help": "pictures in a subset of KID"})
     classes: int | None = field(
@@ -105,12 +109,14 @@ def settle(config: EvaluateConfig) -> EvaluateConfig:
     for name in ("images", "batch_size", "part", "kid_subset_size", "workers"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be positive, not {getattr(config, name)}")
-    for name in ("steps", "variances", "spacings", "schedulers", "extractors", "splits"):
+    for name in ("steps", "variances", "spacings", "guidance", "schedulers", "extractors", "splits"):
         values = getattr(config, name)
         if values is not None and (not values or len(set(values)) < len(values)):
             raise ValueError(f"{name} must be distinct, and one at least, not {values}")
     if min(config.steps) < 1:
         raise ValueError(f"steps must be positive numbers, not {config.steps}")
+    if unusable := [w for w in config.guidance or () if not math.isfinite(w)]:
+        raise ValueError(f"guidance must be finite numbers, not {unusable[0]}")
     if config.clip not in CLIPS:
         raise ValueError(f"unknown clip {config.clip!r}: use one of {', '.join(CLIPS)}")
     if config.dtype not in DTYPES:

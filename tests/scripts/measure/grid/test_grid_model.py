@@ -4,8 +4,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from cards.card import figures
 from diffusers import DDIMScheduler, LDMPipeline, VQModel
 from measure.grid.model import Model
+from measure.grid.tables import table
 from measure.metrics import Gaussian, frechet
 from measuring import values
 from pictures import load
@@ -52,6 +54,46 @@ def test_the_numbers_are_those_of_the_pipeline_and_the_classifier(places, measur
         *[(0.5, "fixed_small"), (None, "fixed_large")] * 2
     ]
     assert result["made"]["classes"] == classes
+
+
+def test_guidance_and_the_accuracy_of_classes(places, measure, make_unet, tmp_path):
+    """By hand, with the pipeline and the classifier; a guided step costs two evaluations."""
+    model = str(tmp_path / "conditional")
+    pipe = GeneralizedDDIMPipeline(make_unet(num_class_embeds=11), GeneralizedDDIMScheduler())
+    pipe.save_pretrained(model)
+    grid = {"steps": (3,), "variances": ("0",), "guidance": (1.0, 4.0), "splits": ("test",), "classes": 10}
+    result = measure(model=model, metrics=("fd", "accuracy"), **grid)
+    network = ResNetForImageClassification.from_pretrained(places["extractors"][0]).eval()
+    plain, guided = (
+        {each["metric"].partition("_")[0]: each for each in result["results"] if each["guidance_scale"] == w}
+        for w in (1, 4)
+    )
+    labels, seeds = [i % 10 for i in range(40)], [torch.Generator().manual_seed(i) for i in range(40)]
+    made = pipe(40, 3, generator=seeds, class_labels=labels, guidance_scale=4.0, output_type="pt").images
+    with torch.no_grad():
+        found = network((made * 255).round() / 255).logits.argmax(1)
+    assert guided["accuracy"]["value"] == pytest.approx(float((found == torch.tensor(labels)).float().mean()))
+    assert guided["accuracy"]["dataset"].keys() == plain["fd"]["dataset"].keys() - {"split"}
+    assert (plain["fd"]["nfe"], guided["fd"]["nfe"]) == (3, 6)
+    assert plain["fd"]["value"] != guided["fd"]["value"]
+    assert "| η = 0, w = 4 |" in table(result)
+    assert next(iter(figures(result["results"]).values())).keys() == {
+        f"GeneralizedDDIMScheduler, variance = fixed_small, η = 0, τ = linear, w = {w}" for w in (1, 4)
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"guidance": (2.0,)}, "is unconditional: leave out --guidance"),
+        ({"guidance": (float("nan"),)}, "guidance must be finite numbers, not nan"),
+        ({"guidance": ()}, "guidance must be distinct, and one at least"),
+        ({"metrics": ("accuracy",)}, "the metric accuracy compares classes: .* has 10 classes, and the model none"),
+    ],
+)
+def test_guidance_and_accuracy_need_classes(measure, settings, said):
+    with pytest.raises(ValueError, match=said):
+        measure(**settings)
 
 
 def test_variances_that_a_model_brings(measure, make_unet, tmp_path):
