@@ -51,7 +51,8 @@ def draw_card(folder):
     pipe = GeneralizedDDIMPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     seeds = [torch.Generator().manual_seed(i) for i in range(4)]
-    return pipe(batch_size=4, num_inference_steps=10, generator=seeds, output_type="np").images
+    labels = {"class_labels": [0, 1, 2, 3]} if pipe.unet.config.num_class_embeds else {}
+    return pipe(batch_size=4, num_inference_steps=10, generator=seeds, output_type="np", **labels).images
 
 
 def made_card(folder):

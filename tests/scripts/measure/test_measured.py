@@ -56,7 +56,7 @@ def test_tables_are_made_from_the_json(path):
 
 @pytest.mark.parametrize("path", GRIDS, ids=identify)
 def test_the_whole_grid_was_measured(path):
-    """S × η × τ, all with as many images, against both splits."""
+    """S × η × τ × w, all with as many images, against both splits."""
     result = read(path)
     assert result["status"] == "finished"
     config = result["config"]
@@ -65,12 +65,14 @@ def test_the_whole_grid_was_measured(path):
             each["num_inference_steps"],
             "fixed_large" if each["variance_type"] == "fixed_large" else f"{each['eta']:g}",
             each["timestep_spacing"],
+            each.get("guidance_scale"),
             each["dataset"]["split"],
         )
         for each in result["results"]
-        if each["images"] == config["images"]
+        if each["images"] == config["images"] and "split" in each["dataset"]
     }
-    assert found == set(product(config["steps"], config["variances"], config["spacings"], ("train", "test")))
+    guidance = config.get("guidance") or (None,)
+    assert found == set(product(config["steps"], config["variances"], config["spacings"], guidance, ("train", "test")))
 
 
 def test_a_small_network_has_the_grid_of_table_1():
