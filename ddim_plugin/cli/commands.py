@@ -41,9 +41,9 @@ def run(args: Namespace) -> None:
     """Run a command, move its files into place when all are complete, and print what was made and where."""
     command, start = vars(args).pop("command"), time.perf_counter()  # all others are settings
     try:
-        torch.empty(1, device=vars(args).get("device"))
+        torch.zeros(1, device=vars(args).get("device")).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} is not available: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--device {args.device} is not available: {str(error).partition('. ')[0]}") from error
     if command == "demo" or vars(args).pop("space", False):
         _page("app.py" if command == "demo" else "space.py").main(**vars(args))
         return
@@ -53,6 +53,7 @@ def run(args: Namespace) -> None:
         return
     files = {file: what for file, what in FILES[command].items() if file != LATENTS or not vars(args).get("latents")}
     places = {Path(args.output, file): what for file, what in files.items()}
+    integer("--seed", vars(args).get("seed") or 0, 0, 2**62)
     for name, value in _given(args, "num", "batch_size", "height", "width").items():
         integer(f"--{name.replace('_', '-')}", value, 1)
     for place in places:
@@ -203,4 +204,6 @@ def _call(args: Namespace, pipe: Any, names: dict[str, str], prefix: str = "") -
         if (name := names[option.removeprefix(prefix)]) not in known:
             raise ValueError(f"{type(pipe).__name__} has no {name}: leave out --{option.replace('_', '-')}")
         call[name] = value[0] if name in ("prompt", "class_labels") and len(value) == 1 else value
+    if len(call.keys() & SIZE.keys()) == 1:  # some pipelines then use neither
+        raise ValueError("one of --height and --width is missing: pass both")
     return call

@@ -61,6 +61,8 @@ def fit_solver(
     integer("teacher_steps", teacher_steps, 2)
     if not steps or not all(is_integer(S) and 1 <= S <= teacher_steps // 2 for S in steps):
         raise ValueError(f"steps must be integers from 1 to half of teacher_steps={teacher_steps}, not {[*steps]}")
+    if not 0 <= minutes < math.inf:
+        raise ValueError(f"minutes must be a finite number of 0 or more, not {minutes!r}")
     config, plain = pipe.scheduler.config, {"eta": 0.0, "variance_type": "fixed_small", "timestep_spacing": "few_steps"}
     config = MultistepDDIMScheduler.from_config(config, **keep_learned(config, plain)).config
     known, found = {str(S): each for S, each in (config.fitted_solvers or {}).items()}, {}
@@ -78,8 +80,7 @@ def fit_solver(
         solver = _fit(run, plain, teacher, minutes / len(set(steps)))
         fitted = run(Recorder.from_config(config, fitted_solvers={str(S): solver}), S, held=True)
         errors = {"default_error": _distance(plain, judge), "error": _distance(fitted, judge)}
-        spent = {"evaluations": run.evaluations - before, "seconds": time.perf_counter() - start}
-        found[S] = solver | errors | spent
+        found[S] = solver | errors | {"evaluations": run.evaluations - before, "seconds": time.perf_counter() - start}
     kept = {str(S): each for S, each in found.items() if each["error"] < each["default_error"]}
     pipe.scheduler = MultistepDDIMScheduler.from_config(config, fitted_solvers=(known | kept) or None)
     return found

@@ -143,6 +143,8 @@ class GeneralizedDDIMPipeline(Latents, DiffusionPipeline):
         index = super()._dict_from_json_file(json_file, **kwargs)  # diffusers 0.38 has keywords
         saved_as = index.get(KEY, index.get("_class_name")), index.get("scheduler")
         pipeline, scheduler = (each[-1] if isinstance(each, list) else each for each in saved_as)
+        if others := index.keys() & {"vae", "vqvae", "text_encoder", "transformer"}:
+            raise ValueError(f"{pipeline} has {', '.join(sorted(others))}, not pixels alone: use DiffusionPipeline")
         index |= {"_class_name": cls.__name__, "_saved_as": (pipeline, scheduler)}
         if scheduler in CLASSES:  # version 0.1 named the class itself
             index["scheduler"] = ["diffusers", "DDIMScheduler"]

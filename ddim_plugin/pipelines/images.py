@@ -32,8 +32,7 @@ def read(images: Images, channels: int, size: Size, low: float = -1.0, high: flo
 
 
 def _read(image: Any, channels: int, name: str) -> Tensor:
-    if isinstance(image, Image.Image):
-        image = np.asarray(fit(image, channels, None, name))
+    image = np.asarray(fit(image, channels, None, name)) if isinstance(image, Image.Image) else image
     if isinstance(image, np.ndarray):
         x = torch.as_tensor(image.copy())
         image = x[None] if x.ndim == 2 else x.movedim(-1, -3) if x.ndim > 2 else x

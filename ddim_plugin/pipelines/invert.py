@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..process.inversion import TOLERANCE, InversionReport
-from ..schedulers import keep_learned, sampler_class
+from ..schedulers import GeneralizedDDIMScheduler, keep_learned, sampler_class
 from ..schedulers.config import CLASSES, KEY
 from .images import Images, read
 from .loop import FIXED, INVERSES, Loop, batches, finite, run_with
@@ -51,6 +51,9 @@ class Inverted:
         """
         if "call" not in self.settings:
             raise ValueError("these latents have no settings of an inversion: use those of invert, or decode of a pipe")
+        theirs, ours = map(GeneralizedDDIMScheduler.from_config, (self.settings["scheduler"], pipe.scheduler.config))
+        if (kind := theirs.config.prediction_type) != ours.config.prediction_type:
+            raise ValueError(f"these latents are of a model that predicts {kind!r}, unlike this one: load that model")
         changes, missed = changes | ({} if prompt is None else {"prompt": prompt}), self.corrections
         texts = [key for key in self.settings["left_out"] if prompt and "prompt" in key and "negative" not in key]
         if lost := [key for key in self.settings["left_out"] if key not in {*changes, *texts}]:
@@ -78,7 +81,7 @@ class Inverted:
             with safe_open(path, "pt") as file:
                 known = json.loads((file.metadata() or {}).get("ddim_plugin", "{}"))
                 latents, *corrections = map(file.get_tensor, ["latents", *{"corrections"}.intersection(file.keys())])
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"cannot read latents from {path}: {error}") from error
         report = {k: np.array(v, float if k == "residual" else None) for k, v in (known.get("report") or {}).items()}
         return cls(latents, InversionReport(**report) if report else None, known.get("settings", {}), *corrections)
@@ -157,16 +160,14 @@ def invert(
     ups = [type(up).from_config(up.config) for _ in batches(len(x), batch_size)]
     waiting, z_0 = iter(ups), torch.cat([_encode(pipe, x[rows]) for rows in batches(len(x), batch_size)])
     z = finite(run_with(pipe, lambda _: next(waiting), z_0, batch_size, output_type="latent", **call))
-    if ups[0].path.explodes and strength == 1:
-        z = z / ups[0].path.level(ups[0]._tau[-1].item()).noise
+    z = z / ups[0].path.level(ups[0]._tau[-1].item()).noise if ups[0].path.explodes and strength == 1 else z
     reports = [each.report(tolerance) for each in ups if each._records]
     measured = [np.concatenate([vars(each)[k] for each in reports], 1) for k in ("residual", "evaluations") if reports]
     report = InversionReport.of(reports[0].timesteps, *measured, tolerance, z) if reports else None
     if report and not report.converged.all():
         text = "%d of %d images did not converge (residual %.1e): use more steps or refinement_steps, or less guidance"
         logging.getLogger("ddim_plugin").warning(text, (~report.converged.all(0)).sum(), len(x), report.residual.max())
-    corrections = None if decode_with is None else _missed(pipe, known, z, z_0, call, changed)
-    return Inverted(z, report, known, corrections)
+    return Inverted(z, report, known, None if decode_with is None else _missed(pipe, known, z, z_0, call, changed))
 
 
 def check(pipe: Any) -> Mapping[str, inspect.Parameter]:

@@ -77,8 +77,7 @@ def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
 
 def _spread(times: Array, T: int) -> Times:
     steps, rounded = np.arange(len(times)), np.round(times[::-1]).astype(np.int64)
-    up = np.maximum.accumulate(rounded - steps) + steps
-    return np.minimum(up, T + 1 - len(times) + steps)
+    return np.minimum(np.maximum.accumulate(rounded - steps) + steps, T + 1 - len(times) + steps)
 
 
 # τ_i for i = 1..S by name, as functions of i, S, T and ᾱ_0..ᾱ_T.

@@ -105,8 +105,7 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         named = {"timestep_spacing": STOCK_SPACINGS, "variance_type": ("fixed_large", "learned_range")}
         named |= {"prediction_type": PREDICTIONS[:-1]}
         names |= {key for key, stock in named.items() if self.config[key] not in stock}
-        own = {key: self.config[key] for key in known if key in names}
-        own |= {SAMPLER: {}} if self._encodes else {}
+        own = {key: self.config[key] for key in known if key in names} | ({SAMPLER: {}} if self._encodes else {})
         return own | ({"trained_betas": None} if self._derived_betas else {})
 
     def _foreign(self) -> set[str]:

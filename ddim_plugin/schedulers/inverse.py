@@ -187,8 +187,7 @@ class InverseMultistepDDIMScheduler(Upwards, MultistepDDIMScheduler):
         self._pairs, path, k = moves.downwards(times)[::-1], [0, *times.tolist()], self.config.refinement_steps
         n = super()._make_span().stop  # steps below denoising_start
         self._whole = len(times) > 1 and self._starts_above(path[-1]) and (self._most or n) == len(times)
-        if self._whole:
-            path[-1] = self.path.T  # a single step ends at τ_1, where the network was evaluated
+        path[-1] = self.path.T if self._whole else path[-1]  # a single step ends at τ_1, where the network is
         self._length = min(n, self._most or n)
         up, down = list(pairwise(path))[: self._length], moves.downwards(times)[-self._length :]
         more = max(1, k // 2) if k else 0  # that decode, and encode again

@@ -62,8 +62,7 @@ class Levels(StockConfig):
         named = config.beta_schedule, T, config.beta_start, config.beta_end
         betas = schedules.betas(*named) if known is None else schedules.check(known, T)
         alpha_bar = schedules.alpha_bar(betas)
-        if config.rescale_betas_zero_snr:
-            alpha_bar = schedules.rescale_zero_terminal_snr(alpha_bar)
+        alpha_bar = schedules.rescale_zero_terminal_snr(alpha_bar) if config.rescale_betas_zero_snr else alpha_bar
         if not config.set_alpha_to_one:
             alpha_bar[0] = alpha_bar[1]
         if (derived := known is None and config.beta_schedule not in STOCK_SCHEDULES) or self._derived_betas:
@@ -111,8 +110,7 @@ class Levels(StockConfig):
         sigma = self.path.sigma(times) if exploding else self.path.time(times) / self.path.T
         if self._planned is not None:
             here = times[:, None] == self._planned.to(times)
-            planned = self._sigmas[: len(self._planned)].to(sigma)
-            sigma = torch.where(here.any(1), planned[here.long().argmax(1)], sigma)
+            sigma = torch.where(here.any(1), self._sigmas[: len(self._planned)].to(sigma)[here.long().argmax(1)], sigma)
         return torch.stack([torch.ones_like(sigma) if exploding else 1 - sigma, sigma])
 
     def _offered(self, table: Tensor | None, other: str) -> Tensor:

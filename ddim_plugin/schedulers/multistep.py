@@ -189,8 +189,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         if to_data or to_noise or t == s or len(set(known)) < len(known):
             return np.ones(1)
         known = known if self._order or pair[0] > pair[1] else known[:3]  # of four it is far off upwards
-        if of_x0 and known[-1] in (0, np.inf):  # log-SNR is infinite there
-            known = known[:-1]
+        known = known[:-1] if of_x0 and known[-1] in (0, np.inf) else known  # log-SNR is infinite there
         tried = (_mean_weights(of_x0, t, s, tuple(known[:order]), eta=eta) for order in range(len(known), 1, -1))
         weights = next((each for each in tried if np.abs(each).sum() <= LARGEST[of_x0][len(each) - 2]), np.ones(1))
         is_even = pair[0] - pair[1] + 1 >= 0.9 * (times[1:] or pair)[0] - 0.9 * pair[0]

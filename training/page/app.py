@@ -4,6 +4,7 @@ import functools
 import html
 import inspect
 import os
+import socket
 import time
 from collections.abc import Callable
 from itertools import zip_longest
@@ -22,8 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
 from ddim_plugin.hub.push import explained
 from ddim_plugin.pipelines.images import fit, grid
-from ddim_plugin.process.moves import VARIANCES
-from ddim_plugin.process.spacings import NAMES
+from ddim_plugin.process.spacings import NAMES, integer
 from ddim_plugin.schedulers import DETERMINISTIC, keep_learned
 from ddim_plugin.schedulers.config import FLOW, VP, path_of
 
@@ -78,9 +78,38 @@ def rms(images: np.ndarray, others: np.ndarray) -> float:
 def numbers(text: str) -> list[float]:
     """Read numbers with spaces or commas between them."""
     try:
-        return [int(word) if word.isdigit() else float(word) for word in str(text).replace(",", " ").split()]
+        found = [float(word) for word in str(text).replace(",", " ").split()]
     except ValueError as error:
         raise ValueError(f"{text!r} is no list of numbers: write them like 5 10 20") from error
+    return [int(each) if each.is_integer() else each for each in found]
+
+
+def readable(place: gr.Image) -> gr.Image:
+    """Answer an upload that is no picture, or a damaged one, in a sentence of the page."""
+    preprocess = place.preprocess
+
+    def opened(payload: Any) -> Any:
+        try:
+            return preprocess(payload)
+        except Exception as error:  # Pillow raises many kinds
+            problem = f"the file at {place.label} cannot be read as a picture: upload a PNG, JPEG or WebP file"
+            raise gr.Error(problem, print_exception=False) from error
+
+    place.preprocess = opened
+    return place
+
+
+def check_port(port: int | None) -> None:
+    """Raise ValueError for a port that cannot be served."""
+    if port is None:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Gradio does
+        try:
+            probe.bind(("127.0.0.1", integer("--port", port, 1, 65535)))
+        except OSError as error:
+            problem = f"--port {port} cannot be used ({error.strerror})"
+            raise ValueError(f"{problem}: choose another, or leave it out") from error
 
 
 class Demo:
@@ -100,10 +129,11 @@ class Demo:
         """Make a pipeline with the process of the paper at η = 0."""
         return self.pipe(kind, **keep_learned(self.config, DETERMINISTIC), **changes)
 
-    def noise(self, seed: int | None, count: int) -> dict[str, Any]:
+    def noise(self, seed: float | None, count: float) -> dict[str, Any]:
         """Draw x_T of some pictures: each has a generator, with the next seed, that draws all its noise."""
-        if seed is None or not 0 <= seed < 2**32:
+        if seed is None or seed % 1 or not 0 <= seed < 2**32:
             raise ValueError(f"the seed must be a whole number in 0..{2**32 - 1}, not {seed}: write one")
+        seed, count = int(seed), integer("the number of pictures", count, 1)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(count)]
         latents = torch.cat([torch.randn(self.model._shape(1), generator=each) for each in generators])
         return {"latents": latents, "generator": generators, "output_type": "np"}
@@ -118,7 +148,11 @@ class Demo:
     def sample(self, steps: str, tau: str, order: Any, eta: float, variance: str, seed: int, count: int, **labels: Any):
         """Yield the pictures of every S with their cost, and x̂0 of the step that runs."""
         listed = tau not in (MODEL, *NAMES)
-        plans = [{"timesteps": numbers(tau)}] if listed else [{"num_inference_steps": S} for S in numbers(steps)]
+        plans = (
+            [{"timesteps": numbers(tau)}]
+            if listed
+            else [{"num_inference_steps": S} for S in dict.fromkeys(numbers(steps))]
+        )
         if not plans:
             raise ValueError("there is no number of steps: write some, like 5 10 20")
         changes = {"eta": eta, "variance_type": variance}
@@ -131,7 +165,10 @@ class Demo:
         for plan in plans:
             drawn, seconds, last = self.noise(seed, count), 0.0, 0.0
             pipe.scheduler.set_timesteps(**plan)
-            x, condition = drawn["latents"] * pipe.scheduler.init_noise_sigma, pipe._condition(count, **labels)
+            x, condition = (
+                drawn["latents"] * pipe.scheduler.init_noise_sigma,
+                pipe._condition(len(drawn["latents"]), **labels),
+            )
             for i, t in enumerate(times := pipe.scheduler.timesteps, 1):
                 start = time.perf_counter()
                 with torch.no_grad():
@@ -199,7 +236,7 @@ class Demo:
             labels: dict[str, Any] = {}
             if self.model.unet.class_embedding is not None:
                 with gr.Row():
-                    labels["class_labels"] = gr.Number(0, label="Class", precision=0)
+                    labels["class_labels"] = gr.Number(0, label="Class")
                     labels["guidance_scale"] = gr.Slider(1, 10, 1, label="Guidance scale: 1 is no guidance")
 
             def run(start: gr.Button, function: Callable, inputs: list, outputs: list) -> None:
@@ -221,7 +258,7 @@ class Demo:
                         gr.Dropdown([MODEL, *NAMES], label="Timesteps τ", info=info, allow_custom_value=True),
                         gr.Dropdown([MODEL, 1, 2, 3, 4], label="Order: how many predictions a step uses"),
                         gr.Slider(0, 1, self.config.eta, label="η: 0 is DDIM, 1 is DDPM"),
-                        gr.Dropdown([*VARIANCES], value=self.config.variance_type, label="Variance of the noise"),
+                        gr.Dropdown(self.variances(), value=self.config.variance_type, label="Variance of the noise"),
                         *self.drawn(),
                     ]
                     start = button("Sample")
@@ -232,7 +269,8 @@ class Demo:
                 upload = {"type": "pil", "image_mode": None, "format": "png", "height": 150, "min_width": 140}
                 upload |= {"sources": ["upload"], "buttons": [], "elem_classes": "pixels"}
                 with gr.Row():
-                    pictures = [gr.Image(it, label=at, **upload) for at, it in zip_longest(CORNERS, self.pictures[:4])]
+                    places = zip_longest(CORNERS, self.pictures[:4])
+                    pictures = [readable(gr.Image(it, label=at, **upload)) for at, it in places]
                 if self.pictures:
                     place = gr.Radio([*CORNERS], value="A", label="Click on a held-out picture to put it at")
                     settings = {"show_label": False, "allow_preview": False, "format": "png", "buttons": []}
@@ -253,7 +291,9 @@ class Demo:
                         slider, picture = gr.Slider(0, FRAMES - 1, 0, step=1, label="From A to B"), drawing()
                         run(start, self.path, [S, *pictures[:2]], [frames, slider, picture])
                         moved = {"show_progress": "hidden", "api_name": False}
-                        slider.input(lambda i, made: made[i] if made else None, [slider, frames], picture, **moved)
+                        slider.input(
+                            lambda i, made: made[round(i)] if made else None, [slider, frames], picture, **moved
+                        )
                     with column():
                         start, picture = button("Grid between A, B, C and D"), drawing()
                         run(start, self.corners, [S, *pictures], [picture])
@@ -268,9 +308,15 @@ class Demo:
                 run(start, self.few_steps, inputs, [text, picture])
         return page
 
+    def variances(self) -> list[str]:
+        """List the variances that the model can have."""
+        known = ["optimal"] if self.config.eps_mean_square else []
+        learned = self.config.variance_type == "learned_range"
+        return ["learned_range"] if learned else ["fixed_small", "fixed_large", *known]
+
     def drawn(self) -> list:
         """Make the inputs of `noise`."""
-        return [gr.Number(0, label="Seed", precision=0), gr.Slider(1, 16, 8, step=1, label="Pictures")]
+        return [gr.Number(0, label="Seed"), gr.Slider(1, 16, 8, step=1, label="Pictures")]
 
 
 def launch(page: gr.Blocks, port: int | None = None) -> None:
@@ -285,6 +331,7 @@ def launch(page: gr.Blocks, port: int | None = None) -> None:
 
 def main(model: str | None, device: str | None, dtype: str, revision: str | None, port: int | None) -> None:
     """Serve the page of a model of pixels, by default of ddim-mnist-28; see `ddim-plugin demo --help`."""
+    check_port(port)
     model = model or str(default_model())
     with explained(model if Path(model).is_dir() else f"{model} (no folder)"):
         pipe = GeneralizedDDIMPipeline.from_pretrained(model, revision=revision)

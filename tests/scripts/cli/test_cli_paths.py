@@ -98,3 +98,13 @@ def test_a_corrector_is_switched_off_for_latents(make_unet, pictures, tmp_path, 
     run("sample", tmp_path / "model", "--num", 1, "--steps", 3, "--output", tmp_path / "a")
     run("encode", tmp_path / "model", pictures[0], "--steps", 3, "--output", tmp_path / "b")
     assert "note: corrector_steps=0, the model has 1" in capsys.readouterr().err
+
+
+def test_latents_of_another_kind_of_model_are_refused(model, is_flow, make_unet, tmp_path, capsys):
+    GeneralizedDDIMPipeline(make_unet(channels=3), GeneralizedDDIMScheduler()).save_pretrained(tmp_path / "paper")
+    run("sample", model, "--num", 1, "--steps", 2, "--output", tmp_path / "made")
+    latents = tmp_path / "made" / "latents.safetensors"
+    run("sample", tmp_path / "paper", "--latents", latents, "--output", tmp_path / "out", ok=False)
+    kind = "flow_prediction" if is_flow else "score"
+    assert f"these latents are of a model that predicts '{kind}', unlike this one" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -233,6 +233,7 @@ def test_fit(family, saved, tmp_path):
             "2 of prompt do not fit 3 pictures: pass one, or one for each",
         ),
         (["sample", "PIXELS", "--prompt", "a"], "GeneralizedDDIMPipeline has no prompt: leave out --prompt"),
+        (["sample", "SD", "--prompt", "a", "--height", 16], "one of --height and --width is missing: pass both"),
         (["sample", "PIXELS", "--height", 8], "GeneralizedDDIMPipeline has no height: leave out --height"),
         (["sample", "OTHER", "--prompt", "a"], "StableDiffusionImg2ImgPipeline does not begin with latents"),
         (["sample", "PIXELS", "--num", 3, "--class-label", 1, 2], "2 of class_labels do not fit 3 pictures"),

@@ -98,7 +98,7 @@ def test_latents(visit, tmp_path):
 
     desk.button("Path from A to B").click()
     ends = [desk.wait(lambda: desk.is_idle() and desk.source("Path from A to B"))]
-    for place in (10, 20):
+    for place in (10.4, 20):
         desk.fill("From A to B", place)
         ends.append(desk.wait(lambda: desk.source("Path from A to B") not in ends and desk.source("Path from A to B")))
     assert len(set(ends)) == 3
@@ -121,13 +121,15 @@ def test_few_steps(visit):
     assert desk.picture("Compare").height > 90 * len(lines) - 30
 
 
-def test_wrong_input_is_answered_in_the_page(visit):
+def test_wrong_input_is_answered_in_the_page(visit, tmp_path):
     desk = visit()
     desk.fill("Pictures", 1)
     for label, wrong, right, said in [
         ("Numbers", "five", "2", "'five' is no list of numbers: write them like 5 10 20"),
         ("Numbers", "2 2000", "2", "2000"),
         ("Seed", "", "0", "the seed must be a whole number"),
+        ("Seed", "1.7", "0", "the seed must be a whole number"),
+        ("Pictures", "1.5", "1", "the number of pictures must be an integer"),
     ]:
         desk.fill(label, wrong)
         desk.button("Sample").click()
@@ -138,6 +140,15 @@ def test_wrong_input_is_answered_in_the_page(visit):
     desk.page.get_by_role("button", name="Remove Image").first.click()
     desk.button("Reconstruct A").click()
     desk.is_told("there is no picture at A: upload or choose one")
+    Image.new("RGB", (90, 62)).save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    for name, damaged in (("text.png", b"no picture"), ("half.png", content[: len(content) // 2])):
+        (tmp_path / name).write_bytes(damaged)
+        desk.page.locator(".pixels input[type=file]").first.set_input_files(tmp_path / name)
+        desk.page.get_by_role("button", name="Remove Image").first.wait_for()
+        desk.button("Reconstruct A").click()
+        desk.is_told("the file at A cannot be read as a picture: upload a PNG, JPEG or WebP file")
+        desk.page.get_by_role("button", name="Remove Image").first.click()
 
 
 def test_visitors_do_not_mix(visit):

@@ -1,5 +1,8 @@
 """The runs of the page, without a browser: every kind of model samples, or is refused by a sentence."""
 
+import socket
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,13 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from page_models import KINDS, drain, model
 from PIL import Image
 
-from ddim_plugin import DiscreteDDIMScheduler, GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
+from ddim_plugin import (
+    DiscreteDDIMScheduler,
+    GeneralizedDDIMPipeline,
+    GeneralizedDDIMScheduler,
+    MultistepDDIMScheduler,
+    cli,
+)
 
 pytest.importorskip("gradio", reason='the page needs Gradio: pip install "ddim-plugin[demo]"')
 
@@ -94,6 +103,20 @@ def test_pictures_depend_on_the_seed_and_on_each_setting_alone(demo):
     )
 
 
+def test_equal_numbers_of_steps_are_one_row(demo):
+    assert [line.split(",")[0] for line in drain(demo.sample("3 2 3.0", *PLAIN))[0].splitlines()] == [
+        "S = 3: 3 calls of the network",
+        "S = 2: 2 calls of the network",
+    ]
+
+
+def test_variances_are_those_that_the_model_can_have(make_unet):
+    assert app.Demo(model(make_unet, "learned"), []).variances() == ["learned_range"]
+    for table, known in ((None, []), ([1.0] * 1000, ["optimal"])):
+        pipe = GeneralizedDDIMPipeline(make_unet(), GeneralizedDDIMScheduler(eps_mean_square=table))
+        assert app.Demo(pipe, []).variances() == ["fixed_small", "fixed_large", *known]
+
+
 def images(run):
     """The pictures of a run below their texts, which have seconds in them."""
     for _, sheet in run:
@@ -114,6 +137,8 @@ def images(run):
         ({4: "learned_range"}, "learned_range"),
         ({5: None}, "the seed must be a whole number"),
         ({5: -1}, "the seed must be a whole number in 0..4294967295, not -1"),
+        ({5: 1.7}, "the seed must be a whole number in 0..4294967295, not 1.7"),
+        ({6: 2.5}, "the number of pictures must be an integer of at least 1, not 2.5"),
     ],
 )
 def test_wrong_settings_are_refused_before_the_first_call(demo, changes, said):
@@ -143,7 +168,7 @@ def test_pictures_that_do_not_fit_are_refused(demo):
 
 def test_classes_are_checked(make_unet):
     demo = app.Demo(model(make_unet, "classes"), [])
-    for label in (None, 9):
+    for label in (None, 9, 1.7):
         with pytest.raises(ValueError, match=r"class.labels"):
             drain(demo.sample("2", *PLAIN, class_labels=label, guidance_scale=1.0))
 
@@ -170,6 +195,23 @@ def test_runs_at_once_have_schedulers_of_their_own(demo):
     turns = zip(*(images(demo.sample("4", app.MODEL, 3, 0.0, "fixed_small", i, 2)) for i in (0, 5)), strict=True)
     first, second = zip(*turns, strict=True)
     assert [[each.tobytes() for each in run] for run in (first, second)] == alone
+
+
+def test_a_port_that_cannot_be_served_is_refused_before_the_model_is_loaded(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ports = {taken.getsockname()[1]: "cannot be used (Address already in use): choose another, or leave it out"}
+        for port, said in (ports | dict.fromkeys((0, -1, 70000), "--port must be an integer from 1 to 65535")).items():
+            assert cli.main(["demo", "no/model", "--port", str(port)]) == 1
+            assert said in capsys.readouterr().err
+
+
+def test_models_of_latents_and_texts_are_refused(capsys):
+    folder = Path(__file__).parents[3] / "model_cards" / "sd-mnist-32"
+    for command in (["demo", str(folder)], ["push", str(folder), "a/b", "--space"]):
+        assert cli.main(command) == 1
+        assert "StableDiffusionPipeline has text_encoder, vae, not pixels alone" in capsys.readouterr().err
 
 
 def test_held_out_pictures_are_squares_of_a_strip(tmp_path):
