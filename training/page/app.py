@@ -148,11 +148,8 @@ class Demo:
     def sample(self, steps: str, tau: str, order: Any, eta: float, variance: str, seed: int, count: int, **labels: Any):
         """Yield the pictures of every S with their cost, and x̂0 of the step that runs."""
         listed = tau not in (MODEL, *NAMES)
-        plans = (
-            [{"timesteps": numbers(tau)}]
-            if listed
-            else [{"num_inference_steps": S} for S in dict.fromkeys(numbers(steps))]
-        )
+        counts = [] if listed else dict.fromkeys(numbers(steps))
+        plans = [{"timesteps": numbers(tau)}] if listed else [{"num_inference_steps": S} for S in counts]
         if not plans:
             raise ValueError("there is no number of steps: write some, like 5 10 20")
         changes = {"eta": eta, "variance_type": variance}
@@ -165,10 +162,8 @@ class Demo:
         for plan in plans:
             drawn, seconds, last = self.noise(seed, count), 0.0, 0.0
             pipe.scheduler.set_timesteps(**plan)
-            x, condition = (
-                drawn["latents"] * pipe.scheduler.init_noise_sigma,
-                pipe._condition(len(drawn["latents"]), **labels),
-            )
+            x = drawn["latents"] * pipe.scheduler.init_noise_sigma
+            condition = pipe._condition(len(x), **labels)
             for i, t in enumerate(times := pipe.scheduler.timesteps, 1):
                 start = time.perf_counter()
                 with torch.no_grad():
