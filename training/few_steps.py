@@ -184,7 +184,7 @@ def write(result: dict[str, Any], output: Path) -> None:
     pictures = {
         "few_steps.png": "Few steps: ours, the best of all samplers of diffusers at each number, and its DDIM or Euler."
     }
-    known = {"model": {"sha256": result["model"]["model"]}, "status": result["status"]}
+    known = {"script": "few_steps", "model": {"sha256": result["model"]["model"]}, "status": result["status"]}
     write_json(output / "results.json", known | {"results": entries(result), "pictures": pictures})
 
 

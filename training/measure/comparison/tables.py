@@ -9,6 +9,7 @@ import numpy as np
 from pictures import as_dataset
 
 from ..extractors import slug
+from .bench import SOLUTIONS
 from .samplers import FAMILIES, PLAIN, is_stock
 
 Entry = dict[str, Any]
@@ -53,7 +54,7 @@ def measures(result: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def entries(result: dict[str, Any]) -> list[Entry]:
-    """Return ours, the best of `PLAIN`, diffusers' best and 1000 steps, as entries of `results.json`."""
+    """Return ours, the best of `PLAIN`, diffusers' best, 1000 steps and straightness, as entries of `results.json`."""
     config, found, errors = result["config"], [], relative_errors(result)
     extractor = slug(config["extractor"])
     of_measure = {
@@ -81,7 +82,14 @@ def entries(result: dict[str, Any]) -> list[Entry]:
                 for kind, each in chosen.items()
                 if each
             ]
-    return found + [listed(each, each["sampler"]) for each in result["thousand"]]
+    found += [listed(each, each["sampler"]) for each in result["thousand"]]
+    if values := result.get("straightness"):
+        mean, error = _mean(values)
+        line = {"metric": "straightness", "name": "Few steps: straightness of the ODE's trajectories, 0 for lines"}
+        line |= {"value": mean, "standard_error": error, "nfe": SOLUTIONS[0], "num_inference_steps": SOLUTIONS[0]}
+        dataset = {"name": "the ODE's solution"}
+        found.append(line | {"dataset": dataset, "images": len(values), "seed": config["seed"], "listed": False})
+    return found
 
 
 def table(result: dict[str, Any]) -> str:
@@ -107,17 +115,23 @@ def table(result: dict[str, Any]) -> str:
         known = f"{errors[0]:.0%} of a mean, {errors[1]:.0%} of a ratio"
         lines += ["", f"Fréchet distances are means over {sets}, which all samplers share. Standard errors: {known}."]
     if "straightness" in result:
-        value = _mean(result["straightness"])
-        lines += ["", f"Straightness of the ODE's trajectories (0: straight lines): {value} for a dimension."]
+        value = _told(result["straightness"])
+        lines += ["", f"Straightness of the ODE's trajectories (0 for lines): {value} for a dimension."]
     if "beside" in result:
         lines += ["", *_beside(result)]
     return "\n".join(lines) + "\n"
 
 
-def _mean(values: list[float]) -> str:
-    """Return the mean of images, with its standard error."""
-    error = f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{error}"
+def _mean(values: list[float]) -> tuple[float, float | None]:
+    """Return the mean of images and its standard error, which a single one does not have."""
+    count = len(values)
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(count)) if count > 1 else None
+
+
+def _told(values: list[float]) -> str:
+    """Write the mean of images with its standard error."""
+    mean, error = _mean(values)
+    return f"{mean:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _beside(result: dict[str, Any]) -> list[str]:
@@ -138,7 +152,7 @@ def _beside(result: dict[str, Any]) -> list[str]:
             variances += [np.log(ours / its).var(ddof=1) / len(ours)] if len(ours) > 1 else []
         lines.append("| " + " | ".join(cells) + " |")
     error = f" Standard error of a ratio: {math.sqrt(np.mean(variances)):.0%}." if variances else ""
-    straight = f"Straightness there: {_mean(other['straightness'])}."
+    straight = f"Straightness there: {_told(other['straightness'])}."
     return [f"Fréchet distances of this model and of {other['name']}, from the same x_T.{error} {straight}", "", *lines]
 
 

@@ -104,6 +104,9 @@ def test_the_table_and_the_results_tell_mean_and_error(compared):
     assert told["value"] == entry["frechet"]
     assert told["standard_error"] == pytest.approx(error * entry["frechet"])
     assert told["draws"] == 2
+    [straight] = [each for each in found if each["metric"] == "straightness"]
+    assert straight["value"] == pytest.approx(statistics.fmean(result["straightness"]))
+    assert straight["standard_error"] == pytest.approx(statistics.stdev(result["straightness"]) / 2**0.5)
 
 
 def test_errors_are_those_that_the_draws_were_made_with():
