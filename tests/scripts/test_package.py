@@ -89,6 +89,18 @@ def test_a_folder_that_opens_with_card_figures_and_pictures(measured, tmp_path):
     assert f"(plain: {found[0]['mean_squared_error']:.1e})" in told
 
 
+def test_the_command_of_samples_by_class(measured, make_unet, tmp_path):
+    """With the classes and the guidance, which the caption tells too."""
+    model = tmp_path / "model"
+    GeneralizedDDIMPipeline(make_unet(num_class_embeds=3), GeneralizedDDIMScheduler()).save_pretrained(model)
+    asked = ["--num", "4", "--steps", "2", "--class-label", "0", "1", "1", "0", "--guidance-scale", "2"]
+    assert cli(["sample", str(model), *asked, "--output", str(tmp_path / "samples")]) == 0
+    pack(measured, tmp_path / "out", str(tmp_path / "samples"), model=str(model))
+    command = (tmp_path / "out" / "measured" / "commands.md").read_text().splitlines()[1].split()
+    assert command[3:] == [*asked[:4], "--seed", "0", *asked[4:-1], "2.0", "--batch-size", "16"]
+    assert "*Samples, S = 2, w = 2.0, the first seed = 0.*" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_samples_take_the_place_of_those_of_the_training(measured, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

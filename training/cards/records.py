@@ -47,7 +47,8 @@ def read_records(folder: Path) -> Records:
     if GRID not in pictures and (previews := sorted(folder.glob("previews/*.png"))):
         made = {"steps": found.get(TRAINING, {}).get("config", {}).get("preview_steps"), "eta": 0}
         pictures[GRID] = previews[-1]
-    words = {"S": made.get("steps"), "η": made.get("eta"), "the first seed": made.get("seed")}
+    words = {"S": "steps", "η": "eta", "w": "guidance_scale", "the first seed": "seed"}
+    words = {name: made.get(key) for name, key in words.items()}
     words = ["Samples", *(f"{name} = {value}" for name, value in words.items() if value is not None)]
     captions = {GRID: f"{', '.join(words)}."} | {name: public(text) for name, text in listed.items() if text}
     return Records(

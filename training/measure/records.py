@@ -88,8 +88,10 @@ def _sampling(folder: Path, name: str) -> Row | None:
     meaning = (
         f"seconds for {found['images']} images, S = {settings['steps']}, on {found['cpus']} CPU cores, with loading"
     )
-    keys = [key for key in ("num", "steps", "seed", "eta", "spacing", "batch_size") if key in settings]
-    words = [f"--{key.replace('_', '-')} {settings[key]}" for key in keys]
+    known = ("num", "steps", "seed", "eta", "spacing", "class_label", "guidance_scale", "batch_size")
+    given = {key: settings[key] for key in known if key in settings}
+    values = {key: " ".join(map(str, each)) if isinstance(each, list) else each for key, each in given.items()}
+    words = [f"--{key.replace('_', '-')} {value}" for key, value in values.items()]
     return Row(f"{found['seconds']:.1f}", meaning, "sample.json", " ".join(["ddim-plugin sample", name, *words]))
 
 
