@@ -44,6 +44,11 @@ def run(args: Namespace) -> None:
         torch.zeros(1, device=vars(args).get("device")).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {args.device} is not available: {str(error).partition('. ')[0]}") from error
+    if "model" in args and args.revision is not None and (args.model is None or Path(args.model).is_dir()):
+        place = args.model or "of the installed digits"
+        raise ValueError(
+            f"--revision {args.revision} has no effect on the folder {place}: leave it out, or pass a Hub id"
+        )
     if command == "demo" or vars(args).pop("space", False):
         _page("app.py" if command == "demo" else "space.py").main(**vars(args))
         return
@@ -52,14 +57,20 @@ def run(args: Namespace) -> None:
         print(f"pushed {args.folder}: {commit.pr_url or commit.commit_url}")
         return
     files = {file: what for file, what in FILES[command].items() if file != LATENTS or not vars(args).get("latents")}
-    places = {Path(args.output, file): what for file, what in files.items()}
+    places = [Path(args.output, file) for file in files]
     integer("--seed", vars(args).get("seed") or 0, 0, 2**62)
     for name, value in _given(args, "num", "batch_size", "height", "width").items():
         integer(f"--{name.replace('_', '-')}", value, 1)
-    for place in places:
-        if place.is_dir() or (os.path.lexists(place) and not args.overwrite):
-            raise ValueError(f"{place} exists: choose another --output, or pass --overwrite to replace files")
-    parent = next(path for path in Path(args.output, LATENTS).absolute().parents if path.exists())
+
+    def taken() -> Path | None:
+        return next((each for each in places if each.is_dir() or (os.path.lexists(each) and not args.overwrite)), None)
+
+    if place := taken():
+        remedy = "" if place.is_dir() else ", or pass --overwrite to replace files"
+        raise ValueError(f"{place} exists: choose another --output{remedy}")
+    parent = next(path for path in Path(args.output, LATENTS).absolute().parents if os.path.lexists(path))
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ValueError(f"--output {args.output} is in {parent}, which is no folder, or protected: choose another")
     model = args.model if Path(args.model).is_dir() else f"{args.model} (no folder)"
     with explained(model), tempfile.TemporaryDirectory(dir=parent, prefix=".ddim-plugin-") as scratch:
         record, *contents = {"sample": sample, "fit": fit}.get(command, encode)(args, command)
@@ -68,10 +79,14 @@ def run(args: Namespace) -> None:
         measured = {"seconds": time.perf_counter() - start, "cpus": os.cpu_count(), "version": __version__}
         record |= {"command": command, "settings": vars(args), **measured}
         Path(scratch, f"{command}.json").write_text(json.dumps(record, indent=2) + "\n")
-        Path(args.output).mkdir(parents=True, exist_ok=True)
-        for place, what in places.items():
-            Path(scratch, place.name).replace(place)
-            print(f"{what.format(**record)}: {place}")
+        output = Path(args.output, f"{command}-{os.getpid()}" if (place := taken()) else "")  # another run was first
+        output.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            Path(scratch, file).replace(output / file)
+    for file, what in files.items():
+        print(f"{what.format(**record, plural='s' * (record.get('images') != 1))}: {output / file}")
+    if place:
+        raise ValueError(f"{place} was written by another run meanwhile: the files of this one are in {output}")
 
 
 def sample(args: Namespace, command: str) -> tuple:
@@ -83,26 +98,35 @@ def sample(args: Namespace, command: str) -> tuple:
     with _progress(pipe, len(batches(args.num, args.batch_size))):
         if found:
             images = found.decode(pipe, batch_size=args.batch_size, output_type="np", **call)
-            return {"images": args.num, "call": found.settings["call"] | call}, grid(images, 8)
+            return {"images": args.num, "call": found.call(pipe, **call)}, grid(images, 8)
         images, found = draw(pipe, range(args.seed, args.seed + args.num), args.batch_size, **call)
     return {"images": args.num}, grid(images, 8), found
 
 
 def encode(args: Namespace, command: str) -> tuple:
     """Encode images, and for `reconstruct` and `edit` decode them. `edit` decodes them with changes too."""
-    found = images = None
-    if command == "edit" and [Path(file).suffix for file in args.images] == [".safetensors"]:
-        found = _read(args, args.images[0], *(f"new_{name}" for name in CALL))
+    saved = command == "edit" and [Path(file).suffix for file in args.images] == [".safetensors"]
+    found, images = _read(args, args.images[0], *(f"new_{name}" for name in CALL)) if saved else None, []
     pipe, num = _load(args), len(found.latents if found else args.images)
     call, new = _call(args, pipe, CALL | STEPS), part_of(_call(args, pipe, CALL, "new_"), slice(num), num)
     if command == "edit" and not new:
         raise ValueError("nothing changes: pass --new-prompt, or --new-class-label for a model with classes")
+    if not found:
+        network = getattr(pipe, "transformer", None) or pipe.unet
+        side = getattr(pipe, "default_sample_size", None) or network.config.get("sample_size")
+        sides = getattr(pipe, "vae_scale_factor", 1) * np.broadcast_to(side or 0, 2)
+        size = tuple(sides.tolist()) if side and args.resize else None
+        channels = getattr(pipe, "image_channels", 0) or pipe.vae.config.get("in_channels", 3)
+        images = [open_image(file, channels, size) for file in args.images]
+    changed = found.call(pipe, **new) if found else call | new
+    if isinstance(pipe, GeneralizedDDIMPipeline):  # else refused after the inversion
+        pipe._condition(num, **{key: value for key, value in changed.items() if key in CALL.values()})
     decodings = {"encode": [], "reconstruct": [{}], "edit": [{}, new]}[command]
     refine = 4 if args.refine is None else args.refine
     with _progress(pipe, (len(decodings) + (0 if found else 1 + refine)) * len(batches(num, args.batch_size))):
         if not found:
             call |= _given(args, "strength", "tolerance", "batch_size")
-            found = invert(pipe, images := _open(args, pipe), refinement_steps=refine, **call)
+            found = invert(pipe, images, refinement_steps=refine, **call)
         rows = [found.decode(pipe, batch_size=args.batch_size, output_type="np", **each) for each in decodings]
     record = {"images": args.images, "report": found.report and found.report.to_dict()}
     if images:
@@ -175,16 +199,6 @@ def _progress(pipe: Any, total: int) -> tqdm:
     return bar
 
 
-def _open(args: Namespace, pipe: Any) -> list:
-    """Open the images, with --resize in the size of the network."""
-    network = getattr(pipe, "transformer", None) or pipe.unet
-    side = getattr(pipe, "default_sample_size", None) or network.config.get("sample_size")
-    sides = getattr(pipe, "vae_scale_factor", 1) * np.broadcast_to(side or 0, 2)
-    size = tuple(sides.tolist()) if side and args.resize else None
-    channels = getattr(pipe, "image_channels", 0) or pipe.vae.config.get("in_channels", 3)
-    return [open_image(file, channels, size) for file in args.images]
-
-
 def _given(args: Namespace, *names: str) -> dict[str, Any]:
     """Return those of the options that the command has and that were given."""
     return {name: value for name in names if (value := vars(args).get(name)) is not None}
@@ -202,6 +216,7 @@ def _call(args: Namespace, pipe: Any, names: dict[str, str], prefix: str = "") -
     call, known = {}, {*signature(pipe.__call__).parameters, "timesteps"}
     for option, value in _given(args, *(prefix + name for name in names)).items():
         if (name := names[option.removeprefix(prefix)]) not in known:
+            option = "prompt_file" if option == "prompt" and vars(args).get("prompt_file") else option
             raise ValueError(f"{type(pipe).__name__} has no {name}: leave out --{option.replace('_', '-')}")
         call[name] = value[0] if name in ("prompt", "class_labels") and len(value) == 1 else value
     if len(call.keys() & SIZE.keys()) == 1:  # some pipelines then use neither

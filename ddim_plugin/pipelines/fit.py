@@ -24,7 +24,6 @@ HELD_OUT = 4  # one image in so many judges the solvers, and does not enter
 # Arguments of the call that a fit sets, or that a fitted solver does not have.
 OWN = {"num_inference_steps", "generator", "latents", "timesteps", "sigmas", "eta", "batch_size", "output_type"}
 OWN |= {"classifier", "classifier_scale"}
-Solver = dict[str, Any]
 
 
 @torch.no_grad()
@@ -37,7 +36,7 @@ def fit_solver(
     seed: int = 0,
     minutes: float = 0.0,
     **call: Any,
-) -> dict[int, Solver]:
+) -> dict[int, dict[str, Any]]:
     """Fit a solver to a model for each number of steps, in the pipeline's own loop, and give the pipeline a scheduler.
 
     `num_images` draws of x_T are solved with `teacher_steps` steps. Times are searched on these trajectories, and
@@ -188,7 +187,7 @@ class Student(Recorder):
         return super()._advance(evaluation._replace(step=step._replace(x0=x0, eps=eps), history=history))
 
 
-def _fit(run: _Run, plain: Recorder, teacher: Recorder, minutes: float) -> Solver:
+def _fit(run: _Run, plain: Recorder, teacher: Recorder, minutes: float) -> dict[str, Any]:
     """Search times from those of `plain`, solve for the weights in the loop, and refine both for some minutes."""
     path, config, default = plain.path, plain.config, [t for t, _ in plain._pairs]
     S, order, whole = len(default), plain._values(plain._kind(None)), not path.continuous
@@ -198,9 +197,8 @@ def _fit(run: _Run, plain: Recorder, teacher: Recorder, minutes: float) -> Solve
     students: dict[tuple[float, ...], Student] = {}
 
     def cost(spread: float, times: Sequence[float]) -> float:
-        if times[-1] < lowest:
-            return math.inf
-        return teacher.curve.error([math.atan2(b, a) for a, b in map(path.level, times)], order, spread)
+        angles = [math.atan2(b, a) for a, b in map(path.level, times)] if times[-1] >= lowest else None
+        return math.inf if angles is None else teacher.curve.error(angles, order, spread)
 
     searched = [default, *(descend(default, partial(cost, spread), step, least) for spread in SPREADS)]
     for times in dict.fromkeys(map(tuple, searched)):
@@ -210,7 +208,7 @@ def _fit(run: _Run, plain: Recorder, teacher: Recorder, minutes: float) -> Solve
     times, student = min(students.items(), key=lambda each: _distance(each[1], teacher))
     known = {"solver_order": order, "prediction_type": config.prediction_type, "guidance_scale": student.scale}
 
-    def solver(theta: Array) -> Solver:
+    def solver(theta: Array) -> dict[str, Any]:
         times = [round(t) if whole else t for t in theta[:S].tolist()]
         noise, weights = [path.level(t).noise for t in times], iter(theta[S:].tolist())
         rows = [[next(weights) for _ in range(1 + min(i + 1, order))] for i in range(S)]

@@ -22,7 +22,7 @@ from ..process.inversion import TOLERANCE, InversionReport
 from ..schedulers import GeneralizedDDIMScheduler, keep_learned, sampler_class
 from ..schedulers.config import CLASSES, KEY
 from .images import Images, read
-from .loop import FIXED, INVERSES, Loop, batches, finite, run_with
+from .loop import FIXED, INVERSES, STEPS, Loop, batches, finite, run_with
 
 DEFAULTS = ("num_inference_steps", "guidance_scale")  # arguments whose defaults are kept with the latents
 OWN = {"latents", "output_type", "return_dict", "denoising_start", "denoising_end"}  # arguments that `invert` sets
@@ -49,24 +49,30 @@ class Inverted:
         `changes` replace arguments of the inversion's call. Pass its tensors, such as `prompt_embeds`, again. With
         `batch_size`, so many pictures are decoded at a time.
         """
-        if "call" not in self.settings:
-            raise ValueError("these latents have no settings of an inversion: use those of invert, or decode of a pipe")
-        theirs, ours = map(GeneralizedDDIMScheduler.from_config, (self.settings["scheduler"], pipe.scheduler.config))
-        if (kind := theirs.config.prediction_type) != ours.config.prediction_type:
-            raise ValueError(f"these latents are of a model that predicts {kind!r}, unlike this one: load that model")
-        changes, missed = changes | ({} if prompt is None else {"prompt": prompt}), self.corrections
-        texts = [key for key in self.settings["left_out"] if prompt and "prompt" in key and "negative" not in key]
-        if lost := [key for key in self.settings["left_out"] if key not in {*changes, *texts}]:
-            raise ValueError(f"the inversion had {', '.join(lost)}, which is not kept with latents: pass it again")
-        replaced = {key.removesuffix("_embeds") for key in changes}
-        call = {key: None if key in replaced else value for key, value in self.settings["call"].items()} | changes
-        if missed is not None and (fixed := changes.keys() & FIXED):
-            raise ValueError(f"the corrections are those of other steps: leave out {', '.join(fixed)}, or invert again")
+        call, missed = self.call(pipe, prompt, **changes), self.corrections
 
         def correct(rows: slice, i: int, _: Tensor, x: Tensor) -> Tensor:
             return x if missed is None else x + missed[i, rows].to(x.device)
 
         return run_with(pipe, lambda r: _sampler(self.settings, partial(correct, r)), self.latents, batch_size, **call)
+
+    def call(self, pipe: Any, prompt: Prompt = None, **changes: Any) -> dict[str, Any]:
+        """Return the arguments that `decode` passes on. Raises ValueError for changes that do not fit."""
+        if "call" not in self.settings:
+            raise ValueError("these latents have no settings of an inversion: use those of invert, or decode of a pipe")
+        theirs, ours = map(GeneralizedDDIMScheduler.from_config, (self.settings["scheduler"], pipe.scheduler.config))
+        if (kind := theirs.config.prediction_type) != ours.config.prediction_type:
+            raise ValueError(f"these latents are of a model that predicts {kind!r}, unlike this one: load that model")
+        changes |= {} if prompt is None else {"prompt": prompt}
+        texts = [key for key in self.settings["left_out"] if prompt and "prompt" in key and "negative" not in key]
+        if lost := [key for key in self.settings["left_out"] if key not in {*changes, *texts}]:
+            raise ValueError(f"the inversion had {', '.join(lost)}, which is not kept with latents: pass it again")
+        bound = FIXED if self.corrections is not None else STEPS if self.settings["strength"] < 1 else {*()}
+        if fixed := ", ".join(changes.keys() & bound):
+            raise ValueError(f"these latents belong to their inversion's steps: leave out {fixed}, or invert again")
+        replaced = {key.removesuffix("_embeds") for key in changes}
+        gone = STEPS if replaced & STEPS else {*()}
+        return {k: None if k in replaced else v for k, v in self.settings["call"].items() if k not in gone} | changes
 
     def save(self, path: str | Path) -> None:
         """Save as a safetensors file."""

@@ -26,7 +26,8 @@ Classifier = Callable[[Tensor, Tensor], Tensor]  # of x_t (B, C, H, W) and times
 Labels = int | Sequence[int] | Tensor | None
 INVERSES = {GeneralizedDDIMScheduler: InverseDDIMScheduler, MultistepDDIMScheduler: InverseMultistepDDIMScheduler}
 FLOAT32 = ("Wan", "ZImage")  # pipelines whose latents are float32 in half precision too
-FIXED = {"num_inference_steps", "timesteps", "sigmas", "eta"}  # arguments that choose the steps
+STEPS = {"num_inference_steps", "timesteps", "sigmas"}  # arguments that choose the steps: one of them
+FIXED = {*STEPS, "eta"}
 
 
 class Condition(NamedTuple):
@@ -244,7 +245,7 @@ def part_of(call: dict[str, Any], rows: slice, number: int) -> dict[str, Any]:
         if "prompt" in key and len(each) == 1:
             many[key] = each.expand(number, *each.shape[1:]) if isinstance(each, Tensor) else each * number
         elif ("prompt" in key or key == "class_labels") and len(each) != number:
-            raise ValueError(f"{len(each)} of {key} do not fit {number} pictures: pass one, or one for each")
+            raise ValueError(f"{len(each)} of {key} do not fit {number} picture(s): pass one, or one for each")
     return call | {key: each[rows] for key, each in many.items() if len(each) == number}
 
 

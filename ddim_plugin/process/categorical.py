@@ -26,8 +26,7 @@ def posterior(alpha_t: float, alpha_s: float, K: int, eta: float = 1.0, noisiest
 
     With q_1 "independent" of x_t, q is Cat(σ·x_t + (α_s − σ·α_t)·x_0 + ((1 − α_s) − (1 − α_t)·σ)/K) (Appendix A), where
     σ = (1 − η)·m. "bayes" is q_1 ∝ q(x_t|x_s)·q(x_s|x_0) of the Markov chain q(x_t|x_s) = Cat(r·x_s + (1 − r)/K),
-    r = α_t/α_s: D3PM with uniform noise (Austin et al. 2021, Eq. 3). For K > 2 and 0 < α_t < α_s < 1 no σ gives it: in
-    Appendix A `third` = `other`, and there the ratio is 1 + K·α_t/(1 − α_t). K = 2 has σ = r·(1 − α_s²)/(1 − α_t²).
+    r = α_t/α_s: D3PM with uniform noise (Austin et al. 2021, Eq. 3). For K > 2 and 0 < α_t < α_s < 1 no σ gives it.
     """
     m, rest = (1 - alpha_s) / (1 - alpha_t), (1 - alpha_s) / K
     start, most = alpha_s + rest, (alpha_s + rest, alpha_s + rest, rest, rest, rest)

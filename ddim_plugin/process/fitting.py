@@ -2,8 +2,7 @@
 
 On every Gaussian path y = x/√(a² + b²) at the angle φ with tan φ = b/a obeys dy/dφ = v = cos φ·ε̂ − sin φ·x̂0, from
 φ = π/2 (noise) to φ = 0 (data), with the same x̂0 and ε̂. A step of the solver is a linear combination of x̂0, ε̂ and
-earlier ε̂. How far it is from a trajectory depends on mean products of y and v at the times of the step only. So the
-search for times needs trajectories that were computed once, and no evaluation of the network.
+earlier ε̂. Its distance from a trajectory depends on mean products of y and v only, computed once for all times.
 """
 
 import math

@@ -63,12 +63,6 @@ def _descend(top: float, bottom: float, S: int, power: float) -> Array:
     return (top - (top - bottom) * way) ** power
 
 
-def few_exploding(S: int, sigma_min: float, sigma_max: float) -> Array:
-    """Space S values of σ for a multistep method and images in 0..1, geometric from 3·S, at least 10, to 0.4/S."""
-    top, bottom = min(sigma_max, max(10, 3 * S)), max(sigma_min, 0.4 / S)
-    return np.geomspace(*((top, bottom) if bottom < top else (sigma_max, sigma_min)), S)
-
-
 def _ends(S: int, alpha_bar: Array) -> tuple[int, int]:
     T, noise = len(alpha_bar) - 1, np.flatnonzero(alpha_bar <= NOISE)
     top = min(T, max(S, round(T * S / (S + 2)), int(noise[0]) if len(noise) else T))

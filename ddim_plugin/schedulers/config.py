@@ -98,24 +98,18 @@ class StockConfig(SchedulerMixin, ConfigMixin):
         path = path_of(self.config)
         return (path in (FLOW, EDM) and self.config.get("_writer")) or path
 
-    def _own_settings(self) -> dict[str, Any]:
-        known, foreign = defaults(type(self)), self._foreign()
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Record settings, and keep the config readable for stock schedulers."""
+        super().register_to_config(**kwargs)
+        known, foreign = defaults(type(self)), defaults(type(self)).keys() - defaults(getattr(diffusers, self._stock))
         names = {"eta", "eps_mean_square", "use_clipped_model_output", *SOLVER, *({"prediction_type"} & foreign)}
         names |= {key for key in foreign if self.config[key] != known[key]}
         named = {"timestep_spacing": STOCK_SPACINGS, "variance_type": ("fixed_large", "learned_range")}
         named |= {"prediction_type": PREDICTIONS[:-1]}
         names |= {key for key, stock in named.items() if self.config[key] not in stock}
         own = {key: self.config[key] for key in known if key in names} | ({SAMPLER: {}} if self._encodes else {})
-        return own | ({"trained_betas": None} if self._derived_betas else {})
-
-    def _foreign(self) -> set[str]:
-        return defaults(type(self)).keys() - defaults(getattr(diffusers, self._stock))
-
-    def register_to_config(self, **kwargs: Any) -> None:
-        """Record settings, and keep the config readable for stock schedulers."""
-        super().register_to_config(**kwargs)
-        own = self._own_settings()
-        hidden = sorted((own.keys() - {"trained_betas"}) | self._foreign())  # diffusers does not convert them
+        hidden = sorted(own.keys() | foreign)  # diffusers does not convert them
+        own |= {"trained_betas": None} if self._derived_betas else {}
         same = path_of(self.config) == EDM and self.config.timestep_spacing in SIGMAS
         stock = {"_class_name": self._stock} | ({"sigma_schedule": self.config.timestep_spacing} if same else {})
         super().register_to_config(**{KEY: own, "_use_default_values": hidden} | stock)

@@ -3,6 +3,7 @@
 from numbers import Real
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
@@ -14,8 +15,7 @@ from .planned import Kind, Planned
 from .step import Evaluation, GeneralizedDDIMSchedulerOutput, Randomness, Step, accumulate, draw
 
 DETERMINISTIC = {"eta": 0.0, "variance_type": "fixed_small", "clip_sample": False, "thresholding": False}
-DETERMINISTIC |= {"corrector_steps": 0}
-"""Settings under which a latent and its image determine each other."""
+DETERMINISTIC |= {"corrector_steps": 0}  # then a latent and its image determine each other
 
 
 class GeneralizedDDIMScheduler(Planned):
@@ -96,7 +96,12 @@ class GeneralizedDDIMScheduler(Planned):
             raise ValueError(f"thresholding needs a ratio in [0, 1] and a maximum ≥ 1, not {ratio!r} and {largest!r}")
         if not 0 <= start < end <= 1:
             raise ValueError(f"denoising_start={start!r} and denoising_end={end!r} must satisfy 0 ≤ start < end ≤ 1")
-        self._eps_mean_square = moves.eps_table(config.variance_type, config.eps_mean_square, T)
+        table = config.eps_mean_square
+        if table is None and config.variance_type == "optimal":
+            raise ValueError(f"variance_type='optimal' needs eps_mean_square: E‖ε̂‖²/d, one for each of the {T} times")
+        if table is not None and not (np.shape(table) == (T,) and np.isfinite(table).all() and min(table) >= 0):
+            raise ValueError(f"eps_mean_square must be {T} finite non-negative numbers, one for each time")
+        self._eps_mean_square = None if table is None else np.array([0.0, *table])  # with an entry for t = 0
         path = self._make_path()
         new, old = ((type(each), each.T, each.bounds) for each in (path, getattr(self, "path", path)))
         if self._planned is None or new != old:

@@ -69,7 +69,7 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         self._solvers = _check_solvers(self.config.fitted_solvers)
         self._forget()
 
-    def _grid(self, S: int | None, spacing: str, stock: str | None = None, **given: Any) -> Grid:
+    def _grid(self, S: int | None, spacing: str, **given: Any) -> Grid:
         spacing = "few_steps_noise" if spacing == "few_steps" and self._kind(None)[1] >= MUCH_NOISE else spacing
         free = given["sigmas"] is None and spacings.is_integer(S) and S > 0
         if free and spacing == "few_steps" and (times := self._fitted_times(S)) is not None:
@@ -77,11 +77,12 @@ class MultistepDDIMScheduler(GeneralizedDDIMScheduler):
         if free and spacing != "linear" and isinstance(self.path, FlowMatching):
             shifted = self.config.use_dynamic_shifting or max(shift_of(self.config), self._shift or 1) > 1
             given["sigmas"] = spacings.few_sigmas(S, shifted, spacing == "few_steps_noise")
-            stock = FLOW  # not all solvers take sigmas
+            given["stock"] = FLOW  # not all solvers take sigmas
         if spacing == "few_steps" and isinstance(self.path, VarianceExploding):
-            S = spacings.integer("num_inference_steps", S, 1, self.path.T)
-            return self.path.at(spacings.few_exploding(S, *self.path.levels.noise[[1, -1]]))[::-1], {}
-        return super()._grid(S, spacing, stock, **given)
+            S, (low, high) = spacings.integer("num_inference_steps", S, 1, self.path.T), self.path.levels.noise[[1, -1]]
+            top, bottom = min(high, max(10, 3 * S)), max(low, 0.4 / S)  # for images in 0..1
+            return self.path.at(np.geomspace(*((top, bottom) if bottom < top else (high, low)), S))[::-1], {}
+        return super()._grid(S, spacing, **given)
 
     def _fitted_times(self, S: int) -> spacings.Times | None:
         """Return the times that were fitted for S steps, and use the weights, if they fit the loop."""

@@ -113,21 +113,19 @@ class Planned(Levels):
             raise ValueError(f"set_shift takes a positive number, for flow matching only, not {shift!r}")
         self._shift = shift
 
-    def _grid(self, S: int | None, spacing: str, stock: str | None = None, **given: Any) -> Grid:
-        if isinstance(self.path, paths.FlowMatching):
-            return self._flow_grid(S, stock or self._stock, **given)
+    def _grid(
+        self, S: int | None, spacing: str, sigmas: Any, mu: float | None, timesteps: Any, stock: str | None = None
+    ) -> Grid:
         if spacing in spacings.SIGMAS:
             S, rho = spacings.integer("num_inference_steps", S, 1, self.path.T), self.config.get("rho", 7.0)
             if not rho > 0:
                 raise ValueError(f"rho must be positive, not {rho!r}: 7 is that of the paper")
             return self.path.at(spacings.SIGMAS[spacing](S, *self.path.levels.noise[[1, -1]], rho))[::-1], {}
-        return spacings.tau(spacing, S, self.path.T, self.config.steps_offset, self.alpha_bar), {}
-
-    def _flow_grid(self, S: int | None, stock: str, sigmas: Any, mu: float | None, timesteps: Any) -> Grid:
-        """Ask the stock flow scheduler of that name. Raises ValueError for σ that do not fall, and what that raises."""
+        if not isinstance(self.path, paths.FlowMatching):  # its levels are those of a stock scheduler
+            return spacings.tau(spacing, S, self.path.T, self.config.steps_offset, self.alpha_bar), {}
         S = S if S is None else spacings.integer("num_inference_steps", S, 1)
         sigmas = None if sigmas is None else check_sigmas(sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)
-        cls, config = getattr(diffusers, stock), self.config
+        cls, config = getattr(diffusers, stock or self._stock), self.config
         scheduler = cls.from_config(config, **{key: shift_of(config) for key in SHIFTS if key in defaults(cls)})
         if self._shift is not None:
             scheduler.set_shift(self._shift)

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -341,6 +342,24 @@ def test_the_scheduler_comes_back_after_an_error(parts, trained, pictures):
     assert pipe.scheduler is before
 
 
+def test_steps_that_are_given_replace_those_of_the_file(parts, pictures):
+    pipe, _ = tiny.text_to_image(parts, GeneralizedDDIMScheduler(**SD))
+    pipe.set_progress_bar_config(disable=True)
+    times = [900, 500, 20]
+    by_count, by_times = (
+        invert(pipe, pictures, "a cat", refinement_steps=0, **steps)
+        for steps in ({"num_inference_steps": 3}, {"timesteps": times})
+    )
+    assert "num_inference_steps" not in by_count.call(pipe, timesteps=times)
+    assert "timesteps" not in by_times.call(pipe, num_inference_steps=3)
+    replaced = replace(by_times, latents=by_count.latents).decode(pipe, num_inference_steps=3, output_type="np")
+    assert np.array_equal(replaced, by_count.decode(pipe, output_type="np"))
+    part = invert(pipe, pictures, "a cat", refinement_steps=0, strength=0.5, num_inference_steps=4)
+    for steps in ({"num_inference_steps": 3}, {"timesteps": times}):
+        with pytest.raises(ValueError, match=f"belong to their inversion's steps: leave out {next(iter(steps))}"):
+            part.decode(pipe, **steps)
+
+
 @pytest.mark.parametrize(("cls", "strength"), [(GeneralizedDDIMScheduler, 0.5), (MultistepDDIMScheduler, 1.0)])
 def test_corrections_close_the_round_trip_at_another_guidance(cls, strength, parts, trained, pictures, tmp_path):
     pipe, _ = tiny.text_to_image(parts, cls(**SD))
@@ -361,7 +380,7 @@ def test_corrections_close_the_round_trip_at_another_guidance(cls, strength, par
     assert closed.abs().max() < 1e-2 * missed.abs().max()  # this network amplifies rounding at guidance 7.5
     assert pipe.scheduler.step.__name__ == "step"
     assert not torch.equal(found.decode(pipe, "a dog", output_type="latent"), found.decode(pipe, output_type="latent"))
-    with pytest.raises(ValueError, match="corrections are those of other steps: leave out num_inference_steps"):
+    with pytest.raises(ValueError, match="belong to their inversion's steps: leave out num_inference_steps"):
         found.decode(pipe, num_inference_steps=S + 1)
 
 

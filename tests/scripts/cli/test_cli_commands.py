@@ -51,7 +51,7 @@ def test_encode_then_sample_its_latents(model, pictures, tmp_path, capsys):
     assert said.out.splitlines() == [f"{what}: {tmp_path / name}" for what, name in made]
     record = json.loads((tmp_path / "encode.json").read_text())
     before = (tmp_path / "latents.safetensors").read_bytes()
-    run("sample", model, "--latents", tmp_path / "latents.safetensors", "--steps", 5, "--output", tmp_path)
+    run("sample", model, "--latents", tmp_path / "latents.safetensors", "--output", tmp_path)
     assert (tmp_path / "latents.safetensors").read_bytes() == before  # its own input is kept
     assert record["images"] == list(map(str, pictures))
     assert np.array(record["report"]["evaluations"]).shape == (5, 4)
@@ -69,8 +69,26 @@ def test_encode_then_sample_its_latents(model, pictures, tmp_path, capsys):
         assert np.abs(grid[4:68, 4 + 68 * i : 68 + 68 * i] - cell).max() <= 2
     record = json.loads((tmp_path / "again" / "sample.json").read_text())
     assert (record["call"]["num_inference_steps"], record["call"]["strength"]) == (10, 0.5)
-    run("sample", model, "--latents", tmp_path / "latents.safetensors", "--steps", 4, "--output", tmp_path / "four")
-    assert np.abs(np.asarray(Image.open(tmp_path / "four" / "samples.png")).astype(int) - grid).max() > 20
+    for steps in (["--steps", 5], ["--timesteps", 500, 300, 1]):  # x_t would be taken for another level
+        output = ["--output", tmp_path / "other"]
+        run("sample", model, "--latents", tmp_path / "latents.safetensors", *steps, *output, ok=False)
+        assert "these latents belong to their inversion's steps: leave out" in capsys.readouterr().err
+
+
+def test_latents_with_other_steps(model, tmp_path, capsys):
+    """Steps replace timesteps of the file, and timesteps its steps."""
+    run("sample", model, "--num", 1, "--steps", 4, "--output", tmp_path / "count")
+    assert capsys.readouterr().out.startswith("1 image: ")
+    run("sample", model, "--num", 1, "--timesteps", 900, 400, 30, "--output", tmp_path / "times")
+    file, record = (tmp_path / name / "latents.safetensors" for name in ("count", "times")), "sample.json"
+    count, times = (["--latents", each] for each in file)
+    run("sample", model, *count, "--timesteps", 900, 400, 30, "--output", tmp_path / "a")
+    run("sample", model, *times, "--steps", 4, "--output", tmp_path / "b")
+    for one, other, call in (("count", "b", {"num_inference_steps": 4}), ("times", "a", {"timesteps": [900, 400, 30]})):
+        pictures = (np.asarray(Image.open(tmp_path / name / "samples.png")) for name in (one, other))
+        assert np.array_equal(*pictures)
+        known = json.loads((tmp_path / other / record).read_text())["call"]
+        assert {key: known[key] for key in ("num_inference_steps", "timesteps") if key in known} == call
 
 
 def test_the_multistep_method(model, pictures, tmp_path):
@@ -141,6 +159,30 @@ def test_reconstruct_and_edit(make_unet, pictures, tmp_path):
     )
     assert np.abs(edits[0][4:68, 72:136] - np.asarray(again)).max() <= 1
     assert np.abs(edits[0][4:68, 4:68] - edits[0][4:68, 72:136]).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("classes", "options", "message"),
+    [
+        (None, ["--new-class-label", 1], "this network is unconditional"),
+        (None, ["--new-guidance-scale", 2], "this network is unconditional"),
+        (4, ["--class-label", 1, "--new-class-label", 4], "class labels must be integers in 0..3, not [4]"),
+        (4, ["--class-label", 1, "--new-class-label", 1, 2], "2 of class_labels do not fit 1 picture(s)"),
+        (4, ["--new-guidance-scale", 2], "this network is class-conditional"),
+    ],
+)
+def test_an_edit_is_refused_before_work(make_unet, pictures, tmp_path, monkeypatch, capsys, classes, options, message):
+    pipe = GeneralizedDDIMPipeline(make_unet(channels=3, num_class_embeds=classes), GeneralizedDDIMScheduler())
+    pipe.save_pretrained(tmp_path / "model")
+    first = ["--class-label", 0] if classes else []
+    run("encode", tmp_path / "model", pictures[0], "--steps", 2, *first, "--output", tmp_path / "e")
+    monkeypatch.setattr("diffusers.UNet2DModel.forward", lambda *args, **kwargs: pytest.fail("it was called"))
+    run("edit", tmp_path / "model", pictures[0], *options, "--output", tmp_path / "out", ok=False)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    if options[0] == "--new-class-label":
+        file = tmp_path / "e" / "latents.safetensors"
+        run("edit", tmp_path / "model", file, *options, "--output", tmp_path / "out", ok=False)
+        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_pictures_of_another_size_and_mode(model, tmp_path, capsys):

@@ -31,6 +31,31 @@ def test_help_shows_an_example_that_parses(command, capsys):
     assert ("--seed SEED" in text) is (command in ("sample", "fit"))
 
 
+@pytest.mark.parametrize(
+    ("option", "wrong"),
+    [
+        *(("sample --timesteps", each) for each in ("foo", "900 true", "nan", "[900]", '"900"', "null")),
+        *(("sample --guidance-scale", each) for each in ("nan", "inf", "true", "x")),
+        ("sample --eta", "inf"),
+        ("encode --strength", "nan"),
+        ("encode --tolerance", "inf"),
+        ("edit --new-guidance-scale", "nan"),
+        ("fit --minutes", "nan"),
+    ],
+)
+def test_what_is_no_finite_number_is_refused(option, wrong, capsys):
+    command, option = option.split()
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([command, "model", *(["a.png"] if command in ("encode", "edit") else []), option, *wrong.split()])
+    assert exit_.value.code == 2
+    assert f"argument {option}: invalid number value: {wrong.split()[-1]!r}" in capsys.readouterr().err
+
+
+def test_whole_numbers_are_integers():
+    times = parse(["sample", "model", "--timesteps", "900", "1e2", "5.0", "2.5"]).timesteps
+    assert [(each, type(each)) for each in times] == [(900, int), (100, int), (5, int), (2.5, float)]
+
+
 def test_flags_may_stand_anywhere(capsys):
     for command in (["encode"], ["edit", "--new-prompt", "dog"]):
         for words in ("m --steps 5 a b", "--steps 5 m a b", "m a b --steps 5"):

@@ -230,13 +230,13 @@ def test_fit(family, saved, tmp_path):
         (["sample", "SD", "--prompt", "a", "--height", 0], "--height must be an integer of at least 1"),
         (
             ["sample", "SD", "--prompt", "a", "--num", 3, "--prompt", "b"],
-            "2 of prompt do not fit 3 pictures: pass one, or one for each",
+            "2 of prompt do not fit 3 picture(s): pass one, or one for each",
         ),
         (["sample", "PIXELS", "--prompt", "a"], "GeneralizedDDIMPipeline has no prompt: leave out --prompt"),
         (["sample", "SD", "--prompt", "a", "--height", 16], "one of --height and --width is missing: pass both"),
         (["sample", "PIXELS", "--height", 8], "GeneralizedDDIMPipeline has no height: leave out --height"),
         (["sample", "OTHER", "--prompt", "a"], "StableDiffusionImg2ImgPipeline does not begin with latents"),
-        (["sample", "PIXELS", "--num", 3, "--class-label", 1, 2], "2 of class_labels do not fit 3 pictures"),
+        (["sample", "PIXELS", "--num", 3, "--class-label", 1, 2], "2 of class_labels do not fit 3 picture(s)"),
         (["sample", "SD", "--latents", "FILE", "--num", 3], "--num has no effect on latents: leave it out"),
         (["sample", "SD", "--latents", "FILE", "--spacing", "linear"], "--spacing has no effect on latents"),
         (
@@ -245,13 +245,16 @@ def test_fit(family, saved, tmp_path):
         ),
         (["encode", "SD", "ODD"], "multiples of 2"),
         (["encode", "PIXELS", "CAT", "--prompt", "a"], "GeneralizedDDIMPipeline has no prompt"),
-        (["reconstruct", "SD", "CAT", "--strength", 2], "strength must lie in (0, 1], tolerance be 0 or more, not 2.0"),
+        (
+            ["reconstruct", "SD", "CAT", "--strength", 2],
+            "strength must lie in (0, 1], tolerance be 0 or more, not 2 and",
+        ),
         (["edit", "SD", "CAT", "--prompt", "a"], "nothing changes: pass --new-prompt"),
         (
             ["edit", "SD", "CAT", "--prompt", "a", "--prompt", "b", "--new-prompt", "c"],
-            "2 of prompt do not fit 1 pictures",
+            "2 of prompt do not fit 1 picture(s)",
         ),
-        (["edit", "SD", "CAT", *["--new-prompt", "c"] * 3], "3 of prompt do not fit 1 pictures"),
+        (["edit", "SD", "CAT", *["--new-prompt", "c"] * 3], "3 of prompt do not fit 1 picture(s)"),
         (
             ["edit", "SD", "FILE", "--new-prompt", "c", "--guidance-scale", 2],
             "--guidance-scale has no effect on latents",
@@ -259,12 +262,15 @@ def test_fit(family, saved, tmp_path):
         (["edit", "SD", "CAT", "FILE", "--new-prompt", "c"], "cannot read the image"),
         (["edit", "SD", "FLAT", "--new-prompt", "c"], "these latents have no settings"),
         (["fit", "SD", "--steps", 2, "--num", 4], "Provide either `prompt` or `prompt_embeds`"),
-        (["fit", "PIXELS", "--prompt", "a"], "GeneralizedDDIMPipeline has no prompt"),
+        (["fit", "PIXELS", "--prompt", "a"], "GeneralizedDDIMPipeline has no prompt: leave out --prompt"),
+        (["fit", "PIXELS", "--prompt-file", "TEXTS"], "has no prompt: leave out --prompt-file"),
     ],
 )
 def test_errors(saved, model, cat, tmp_path, capsys, arguments, message, few_latents):
     places = {"SD": saved("SD"), "PIXELS": model, "CAT": cat, "ODD": tmp_path / "odd.png"} | few_latents
     Image.new("RGB", (17, 16)).save(tmp_path / "odd.png")
+    places["TEXTS"] = tmp_path / "texts.txt"
+    places["TEXTS"].write_text("a cat\n")
     words = [places.get(word, word) for word in arguments]
     run(*words, "--output", tmp_path / "out", ok=False)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ddim-plugin")]
