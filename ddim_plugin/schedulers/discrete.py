@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.configuration_utils import register_to_config as recorded
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
@@ -45,7 +46,7 @@ class DiscreteDDIMScheduler(SchedulerMixin, ConfigMixin):
     order = 1
     has_compatibles = False  # else settings of the class of this name in diffusers would be dropped
 
-    @register_to_config
+    @recorded
     def __init__(
         self,
         num_classes: int,

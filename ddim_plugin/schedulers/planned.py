@@ -113,9 +113,7 @@ class Planned(Levels):
             raise ValueError(f"set_shift takes a positive number, for flow matching only, not {shift!r}")
         self._shift = shift
 
-    def _grid(
-        self, S: int | None, spacing: str, sigmas: Any, mu: float | None, timesteps: Any, stock: str | None = None
-    ) -> Grid:
+    def _grid(self, S: int | None, spacing: str, sigmas: Any, mu: Any, timesteps: Any, stock: str = "") -> Grid:
         if spacing in spacings.SIGMAS:
             S, rho = spacings.integer("num_inference_steps", S, 1, self.path.T), self.config.get("rho", 7.0)
             if not rho > 0:

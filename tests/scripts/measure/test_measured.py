@@ -43,6 +43,7 @@ def identify(path):
 
 def test_there_are_some():
     assert {path.parent.relative_to(ROOT).as_posix() for path in GRIDS} == {
+        "model_cards/class-mnist-28/measured",
         "model_cards/ddim-mnist-28/measured",
         "training/measured/mnist_small",
     }

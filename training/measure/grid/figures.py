@@ -11,7 +11,7 @@ from .tables import Entry, grid_cells, panels
 
 
 def draw(result: dict[str, Any], pictures: dict[Cell, Path], output: Path) -> dict[str, str]:
-    """Draw quality.png, time.png and a grid of samples for each S.
+    """Draw quality.png and time.png if there are several S, and a grid of samples for each S.
 
     Args:
         result: the content of results.json.
@@ -20,20 +20,20 @@ def draw(result: dict[str, Any], pictures: dict[Cell, Path], output: Path) -> di
     Returns:
         The captions of the figures, by file name.
     """
-    plot_quality(result, output / "quality.png")
-    plot_time(result, output / "time.png")
-    captions = {
-        "quality.png": "Distance from the data against S, and against the time that the pictures took.",
-        "time.png": "Time against S (Fig. 4 of the paper).",
-    }
-    among = grid_cells(result)
+    captions, among = {}, grid_cells(result)
+    if len({cell.steps for cell in among}) > 1:
+        plot_quality(result, output / "quality.png")
+        plot_time(result, output / "time.png")
+        captions["quality.png"] = "Distance from the data against S, and against the time that the pictures took."
+        captions["time.png"] = "Time against S (Fig. 4 of the paper)."
+    kinds = "a kind of noise" if all(cell.guidance is None for cell in among) else "a guidance scale w"
     for S in sorted({cell.steps for cell in pictures}):
         chosen = [cell for cell in pictures if cell.steps == S]
         arrays = [read_arrays(pictures[cell])[0]["pictures"] for cell in chosen]
         rows = [array.transpose(0, 2, 3, 1) / 255 for array in arrays]
         labels = [" ".join(line_name(cell, among, plain=True)) for cell in chosen]
         grid(rows, labels, f"S = {S}, the same x_T in each column").save(output / f"samples-S{S:04d}.png")
-        captions[f"samples-S{S:04d}.png"] = f"S = {S}, a kind of noise in each row, the same x_T in each column."
+        captions[f"samples-S{S:04d}.png"] = f"S = {S}, {kinds} in each row, the same x_T in each column."
     return captions
 
 

@@ -87,7 +87,8 @@ def _table(entries: list[Entry], columns: list[int], preset: str | None) -> list
     rows: dict[str, dict[int, str]] = {}
     for cell, result in entries:
         rows.setdefault(cell.label(), {})[cell.steps] = f"{result['value']:.4g}"
-    rows["evaluations"] = {cell.steps: f"{result['nfe']:g}" for cell, result in entries}
+    nfe = {S: sorted({entry.result["nfe"] for entry in entries if entry.cell.steps == S}) for S in columns}
+    rows["evaluations"] = {S: " or ".join(f"{each:g}" for each in found) for S, found in nfe.items()}
     if preset and first["metric"] == "fid":
         rows |= paper_rows(preset)
     if preset == "table1" and first["metric"] in HO:

@@ -77,6 +77,7 @@ def test_guidance_and_the_accuracy_of_classes(places, measure, make_unet, tmp_pa
     assert (plain["fd"]["nfe"], guided["fd"]["nfe"]) == (3, 6)
     assert plain["fd"]["value"] != guided["fd"]["value"]
     assert "| η = 0, w = 4 |" in table(result)
+    assert "| evaluations | 3 or 6 |" in table(result)
     assert next(iter(figures(result["results"]).values())).keys() == {
         f"GeneralizedDDIMScheduler, variance = fixed_small, η = 0, τ = linear, w = {w}" for w in (1, 4)
     }
