@@ -76,6 +76,7 @@ def settings(config: Config) -> Config:
     hidden |= {key for keys in OF_PATH.values() for key in keys if key not in OF_PATH[path_of(config)]}
     shown = {key for key, default in known.items() if config.get(key, default) != default} | SYMBOLS.keys()
     found = {SYMBOLS.get(key, key): config[key] for key in config if key in shown - hidden}
-    solvers = (config.get("fitted_solvers") or {}).items()
-    gains = [f"{S} (error × {each['error'] / each['default_error']:.2f})" for S, each in solvers if "error" in each]
+    solvers = sorted((int(S), each) for S, each in (config.get("fitted_solvers") or {}).items() if "error" in each)
+    gains = [(S, each["error"] / each["default_error"], each.get("guidance_scale", 1)) for S, each in solvers]
+    gains = [f"{S} (error × {gain:.2f}{'' if w == 1 else f' at w = {w:g}'})" for S, gain, w in gains]
     return found | ({"fitted_solvers": ", ".join(gains)} if gains else {})

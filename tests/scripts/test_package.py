@@ -97,8 +97,8 @@ def test_the_command_of_samples_by_class(measured, make_unet, tmp_path):
     assert cli(["sample", str(model), *asked, "--output", str(tmp_path / "samples")]) == 0
     pack(measured, tmp_path / "out", str(tmp_path / "samples"), model=str(model))
     command = (tmp_path / "out" / "measured" / "commands.md").read_text().splitlines()[1].split()
-    assert command[3:] == [*asked[:4], "--seed", "0", *asked[4:-1], "2.0", "--batch-size", "16"]
-    assert "*Samples, S = 2, w = 2.0, the first seed = 0.*" in (tmp_path / "out" / "README.md").read_text()
+    assert command[3:] == [*asked[:4], "--seed", "0", *asked[4:], "--batch-size", "16"]
+    assert "*Samples, S = 2, w = 2, the first seed = 0.*" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_samples_take_the_place_of_those_of_the_training(measured, tmp_path):

@@ -168,9 +168,10 @@ def test_the_snippets_fit_the_repo():
 def test_a_multistep_method_is_told_as_one():
     solver = {"_class_name": "MultistepDDIMScheduler", "timestep_spacing": "few_steps", "solver_order": 2}
     fitted = {"10": {"error": 0.02, "default_error": 0.05}, "6": {}}
+    fitted |= {"8": {"error": 0.01, "default_error": 0.05, "guidance_scale": 2.0}}
     text = make_with(scheduler=solver | {"fitted_solvers": fitted})
     told = dict(row[:2] for row in rows(section(text, "Settings")))
     assert told["solver order"] == "2"
-    assert told["fitted solvers"] == "10 (error × 0.40)"
+    assert told["fitted solvers"] == "8 (error × 0.20 at w = 2), 10 (error × 0.40)"
     told = dict(row[:2] for row in rows(section(make_with(), "Settings")))
     assert not told.keys() & {"solver order", "fitted solvers"}
