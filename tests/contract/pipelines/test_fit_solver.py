@@ -191,7 +191,7 @@ def test_an_interrupted_fit_leaves_the_pipeline_as_it_was(make_unet):
 
 def test_time_for_refinement_ends(make_pipe):
     """Even if it is over before it begins; at one step too."""
-    plain, timed, late = (fit_solver(make_pipe(), [1, 2], **QUICK, minutes=each) for each in (0.0, 0.01, -1.0))
+    plain, timed, late = (fit_solver(make_pipe(), [1, 2], **QUICK, minutes=each) for each in (0.0, 0.01, 1e-9))
     for S in (1, 2):
         assert late[S]["weights"] == plain[S]["weights"]
         assert timed[S]["evaluations"] > late[S]["evaluations"] > plain[S]["evaluations"]
@@ -211,6 +211,8 @@ def test_time_for_refinement_ends(make_pipe):
         ({"teacher_steps": 1001}, "from 1 to 1000"),
         ({"num_images": 3}, "num_images must be an integer of at least 4, not 3"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, not 0"),
+        ({"minutes": -1.0}, "minutes must be a finite number of 0 or more, not -1.0"),
+        ({"minutes": float("nan")}, "minutes must be a finite number of 0 or more, not nan"),
         ({"guidance": 2.0}, "guidance cannot be passed on to GeneralizedDDIMPipeline: leave it out"),
         ({"eta": 1.0, "latents": None}, "eta, latents cannot be passed on"),
         ({"guidance_scale": 2.0}, "this network is unconditional"),
