@@ -33,6 +33,20 @@ def test_the_headline_has_the_steps_for_the_quality_of_1000(tmp_path):
     assert commands.splitlines()[1] == "python training/few_steps.py --model cards/out"
 
 
+def test_without_1000_steps_it_has_the_distance_to_the_solution(tmp_path):
+    distances = [("ours", 0.3), ("ours, fitted", 0.2), ("UniPC", 0.5), ("DEIS", 0.4)]
+    rms = [{"family": family, "sampler": f"{family} 3", "rms": value} for family, value in distances]
+    few = FEW | {"rows": [{"nfe": 10, "rms": rms, "frechet": FEW["rows"][2]["frechet"]}]}
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "measured" / "few_steps.json").write_text(json.dumps(few))
+    (tmp_path / "results.json").write_text('{"results": []}')
+    row = headline(tmp_path, "cards/out")[0].splitlines()[2]
+    assert row.startswith(
+        "| **0.50** | times the distance to the ODE's solution that the best of diffusers' samplers has"
+    )
+    assert "in ten evaluations (ours, fitted; DEIS 3 of 2 kinds) |" in row
+
+
 def test_nothing_was_measured(tmp_path):
     assert headline(tmp_path, "x") == ("Nothing has been measured.\n", "```bash\n```\n")
 
