@@ -79,7 +79,7 @@ def main(config: FewStepsConfig) -> dict[str, Any]:
     result = record(config) | {"status": "running", "command": command(config), "model": bench.settings}
     result |= {"rows": [], "thousand": [], "unfit": {}} | beside
     dropped: set[str] = set()
-    whole, solution = config.images * config.draws, config.near * (SOLUTIONS[0] + sum(SOLUTIONS))
+    whole, solution = config.images * config.draws, config.near * sum(SOLUTIONS)
     costs = {nfe: cost(config, every, nfe) for nfe in config.nfe}
     work = solution + sum(costs.values()) + 1000 * whole * len(config.thousand)
     with Progress(work, "few steps") as bar, bar.counting(bench.unet), bar.counting(bench.fast):
@@ -121,10 +121,8 @@ def compared(config: FewStepsConfig, settings: dict[str, Any]) -> dict[str, Any]
         {"nfe": row["nfe"], "frechet": [each for each in row["frechet"] if not is_stock(each["family"])]}
         for row in other["rows"]
     ]
-    return {"model": theirs["model"], "name": Path(other["config"]["model"]).name} | {
-        "rows": rows,
-        "straightness": other["straightness"],
-    }
+    kept = {"model": theirs["model"], "name": Path(other["config"]["model"]).name}
+    return kept | {"rows": rows, "straightness": other["straightness"]}
 
 
 def cost(config: FewStepsConfig, every: list[Sampler], nfe: int) -> int:

@@ -35,6 +35,11 @@ def count_classes(model: str, unet: Any, given: int | None = None) -> int | None
     return known or given or embeddings
 
 
+def in_turn(numbers: range, classes: int) -> list[int]:
+    """Return the classes of images of these numbers: each class in turn."""
+    return [i % classes for i in numbers]
+
+
 def check_label(model: str, unet: Any, class_label: int | None) -> None:
     """Raise ValueError if a label is missing, not needed, or not one of the classes."""
     if (getattr(unet, "class_embedding", None) is not None) != (class_label is not None):

@@ -9,6 +9,7 @@ from guard.reading import read_object
 from trainer.settings import MACHINES
 
 from .comparison.samplers import is_stock
+from .comparison.tables import best
 from .extractors import slug
 
 MEASURED, COMMANDS = "measured", "commands.md"
@@ -94,9 +95,7 @@ def _sampling(folder: Path, name: str) -> Row | None:
         f"seconds for {found['images']} images, S = {settings['steps']}, on {found['cpus']} CPU cores, with loading"
     )
     known = ("num", "steps", "seed", "eta", "spacing", "class_label", "guidance_scale", "batch_size")
-    given = {key: settings[key] for key in known if key in settings}
-    values = {key: " ".join(map(str, each)) if isinstance(each, list) else each for key, each in given.items()}
-    words = [f"--{key.replace('_', '-')} {value}" for key, value in values.items()]
+    words = _flags({key.replace("_", "-"): settings[key] for key in known if key in settings})
     return Row(f"{found['seconds']:.1f}", meaning, "sample.json", " ".join(["ddim-plugin sample", name, *words]))
 
 
@@ -148,13 +147,12 @@ def quality_of_1000(few: dict[str, Any], results: list[dict[str, Any]]) -> float
 def nearest(few: dict[str, Any]) -> tuple[str, str] | None:
     """Return the distance of ours to the ODE's solution in ten evaluations, over diffusers' best, and its meaning."""
     distances = [each for row in few["rows"] if row["nfe"] == 10 for each in row.get("rms", ())]
-    ours, theirs = ([each for each in distances if is_stock(each["family"]) == stock] for stock in (False, True))
+    ours, theirs = best(distances, "rms", lambda family: not is_stock(family)), best(distances, "rms", is_stock)
     if not ours or not theirs:
         return None
-    mine, best = (min(found, key=lambda each: each["rms"]) for found in (ours, theirs))
     meaning = "times the distance to the ODE's solution that the best of diffusers' samplers has in ten evaluations"
-    count = len({each["family"] for each in theirs})
-    return f"{mine['rms'] / best['rms']:.2f}", f"{meaning} ({mine['family']}; {best['sampler']} of {count} kinds)"
+    count = len({each["family"] for each in distances if is_stock(each["family"])})
+    return f"{ours['rms'] / theirs['rms']:.2f}", f"{meaning} ({ours['family']}; {theirs['sampler']} of {count} kinds)"
 
 
 def _first(entry: dict[str, Any]) -> float:

@@ -21,6 +21,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from PIL import Image, ImageDraw, ImageFont
 
 from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler, MultistepDDIMScheduler
+from ddim_plugin.cli.parser import number
 from ddim_plugin.hub.push import explained
 from ddim_plugin.pipelines.images import fit, grid
 from ddim_plugin.process.spacings import NAMES, integer
@@ -78,10 +79,9 @@ def rms(images: np.ndarray, others: np.ndarray) -> float:
 def numbers(text: str) -> list[float]:
     """Read numbers with spaces or commas between them."""
     try:
-        found = [float(word) for word in str(text).replace(",", " ").split()]
+        return [number(word) for word in str(text).replace(",", " ").split()]
     except ValueError as error:
         raise ValueError(f"{text!r} is no list of numbers: write them like 5 10 20") from error
-    return [int(each) if each.is_integer() else each for each in found]
 
 
 def readable(place: gr.Image) -> gr.Image:

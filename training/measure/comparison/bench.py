@@ -24,7 +24,7 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.process.paths import VarianceExploding
 
 from ..extractors import open_extractor
-from ..labels import check_memory, count_classes
+from ..labels import check_memory, count_classes, in_turn
 from ..metrics import Gaussian, check_count, fit, frechet
 from ..parts import DTYPES, digest, start_processes
 from ..references import open_reference
@@ -172,7 +172,7 @@ class Bench:
         scale = getattr(scheduler, "scale_model_input", lambda x, t: x)  # schedulers of flow models have none
         drawn, labels = {}, None
         if self.classes:
-            labels = torch.tensor([i % self.classes for i in numbers], device=self.device)
+            labels = torch.tensor(in_turn(numbers, self.classes), device=self.device)
         if "generator" in inspect.signature(scheduler.step).parameters:  # not the seeds of x_T; 32 bits count
             drawn["generator"] = self.generators(numbers, 2**31)
         yield x
@@ -183,9 +183,7 @@ class Bench:
     def sample(self, unet: Any, scheduler: Any, numbers: range) -> Tensor:
         """Sample these images, in −1..1. Raises Unfit if they are not finite."""
         [x] = deque(self.trajectory(unet, scheduler, numbers), 1)
-        if not bool(x.isfinite().all()):
-            raise Unfit("images that are not finite")
-        return x.clamp(-1, 1)
+        return finished(x)
 
     def make(self, unet: Any, sampler: Sampler, nfe: int, numbers: range) -> Iterator[Tensor]:
         """Yield these images of a sampler in batches."""
@@ -214,36 +212,36 @@ class Bench:
             if known and enough:
                 return images[:near].to(self.device), straight[:near]
         try:
-            rough, fine = (torch.cat(list(self.make(self.unet, TEACHER, S, range(near)))) for S in SOLUTIONS)
+            fine = torch.cat(list(self.make(self.unet, TEACHER, SOLUTIONS[1], range(near))))
+            rough, straight = self.straightness()
         except Unfit as reason:
             raise ValueError(f"cannot solve the ODE of {self.config.model} ({reason}): check its weights") from reason
-        straight = self.straightness()
         kept = {"settings": self.settings, "images": fine.cpu(), "straightness": straight}
         torch.save(kept | {"converged_to": rms(rough, fine)}, file.with_suffix(".part"))
         file.with_suffix(".part").replace(file)
         print(f"the solution at 250 and 500 steps differs by {rms(rough, fine):.2g}")
         return fine, straight
 
-    def straightness(self) -> list[float]:
-        """Measure how far the first images' trajectories of the ODE are from straight lines, one number for each image.
+    def straightness(self) -> tuple[Tensor, list[float]]:
+        """Solve the ODE roughly for the first images, and measure how far their trajectories are from straight lines.
 
-        It is ∫ ‖x_1 − x_0 − dx/dσ‖² dσ over the dimension (Liu et al. 2023, Flow Straight and Fast): 0 for a line
-        that is passed at constant speed. All models are compared on the path of flow matching, where x/(a + b) is at
-        σ = b/(a + b), and where networks without error on two paths have the same trajectories.
+        The number for each image is ∫ ‖x_1 − x_0 − dx/dσ‖² dσ over the dimension (Liu et al. 2023, Flow Straight and
+        Fast): 0 for a line that is passed at constant speed. All models are compared on the path of flow matching:
+        x/(a + b) at σ = b/(a + b). There, networks without error on two paths have the same trajectories.
         """
         scheduler = make_scheduler(TEACHER, SOLUTIONS[0], self.saved)
         path, moved = scheduler.path, 0.0
         levels = [path.level(path.time(t)) for t in scheduler.timesteps.tolist()] + [path.level(0)]
-        sigmas = [level.noise / (level.signal + level.noise) for level in levels]
-        points: Iterator[Tensor] = (
-            x.double().flatten(1) / (level.signal + level.noise)
-            for level, x in zip(levels, self.trajectory(self.unet, scheduler, range(self.config.near)), strict=True)
-        )
-        first = last = next(points)
-        for (high, low), point in zip(pairwise(sigmas), points, strict=True):
+        sums = [level.signal + level.noise for level in levels]
+        sigmas = [level.noise / total for level, total in zip(levels, sums, strict=True)]
+        drawn = self.trajectory(self.unet, scheduler, range(self.config.near))
+        x = next(drawn)
+        first = last = x.double().flatten(1) / sums[0]
+        for (high, low), total, x in zip(pairwise(sigmas), sums[1:], drawn, strict=True):
+            point = x.double().flatten(1) / total
             moved += (point - last).square().mean(1) / (high - low)
             last = point
-        return (moved - (last - first).square().mean(1) / (sigmas[0] - sigmas[-1])).tolist()
+        return finished(x), (moved - (last - first).square().mean(1) / (sigmas[0] - sigmas[-1])).tolist()
 
     def distance(self, sampler: Sampler, nfe: int) -> dict[str, Any]:
         """Measure the root mean square distance of the first images to the solution."""
@@ -300,6 +298,13 @@ class Bench:
         except Unfit as reason:
             entry["unfit"] = str(reason)[:200]
         return self.journal.add(entry)
+
+
+def finished(x: Tensor) -> Tensor:
+    """Return images in −1..1. Raises Unfit if they are not finite."""
+    if not bool(x.isfinite().all()):
+        raise Unfit("images that are not finite")
+    return x.clamp(-1, 1)
 
 
 def rms(x: Tensor, y: Tensor) -> float:

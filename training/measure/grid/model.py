@@ -19,7 +19,7 @@ from ddim_plugin import GeneralizedDDIMPipeline, GeneralizedDDIMScheduler
 from ddim_plugin.process.moves import ETA_FREE
 from ddim_plugin.schedulers import restored
 
-from ..labels import count_classes
+from ..labels import count_classes, in_turn
 from ..parts import DTYPES, is_missing_folder
 from .cells import Cell, make_scheduler
 from .settings import SAVED, EvaluateConfig
@@ -140,7 +140,7 @@ class Model:
         if sampling.eta is not None and "eta" in self.arguments:
             given["eta"] = sampling.eta
         if self.classes:
-            given["class_labels"] = self.labels(numbers)
+            given["class_labels"] = in_turn(numbers, self.classes)
         if sampling.guidance is not None:
             given["guidance_scale"] = sampling.guidance
         before = random_state(self.device)
@@ -159,10 +159,6 @@ class Model:
             steps = sampling.num_inference_steps
             raise ValueError(f"the pictures hold NaN or infinity, at S={steps} with {scheduler}")
         return (images.float() * 255).round().to(torch.uint8)
-
-    def labels(self, numbers: range) -> list[int]:
-        """Return the classes of pictures: each class in turn."""
-        return [i % self.classes for i in numbers]
 
     @contextmanager
     def counted(self) -> Iterator[list[int]]:

@@ -19,6 +19,7 @@ from ddim_plugin import GeneralizedDDIMScheduler
 from ddim_plugin.schedulers import KEY
 
 from ..extractors import INCEPTION, Extractor, extract, open_extractor
+from ..labels import in_turn
 from ..metrics import METRICS, Features, Statistics, check_count, gaussian
 from ..parts import Arrays, Notes, Parts, digest, join, read_arrays, save_arrays, start_processes
 from ..references import Reference, open_reference, statistics
@@ -237,9 +238,9 @@ class Run:
             "seed": self.config.seed,
             "seconds": sum(part["seconds"] for part in notes),
         }
-        results = []
+        results, classes = [], self.model.classes
+        labels = np.array(in_turn(range(images), classes)) if classes else None
         for k, extractor in enumerate(self.extractors):
-            labels = np.array(self.model.labels(range(images))) if self.model.classes else None
             features = Features(arrays[f"features-{k}"], arrays.get(f"logits-{k}"), labels)
             seen = Statistics(gaussian(features.features) if "fd" in self.config.metrics else None, features)
             results += [named | entry for named in self.compare(extractor, seen, against[k])]
